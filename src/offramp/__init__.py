@@ -1,0 +1,139 @@
+"""Offramp makes neural networks stop early, so that the clock shows the saving.
+
+Public names are loaded when they are first used: ``import offramp`` alone imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from offramp.errors import (
+    ArtifactError,
+    BackboneCutError,
+    DataError,
+    DataNotFoundError,
+    InfeasibleTargetError,
+    InSampleError,
+    InvalidArgumentError,
+    MissingExtraError,
+    NotCalibratedError,
+    OfframpError,
+    ShapeError,
+)
+from offramp.results import AdaptiveResult
+
+if TYPE_CHECKING:
+    from offramp.calibration.collect import ExitLogits, collect
+    from offramp.calibration.thresholds import Calibration, calibrate
+    from offramp.inference.evaluate import Evaluation, evaluate
+    from offramp.inference.runner import AdaptiveRunner
+    from offramp.inference.timing import time_runner
+    from offramp.measure.cost import ExitCosts, count_macs
+    from offramp.model.cut import add_exits
+    from offramp.model.multi_exit import MultiExitNetwork
+    from offramp.policy.confidence import (
+        entropy_confidence,
+        margin_confidence,
+        max_probability_confidence,
+    )
+    from offramp.policy.policies import (
+        PatiencePolicy,
+        Policy,
+        ThresholdPolicy,
+        always_leave_at,
+        never_leave,
+    )
+    from offramp.training.fit import fit
+    from offramp.training.run import Run, load, save
+    from offramp.training.task import FitConfig
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ExitLogits": "offramp.calibration.collect",
+    "collect": "offramp.calibration.collect",
+    "Calibration": "offramp.calibration.thresholds",
+    "calibrate": "offramp.calibration.thresholds",
+    "Evaluation": "offramp.inference.evaluate",
+    "evaluate": "offramp.inference.evaluate",
+    "AdaptiveRunner": "offramp.inference.runner",
+    "time_runner": "offramp.inference.timing",
+    "ExitCosts": "offramp.measure.cost",
+    "count_macs": "offramp.measure.cost",
+    "add_exits": "offramp.model.cut",
+    "MultiExitNetwork": "offramp.model.multi_exit",
+    "entropy_confidence": "offramp.policy.confidence",
+    "margin_confidence": "offramp.policy.confidence",
+    "max_probability_confidence": "offramp.policy.confidence",
+    "PatiencePolicy": "offramp.policy.policies",
+    "Policy": "offramp.policy.policies",
+    "ThresholdPolicy": "offramp.policy.policies",
+    "always_leave_at": "offramp.policy.policies",
+    "never_leave": "offramp.policy.policies",
+    "fit": "offramp.training.fit",
+    "Run": "offramp.training.run",
+    "load": "offramp.training.run",
+    "save": "offramp.training.run",
+    "FitConfig": "offramp.training.task",
+}
+
+__all__ = [
+    "AdaptiveResult",
+    "AdaptiveRunner",
+    "ArtifactError",
+    "BackboneCutError",
+    "Calibration",
+    "DataError",
+    "DataNotFoundError",
+    "Evaluation",
+    "ExitCosts",
+    "ExitLogits",
+    "FitConfig",
+    "InSampleError",
+    "InfeasibleTargetError",
+    "InvalidArgumentError",
+    "MissingExtraError",
+    "MultiExitNetwork",
+    "NotCalibratedError",
+    "OfframpError",
+    "PatiencePolicy",
+    "Policy",
+    "Run",
+    "ShapeError",
+    "ThresholdPolicy",
+    "add_exits",
+    "always_leave_at",
+    "calibrate",
+    "collect",
+    "count_macs",
+    "entropy_confidence",
+    "evaluate",
+    "fit",
+    "load",
+    "margin_confidence",
+    "max_probability_confidence",
+    "never_leave",
+    "save",
+    "time_runner",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'offramp' has no attribute {name!r}")
+    try:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.startswith("offramp"):
+            raise
+        raise MissingExtraError(
+            f"offramp.{name} needs {error.name}, which is not installed: "
+            "pip install 'offramp[train]'"
+        ) from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,82 @@
+"""Files that outlive a process: written whole or not at all, read with one clear line on failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from offramp.errors import ArtifactError
+
+SCHEMA_VERSION = 1
+"""Version of every JSON file in a run folder; newer ones are refused."""
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that replaces it when the block ends without error.
+
+    Args:
+        path: The file to write; its folder must exist.
+    Raises:
+        ArtifactError: If the folder cannot be written.
+    """
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise ArtifactError(
+            f"Cannot write {path}: {error.strerror}. Choose a folder that can be written."
+        ) from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise ArtifactError(f"Cannot write {path}: {error.strerror or error}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write ``content`` with the schema version, atomically.
+
+    Args:
+        path: The file to write.
+        content: JSON-serialisable values; infinities and NaN are not (use None).
+    """
+    text = json.dumps({"schema_version": SCHEMA_VERSION, **content}, indent=2, allow_nan=False)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that :func:`write_json` wrote.
+
+    Args:
+        path: The file to read.
+    Returns:
+        Its content, without the schema version.
+    Raises:
+        ArtifactError: If the file is missing, damaged, not one of ours, or of a newer schema.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"Expected the file {path}, found none.") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"Cannot read {path}: it is damaged or no JSON ({error}).") from error
+    version = content.pop("schema_version", None) if isinstance(content, dict) else None
+    if not isinstance(version, int):
+        raise ArtifactError(f"Expected a schema_version in {path}, found none: not an Offramp file.")
+    if version > SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{path} has schema version {version}; this Offramp reads up to {SCHEMA_VERSION}. "
+            "Upgrade Offramp: pip install --upgrade offramp"
+        )
+    return content

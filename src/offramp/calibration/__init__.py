@@ -1,0 +1,1 @@
+"""Choosing thresholds on held-out data."""

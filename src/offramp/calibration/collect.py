@@ -1,0 +1,74 @@
+"""Every exit's logits over a data set, computed once.
+
+Shapes: ``K`` exits, ``N`` samples, ``C`` classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offramp.errors import DataError, ShapeError
+from offramp.measure.cost import ExitCosts, evaluation_mode
+from offramp.model.multi_exit import MultiExitNetwork
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitLogits:
+    """What every exit says about every sample, and what the exits cost.
+
+    Attributes:
+        logits_KNC: Raw logits, shape (K, N, C), float32, on the CPU.
+        labels_N: Classes, shape (N,), int64, on the CPU.
+        costs: MACs per sample of each stage and head.
+    """
+
+    logits_KNC: Tensor
+    labels_N: Tensor
+    costs: ExitCosts
+
+    def __post_init__(self) -> None:
+        num_exits, num_samples = self.logits_KNC.shape[:2]
+        if num_samples != len(self.labels_N) or num_exits != self.costs.num_exits:
+            raise ShapeError(
+                f"Expected logits of shape (K, N, C) for K = {self.costs.num_exits} exits and "
+                f"N = {len(self.labels_N)} labels. Got {tuple(self.logits_KNC.shape)}."
+            )
+
+    @property
+    def correct_KN(self) -> Tensor:  # noqa: N802 - shape suffix
+        """Whether each exit is right about each sample, shape (K, N), bool."""
+        return self.logits_KNC.argmax(-1) == self.labels_N
+
+
+@torch.inference_mode()
+def collect(
+    network: MultiExitNetwork, loader: Iterable[tuple[Tensor, Tensor]]
+) -> ExitLogits:
+    """Run every exit on every sample of a loader.
+
+    Args:
+        network: The network; it runs in evaluation mode where its parameters are.
+        loader: Batches of (inputs, labels).
+    Returns:
+        The logits of all exits, with labels and costs.
+    Raises:
+        DataError: If the loader yields no sample.
+    """
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    outputs, labels, costs = [], [], None
+    with evaluation_mode(network):
+        for inputs, labels_B in loader:
+            inputs = inputs.to(device)
+            if costs is None:
+                costs = network.costs(inputs)
+            outputs.append(torch.stack(network(inputs)).float().cpu())
+            labels.append(labels_B.cpu())
+    if costs is None:
+        raise DataError("Expected at least one batch of samples to collect logits from. Got none.")
+    return ExitLogits(
+        logits_KNC=torch.cat(outputs, dim=1), labels_N=torch.cat(labels), costs=costs
+    )

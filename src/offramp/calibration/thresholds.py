@@ -1,0 +1,240 @@
+"""Choosing one threshold per exit on held-out data.
+
+The thresholds are searched jointly. For fixed thresholds elsewhere, every possible threshold of
+one exit is scored at once: its samples are sorted by confidence, and running sums give accuracy
+and cost of letting the surest j leave. Rounds of this over the exits climb a price for compute
+(accuracy minus price times cost); a sweep over prices walks along the trade-off, and the best
+point that meets the target is kept.
+
+Shapes: ``K`` exits, ``N`` samples, ``C`` classes, ``J`` candidate thresholds of one exit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from offramp.calibration.collect import ExitLogits
+from offramp.errors import InfeasibleTargetError, InvalidArgumentError
+from offramp.measure.cost import ExitCosts
+from offramp.policy.confidence import CONFIDENCE_RULES
+from offramp.policy.policies import ThresholdPolicy
+
+Floats = npt.NDArray[np.float64]
+Score = Callable[[Floats, Floats], Floats]
+"""From accuracies and mean MACs of candidates to how good each is; -inf where not allowed."""
+
+_PRICES = np.geomspace(1e-3, 3.0, 24)
+"""Accuracy that a plain network's worth of MACs is worth, from cheap to dear."""
+
+_MAX_ROUNDS = 8
+"""Rounds over the exits for one price; most settle in three."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """A policy and what it reached on the data that chose it.
+
+    Attributes:
+        policy: The thresholds.
+        accuracy: Adaptive accuracy on the calibration data, a fraction.
+        mean_macs: Mean MACs per sample on the calibration data.
+    """
+
+    policy: ThresholdPolicy
+    accuracy: float
+    mean_macs: float
+
+
+def calibrate(
+    logits: ExitLogits,
+    *,
+    max_drop: float | None = None,
+    budget_macs: float | None = None,
+    rule: str = "entropy",
+) -> Calibration:
+    """Choose thresholds for an accuracy target or for a budget.
+
+    What is reached holds for the given samples; on other samples of the same kind expect about
+    the same, without a guarantee. Use data that neither trained the network nor will judge it.
+
+    Args:
+        logits: Every exit's logits on held-out data.
+        max_drop: Spend least while losing at most this much accuracy against the final exit, a
+            fraction in [0, 1), e.g. 0.01. Always possible: every exit can be switched off.
+        budget_macs: Be most accurate at no more than this many mean MACs per sample.
+        rule: Confidence function: entropy, max_probability or margin.
+    Returns:
+        The policy with accuracy and mean MACs on this data.
+    Raises:
+        InvalidArgumentError: If not exactly one target is given, or it is out of range.
+        InfeasibleTargetError: If the budget is below the cost of the cheapest exit.
+    """
+    if (max_drop is None) == (budget_macs is None):
+        raise InvalidArgumentError("Give exactly one target: 'max_drop' or 'budget_macs'.")
+    if rule not in CONFIDENCE_RULES:
+        raise InvalidArgumentError(
+            f"The rule must be one of {', '.join(CONFIDENCE_RULES)}. Got {rule!r}."
+        )
+    correct_KN = logits.correct_KN.numpy()
+    if budget_macs is not None:
+        score = _within_budget(budget_macs, logits.costs)
+    else:
+        score = _within_drop(max_drop, final_accuracy=float(correct_KN[-1].mean()))
+    confidence_KN = np.stack(
+        [CONFIDENCE_RULES[rule](logits_NC).numpy() for logits_NC in logits.logits_KNC]
+    ).astype(np.float64)
+    search = _Search(confidence_KN, correct_KN, logits.costs, score)
+    thresholds = search.run()
+    accuracy, mean_macs = evaluate_thresholds(
+        confidence_KN, correct_KN, logits.costs, thresholds
+    )
+    return Calibration(
+        policy=ThresholdPolicy(thresholds, rule=rule), accuracy=accuracy, mean_macs=mean_macs
+    )
+
+
+def evaluate_thresholds(
+    confidence_KN: Floats,
+    correct_KN: npt.NDArray[np.bool_],
+    costs: ExitCosts,
+    thresholds: tuple[float, ...],
+) -> tuple[float, float]:
+    """Accuracy and mean MACs of given thresholds on collected samples.
+
+    Args:
+        confidence_KN: Confidence of each exit, shape (K, N).
+        correct_KN: Whether each exit is right, shape (K, N), bool.
+        costs: MACs of stages and heads.
+        thresholds: K - 1 thresholds; the head of an exit at +inf does not run.
+    Returns:
+        Adaptive accuracy and mean MACs per sample.
+    """
+    num_exits, num_samples = correct_KN.shape
+    off = frozenset(k for k, threshold in enumerate(thresholds) if threshold == math.inf)
+    exit_macs = costs.exit_macs(off)
+    here_N = np.ones(num_samples, dtype=bool)
+    hits, macs = 0, 0
+    for k in range(num_exits):
+        is_final = k == num_exits - 1
+        leave_N = here_N if is_final else here_N & (confidence_KN[k] >= thresholds[k])
+        hits += int(correct_KN[k][leave_N].sum())
+        macs += int(leave_N.sum()) * exit_macs[k]
+        here_N = here_N & ~leave_N
+    return hits / num_samples, macs / num_samples
+
+
+def _within_budget(budget_macs: float, costs: ExitCosts) -> Score:
+    all_but = [
+        frozenset(range(costs.num_exits)) - {k, costs.num_exits - 1} for k in range(costs.num_exits)
+    ]
+    cheapest = min(costs.exit_macs(off)[k] for k, off in enumerate(all_but))
+    if not budget_macs >= cheapest:
+        raise InfeasibleTargetError(
+            f"The 'budget_macs' parameter must be at least {cheapest:,}, the MACs of the cheapest "
+            f"exit. Got {budget_macs:,.0f}.",
+            best_achievable=cheapest,
+        )
+    # A trace of cost in the score prefers the cheaper of equally accurate candidates.
+    return lambda accuracy_J, macs_J: np.where(
+        macs_J <= budget_macs, accuracy_J - 1e-9 * macs_J / costs.plain_macs, -np.inf
+    )
+
+
+def _within_drop(max_drop: float | None, *, final_accuracy: float) -> Score:
+    if max_drop is None or not 0 <= max_drop < 1:
+        raise InvalidArgumentError(f"The 'max_drop' parameter must be in [0, 1). Got {max_drop}.")
+    floor = final_accuracy - max_drop - 1e-12
+    return lambda accuracy_J, macs_J: np.where(accuracy_J >= floor, -macs_J, -np.inf)
+
+
+class _Search:
+    """Coordinate search over one threshold per exit; remembers the best point it has seen."""
+
+    def __init__(
+        self,
+        confidence_KN: Floats,
+        correct_KN: npt.NDArray[np.bool_],
+        costs: ExitCosts,
+        score: Score,
+    ) -> None:
+        # NaN sorts and compares as less sure than anything.
+        self.confidence_KN = np.nan_to_num(confidence_KN, nan=-1.0)
+        self.correct_KN = correct_KN
+        self.costs = costs
+        self.score = score
+        self.num_exits, self.num_samples = correct_KN.shape
+        self.order_KN = np.argsort(-self.confidence_KN, axis=1, kind="stable")
+        self.best_score = -math.inf
+        self.best = [math.inf] * (self.num_exits - 1)
+
+    def run(self) -> tuple[float, ...]:
+        """Sweep the prices both ways, then climb the target itself from the best point."""
+        for prices, start in ((_PRICES, math.inf), (_PRICES[::-1], 0.0)):
+            thresholds = [start] * (self.num_exits - 1)
+            for price in prices:
+                self._climb(thresholds, self._at_price(price))
+        self._climb(list(self.best), self.score)
+        return tuple(self.best)
+
+    def _at_price(self, price: float) -> Score:
+        plain_macs = self.costs.plain_macs
+        return lambda accuracy_J, macs_J: accuracy_J - price * macs_J / plain_macs
+
+    def _climb(self, thresholds: list[float], objective: Score) -> None:
+        """Improve ``thresholds`` in place, an exit at a time, until none changes."""
+        for _ in range(_MAX_ROUNDS):
+            before = list(thresholds)
+            for k in range(self.num_exits - 1):
+                candidates_J, accuracy_J, macs_J = self._scan(k, thresholds)
+                self._remember(k, thresholds, candidates_J, self.score(accuracy_J, macs_J))
+                values_J = objective(accuracy_J, macs_J)
+                if np.isfinite(values_J).any():
+                    thresholds[k] = float(candidates_J[values_J.argmax()])
+            if thresholds == before:
+                return
+
+    def _remember(
+        self, k: int, thresholds: list[float], candidates_J: Floats, scores_J: Floats
+    ) -> None:
+        j = int(scores_J.argmax())
+        if scores_J[j] > self.best_score:
+            self.best_score = float(scores_J[j])
+            self.best = [*thresholds[:k], float(candidates_J[j]), *thresholds[k + 1 :]]
+
+    def _scan(self, k: int, thresholds: list[float]) -> tuple[Floats, Floats, Floats]:
+        """Accuracy and mean MACs for every threshold of exit k, the others held fixed."""
+        others_off = {j for j, t in enumerate(thresholds) if t == math.inf} - {k}
+        exit_macs = self.costs.exit_macs(frozenset(others_off))
+        exit_N = self._exit_without(k, thresholds)
+        all_samples = np.arange(self.num_samples)
+        correct_N = self.correct_KN[exit_N, all_samples].astype(np.float64)
+        macs_N = np.asarray(exit_macs, dtype=np.float64)[exit_N]
+
+        order = self.order_KN[k]
+        order = order[exit_N[order] > k]  # whoever reaches exit k, surest first
+        gain = np.cumsum(self.correct_KN[k][order] - correct_N[order])
+        saving = np.cumsum(exit_macs[k] - macs_N[order])
+        sorted_confidence = self.confidence_KN[k][order]
+        # A cut is possible where the confidence changes, and after everyone who is not NaN.
+        following = np.append(sorted_confidence[1:], -1.0)
+        ends = np.flatnonzero((sorted_confidence > following) & (sorted_confidence >= 0))
+        cuts = (sorted_confidence[ends] + np.maximum(following[ends], 0.0)) / 2
+        cuts[following[ends] < 0] = 0.0
+        off_macs = macs_N.sum() - self.costs.head_macs[k] * len(order)
+        accuracy_J = (correct_N.sum() + np.append(0.0, gain[ends])) / self.num_samples
+        macs_J = np.append(off_macs, macs_N.sum() + saving[ends]) / self.num_samples
+        return np.append(math.inf, cuts), accuracy_J, macs_J
+
+    def _exit_without(self, k: int, thresholds: list[float]) -> npt.NDArray[np.int64]:
+        """The exit each sample leaves by when exit k lets nobody go."""
+        exit_N = np.full(self.num_samples, self.num_exits - 1)
+        for j in reversed(range(self.num_exits - 1)):
+            if j != k:
+                exit_N[self.confidence_KN[j] >= thresholds[j]] = j
+        return exit_N
+

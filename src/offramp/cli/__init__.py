@@ -1,0 +1,67 @@
+"""The command line: thin shells over the library, one module a group of commands."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from typer.exceptions import Abort, TyperException
+
+from offramp import __version__
+from offramp.cli import calibrate, evaluate, predict, time, train
+from offramp.errors import OfframpError
+
+app = typer.Typer(
+    help="Make neural networks stop early, so that the clock shows the saving.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command("recipes")(train.recipes)
+app.command("train")(train.train)
+app.command("calibrate")(calibrate.calibrate)
+app.command("evaluate")(evaluate.evaluate)
+app.command("time")(time.time)
+app.command("predict")(predict.predict)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"offramp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of every command; ``main`` reads --debug itself."""
+
+
+def main() -> None:
+    """Run a command; an error is one line on stderr and exit code 2 (``--debug``: a traceback)."""
+    try:
+        code = app(standalone_mode=False)
+    except Abort:
+        sys.exit(130)
+    except TyperException as error:
+        _fail(f"{error.format_message()} See: offramp {' '.join(sys.argv[1:2])} --help")
+    except OfframpError as error:
+        if "--debug" in sys.argv[1:]:
+            raise
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        if "--debug" in sys.argv[1:] or (error.name or "").startswith("offramp"):
+            raise
+        _fail(f"This command needs {error.name}: pip install 'offramp[train]'")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> None:
+    print(f"offramp: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

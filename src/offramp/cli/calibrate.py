@@ -1,0 +1,96 @@
+"""``offramp calibrate``."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+import typer
+
+from offramp.cli.options import DataOption, DeviceOption, RunFolder, percent, pick_device
+from offramp.errors import InvalidArgumentError
+
+
+def calibrate(
+    run: RunFolder,
+    thresholds: Annotated[
+        str | None,
+        typer.Option(metavar="T0,T1,...", help="By hand, one per exit but the final; inf is off."),
+    ] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="Spend least; lose at most this fraction of accuracy.")
+    ] = None,
+    budget_macs: Annotated[
+        float | None, typer.Option(help="Be most accurate at this many mean MACs per sample.")
+    ] = None,
+    rule: Annotated[
+        str, typer.Option(help="entropy, max_probability, margin; entropy_nats with --thresholds.")
+    ] = "entropy",
+    data: DataOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Choose when to stop, on data set aside from training, and write policy.json."""
+    if sum(target is not None for target in (thresholds, max_drop, budget_macs)) != 1:
+        raise InvalidArgumentError(
+            "Give exactly one of --thresholds, --max-drop and --budget-macs."
+        )
+    from offramp.training.run import load, write_policy
+
+    loaded = load(run)
+    if thresholds is not None:
+        policy = _policy_by_hand(
+            thresholds, rule, num_exits=loaded.network.num_exits, classes=len(loaded.class_names)
+        )
+        asked: dict[str, Any] = {"thresholds": thresholds, "rule": rule}
+        write_policy(run, policy, calibration={"asked": asked, "data": None, "reached": None})
+        print(f"thresholds set by hand: {policy.thresholds}, rule {policy.rule}")
+        return
+
+    from offramp.calibration.collect import collect
+    from offramp.calibration.thresholds import calibrate as choose
+    from offramp.training.data import make_loader
+    from offramp.training.run import CALIBRATION_SPLIT, load_batches
+
+    recipe = loaded.require_recipe()
+    batches, _, fingerprint = load_batches(recipe, CALIBRATION_SPLIT, data or loaded.data)
+    network = loaded.network.to(pick_device(device))
+    logits = collect(network, make_loader(batches, batch_size=256))
+    chosen = choose(logits, max_drop=max_drop, budget_macs=budget_macs, rule=rule)
+    reached = {"accuracy": chosen.accuracy, "mean_macs": chosen.mean_macs}
+    used = {
+        "name": recipe.data,
+        "split": CALIBRATION_SPLIT,
+        "num_samples": len(batches),
+        "class_prior": "uniform" if recipe.uniform_prior else "as in train",
+        "sha256": fingerprint,
+    }
+    asked = {"max_drop": max_drop, "budget_macs": budget_macs, "rule": rule}
+    write_policy(
+        run, chosen.policy, calibration={"asked": asked, "data": used, "reached": reached}
+    )
+    shown = ", ".join("off" if t == math.inf else f"{t:.4f}" for t in chosen.policy.thresholds)
+    share = chosen.mean_macs / logits.costs.plain_macs
+    print(f"thresholds {shown} (rule {rule}), chosen on {len(batches):,} calibration samples")
+    print(
+        f"there: accuracy {percent(chosen.accuracy)} at {chosen.mean_macs:,.0f} mean MACs, "
+        f"{percent(share)} of the plain network's"
+    )
+
+
+def _policy_by_hand(text: str, rule: str, *, num_exits: int, classes: int) -> Any:
+    from offramp.policy.policies import ThresholdPolicy
+
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise InvalidArgumentError(
+            f"Expected numbers separated by commas for --thresholds. Got {text!r}."
+        ) from error
+    if len(values) != num_exits - 1:
+        raise InvalidArgumentError(
+            f"Expected {num_exits - 1} thresholds, one per exit but the final one. "
+            f"Got {len(values)}: {text!r}."
+        )
+    if rule == "entropy_nats":
+        return ThresholdPolicy.from_entropy_nats(values, num_classes=classes)
+    return ThresholdPolicy(values, rule=rule)

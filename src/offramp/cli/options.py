@@ -1,0 +1,98 @@
+"""Options that several commands share, and how figures are printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from offramp.artifacts import atomic_path
+from offramp.errors import InvalidArgumentError
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="DIR",
+        help="Folder with <split>.parquet, or emnist-balanced; else $OFFRAMP_DATA/<name>.",
+    ),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(metavar="cpu|cuda", help="Default: cuda where there is one.")
+]
+JsonOption = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE|-", help="Write the figures as JSON; - for stdout."),
+]
+
+
+def write_figures(content: dict[str, Any], destination: str) -> None:
+    """Write figures as JSON.
+
+    Args:
+        content: The figures.
+        destination: A file, or - for stdout.
+    """
+    text = json.dumps(content, indent=2)
+    if destination == "-":
+        sys.stdout.write(text + "\n")
+        return
+    with atomic_path(Path(destination)) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def parse_settings(settings: list[str]) -> dict[str, str]:
+    """Split ``key=value`` texts.
+
+    Args:
+        settings: What ``--set`` was given, in order.
+    Returns:
+        Value by key.
+    Raises:
+        InvalidArgumentError: If a text has no equals sign.
+    """
+    pairs = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise InvalidArgumentError(f"Expected --set key=value. Got {setting!r}.")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def pick_device(device: str | None) -> str:
+    """Decide where to compute.
+
+    Args:
+        device: cpu, cuda, or None for cuda where there is one.
+    Returns:
+        cpu or cuda.
+    Raises:
+        InvalidArgumentError: If it is another word, or there is no cuda device.
+    """
+    import torch
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise InvalidArgumentError(f"The device must be cpu or cuda. Got {device!r}.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InvalidArgumentError(
+            "The device cuda was asked for, but torch sees no CUDA device here. Use --device cpu."
+        )
+    return device
+
+
+def percent(fraction: float | None) -> str:
+    """Format a fraction as a percentage; a dash for None.
+
+    Args:
+        fraction: In [0, 1], or None.
+    Returns:
+        For example "82.65 %".
+    """
+    return "-" if fraction is None else f"{100 * fraction:.2f} %"

@@ -1,0 +1,91 @@
+"""``offramp time``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from offramp.cli.options import (
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    RunFolder,
+    pick_device,
+    write_figures,
+)
+from offramp.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from offramp.inference.timing import Timing
+
+_SAMPLES = 2048
+"""Real test samples that are timed, at most."""
+
+
+def time(
+    run: RunFolder,
+    batch_size: Annotated[str, typer.Option(metavar="B,...", help="Samples a batch.")] = "1,32,256",
+    threads: Annotated[int | None, typer.Option(help="Threads torch computes with.")] = None,
+    data: DataOption = None,
+    device: DeviceOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Time leaving early against the plain network and the all-exits loop, on real samples."""
+    import torch
+
+    from offramp.inference.runner import AdaptiveRunner
+    from offramp.inference.timing import time_runner
+    from offramp.training.run import load, load_batches
+
+    loaded = load(run)
+    runner = AdaptiveRunner(loaded.network.to(pick_device(device)), loaded.policy)
+    batches, _, _ = load_batches(loaded.require_recipe(), "test", data or loaded.data)
+    if threads is not None:
+        if threads < 1:
+            raise InvalidArgumentError(f"--threads must be an int of at least 1. Got {threads}.")
+        torch.set_num_threads(threads)
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0))
+    inputs, _ = batches.__getitems__(order[:_SAMPLES].tolist())
+    timing = time_runner(
+        runner, inputs.to(pick_device(device)), batch_sizes=_parse_batch_sizes(batch_size)
+    )
+    if json_file != "-":
+        _print_table(timing)
+    if json_file is not None:
+        write_figures(timing.to_dict(), json_file)
+
+
+def _parse_batch_sizes(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InvalidArgumentError(
+            f"Expected whole numbers separated by commas for --batch-size. Got {text!r}."
+        ) from error
+
+
+def _print_table(timing: Timing) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="milliseconds a batch, medians")
+    columns = ("batch", "plain", "all exits", "adaptive", "never exit", "speed-up", "ideal")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in timing.results:
+        times = (row.plain_ms, row.all_exits_ms, row.adaptive_ms, row.never_exit_ms)
+        table.add_row(
+            str(row.batch_size),
+            *(f"{value:.3f}" for value in times),
+            f"{row.speedup:.2f}",
+            f"{row.ideal_speedup:.2f}",
+        )
+    Console().print(table)
+    print(f"{timing.hardware}, {timing.threads} threads, torch {timing.versions['torch']}")
+    for row in timing.results:
+        if row.speedup < 1:
+            print(
+                f"at batch {row.batch_size} leaving early is slower than the plain network "
+                f"({row.adaptive_ms:.3f} against {row.plain_ms:.3f} ms)"
+            )

@@ -1,0 +1,74 @@
+"""``offramp recipes`` and ``offramp train``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from offramp.cli.options import DataOption, DeviceOption, parse_settings, pick_device
+from offramp.errors import ArtifactError
+
+
+def recipes() -> None:
+    """List the recipes: network, data, what each shows, figures to expect."""
+    from offramp.training.recipes import RECIPES
+
+    for recipe in RECIPES.values():
+        print(f"{recipe.name}\n  {recipe.summary}")
+        print(f"  network {recipe.network}, data {recipe.data}; expect {recipe.expected}")
+
+
+def train(
+    recipe_name: Annotated[str, typer.Argument(metavar="RECIPE")] = "digits-mlp",
+    data: DataOption = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Folder to make; default runs/RECIPE.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
+    device: DeviceOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after an interruption.")] = False,
+) -> None:
+    """Train a recipe and leave a run folder."""
+    from offramp.model.checkpoint import save_weights
+    from offramp.training import run as run_folder
+    from offramp.training.fit import check_checkpoint, fit
+    from offramp.training.recipes import find_recipe, override
+
+    asked = parse_settings(settings or []) | {"seed": str(seed)}
+    if epochs is not None:
+        asked["epochs"] = str(epochs)
+    recipe = override(find_recipe(recipe_name), asked)
+    config = replace(recipe.config_as_trained(), device=pick_device(device))  # type: ignore[arg-type]
+    network = recipe.build_network()
+    folder = out or Path("runs") / recipe_name
+    is_going_on = resume and (folder / run_folder.RECIPE_FILE).exists()
+    if is_going_on:
+        begun, _, begun_data = run_folder.read_recipe(folder)
+        data = data or begun_data
+        if begun != recipe:
+            raise ArtifactError(
+                f"The run {folder} was started with other settings. Resume it with those, or "
+                "choose another folder with --out."
+            )
+        if (folder / run_folder.WEIGHTS_FILE).exists():
+            print(f"{folder} is trained to the end already")
+            return
+        if run_folder.checkpoint_exists(folder):
+            check_checkpoint(folder / run_folder.LAST_CHECKPOINT, network)
+    train_set, class_names, _ = run_folder.load_batches(recipe, "train", data)
+    calibration_set = None
+    if recipe.calibration_share > 0:
+        calibration_set, _, _ = run_folder.load_batches(recipe, run_folder.CALIBRATION_SPLIT, data)
+    if not is_going_on:
+        run_folder.create_folder(folder)
+        run_folder.write_recipe(folder, recipe=recipe, class_names=class_names, data=data)
+    fit(network, train_set, calibration_set, config, folder=folder, resume=resume)
+    save_weights(network, folder / run_folder.WEIGHTS_FILE)
+    print(f"trained {recipe_name}: {folder}")

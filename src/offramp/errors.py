@@ -1,0 +1,72 @@
+"""Every error that Offramp raises on purpose.
+
+    OfframpError
+      InvalidArgumentError(ValueError)     an argument is out of range or of the wrong kind
+        ShapeError                         a tensor has the wrong shape
+      BackboneCutError(ValueError)         the backbone cannot be cut there
+      NotCalibratedError(RuntimeError)     a policy is needed and none was set
+      InfeasibleTargetError(ValueError)    no thresholds reach the target; carries best_achievable
+      DataError(ValueError)                a data set or file is unreadable or inconsistent
+        DataNotFoundError(FileNotFoundError)
+        InSampleError                      a report on the data that chose the thresholds
+      ArtifactError(ValueError)            a run folder is corrupt, foreign, too new or exists already
+      MissingExtraError(ImportError)       an optional dependency is missing; says what to install
+
+A message says what was expected, what came, and what to do. The command line prints it as one
+line and exits with code 2.
+"""
+
+from __future__ import annotations
+
+
+class OfframpError(Exception):
+    """Base of all errors that Offramp raises on purpose."""
+
+
+class InvalidArgumentError(OfframpError, ValueError):
+    """An argument is out of range or of the wrong kind."""
+
+
+class ShapeError(InvalidArgumentError):
+    """A tensor has the wrong shape."""
+
+
+class BackboneCutError(OfframpError, ValueError):
+    """The backbone cannot be cut at the requested place."""
+
+
+class NotCalibratedError(OfframpError, RuntimeError):
+    """A policy is needed and none was set."""
+
+
+class InfeasibleTargetError(OfframpError, ValueError):
+    """No thresholds reach the target.
+
+    Args:
+        message: What was asked and what is possible.
+        best_achievable: The nearest value that can be reached, in the unit of the target.
+    """
+
+    def __init__(self, message: str, *, best_achievable: float) -> None:
+        super().__init__(message)
+        self.best_achievable = best_achievable
+
+
+class DataError(OfframpError, ValueError):
+    """A data set or an input file is unreadable or inconsistent."""
+
+
+class DataNotFoundError(DataError, FileNotFoundError):
+    """A data set or an input file is not where it was looked for."""
+
+
+class InSampleError(DataError):
+    """A report was asked for on the data that chose the thresholds."""
+
+
+class ArtifactError(OfframpError, ValueError):
+    """A run folder or one of its files is corrupt, foreign, too new, or exists already."""
+
+
+class MissingExtraError(OfframpError, ImportError):
+    """An optional dependency is missing; the message holds the command that installs it."""

@@ -1,0 +1,1 @@
+"""Running early, evaluating and timing."""

@@ -1,0 +1,98 @@
+"""From an image file of any size to the pixels a network was trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from offramp.errors import DataError, DataNotFoundError
+from offramp.training.sources import MAX_IMAGE_PIXELS, DataSource
+
+Pixels = npt.NDArray[np.uint8]
+
+_INK_MARGIN = 1 / 14
+"""Blank border around the ink, as a share of the side, as in EMNIST (2 of 28 pixels)."""
+
+
+def read_picture(path: Path | str, source: DataSource) -> Tensor:
+    """Read an upright picture and bring it into the form of a data set.
+
+    Colour becomes grey where the data set is grey; dark strokes on a light ground are inverted
+    where its strokes are light. A picture of another size is cut to its ink (data sets of
+    strokes) or its middle square (others) and resized. Height and width are swapped where the
+    data set stores them so.
+
+    Args:
+        path: A PNG, JPEG, or any file that Pillow reads.
+        source: The data set that the network was trained on.
+    Returns:
+        Pixels, shape (C, H, W), uint8.
+    Raises:
+        DataNotFoundError: If there is no such file.
+        DataError: If it is no readable image, or has more than 64 million pixels.
+    """
+    channels, height, width = source.image_shape
+    picture = _open(Path(path), mode="L" if channels == 1 else "RGB")
+    if source.light_on_dark and _border_value(picture) > 127:
+        picture = ImageOps.invert(picture)
+    if picture.size != (width, height):
+        picture = _ink_square(picture) if source.light_on_dark else _middle_square(picture)
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    pixels: Pixels = np.asarray(picture, dtype=np.uint8).reshape(height, width, channels)
+    axes = (2, 1, 0) if source.transposed else (2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(axes)))
+
+
+def _open(path: Path, *, mode: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise DataError(
+                    f"Expected an image of at most {MAX_IMAGE_PIXELS // 2**20} million pixels. "
+                    f"{path} has {image.width}x{image.height}: make it smaller."
+                )
+            upright = ImageOps.exif_transpose(image).convert("RGBA")
+    except FileNotFoundError as error:
+        raise DataNotFoundError(f"There is no image file {path}.") from error
+    except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"Expected an image (PNG, JPEG, ...) in {path}, found something unreadable: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    # Transparent parts count as paper.
+    paper = Image.new("RGBA", upright.size, "white")
+    return Image.alpha_composite(paper, upright).convert(mode)
+
+
+def _border_value(picture: Image.Image) -> float:
+    pixels = np.asarray(picture.convert("L"))
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    return float(np.median(border))
+
+
+def _ink_square(picture: Image.Image) -> Image.Image:
+    """Cut to the bounding box of the ink and centre it in a square with a small margin."""
+    grey = np.asarray(picture.convert("L"))
+    ink = grey > max(int(grey.max()) // 4, 1)
+    if not ink.any():
+        return _middle_square(picture)
+    rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
+    box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+    cut = picture.crop(box)
+    side = max(1, round(max(cut.size) / (1 - 2 * _INK_MARGIN)))
+    frame = Image.new(cut.mode, (side, side))
+    frame.paste(cut, ((side - cut.width) // 2, (side - cut.height) // 2))
+    return frame
+
+
+def _middle_square(picture: Image.Image) -> Image.Image:
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return picture.crop((left, top, left + side, top + side))

@@ -1,0 +1,119 @@
+"""What a network costs: multiply-accumulates (MACs) per sample, counted from what really runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from offramp.errors import ShapeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitCosts:
+    """MACs per sample of a multi-exit network, part by part.
+
+    Attributes:
+        stage_macs: Each stage, heads not counted.
+        head_macs: Each exit head.
+    """
+
+    stage_macs: tuple[int, ...]
+    head_macs: tuple[int, ...]
+
+    @property
+    def num_exits(self) -> int:
+        """Number of exits, the final one counted."""
+        return len(self.stage_macs)
+
+    @property
+    def plain_macs(self) -> int:
+        """The plain network: every stage and the final head only."""
+        return sum(self.stage_macs) + self.head_macs[-1]
+
+    def exit_macs(self, off: frozenset[int] = frozenset()) -> tuple[int, ...]:
+        """MACs of a sample that leaves at each exit: the stages and the heads it ran through.
+
+        Args:
+            off: Exits whose heads do not run.
+        Returns:
+            Cumulative MACs, one per exit.
+        Example:
+            >>> ExitCosts(stage_macs=(10, 20), head_macs=(1, 2)).exit_macs()
+            (11, 33)
+        """
+        steps = zip(self.stage_macs, self.head_macs, strict=True)
+        return tuple(
+            accumulate(stage + (0 if k in off else head) for k, (stage, head) in enumerate(steps))
+        )
+
+
+def count_macs(module: nn.Module, *inputs: Tensor) -> int:
+    """Count the multiply-accumulates that a module runs for one sample.
+
+    The module runs once, in evaluation mode and without gradients, on the first sample of the
+    inputs; matrix products, convolutions and attention are counted, element-wise work is not.
+
+    Args:
+        module: Any module.
+        inputs: Its tensors, each with the batch axis first.
+    Returns:
+        MACs per sample: half the FLOPs that ``torch.utils.flop_counter`` counts.
+    Raises:
+        ShapeError: If an input has no sample in it.
+    Example:
+        >>> count_macs(nn.Linear(784, 10), torch.zeros(1, 784))
+        7840
+    """
+    for tensor in inputs:
+        if tensor.ndim == 0 or tensor.shape[0] == 0:
+            raise ShapeError(
+                "Expected inputs with a batch axis of at least one sample. "
+                f"Got shape {tuple(tensor.shape)}."
+            )
+    with torch.no_grad(), evaluation_mode(module), counting_macs() as counted:
+        module(*(tensor[:1] for tensor in inputs))
+    return counted()
+
+
+@contextmanager
+def counting_macs() -> Iterator[_MacCounter]:
+    """Count the MACs of everything that runs inside the block; call the result to read them."""
+    # Fused attention kernels are invisible to the counter: both ways around them are needed.
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            yield _MacCounter(counter)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+class _MacCounter:
+    def __init__(self, counter: FlopCounterMode) -> None:
+        self._counter = counter
+
+    def __call__(self) -> int:
+        return int(self._counter.get_total_flops()) // 2
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module in evaluation mode inside the block and restore every submodule's mode after.
+
+    Args:
+        module: Any module.
+    """
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training

@@ -1,0 +1,169 @@
+"""The network with several exits: stages that run one after the other, an exit after each.
+
+Shapes: ``B`` batch, ``C`` classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from offramp.errors import InvalidArgumentError, ShapeError
+from offramp.measure.cost import ExitCosts, count_macs, evaluation_mode
+
+Features = tuple[Tensor, ...]
+"""What crosses from one stage to the next, each tensor with its batch axis first."""
+
+
+class MultiExitNetwork(nn.Module):
+    """A backbone cut into stages, with an exit after each.
+
+    Stage k maps the features of stage k - 1 to its own (a tensor, or a tuple of tensors when
+    several cross the cut); exit k maps the features of stage k to logits. Both are called with
+    the features as positional arguments. ``forward`` always returns every exit's logits:
+    stopping early is the business of a runner.
+
+    Args:
+        stages: The slices of the backbone, in order.
+        exits: As many exit heads; the last one is the final exit.
+    Raises:
+        InvalidArgumentError: If there is no stage, or not one exit per stage.
+    Example:
+        >>> stages = [nn.Linear(8, 4), nn.Linear(4, 4)]
+        >>> network = MultiExitNetwork(stages, [nn.Linear(4, 3), nn.Linear(4, 3)])
+        >>> [tuple(logits.shape) for logits in network(torch.zeros(5, 8))]
+        [(5, 3), (5, 3)]
+    """
+
+    def __init__(self, stages: Sequence[nn.Module], exits: Sequence[nn.Module]) -> None:
+        super().__init__()
+        if not stages or len(stages) != len(exits):
+            raise InvalidArgumentError(
+                "Expected at least one stage and as many exits as stages. "
+                f"Got {len(stages)} stages and {len(exits)} exits."
+            )
+        self.stages = nn.ModuleList(stages)
+        self.exits = nn.ModuleList(exits)
+
+    @property
+    def num_exits(self) -> int:
+        """Number of exits, the final one counted."""
+        return len(self.exits)
+
+    def run_stage(self, stage_index: int, features: Features) -> Features:
+        """Run one stage.
+
+        Args:
+            stage_index: Number of the stage, from 0.
+            features: What the stage before returned; the network's inputs for stage 0.
+        Returns:
+            The features of this stage.
+        """
+        return as_features(self.stages[stage_index](*features))
+
+    def run_exit(self, exit_index: int, features: Features) -> Tensor:
+        """Run one exit head.
+
+        Args:
+            exit_index: Number of the exit, from 0.
+            features: The features of the stage it hangs on.
+        Returns:
+            Its logits, shape (B, C), float.
+        """
+        logits: Tensor = self.exits[exit_index](*features)
+        return logits
+
+    def forward(self, *inputs: Tensor, detach: bool = False) -> tuple[Tensor, ...]:
+        """Compute every exit's logits.
+
+        Args:
+            inputs: The backbone's inputs, each with the batch axis first.
+            detach: Whether the exits before the final one read detached features, so that only
+                the final exit's loss reaches the stages.
+        Returns:
+            Raw logits of each exit, shape (B, C) each, in the order of the exits.
+        """
+        features: Features = inputs
+        outputs = []
+        for k in range(self.num_exits):
+            features = self.run_stage(k, features)
+            is_final = k == self.num_exits - 1
+            seen = tuple(f.detach() for f in features) if detach and not is_final else features
+            outputs.append(self.run_exit(k, seen))
+        return tuple(outputs)
+
+    def plain(self) -> PlainNetwork:
+        """The plain network: the same stages with the final exit only, weights shared.
+
+        Returns:
+            What every saving is measured against.
+        """
+        return PlainNetwork(self)
+
+    @torch.no_grad()
+    def costs(self, *inputs: Tensor) -> ExitCosts:
+        """Count the MACs per sample of every stage and head, by running them on one sample.
+
+        Args:
+            inputs: A batch like those the network will see, at least one sample.
+        Returns:
+            MACs of each part.
+        Raises:
+            ShapeError: If the batch is empty.
+        """
+        stage_macs, head_macs = [], []
+        features = tuple(tensor[:1] for tensor in inputs)
+        with evaluation_mode(self):
+            for stage, head in zip(self.stages, self.exits, strict=True):
+                stage_macs.append(count_macs(stage, *features))
+                features = as_features(stage(*features))
+                head_macs.append(count_macs(head, *features))
+        return ExitCosts(stage_macs=tuple(stage_macs), head_macs=tuple(head_macs))
+
+
+class PlainNetwork(nn.Module):
+    """A multi-exit network's stages and final exit, run as one ordinary network.
+
+    Args:
+        network: The network whose modules it shares.
+    """
+
+    def __init__(self, network: MultiExitNetwork) -> None:
+        super().__init__()
+        self.stages = network.stages
+        self.head = network.exits[-1]
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Compute the final exit's logits.
+
+        Args:
+            inputs: The backbone's inputs, each with the batch axis first.
+        Returns:
+            Raw logits, shape (B, C), float.
+        """
+        features: Features = inputs
+        for stage in self.stages:
+            features = as_features(stage(*features))
+        logits: Tensor = self.head(*features)
+        return logits
+
+
+def as_features(output: object) -> Features:
+    """Bring what a stage returned into the form of features.
+
+    Args:
+        output: A tensor or a tuple of tensors.
+    Returns:
+        A tuple of tensors.
+    Raises:
+        ShapeError: If it is neither.
+    """
+    if isinstance(output, Tensor):
+        return (output,)
+    if isinstance(output, tuple) and output and all(isinstance(t, Tensor) for t in output):
+        return output
+    raise ShapeError(
+        f"Expected a tensor or a tuple of tensors as features. Got {type(output).__name__}."
+    )

@@ -1,0 +1,1 @@
+"""Deciding: confidence and policies."""

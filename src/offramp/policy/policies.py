@@ -1,0 +1,246 @@
+"""Policies: who leaves at which exit. They see logits only, never a network or a clock.
+
+Shapes: ``B`` batch, ``C`` classes.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.errors import ArtifactError, InvalidArgumentError
+from offramp.policy.confidence import CONFIDENCE_RULES, confidence_from_entropy_nats
+
+State = tuple[Tensor, ...]
+"""What a policy remembers of each sample: tensors with their batch axis first."""
+
+
+class Policy(ABC):
+    """Decides, exit by exit, which samples leave.
+
+    Attributes:
+        num_exits: Exits of the network it is for; the last one accepts every sample.
+    """
+
+    num_exits: int
+
+    @abstractmethod
+    def step(
+        self, exit_index: int, output: Tensor, state: State
+    ) -> tuple[Tensor, Tensor, State]:
+        """Decide for the samples that reached an exit.
+
+        Args:
+            exit_index: Number of the exit, from 0.
+            output: Raw logits of that exit, shape (B, C), float.
+            state: What the previous step returned, rows of samples that left taken out; the
+                empty tuple at the first exit.
+        Returns:
+            leave: Shape (B,), bool; all True at the final exit, never True for NaN before it.
+            confidence: Shape (B,), float in [0, 1].
+            state: For the next exit.
+        """
+
+    def is_off(self, exit_index: int) -> bool:
+        """Whether nobody can leave at this exit, so that its head need not run.
+
+        Args:
+            exit_index: Number of the exit, from 0.
+        Returns:
+            True if the exit is switched off.
+        """
+        return False
+
+
+@dataclass(frozen=True)
+class ThresholdPolicy(Policy):
+    """Leave at exit k as soon as the confidence reaches ``thresholds[k]``.
+
+    Args:
+        thresholds: One per exit but the final one, each in [0, 1], or +inf to switch the exit off.
+        rule: Name of the confidence function: entropy, max_probability or margin.
+    Raises:
+        InvalidArgumentError: If a threshold is NaN or outside [0, 1] and not +inf, or the rule
+            is unknown.
+    Example:
+        >>> policy = ThresholdPolicy((0.9, float("inf")), rule="max_probability")
+        >>> policy.num_exits, policy.is_off(1)
+        (3, True)
+    """
+
+    thresholds: tuple[float, ...]
+    rule: str = "entropy"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "thresholds", tuple(float(t) for t in self.thresholds))
+        for threshold in self.thresholds:
+            if not (0 <= threshold <= 1 or threshold == math.inf):
+                raise InvalidArgumentError(
+                    "A threshold must be in [0, 1], or inf to switch its exit off. "
+                    f"Got {threshold}."
+                )
+        if self.rule not in CONFIDENCE_RULES:
+            raise InvalidArgumentError(
+                f"The rule must be one of {', '.join(CONFIDENCE_RULES)}. Got {self.rule!r}."
+            )
+
+    @classmethod
+    def from_entropy_nats(
+        cls, thresholds_nats: Sequence[float], *, num_classes: int
+    ) -> ThresholdPolicy:
+        """Leave at exit k as soon as the entropy is at most ``thresholds_nats[k]``.
+
+        Args:
+            thresholds_nats: Entropy thresholds in nats, one per exit but the final one.
+            num_classes: Number of classes.
+        Returns:
+            The same rule as confidence thresholds.
+        Raises:
+            InvalidArgumentError: If a threshold is NaN or outside [0, log C].
+        """
+        return cls(tuple(confidence_from_entropy_nats(t, num_classes) for t in thresholds_nats))
+
+    @property
+    def num_exits(self) -> int:  # type: ignore[override]
+        """Exits of the network it is for, the final one counted."""
+        return len(self.thresholds) + 1
+
+    def step(
+        self, exit_index: int, output: Tensor, state: State
+    ) -> tuple[Tensor, Tensor, State]:
+        """See :meth:`Policy.step`; keeps no state."""
+        confidence_B = CONFIDENCE_RULES[self.rule](output)
+        if exit_index == len(self.thresholds):
+            return torch.ones_like(confidence_B, dtype=torch.bool), confidence_B, state
+        return confidence_B >= self.thresholds[exit_index], confidence_B, state
+
+    def is_off(self, exit_index: int) -> bool:
+        """Whether the threshold of this exit is +inf."""
+        return exit_index < len(self.thresholds) and self.thresholds[exit_index] == math.inf
+
+
+@dataclass(frozen=True)
+class PatiencePolicy(Policy):
+    """Leave as soon as ``patience`` exits in a row predict the same class.
+
+    Args:
+        patience: How many exits in a row must agree, at least 2.
+        num_exits: Exits of the network it is for.
+        rule: Confidence function to report; it does not decide.
+    Raises:
+        InvalidArgumentError: If ``patience`` is below 2 or the rule is unknown.
+    Reference: Zhou et al. (2020), BERT Loses Patience; they count agreements, so that their
+        patience is one less than ours.
+    """
+
+    patience: int
+    num_exits: int
+    rule: str = "max_probability"
+
+    def __post_init__(self) -> None:
+        if self.patience < 2:
+            raise InvalidArgumentError(
+                f"The 'patience' parameter must be an int of at least 2. Got {self.patience}."
+            )
+        if self.rule not in CONFIDENCE_RULES:
+            raise InvalidArgumentError(
+                f"The rule must be one of {', '.join(CONFIDENCE_RULES)}. Got {self.rule!r}."
+            )
+
+    def step(
+        self, exit_index: int, output: Tensor, state: State
+    ) -> tuple[Tensor, Tensor, State]:
+        """See :meth:`Policy.step`; the state is the last label and the length of its streak."""
+        confidence_B = CONFIDENCE_RULES[self.rule](output)
+        label_B = output.argmax(-1)
+        streak_B = torch.ones_like(label_B)
+        if state:
+            last_label_B, last_streak_B = state
+            streak_B = torch.where(label_B == last_label_B, last_streak_B + 1, streak_B)
+        leave_B = (streak_B >= self.patience) & ~confidence_B.isnan()
+        if exit_index == self.num_exits - 1:
+            leave_B = torch.ones_like(leave_B)
+        return leave_B, confidence_B, (label_B, streak_B)
+
+
+def never_leave(num_exits: int) -> ThresholdPolicy:
+    """Send every sample to the final exit; the heads before it are not run.
+
+    Args:
+        num_exits: Exits of the network it is for, at least 1.
+    Returns:
+        A policy with every exit but the final one switched off.
+    """
+    return ThresholdPolicy((math.inf,) * (num_exits - 1))
+
+
+def always_leave_at(exit_index: int, *, num_exits: int) -> ThresholdPolicy:
+    """Let every sample leave at one exit (NaN goes on to the final one).
+
+    Args:
+        exit_index: The exit to leave at, in [0, num_exits - 1].
+        num_exits: Exits of the network it is for.
+    Returns:
+        A policy with the exits before it switched off.
+    Raises:
+        InvalidArgumentError: If there is no such exit.
+    """
+    if not 0 <= exit_index < num_exits:
+        raise InvalidArgumentError(
+            f"The 'exit_index' parameter must be an int in [0, {num_exits - 1}]. Got {exit_index}."
+        )
+    return ThresholdPolicy(
+        tuple(0.0 if k == exit_index else math.inf for k in range(num_exits - 1))
+    )
+
+
+def policy_to_dict(policy: Policy) -> dict[str, Any]:
+    """Describe a policy in values that JSON can hold (+inf becomes None).
+
+    Args:
+        policy: A policy that Offramp ships.
+    Returns:
+        A dictionary that :func:`policy_from_dict` reads.
+    Raises:
+        InvalidArgumentError: If the policy is of a class that Offramp does not know.
+    """
+    if isinstance(policy, ThresholdPolicy):
+        thresholds = [None if t == math.inf else t for t in policy.thresholds]
+        return {"kind": "threshold", "rule": policy.rule, "thresholds": thresholds}
+    if isinstance(policy, PatiencePolicy):
+        return {
+            "kind": "patience",
+            "rule": policy.rule,
+            "patience": policy.patience,
+            "num_exits": policy.num_exits,
+        }
+    raise InvalidArgumentError(
+        f"Expected a ThresholdPolicy or a PatiencePolicy. Got {type(policy).__name__}."
+    )
+
+
+def policy_from_dict(content: dict[str, Any]) -> Policy:
+    """Rebuild a policy from :func:`policy_to_dict`.
+
+    Args:
+        content: The dictionary.
+    Returns:
+        The policy.
+    Raises:
+        ArtifactError: If the dictionary is no policy or names a kind this version does not know.
+    """
+    try:
+        if content["kind"] == "threshold":
+            thresholds = (math.inf if t is None else t for t in content["thresholds"])
+            return ThresholdPolicy(tuple(thresholds), rule=content["rule"])
+        if content["kind"] == "patience":
+            return PatiencePolicy(content["patience"], content["num_exits"], rule=content["rule"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"Expected a policy, got a damaged one ({error}).") from error
+    raise ArtifactError(f"Expected a threshold or patience policy. Got kind {content['kind']!r}.")

@@ -1,0 +1,26 @@
+"""What a runner returns for a batch, whatever engine computed it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+Array = TypeVar("Array")
+"""A ``torch.Tensor`` or a ``numpy.ndarray``, by the engine that ran."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveResult(Generic[Array]):
+    """The answers of one batch and what each of them cost, in the order of the batch.
+
+    Attributes:
+        output: Raw logits of the exit each sample left by, shape (B, C), float.
+        exit_index: The exit each sample left by, shape (B,), int64.
+        confidence: The policy's confidence at that exit, in [0, 1], shape (B,), float.
+        macs: Multiply-accumulates that ran for each sample, exit heads counted, shape (B,), int64.
+    """
+
+    output: Array
+    exit_index: Array
+    confidence: Array
+    macs: Array

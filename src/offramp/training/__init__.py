@@ -1,0 +1,1 @@
+"""Training: data, losses, recipes, run folders."""

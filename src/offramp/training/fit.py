@@ -1,0 +1,252 @@
+"""Training a multi-exit network with Lightning: ``fit`` and what it writes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.profilers import SimpleProfiler
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from offramp.artifacts import SCHEMA_VERSION, atomic_path
+from offramp.errors import ArtifactError, InvalidArgumentError
+from offramp.model.multi_exit import MultiExitNetwork
+from offramp.training.data import EpochSampler, ImageBatches, make_loader
+from offramp.training.task import FitConfig, MultiExitTask
+
+LAST_CHECKPOINT = "last.ckpt"
+METRICS_FILE = "metrics.jsonl"
+
+
+def fit(
+    network: MultiExitNetwork,
+    train: Dataset[Any] | DataLoader[Any],
+    calibration: Dataset[Any] | DataLoader[Any] | None = None,
+    config: FitConfig | None = None,
+    *,
+    folder: Path | str | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> None:
+    """Train a network in place, every exit at once.
+
+    With a ``folder``, every epoch ends with a checkpoint (``last.ckpt``), a line in
+    ``metrics.jsonl``, and Lightning's CSV and TensorBoard logs under ``logs/``. Order of samples,
+    augmentation and dropout depend on the seed and the epoch alone: a run that was killed and
+    resumed ends with the weights of the unbroken run (same device and number of threads).
+
+    Args:
+        network: The network to train.
+        train: Pairs of (input, label), or a loader of batches of them; labels are int64 classes.
+        calibration: Held-out pairs, to report each exit's accuracy after every epoch.
+        config: How to train; ``FitConfig()`` if None.
+        folder: An existing folder for checkpoint and logs; nothing is written if None.
+        resume: Go on from the folder's checkpoint, if there is one.
+        callbacks: Lightning callbacks to run as well.
+    Raises:
+        InvalidArgumentError: If there is not one loss weight per exit, or cuda was asked for and
+            there is none, or class balance was asked for where the labels are unknown.
+        DataError: If a label is outside the network's classes.
+        ArtifactError: If the checkpoint to resume from is damaged or of another run.
+    """
+    config = config or FitConfig()
+    _check_config(network, config)
+    checkpoint = None
+    if resume and folder is not None and (Path(folder) / LAST_CHECKPOINT).exists():
+        checkpoint = check_checkpoint(Path(folder) / LAST_CHECKPOINT, network)
+    own = [RichProgressBar(leave=False)] if sys.stdout.isatty() else []
+    if folder is not None:
+        own += [_EpochReport(Path(folder)), _LastCheckpoint(Path(folder))]
+    trainer = Trainer(
+        max_epochs=config.epochs,
+        accelerator={"auto": "auto", "cpu": "cpu", "cuda": "gpu"}[config.device],
+        devices=config.devices,
+        strategy="ddp_spawn" if config.devices > 1 else "auto",
+        callbacks=[*own, *callbacks],
+        logger=_loggers(Path(folder)) if folder is not None else False,
+        profiler=SimpleProfiler(),
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=sys.stdout.isatty(),
+        num_sanity_val_steps=0,
+        use_distributed_sampler=isinstance(train, DataLoader),
+    )
+    with _quiet_lightning():
+        trainer.fit(
+            MultiExitTask(network, config),
+            _train_loader(train, config),
+            None if calibration is None else _loader(calibration, config),
+            ckpt_path=checkpoint,
+            weights_only=True,
+        )
+    network.eval()
+
+
+def check_checkpoint(path: Path, network: nn.Module) -> Path:
+    """Make sure that a checkpoint is whole and belongs to a network, before training touches it.
+
+    Args:
+        path: A ``last.ckpt``.
+        network: The network about to be trained.
+    Returns:
+        The path.
+    Raises:
+        ArtifactError: If it is damaged, of a newer schema, or of another network.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        version = content[_SCHEMA_KEY]
+        shapes = {name: tensor.shape for name, tensor in content["state_dict"].items()}
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise ArtifactError(
+            f"The checkpoint {path} is damaged or not Offramp's "
+            f"({str(error).splitlines()[0] or type(error).__name__}). "
+            "Delete it to start this run again from the first epoch."
+        ) from error
+    if version > SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{path} has schema version {version}; this Offramp reads up to {SCHEMA_VERSION}. "
+            "Upgrade Offramp: pip install --upgrade offramp"
+        )
+    if shapes != {f"network.{name}": t.shape for name, t in network.state_dict().items()}:
+        raise ArtifactError(
+            f"The checkpoint {path} is of another network. Resume with the settings the run "
+            "was started with, or choose another folder."
+        )
+    return path
+
+
+_SCHEMA_KEY = "offramp_schema_version"
+
+
+class _LastCheckpoint(Callback):
+    """Writes ``last.ckpt`` at the end of every epoch, whole or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[_SCHEMA_KEY] = SCHEMA_VERSION
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        temporary = self.folder / f".{LAST_CHECKPOINT}.partial"
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            temporary.replace(self.folder / LAST_CHECKPOINT)
+
+
+class _EpochReport(Callback):
+    """Writes and prints a line per epoch: loss, accuracies, seconds, share of time on data."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / METRICS_FILE
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start = time.perf_counter()
+        self._marks = _profiled_seconds(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        data_s, step_s = (
+            after - before
+            for before, after in zip(self._marks, _profiled_seconds(trainer), strict=True)
+        )
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        record = {
+            "epoch": trainer.current_epoch + 1,
+            "train_loss": metrics["train_loss_epoch"],
+            "exit_accuracy": [
+                metrics[name] for name in sorted(metrics) if name.startswith("accuracy_exit_")
+            ],
+            "epoch_s": round(time.perf_counter() - self._start, 3),
+            "data_share": round(data_s / (data_s + step_s), 4) if data_s + step_s else 0.0,
+        }
+        self._append(record)
+        accuracies = "  ".join(f"{100 * value:.2f}" for value in record["exit_accuracy"])
+        print(
+            f"epoch {record['epoch']}/{trainer.max_epochs}  loss {record['train_loss']:.4f}"
+            + (f"  exits {accuracies} %" if accuracies else "")
+            + f"  {record['epoch_s']:.1f} s",
+            flush=True,
+        )
+
+    def _append(self, record: dict[str, Any]) -> None:
+        """Add a line; lines of this epoch and later ones stem from a run that was killed."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if json.loads(line)["epoch"] < record["epoch"]]
+        with atomic_path(self.path) as temporary:
+            temporary.write_text("\n".join([*kept, json.dumps(record)]) + "\n")
+
+
+def _profiled_seconds(trainer: Trainer) -> tuple[float, float]:
+    profiler = trainer.profiler  # type: ignore[attr-defined]
+    durations: dict[str, list[float]] = profiler.recorded_durations
+    waiting = "[_TrainingEpochLoop].train_dataloader_next"
+    return sum(durations[waiting]), sum(durations["run_training_batch"])
+
+
+def _check_config(network: MultiExitNetwork, config: FitConfig) -> None:
+    weights = config.loss_weights
+    if weights is not None and len(weights) != network.num_exits:
+        raise InvalidArgumentError(
+            f"The 'loss_weights' parameter must hold {network.num_exits} numbers, one per exit. "
+            f"Got {len(weights)}."
+        )
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InvalidArgumentError(
+            "The device cuda was asked for, but torch sees no CUDA device here. Use --device cpu."
+        )
+
+
+def _train_loader(train: Dataset[Any] | DataLoader[Any], config: FitConfig) -> DataLoader[Any]:
+    if isinstance(train, DataLoader):
+        if config.class_balanced:
+            raise InvalidArgumentError(
+                "'class_balanced' needs a data set, not a DataLoader: give the loader a "
+                "WeightedRandomSampler instead."
+            )
+        return train
+    if isinstance(train, ImageBatches):
+        labels_N = train.labels_N
+    elif config.class_balanced:
+        labels_N = torch.tensor([int(label) for _, label in train])  # type: ignore[attr-defined]
+    else:
+        labels_N = torch.zeros(len(train), dtype=torch.int64)  # type: ignore[arg-type]
+    sampler = EpochSampler(labels_N, seed=config.seed, class_balanced=config.class_balanced)
+    return make_loader(train, batch_size=config.batch_size, sampler=sampler)
+
+
+def _loader(data: Dataset[Any] | DataLoader[Any], config: FitConfig) -> DataLoader[Any]:
+    return data if isinstance(data, DataLoader) else make_loader(data, batch_size=config.batch_size)
+
+
+def _loggers(folder: Path) -> list[Logger]:
+    return [
+        CSVLogger(folder / "logs", name="csv"),
+        TensorBoardLogger(folder / "logs", name="tensorboard"),
+    ]
+
+
+class _quiet_lightning(warnings.catch_warnings):  # noqa: N801
+    """Silence Lightning's tips about workers and hardware; errors still show."""
+
+    def __enter__(self) -> Any:
+        caught = super().__enter__()
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+        return caught

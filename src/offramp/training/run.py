@@ -1,0 +1,283 @@
+"""The run folder: a recipe, the weights it led to, and the policy chosen for them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from offramp.artifacts import read_json, write_json
+from offramp.errors import ArtifactError, InSampleError, InvalidArgumentError
+from offramp.model.checkpoint import load_weights, save_weights
+from offramp.model.multi_exit import MultiExitNetwork
+from offramp.policy.policies import Policy, policy_from_dict, policy_to_dict
+from offramp.training.data import ImageBatches, split_off_calibration
+from offramp.training.fit import LAST_CHECKPOINT
+from offramp.training.recipes import Recipe
+from offramp.training.sources import load_split
+
+RECIPE_FILE = "recipe.json"
+WEIGHTS_FILE = "model.safetensors"
+POLICY_FILE = "policy.json"
+CALIBRATION_SPLIT = "calibration"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A trained network as a run folder holds it.
+
+    Attributes:
+        folder: The run folder.
+        network: The network in evaluation mode, on the CPU.
+        class_names: Name of each class; empty where none were saved.
+        policy: Who leaves where; None before calibration.
+        calibration: What was asked of the policy, on which data, and what it reached there.
+        recipe: How it was trained; None for a network of the user's own.
+        data: What ``--data`` was when it was trained; None if the default was taken.
+    """
+
+    folder: Path
+    network: MultiExitNetwork
+    class_names: tuple[str, ...]
+    policy: Policy | None
+    calibration: dict[str, Any] | None
+    recipe: Recipe | None
+    data: str | None
+
+    def require_recipe(self) -> Recipe:
+        """The recipe, where a command cannot do without.
+
+        Raises:
+            ArtifactError: If the run holds a network of the user's own.
+        """
+        if self.recipe is None:
+            raise ArtifactError(
+                f"The run {self.folder} holds a network of your own, without a recipe that names "
+                "its data. Use evaluate() and time_runner() from Python."
+            )
+        return self.recipe
+
+
+def save(
+    folder: Path | str,
+    network: MultiExitNetwork,
+    *,
+    policy: Policy | None = None,
+    class_names: tuple[str, ...] = (),
+) -> None:
+    """Save a network of your own, and its policy, as a run folder.
+
+    Args:
+        folder: Folder to make; it must not hold a run yet.
+        network: The network.
+        policy: Its policy, if it has one.
+        class_names: Name of each class.
+    Raises:
+        ArtifactError: If the folder holds a run or cannot be written.
+    """
+    folder = create_folder(folder)
+    write_recipe(folder, recipe=None, class_names=class_names, data=None)
+    save_weights(network, folder / WEIGHTS_FILE)
+    if policy is not None:
+        write_policy(folder, policy)
+
+
+def load(folder: Path | str, network: MultiExitNetwork | None = None) -> Run:
+    """Load a run folder.
+
+    Args:
+        folder: The run folder.
+        network: The network to fill, for a run that :func:`save` wrote; a run of a recipe builds
+            its own.
+    Returns:
+        The run, its network in evaluation mode.
+    Raises:
+        ArtifactError: If the folder is no run, not trained to the end, damaged, or too new.
+        InvalidArgumentError: If the network has to be given and was not.
+    """
+    folder = Path(folder)
+    recipe, class_names, data = read_recipe(folder)
+    if not (folder / WEIGHTS_FILE).exists():
+        raise ArtifactError(
+            f"The run {folder} is not trained to the end: {WEIGHTS_FILE} is missing. "
+            "Finish it: offramp train RECIPE --out RUN --resume"
+        )
+    if network is None:
+        if recipe is None:
+            raise InvalidArgumentError(
+                f"The run {folder} holds a network of your own. "
+                "Build it and give it: load(folder, network=...)."
+            )
+        network = recipe.build_network()
+    load_weights(network, folder / WEIGHTS_FILE)
+    policy, calibration = None, None
+    if (folder / POLICY_FILE).exists():
+        content = read_json(folder / POLICY_FILE)
+        policy, calibration = policy_from_dict(content.get("policy", {})), content
+        if policy.num_exits != network.num_exits:
+            raise ArtifactError(
+                f"Expected a policy for {network.num_exits} exits in {folder / POLICY_FILE}. "
+                f"Got one for {policy.num_exits}. Calibrate the run again."
+            )
+    return Run(
+        folder=folder,
+        network=network.eval(),
+        class_names=class_names,
+        policy=policy,
+        calibration=calibration,
+        recipe=recipe,
+        data=data,
+    )
+
+
+def create_folder(folder: Path | str) -> Path:
+    """Make the folder of a new run.
+
+    Args:
+        folder: The folder; it may exist if it is empty.
+    Returns:
+        Its path.
+    Raises:
+        ArtifactError: If it holds something already or cannot be made.
+    """
+    folder = Path(folder)
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ArtifactError(
+                f"The folder {folder} exists already. Go on with --resume, or choose another "
+                "name with --out."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(
+            f"Cannot make the folder {folder}: {error.strerror}. Choose another with --out."
+        ) from error
+    return folder
+
+
+def write_recipe(
+    folder: Path, *, recipe: Recipe | None, class_names: tuple[str, ...], data: str | None
+) -> None:
+    """Write ``recipe.json``.
+
+    Args:
+        folder: The run folder.
+        recipe: How the run is trained; None for a network of the user's own.
+        class_names: Name of each class.
+        data: What ``--data`` was.
+    """
+    content = {
+        "recipe": None if recipe is None else recipe.to_dict(),
+        "class_names": list(class_names),
+        "data": data,
+    }
+    write_json(folder / RECIPE_FILE, content)
+
+
+def read_recipe(folder: Path) -> tuple[Recipe | None, tuple[str, ...], str | None]:
+    """Read ``recipe.json``.
+
+    Args:
+        folder: The run folder.
+    Returns:
+        What :func:`write_recipe` was given: recipe, class names, data.
+    Raises:
+        ArtifactError: If the folder is no run, or the file is damaged or too new.
+    """
+    if not (folder / RECIPE_FILE).is_file():
+        raise ArtifactError(
+            f"Expected a run folder with a {RECIPE_FILE} in it. {folder} has none. "
+            "Make one: offramp train RECIPE --out RUN"
+        )
+    content = read_json(folder / RECIPE_FILE)
+    try:
+        recipe = None if content["recipe"] is None else Recipe.from_dict(content["recipe"])
+        return recipe, tuple(content["class_names"]), content["data"]
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"The file {folder / RECIPE_FILE} is damaged ({error}).") from error
+
+
+def write_policy(
+    folder: Path, policy: Policy, *, calibration: dict[str, Any] | None = None
+) -> None:
+    """Write ``policy.json``.
+
+    Args:
+        folder: The run folder.
+        policy: The policy.
+        calibration: What was asked, the data it was chosen on, and what it reached there.
+    """
+    write_json(folder / POLICY_FILE, {"policy": policy_to_dict(policy), **(calibration or {})})
+
+
+def load_batches(
+    recipe: Recipe, split: str, data: str | None = None
+) -> tuple[ImageBatches, tuple[str, ...], str]:
+    """Load a split of a recipe's data.
+
+    Args:
+        recipe: The recipe.
+        split: A split of the data set, or "calibration", which is cut from train.
+        data: A folder, or the word that downloads the data set; the default places if None.
+    Returns:
+        batches: The images, not augmented unless the split is train.
+        class_names: Name of each class.
+        fingerprint: Identifies these samples.
+    Raises:
+        InvalidArgumentError: If there is no such split, or the recipe sets no calibration data
+            aside.
+        DataError: If the data is missing or damaged.
+    """
+    is_cut = split in ("train", CALIBRATION_SPLIT) and recipe.calibration_share > 0
+    if split == CALIBRATION_SPLIT and not is_cut:
+        raise InvalidArgumentError(
+            f"The recipe {recipe.name!r} was trained with calibration_share=0: no data was set "
+            "aside. Give thresholds by hand with --thresholds, or train with "
+            "--set calibration_share=0.1."
+        )
+    whole = load_split(recipe.data, "train" if is_cut else split, data)
+    batches = ImageBatches(whole.store, whole.labels_N, normalise=recipe.normalisation)
+    if split == "train":
+        batches = batches.augmented(recipe.augment)
+    if is_cut:
+        train, calibration = split_off_calibration(
+            batches,
+            share=recipe.calibration_share,
+            seed=recipe.fit.seed,
+            uniform_prior=recipe.uniform_prior,
+        )
+        batches = train if split == "train" else calibration
+    return batches, whole.class_names, _fingerprint(whole.fingerprint(), batches)
+
+
+def refuse_in_sample(run: Run, fingerprint: str) -> None:
+    """Refuse to report on the samples that chose the thresholds.
+
+    Args:
+        run: The run.
+        fingerprint: Of the samples about to be reported on.
+    Raises:
+        InSampleError: If the run's thresholds were chosen on these samples.
+    """
+    chosen_on = ((run.calibration or {}).get("data") or {}).get("sha256")
+    if chosen_on == fingerprint:
+        raise InSampleError(
+            f"The thresholds of {run.folder} were chosen on these samples: figures on them would "
+            "be too good. Use --split test, or --in-sample to see them labelled as such."
+        )
+
+
+def checkpoint_exists(folder: Path) -> bool:
+    """Whether training has left a checkpoint to resume from.
+
+    Args:
+        folder: The run folder.
+    """
+    return (folder / LAST_CHECKPOINT).exists()
+
+
+def _fingerprint(whole: str, batches: ImageBatches) -> str:
+    rows = hashlib.sha256(batches.rows_N.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(json.dumps([whole, rows]).encode()).hexdigest()
