@@ -1,0 +1,43 @@
+"""Small networks and data that several tests need; nothing is written outside tmp_path."""
+
+import tempfile
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis.configuration import set_hypothesis_home_dir
+from torch import nn
+
+from offramp.model.multi_exit import MultiExitNetwork
+from offramp.zoo.mlp import mlp
+
+set_hypothesis_home_dir(tempfile.gettempdir())
+settings.register_profile("offramp", database=None, deadline=None, derandomize=True)
+settings.load_profile("offramp")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def network() -> MultiExitNetwork:
+    """Three exits, 6 inputs, 4 classes; stage MACs 30, 40, 56 and head MACs 20, 32, 28."""
+    return mlp(in_features=6, widths=(5, 8, 7), num_classes=4).eval()
+
+
+@pytest.fixture
+def constant_network():
+    """Build a network whose exit k says ``logits[k]``, whatever comes in."""
+
+    def build(logits) -> MultiExitNetwork:
+        heads = []
+        for values in logits:
+            head = nn.Linear(2, len(values))
+            nn.init.zeros_(head.weight)
+            head.bias.data = torch.tensor(values)
+            heads.append(head)
+        return MultiExitNetwork([nn.Identity() for _ in heads], heads).eval()
+
+    return build

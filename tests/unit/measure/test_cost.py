@@ -1,0 +1,125 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from offramp.errors import ShapeError
+from offramp.measure.cost import ExitCosts, count_macs, counting_macs, evaluation_mode
+
+TOKENS, WIDTH, HEADS = 10, 16, 4
+
+
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class ScaledDotProduct(nn.Module):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "macs"),
+    [
+        pytest.param(nn.Linear(784, 1024), (1, 784), 784 * 1024, id="linear"),
+        pytest.param(nn.Linear(8, 3, bias=False), (1, 5, 8), 5 * 8 * 3, id="linear on tokens"),
+        pytest.param(nn.Conv2d(3, 8, 3, padding=1), (1, 3, 6, 5), 30 * 9 * 3 * 8, id="conv"),
+        pytest.param(nn.Conv2d(3, 8, 3, stride=2), (1, 3, 7, 7), 9 * 9 * 3 * 8, id="strided"),
+        pytest.param(nn.Conv2d(4, 8, 1, groups=2), (1, 4, 3, 3), 9 * 2 * 8, id="grouped"),
+        pytest.param(
+            nn.Conv2d(6, 6, 3, padding=1, groups=6), (1, 6, 4, 4), 16 * 9 * 6, id="depthwise"
+        ),
+        pytest.param(nn.Conv1d(2, 3, 5), (1, 2, 9), 5 * 5 * 2 * 3, id="conv1d"),
+        pytest.param(
+            nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2)), (1, 3, 4, 4), 0, id="none"
+        ),
+        # Three projections in, scores, weighted values, one projection out.
+        pytest.param(
+            SelfAttention(),
+            (1, TOKENS, WIDTH),
+            3 * TOKENS * WIDTH**2 + 2 * TOKENS**2 * WIDTH + TOKENS * WIDTH**2,
+            id="multi-head attention",
+        ),
+        pytest.param(
+            nn.TransformerEncoderLayer(WIDTH, HEADS, 32, batch_first=True),
+            (1, TOKENS, WIDTH),
+            4 * TOKENS * WIDTH**2 + 2 * TOKENS**2 * WIDTH + 2 * TOKENS * WIDTH * 32,
+            id="transformer layer",
+        ),
+        pytest.param(
+            ScaledDotProduct(),
+            (1, HEADS, TOKENS, 8),
+            HEADS * 2 * TOKENS**2 * 8,
+            id="scaled dot product",
+        ),
+    ],
+)
+def test_macs_equal_the_closed_form(module, shape, macs):
+    assert count_macs(module, torch.randn(shape)) == macs
+
+
+def test_macs_are_per_sample_whatever_the_batch():
+    module = nn.Linear(7, 3)
+    assert count_macs(module, torch.zeros(64, 7)) == count_macs(module, torch.zeros(1, 7)) == 21
+
+
+def test_several_inputs_are_counted():
+    class Product(nn.Module):
+        def forward(self, a, b):
+            return a @ b.transpose(1, 2)
+
+    assert count_macs(Product(), torch.zeros(2, 3, 4), torch.zeros(2, 6, 4)) == 3 * 4 * 6
+
+
+@pytest.mark.parametrize("shape", [(0, 7), ()])
+def test_counting_needs_a_sample(shape):
+    with pytest.raises(ShapeError, match="at least one sample"):
+        count_macs(nn.Linear(7, 3), torch.zeros(shape))
+
+
+def test_counting_restores_every_mode_and_running_statistics():
+    module = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 2))
+    module.train()
+    module[1].eval()
+    count_macs(module, torch.ones(3, 4))
+    assert [child.training for child in module.modules()] == [True, True, False, True]
+    assert module[0].num_batches_tracked == 0
+
+
+def test_modes_and_attention_path_are_restored_after_an_error():
+    module = nn.Linear(4, 2)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with pytest.raises(RuntimeError):
+        count_macs(module, torch.ones(3, 5))
+    assert module.training
+    assert torch.backends.mha.get_fastpath_enabled() == fast_path
+
+
+def test_evaluation_mode_holds_inside_the_block():
+    module = nn.Sequential(nn.Dropout(), nn.Linear(4, 2)).train()
+    with evaluation_mode(module):
+        assert not any(child.training for child in module.modules())
+    assert all(child.training for child in module.modules())
+
+
+def test_counting_macs_sums_what_runs_inside_the_block_only():
+    module = nn.Linear(7, 3)
+    with counting_macs() as counted, torch.inference_mode():
+        module(torch.zeros(2, 7))
+        module(torch.zeros(1, 7))
+    module(torch.zeros(8, 7))
+    assert counted() == 3 * 21
+
+
+def test_exit_costs_add_up_stages_and_the_heads_that_run():
+    costs = ExitCosts(stage_macs=(100, 200, 300), head_macs=(1, 2, 4))
+    assert costs.num_exits == 3
+    assert costs.plain_macs == 604
+    assert costs.exit_macs() == (101, 303, 607)
+    assert costs.exit_macs(frozenset({0})) == (100, 302, 606)
+    assert costs.exit_macs(frozenset({0, 1})) == (100, 300, 604)

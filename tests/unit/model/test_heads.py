@@ -1,0 +1,46 @@
+import pytest
+import torch
+
+from offramp.errors import ShapeError
+from offramp.model.heads import grid_head, head_for, linear_head, pooled_head, token_head
+
+
+@pytest.mark.parametrize(
+    ("features", "as_vector"),
+    [
+        pytest.param(torch.randn(2, 5), lambda x: x, id="flat"),
+        pytest.param(torch.randn(2, 7, 5), lambda x: x.sum(1) / 7, id="tokens"),
+        pytest.param(torch.randn(2, 5, 4, 3), lambda x: x.sum((2, 3)) / 12, id="pixels"),
+    ],
+)
+def test_head_for_features_is_linear_in_their_mean(features, as_vector):
+    head = head_for(features, num_classes=3)
+    linear = list(head.modules())[-1]
+    expected = as_vector(features) @ linear.weight.T + linear.bias
+    torch.testing.assert_close(head(features), expected)
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 3, 4, 5, 6)])
+def test_features_without_a_ready_made_head(shape):
+    with pytest.raises(ShapeError, match="pass your own with 'heads'"):
+        head_for(torch.zeros(shape), num_classes=3)
+
+
+def test_grid_head_keeps_positions_that_pooling_forgets():
+    left, right = torch.zeros(1, 1, 7, 7), torch.zeros(1, 1, 7, 7)
+    left[..., 3, 0], right[..., 3, 6] = 1, 1
+    pooled, grid = pooled_head(1, 2), grid_head(1, 7, 2)
+    torch.testing.assert_close(pooled(left), pooled(right))
+    assert not torch.allclose(grid(left), grid(right))
+
+
+@pytest.mark.parametrize(("side", "cells"), [(3, 1), (4, 1), (5, 2), (7, 3), (14, 6)])
+def test_grid_head_has_a_weight_for_each_window(side, cells):
+    head = grid_head(4, side, 10)
+    assert head(torch.zeros(2, 4, side, side)).shape == (2, 10)
+    assert head[-1].in_features == 4 * cells * cells
+
+
+def test_linear_and_token_heads_have_the_asked_shapes():
+    assert linear_head(5, 3)(torch.zeros(2, 5)).shape == (2, 3)
+    assert token_head(5, 3)(torch.zeros(2, 9, 5)).shape == (2, 3)
