@@ -1,4 +1,4 @@
-"""Files that outlive a process: written whole or not at all, read with one clear line on failure."""
+"""Files that outlive a process: written whole or not at all, checked when read."""
 
 from __future__ import annotations
 
@@ -72,8 +72,10 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ArtifactError(f"Cannot read {path}: it is damaged or no JSON ({error}).") from error
     version = content.pop("schema_version", None) if isinstance(content, dict) else None
-    if not isinstance(version, int):
-        raise ArtifactError(f"Expected a schema_version in {path}, found none: not an Offramp file.")
+    if not isinstance(content, dict) or not isinstance(version, int):
+        raise ArtifactError(
+            f"Expected a schema_version in {path}, found none: not an Offramp file."
+        )
     if version > SCHEMA_VERSION:
         raise ArtifactError(
             f"{path} has schema version {version}; this Offramp reads up to {SCHEMA_VERSION}. "

@@ -9,7 +9,7 @@
       DataError(ValueError)                a data set or file is unreadable or inconsistent
         DataNotFoundError(FileNotFoundError)
         InSampleError                      a report on the data that chose the thresholds
-      ArtifactError(ValueError)            a run folder is corrupt, foreign, too new or exists already
+      ArtifactError(ValueError)            a run is corrupt, foreign, too new, or exists already
       MissingExtraError(ImportError)       an optional dependency is missing; says what to install
 
 A message says what was expected, what came, and what to do. The command line prints it as one

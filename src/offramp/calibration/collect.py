@@ -45,9 +45,7 @@ class ExitLogits:
 
 
 @torch.inference_mode()
-def collect(
-    network: MultiExitNetwork, loader: Iterable[tuple[Tensor, Tensor]]
-) -> ExitLogits:
+def collect(network: MultiExitNetwork, loader: Iterable[tuple[Tensor, Tensor]]) -> ExitLogits:
     """Run every exit on every sample of a loader.
 
     Args:
@@ -69,6 +67,4 @@ def collect(
             labels.append(labels_B.cpu())
     if costs is None:
         raise DataError("Expected at least one batch of samples to collect logits from. Got none.")
-    return ExitLogits(
-        logits_KNC=torch.cat(outputs, dim=1), labels_N=torch.cat(labels), costs=costs
-    )
+    return ExitLogits(logits_KNC=torch.cat(outputs, dim=1), labels_N=torch.cat(labels), costs=costs)

@@ -90,9 +90,7 @@ def calibrate(
     ).astype(np.float64)
     search = _Search(confidence_KN, correct_KN, logits.costs, score)
     thresholds = search.run()
-    accuracy, mean_macs = evaluate_thresholds(
-        confidence_KN, correct_KN, logits.costs, thresholds
-    )
+    accuracy, mean_macs = evaluate_thresholds(confidence_KN, correct_KN, logits.costs, thresholds)
     return Calibration(
         policy=ThresholdPolicy(thresholds, rule=rule), accuracy=accuracy, mean_macs=mean_macs
     )
@@ -237,4 +235,3 @@ class _Search:
             if j != k:
                 exit_N[self.confidence_KN[j] >= thresholds[j]] = j
         return exit_N
-

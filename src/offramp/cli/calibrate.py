@@ -65,9 +65,7 @@ def calibrate(
         "sha256": fingerprint,
     }
     asked = {"max_drop": max_drop, "budget_macs": budget_macs, "rule": rule}
-    write_policy(
-        run, chosen.policy, calibration={"asked": asked, "data": used, "reached": reached}
-    )
+    write_policy(run, chosen.policy, calibration={"asked": asked, "data": used, "reached": reached})
     shown = ", ".join("off" if t == math.inf else f"{t:.4f}" for t in chosen.policy.thresholds)
     share = chosen.mean_macs / logits.costs.plain_macs
     print(f"thresholds {shown} (rule {rule}), chosen on {len(batches):,} calibration samples")

@@ -62,9 +62,7 @@ def evaluate(
         runner = AdaptiveRunner(network, policy)
         loader = make_loader(batches.augmented(None), batch_size=256)
         on_device = ((inputs.to(where), labels) for inputs, labels in loader)
-        return measure(
-            runner, on_device, collect(network, loader), plain_accuracy=plain_accuracy
-        )
+        return measure(runner, on_device, collect(network, loader), plain_accuracy=plain_accuracy)
 
     plain_accuracy = None if plain is None else figures(load(plain)).final_exit_accuracy
     evaluation = figures(loaded, plain_accuracy)

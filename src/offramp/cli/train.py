@@ -38,7 +38,7 @@ def train(
     """Train a recipe and leave a run folder."""
     from offramp.model.checkpoint import save_weights
     from offramp.training import run as run_folder
-    from offramp.training.fit import check_checkpoint, fit
+    from offramp.training.fit import LAST_CHECKPOINT, check_checkpoint, fit
     from offramp.training.recipes import find_recipe, override
 
     asked = parse_settings(settings or []) | {"seed": str(seed)}
@@ -60,8 +60,8 @@ def train(
         if (folder / run_folder.WEIGHTS_FILE).exists():
             print(f"{folder} is trained to the end already")
             return
-        if run_folder.checkpoint_exists(folder):
-            check_checkpoint(folder / run_folder.LAST_CHECKPOINT, network)
+        if (folder / LAST_CHECKPOINT).exists():
+            check_checkpoint(folder / LAST_CHECKPOINT, network)
     train_set, class_names, _ = run_folder.load_batches(recipe, "train", data)
     calibration_set = None
     if recipe.calibration_share > 0:

@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from statistics import median, quantiles
 from typing import Any
 
@@ -125,7 +126,7 @@ def time_runner(
     num_exits = runner.network.num_exits
     stage_ms, timings = {}, []
     for batch_size in batch_sizes:
-        batches = list(inputs.split(batch_size))[:max_batches]
+        batches = torch.split(inputs, batch_size)[:max_batches]
         full = [batch for batch in batches if len(batch) == batch_size]
         timing, stages = _time_batch_size(runner, full, rounds)
         timings.append(timing)
@@ -211,7 +212,9 @@ def hardware_name(device: torch.device) -> str:
 def _processor_model() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+            names = [
+                line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+            ]
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
@@ -230,11 +233,11 @@ def _time_batch_size(
         "all_exits": lambda: [all_exits_loop(network, policy, batch) for batch in batches],
         "adaptive": lambda: [runner.run(batch) for batch in batches],
         "never_exit": lambda: [never.run(batch) for batch in batches],
-        "stages": lambda: [_run_parts(runner, k, f) for s in survivors for k, f in s],
+        "stages": lambda: [_run_part(runner, k, f) for given in survivors for k, f in given],
     }
     for k in range(network.num_exits):
-        contenders[f"stage_{k}"] = lambda k=k: [_run_parts(never, k, s[k][1]) for s in everyone]
-    batch_ms = {name: [] for name in contenders}
+        contenders[f"stage_{k}"] = partial(_run_stage_of_all, never, k, everyone)
+    batch_ms: dict[str, list[float]] = {name: [] for name in contenders}
     for round_index in range(rounds + 2):
         for name, run_all in contenders.items():
             elapsed_ms = _elapsed_ms(run_all, batches[0].device) / len(batches)
@@ -270,18 +273,14 @@ class _AskButStay(Policy):
         self.policy = policy
         self.num_exits = policy.num_exits
 
-    def step(
-        self, exit_index: int, output: Tensor, state: State
-    ) -> tuple[Tensor, Tensor, State]:
+    def step(self, exit_index: int, output: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
         leave_B, confidence_B, state = self.policy.step(exit_index, output, state)
         if exit_index < self.num_exits - 1:
             leave_B = torch.zeros_like(leave_B)
         return leave_B, confidence_B, state
 
 
-def _features_of_survivors(
-    runner: AdaptiveRunner, batch: Tensor
-) -> list[tuple[int, Features]]:
+def _features_of_survivors(runner: AdaptiveRunner, batch: Tensor) -> list[tuple[int, Features]]:
     """What each stage that runs is given, when the batch runs early."""
     last_exit_B = runner.run(batch).exit_index
     features: Features = (batch,)
@@ -295,10 +294,18 @@ def _features_of_survivors(
     return given
 
 
-def _run_parts(runner: AdaptiveRunner, k: int, features: Features) -> None:
+def _run_stage_of_all(
+    runner: AdaptiveRunner, k: int, batches: Sequence[list[tuple[int, Features]]]
+) -> list[Features]:
+    return [_run_part(runner, *given[k]) for given in batches]
+
+
+def _run_part(runner: AdaptiveRunner, k: int, features: Features) -> Features:
+    """A stage with its head, unless that is off."""
     features = runner.network.run_stage(k, features)
     if not runner.policy.is_off(k):
         runner.network.run_exit(k, features)
+    return features
 
 
 def _elapsed_ms(run: Callable[[], object], device: torch.device) -> float:

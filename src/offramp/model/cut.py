@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +109,7 @@ def _stages_between(
     bounds = [0, *ends, len(steps)]
     return [
         nn.Sequential(*(module for _, module in steps[start:end]))
-        for start, end in zip(bounds, bounds[1:], strict=False)
+        for start, end in pairwise(bounds)
     ]
 
 

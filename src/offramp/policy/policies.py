@@ -31,9 +31,7 @@ class Policy(ABC):
     num_exits: int
 
     @abstractmethod
-    def step(
-        self, exit_index: int, output: Tensor, state: State
-    ) -> tuple[Tensor, Tensor, State]:
+    def step(self, exit_index: int, output: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
         """Decide for the samples that reached an exit.
 
         Args:
@@ -111,9 +109,7 @@ class ThresholdPolicy(Policy):
         """Exits of the network it is for, the final one counted."""
         return len(self.thresholds) + 1
 
-    def step(
-        self, exit_index: int, output: Tensor, state: State
-    ) -> tuple[Tensor, Tensor, State]:
+    def step(self, exit_index: int, output: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
         """See :meth:`Policy.step`; keeps no state."""
         confidence_B = CONFIDENCE_RULES[self.rule](output)
         if exit_index == len(self.thresholds):
@@ -153,9 +149,7 @@ class PatiencePolicy(Policy):
                 f"The rule must be one of {', '.join(CONFIDENCE_RULES)}. Got {self.rule!r}."
             )
 
-    def step(
-        self, exit_index: int, output: Tensor, state: State
-    ) -> tuple[Tensor, Tensor, State]:
+    def step(self, exit_index: int, output: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
         """See :meth:`Policy.step`; the state is the last label and the length of its streak."""
         confidence_B = CONFIDENCE_RULES[self.rule](output)
         label_B = output.argmax(-1)

@@ -200,9 +200,7 @@ class AffineJitter:
         cos, sin = angle.cos() * size, angle.sin() * size
         top = torch.stack([cos, uniform(self.shear) - sin, uniform(2 * self.shift / width)], 1)
         bottom = torch.stack([sin, cos, uniform(2 * self.shift / height)], 1)
-        grid = F.affine_grid(
-            torch.stack([top, bottom], 1), list(images.shape), align_corners=False
-        )
+        grid = F.affine_grid(torch.stack([top, bottom], 1), list(images.shape), align_corners=False)
         return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 

@@ -8,7 +8,8 @@ import pickle
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from offramp.artifacts import SCHEMA_VERSION, atomic_path
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.training.data import EpochSampler, ImageBatches, make_loader
-from offramp.training.task import FitConfig, MultiExitTask
+from offramp.training.task import ACCURACY_METRIC, FitConfig, MultiExitTask
 
 LAST_CHECKPOINT = "last.ckpt"
 METRICS_FILE = "metrics.jsonl"
@@ -66,24 +67,24 @@ def fit(
     checkpoint = None
     if resume and folder is not None and (Path(folder) / LAST_CHECKPOINT).exists():
         checkpoint = check_checkpoint(Path(folder) / LAST_CHECKPOINT, network)
-    own = [RichProgressBar(leave=False)] if sys.stdout.isatty() else []
+    own: list[Callback] = [RichProgressBar(leave=False)] if sys.stdout.isatty() else []
     if folder is not None:
-        own += [_EpochReport(Path(folder)), _LastCheckpoint(Path(folder))]
-    trainer = Trainer(
-        max_epochs=config.epochs,
-        accelerator={"auto": "auto", "cpu": "cpu", "cuda": "gpu"}[config.device],
-        devices=config.devices,
-        strategy="ddp_spawn" if config.devices > 1 else "auto",
-        callbacks=[*own, *callbacks],
-        logger=_loggers(Path(folder)) if folder is not None else False,
-        profiler=SimpleProfiler(),
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=sys.stdout.isatty(),
-        num_sanity_val_steps=0,
-        use_distributed_sampler=isinstance(train, DataLoader),
-    )
+        own += [_EpochReport(Path(folder), network.num_exits), _LastCheckpoint(Path(folder))]
     with _quiet_lightning():
+        trainer = Trainer(
+            max_epochs=config.epochs,
+            accelerator={"auto": "auto", "cpu": "cpu", "cuda": "gpu"}[config.device],
+            devices=config.devices,
+            strategy="ddp_spawn" if config.devices > 1 else "auto",
+            callbacks=[*own, *callbacks],
+            logger=_loggers(Path(folder)) if folder is not None else False,
+            profiler=SimpleProfiler(),
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=sys.stdout.isatty(),
+            num_sanity_val_steps=0,
+            use_distributed_sampler=isinstance(train, DataLoader),
+        )
         trainer.fit(
             MultiExitTask(network, config),
             _train_loader(train, config),
@@ -152,8 +153,9 @@ class _LastCheckpoint(Callback):
 class _EpochReport(Callback):
     """Writes and prints a line per epoch: loss, accuracies, seconds, share of time on data."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, num_exits: int) -> None:
         self.path = folder / METRICS_FILE
+        self.num_exits = num_exits
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = time.perf_counter()
@@ -166,22 +168,28 @@ class _EpochReport(Callback):
             after - before
             for before, after in zip(self._marks, _profiled_seconds(trainer), strict=True)
         )
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        record = {
-            "epoch": trainer.current_epoch + 1,
-            "train_loss": metrics["train_loss_epoch"],
-            "exit_accuracy": [
-                metrics[name] for name in sorted(metrics) if name.startswith("accuracy_exit_")
-            ],
-            "epoch_s": round(time.perf_counter() - self._start, 3),
-            "data_share": round(data_s / (data_s + step_s), 4) if data_s + step_s else 0.0,
-        }
-        self._append(record)
-        accuracies = "  ".join(f"{100 * value:.2f}" for value in record["exit_accuracy"])
+        metrics = trainer.callback_metrics
+        accuracies = [
+            float(metrics[name])
+            for name in map(ACCURACY_METRIC.format, range(self.num_exits))
+            if name in metrics
+        ]
+        epoch, loss = trainer.current_epoch + 1, float(metrics["train_loss_epoch"])
+        epoch_s = time.perf_counter() - self._start
+        self._append(
+            {
+                "epoch": epoch,
+                "train_loss": loss,
+                "exit_accuracy": accuracies,
+                "epoch_s": round(epoch_s, 3),
+                "data_share": round(data_s / (data_s + step_s), 4),
+            }
+        )
+        exits = "  ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies)
         print(
-            f"epoch {record['epoch']}/{trainer.max_epochs}  loss {record['train_loss']:.4f}"
-            + (f"  exits {accuracies} %" if accuracies else "")
-            + f"  {record['epoch_s']:.1f} s",
+            f"epoch {epoch}/{trainer.max_epochs}  loss {loss:.4f}"
+            + (f"  exits {exits} %" if accuracies else "")
+            + f"  {epoch_s:.1f} s",
             flush=True,
         )
 
@@ -224,11 +232,20 @@ def _train_loader(train: Dataset[Any] | DataLoader[Any], config: FitConfig) -> D
     if isinstance(train, ImageBatches):
         labels_N = train.labels_N
     elif config.class_balanced:
-        labels_N = torch.tensor([int(label) for _, label in train])  # type: ignore[attr-defined]
+        labels_N = torch.tensor([int(train[i][1]) for i in range(_length(train))])
     else:
-        labels_N = torch.zeros(len(train), dtype=torch.int64)  # type: ignore[arg-type]
+        labels_N = torch.zeros(_length(train), dtype=torch.int64)
     sampler = EpochSampler(labels_N, seed=config.seed, class_balanced=config.class_balanced)
     return make_loader(train, batch_size=config.batch_size, sampler=sampler)
+
+
+def _length(dataset: Dataset[Any]) -> int:
+    if not isinstance(dataset, Sized):
+        raise InvalidArgumentError(
+            "Expected a map-style Dataset with a length, or a DataLoader. "
+            f"Got {type(dataset).__name__}: wrap it in a DataLoader."
+        )
+    return len(dataset)
 
 
 def _loader(data: Dataset[Any] | DataLoader[Any], config: FitConfig) -> DataLoader[Any]:
@@ -242,11 +259,24 @@ def _loggers(folder: Path) -> list[Logger]:
     ]
 
 
-class _quiet_lightning(warnings.catch_warnings):  # noqa: N801
-    """Silence Lightning's tips about workers and hardware; errors still show."""
+_LIGHTNING_TIPS = (
+    ".*does not have many workers.*",
+    ".*training batches.*logging interval.*",
+    ".*no `val_dataloader`.*",
+    ".*LeafSpec.*is deprecated.*",
+)
 
-    def __enter__(self) -> Any:
-        caught = super().__enter__()
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-        return caught
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Silence Lightning's tips about workers, loggers and hardware; errors still show."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for tip in _LIGHTNING_TIPS:
+                warnings.filterwarnings("ignore", message=tip)
+            yield
+    finally:
+        logger.setLevel(level)

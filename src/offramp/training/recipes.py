@@ -127,11 +127,12 @@ RECIPES = {
             expected="97 % on test at about 60 % of the plain network's MACs",
             data="digits",
             network="mlp",
-            network_options={"in_features": 64, "widths": (128, 256, 256), "num_classes": 10},
-            static_options={"widths": (128, 128, 64)},
+            network_options={"in_features": 64, "widths": (24, 256, 2048), "num_classes": 10},
+            static_options={"widths": (24, 64, 64)},
             normalisation=Normalisation(mean=0.5, deviation=0.5),
+            augment=AffineJitter(degrees=8.0, scale=0.05, shear=0.05, shift=0.5),
             calibration_share=0.2,
-            fit=FitConfig(epochs=40, batch_size=64, learning_rate=0.002),
+            fit=FitConfig(epochs=30, batch_size=64, learning_rate=0.002),
         ),
         Recipe(
             name="emnist-mlp",
@@ -144,6 +145,42 @@ RECIPES = {
             normalisation=Normalisation(mean=0.5, deviation=0.5),
             calibration_share=0.0,
             fit=_TUTORIAL,
+        ),
+        Recipe(
+            name="emnist-convnet",
+            summary="a convolutional network, four exits: more accurate, far cheaper",
+            expected="89.5 % at 1.5 M mean MACs, 87.5 % at 0.40 M",
+            data="emnist47",
+            network="convnet",
+            network_options={
+                "in_channels": 1,
+                "side": 28,
+                "stages": (
+                    (("conv", 16, 2), ("separable", 24, 1), ("separable", 64, 2)),
+                    (("separable", 64, 1),),
+                    (("separable", 96, 1), ("separable", 96, 1)),
+                    (("separable", 160, 1), ("separable", 160, 1)),
+                ),
+                "num_classes": 47,
+            },
+            static_options={
+                "stages": (
+                    (("conv", 16, 2), ("separable", 24, 1), ("separable", 64, 2)),
+                    (("separable", 64, 1),),
+                    (("separable", 96, 1), ("separable", 120, 1)),
+                ),
+            },
+            normalisation=Normalisation(mean=0.5, deviation=0.5),
+            augment=AffineJitter(degrees=8.0, scale=0.08, shear=0.1, shift=2.0),
+            calibration_share=0.04,
+            uniform_prior=True,
+            fit=FitConfig(
+                epochs=26,
+                learning_rate=0.004,
+                backbone_epochs=5,
+                label_smoothing=0.1,
+                class_balanced=True,
+            ),
         ),
     )
 }

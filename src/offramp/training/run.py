@@ -14,7 +14,6 @@ from offramp.model.checkpoint import load_weights, save_weights
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.policies import Policy, policy_from_dict, policy_to_dict
 from offramp.training.data import ImageBatches, split_off_calibration
-from offramp.training.fit import LAST_CHECKPOINT
 from offramp.training.recipes import Recipe
 from offramp.training.sources import load_split
 
@@ -267,15 +266,6 @@ def refuse_in_sample(run: Run, fingerprint: str) -> None:
             f"The thresholds of {run.folder} were chosen on these samples: figures on them would "
             "be too good. Use --split test, or --in-sample to see them labelled as such."
         )
-
-
-def checkpoint_exists(folder: Path) -> bool:
-    """Whether training has left a checkpoint to resume from.
-
-    Args:
-        folder: The run folder.
-    """
-    return (folder / LAST_CHECKPOINT).exists()
 
 
 def _fingerprint(whole: str, batches: ImageBatches) -> str:

@@ -48,7 +48,7 @@ class Split:
     def fingerprint(self) -> str:
         """Identify the data: the same images and labels in the same order give the same value."""
         digest = hashlib.sha256(self.labels_N.numpy().tobytes())
-        for rows in torch.arange(len(self.labels_N)).split(4096):
+        for rows in torch.split(torch.arange(len(self.labels_N)), 4096):
             digest.update(self.store[rows].numpy().tobytes())
         return digest.hexdigest()
 
@@ -120,7 +120,9 @@ def _find_parquet(name: str, split: str, data: str | None) -> Path:
     folder = Path(data) if data is not None else Path(root) / name if root else None
     if folder is not None and (folder / f"{split}.parquet").is_file():
         return folder / f"{split}.parquet"
-    looked = f"{folder / f'{split}.parquet'} does not exist" if folder else "OFFRAMP_DATA is not set"
+    looked = (
+        f"{folder / f'{split}.parquet'} does not exist" if folder else "OFFRAMP_DATA is not set"
+    )
     download = SOURCES[name].download
     ways = [f"--data DIR with {split}.parquet in it", f"OFFRAMP_DATA=DIR with {name}/ in it"]
     if download is not None:
@@ -163,7 +165,7 @@ def read_parquet(path: Path, *, image_shape: tuple[int, int, int]) -> Split:
     if len(labels_N) * int(np.prod(image_shape)) > MAX_DECODED_BYTES:
         return Split(store=streamed, labels_N=labels_N, class_names=class_names)
     decoded = torch.empty((len(labels_N), *image_shape), dtype=torch.uint8)
-    chunks = torch.arange(len(labels_N)).split(1024)
+    chunks = torch.split(torch.arange(len(labels_N)), 1024)
     for rows in track(chunks, description=f"decoding {path.name}", transient=True):
         decoded[rows[0] : rows[-1] + 1] = streamed[rows]
     return Split(store=decoded, labels_N=labels_N, class_names=class_names)

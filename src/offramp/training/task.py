@@ -14,6 +14,9 @@ from offramp.model.multi_exit import MultiExitNetwork
 from offramp.training.data import epoch_seed
 from offramp.training.losses import joint_loss
 
+ACCURACY_METRIC = "accuracy_exit_{}"
+"""Name of the logged calibration accuracy of an exit."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
@@ -140,7 +143,11 @@ class MultiExitTask(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log each exit's accuracy."""
         for k, correct in enumerate(self._correct_K.tolist()):
-            self.log(f"accuracy_exit_{k}", correct / max(self._num_validated, 1), rank_zero_only=True)
+            self.log(
+                ACCURACY_METRIC.format(k),
+                correct / max(self._num_validated, 1),
+                rank_zero_only=True,
+            )
 
     def configure_optimizers(self) -> Any:
         """Build the optimiser and its cosine schedule."""
@@ -176,6 +183,6 @@ def check_labels(labels_B: Tensor, *, num_classes: int) -> None:
     if smallest < 0 or largest >= num_classes:
         wrong = smallest if smallest < 0 else largest
         raise DataError(
-            f"Labels must be in [0, {num_classes - 1}], one per output of the network. Got {wrong}. "
-            "Check the data set, or build the network with more classes."
+            f"Labels must be in [0, {num_classes - 1}], one per output of the network. "
+            f"Got {wrong}. Check the data set, or build the network with more classes."
         )

@@ -31,7 +31,9 @@ def build(name: str, options: dict[str, Any]) -> MultiExitNetwork:
     try:
         return NETWORKS[name](**arguments)
     except TypeError as error:
-        raise ArtifactError(f"The network {name!r} does not take these options: {error}.") from error
+        raise ArtifactError(
+            f"The network {name!r} does not take these options: {error}."
+        ) from error
 
 
 def _as_tuples(value: Any) -> Any:

@@ -18,6 +18,15 @@ class SelfAttention(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
+class LastOfLSTM(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(6, 8, batch_first=True)
+
+    def forward(self, x):
+        return self.lstm(x)[0][:, -1]
+
+
 class ScaledDotProduct(nn.Module):
     def forward(self, x):
         return F.scaled_dot_product_attention(x, x, x)
@@ -51,6 +60,8 @@ class ScaledDotProduct(nn.Module):
             4 * TOKENS * WIDTH**2 + 2 * TOKENS**2 * WIDTH + 2 * TOKENS * WIDTH * 32,
             id="transformer layer",
         ),
+        # Four gates, each from the input and from the hidden state, five times.
+        pytest.param(LastOfLSTM(), (1, 5, 6), 5 * 4 * 8 * (6 + 8), id="lstm"),
         pytest.param(
             ScaledDotProduct(),
             (1, HEADS, TOKENS, 8),

@@ -1,0 +1,190 @@
+"""Two ways to call the command line, and runs that several tests share."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from offramp.cli import main
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+"""Of every process that a test starts: one thread, so that weights can be compared bit by bit."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    stdout: str
+    stderr: str
+
+
+def call(*arguments: object) -> Outcome:
+    """Run a command in this process, which has paid for the imports already."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    argv = ["offramp", *map(str, arguments)]
+    with (
+        mock.patch.object(sys, "argv", argv),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        pytest.raises(SystemExit) as stopped,
+    ):
+        main()
+    return Outcome(int(stopped.value.code or 0), stdout.getvalue(), stderr.getvalue())
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    """Start a command as a user does, in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "offramp", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> Outcome:
+    stdout, stderr = process.communicate(timeout=240)
+    return Outcome(process.returncode, stdout, stderr)
+
+
+@pytest.fixture(scope="session")
+def offramp() -> Callable[..., Outcome]:
+    return call
+
+
+@pytest.fixture(scope="session")
+def start_offramp() -> Callable[..., subprocess.Popen[str]]:
+    return start
+
+
+@pytest.fixture(scope="session")
+def finish_offramp() -> Callable[[subprocess.Popen[str]], Outcome]:
+    return finish
+
+
+@pytest.fixture(scope="session")
+def training(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """The default recipe, trained for three epochs by a real process: its folder and output."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    outcome = finish(start("train", "digits-mlp", "--epochs", 3, "--out", folder))
+    assert outcome.code == 0, outcome.stderr
+    return folder, outcome
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder, and no data sets around."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OFFRAMP_DATA", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def run(workplace: Path, training: tuple[Path, Outcome]) -> Path:
+    """A trained run that a test may change: the folder ``run`` in the current one, no policy."""
+    folder = workplace / "run"
+    ignore = shutil.ignore_patterns("logs", "last.ckpt", "policy.json")
+    shutil.copytree(training[0], folder, ignore=ignore)
+    return folder
+
+
+@pytest.fixture
+def calibrated_run(run: Path) -> Path:
+    """The run with thresholds set by hand that spread the samples over the exits."""
+    assert call("calibrate", run, "--thresholds", "0.6,0.6").code == 0
+    return run
+
+
+@pytest.fixture
+def unfinished_run(run: Path, training: tuple[Path, Outcome]) -> Path:
+    """The run as a kill after the last epoch leaves it: a checkpoint, no weights."""
+    (run / "model.safetensors").unlink()
+    shutil.copy(training[0] / "last.ckpt", run)
+    return run
+
+
+@pytest.fixture
+def edit_json(workplace: Path) -> Callable[..., None]:
+    """Change values in a JSON file: ``edit_json(path, recipe__data=...)`` sets recipe.data."""
+
+    def edit(path: Path, **changes: object) -> None:
+        content = json.loads(path.read_text())
+        for name, value in changes.items():
+            *parents, key = name.split("__")
+            inner = content
+            for parent in parents:
+                inner = inner[parent]
+            inner[key] = value
+        path.write_text(json.dumps(content))
+
+    return edit
+
+
+@pytest.fixture
+def write_parquet(workplace: Path) -> Callable[..., None]:
+    """Write images in the Hugging Face convention, without class names in the metadata."""
+
+    def write(name: str, images: Sequence[npt.NDArray[np.uint8]], labels: Sequence[int]) -> None:
+        encoded = []
+        for pixels in images:
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, format="PNG")
+            encoded.append({"bytes": file.getvalue(), "path": None})
+        (workplace / name).parent.mkdir(exist_ok=True)
+        columns = {"image": encoded, "label": pa.array(labels, pa.int64())}
+        pq.write_table(pa.table(columns), workplace / name)
+
+    return write
+
+
+@pytest.fixture
+def refuses(workplace: Path) -> Callable[..., str]:
+    """Assert that a command ends in one clear line, exit code 2, and nothing written anywhere."""
+
+    def check(*arguments: object, words: tuple[str, ...]) -> str:
+        before = contents(workplace)
+        outcome = call(*arguments)
+        assert outcome.code == 2, outcome
+        _assert_one_line(outcome.stderr, words)
+        assert contents(workplace) == before
+        return outcome.stderr
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def assert_one_line() -> Callable[[str, tuple[str, ...]], None]:
+    return _assert_one_line
+
+
+def _assert_one_line(stderr: str, words: tuple[str, ...]) -> None:
+    assert stderr.startswith("offramp: "), stderr
+    assert stderr.count("\n") == 1, stderr
+    assert "Traceback" not in stderr
+    for word in words:
+        assert word in stderr
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every file and folder below a folder, with what is in it."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }

@@ -1,0 +1,199 @@
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from offramp.errors import ArtifactError, InvalidArgumentError, OfframpError
+from offramp.training.data import AffineJitter
+from offramp.training.recipes import RECIPES, Recipe, find_recipe, override
+from offramp.training.run import load_batches
+from offramp.training.sources import SOURCES
+
+
+@pytest.fixture
+def digits() -> Recipe:
+    return find_recipe("digits-mlp")
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_recipe_builds_a_network_for_its_data_in_every_variant(recipe):
+    x = torch.zeros(1, *SOURCES[recipe.data].image_shape)
+    costs = {
+        variant: replace(recipe, variant=variant).build_network().costs(x)
+        for variant in ("adaptive", "plain", "static")
+    }
+    assert costs["adaptive"].num_exits > 1
+    assert costs["plain"].num_exits == costs["static"].num_exits == 1
+    assert costs["plain"].plain_macs == costs["adaptive"].plain_macs
+    assert costs["static"].plain_macs < costs["plain"].plain_macs
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_recipe_survives_json(recipe):
+    again = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
+    assert again == recipe
+
+
+def test_tutorial_recipe_is_the_tutorial():
+    recipe = find_recipe("emnist-mlp")
+    assert recipe.network_options["widths"] == (1024, 1024, 1024)
+    assert asdict(recipe.normalisation) == {"mean": 0.5, "deviation": 0.5}
+    assert recipe.calibration_share == 0
+    fit = recipe.fit
+    assert (fit.epochs, fit.batch_size, fit.optimizer) == (15, 256, "adam")
+    assert (fit.learning_rate, fit.weight_decay) == (0.003, 0)
+    assert (fit.loss_weights, fit.detach) == ((0.33, 0.33, 0.33), True)
+
+
+def test_same_seed_builds_the_same_weights_and_another_does_not(digits):
+    def first_weight(recipe):
+        return next(recipe.build_network().parameters())
+
+    assert torch.equal(first_weight(digits), first_weight(digits))
+    other = override(digits, {"seed": "1"})
+    assert not torch.equal(first_weight(digits), first_weight(other))
+
+
+def test_networks_of_one_exit_are_trained_without_the_settings_of_exits():
+    recipe = find_recipe("emnist-mlp")
+    assert recipe.config_as_trained() is recipe.fit
+    config = replace(recipe, variant="plain").config_as_trained()
+    assert (config.loss_weights, config.detach, config.distillation) == (None, False, 0)
+    assert (config.epochs, config.learning_rate) == (recipe.fit.epochs, recipe.fit.learning_rate)
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("digit-mlp", "digits-mlp"), ("emnist", "emnist-")])
+def test_unknown_recipe_names_the_nearest(typed, meant):
+    with pytest.raises(InvalidArgumentError, match=f"no recipe '{typed}'. Did you mean '{meant}"):
+        find_recipe(typed)
+
+
+# override
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("epochs", "3", 3),
+        ("learning_rate", "1", 1.0),
+        ("learning_rate", "1e-3", 0.001),
+        ("detach", "true", True),
+        ("detach", "False", False),
+        ("optimizer", "sgd", "sgd"),
+        ("loss_weights", "0.5,1,2.5", (0.5, 1, 2.5)),
+        ("loss_weights", "(1,)", (1,)),
+        ("loss_weights", "none", None),
+    ],
+)
+def test_settings_of_the_training_are_parsed(digits, key, text, value):
+    parsed = getattr(override(digits, {key: text}).fit, key)
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("variant", "static", "static"),
+        ("calibration_share", "0.1", 0.1),
+        ("uniform_prior", "true", True),
+        ("augment", "true", AffineJitter()),
+        ("augment", "false", None),
+    ],
+)
+def test_settings_of_the_recipe_are_parsed(digits, key, text, value):
+    assert getattr(override(digits, {key: text}), key) == value
+
+
+def test_options_of_the_network_are_parsed(digits):
+    changed = override(digits, {"widths": "16,32", "num_exits": "1"})
+    assert changed.network_options == {
+        "in_features": 64,
+        "widths": (16, 32),
+        "num_classes": 10,
+        "num_exits": 1,
+    }
+    assert changed.build_network().num_exits == 1
+
+
+def test_overriding_leaves_the_recipe_alone(digits):
+    before = json.dumps(digits.to_dict())
+    override(digits, {"epochs": "1", "widths": "8", "variant": "plain"})
+    assert json.dumps(digits.to_dict()) == before
+
+
+def test_settings_of_its_own_augmentation_are_kept():
+    recipe = replace(find_recipe("digits-mlp"), augment=AffineJitter(shift=1))
+    assert override(recipe, {"augment": "true"}).augment == AffineJitter(shift=1)
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"), [("epoch", "epochs"), ("lerning_rate", "learning_rate"), ("width", "widths")]
+)
+def test_unknown_setting_names_the_nearest_and_all(digits, key, nearest):
+    with pytest.raises(InvalidArgumentError, match=f"Did you mean '{nearest}'") as caught:
+        override(digits, {key: "1"})
+    assert "calibration_share" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "expected"),
+    [
+        ("epochs", "many", "int"),
+        ("epochs", "1.5", "int"),
+        ("epochs", "true", "int"),
+        ("learning_rate", "fast", "float"),
+        ("detach", "1", "bool"),
+        ("optimizer", "lion", "adam, adamw, sgd"),
+        ("loss_weights", "1", "tuple"),
+        ("loss_weights", "1,two", "tuple"),
+        ("variant", "dynamic", "adaptive, plain, static"),
+        ("augment", "0.5", "bool"),
+    ],
+)
+def test_value_of_the_wrong_kind_is_refused(digits, key, text, expected):
+    with pytest.raises(InvalidArgumentError, match=f"'{key}' setting must be of .*{expected}"):
+        override(digits, {key: text})
+
+
+@pytest.mark.parametrize(
+    ("key", "text"), [("epochs", "0"), ("calibration_share", "-0.1"), ("calibration_share", "0.9")]
+)
+def test_value_out_of_range_is_refused_before_training(digits, key, text):
+    with pytest.raises(InvalidArgumentError, match=f"The '{key}' parameter"):
+        load_batches(override(digits, {key: text}), "train")
+
+
+# Damaged recipes
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content.pop("network"),
+        lambda content: content.pop("fit"),
+        lambda content: content.update(colour="red"),
+        lambda content: content["fit"].update(epochs=0),
+        lambda content: content["fit"].update(colour="red"),
+        lambda content: content["normalisation"].pop("mean"),
+        lambda content: content.update(augment=[1]),
+        lambda content: content.update(fit=None),
+    ],
+)
+def test_damaged_recipe_is_refused(digits, damage):
+    content = json.loads(json.dumps(digits.to_dict()))
+    damage(content)
+    with pytest.raises(ArtifactError, match="got a damaged one"):
+        Recipe.from_dict(content)
+
+
+@pytest.mark.parametrize("change", [{"network": "resnet"}, {"data": "mnist"}, {"variant": "odd"}])
+def test_recipe_that_names_what_is_not_there_is_refused_where_it_is_used(digits, change):
+    def use():
+        recipe = Recipe.from_dict({**digits.to_dict(), **change})
+        recipe.build_network()
+        load_batches(recipe, "test")
+
+    with pytest.raises(OfframpError):
+        use()

@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from offramp.errors import ArtifactError, InvalidArgumentError
+from offramp.zoo import build
+from offramp.zoo.convnet import convnet
+from offramp.zoo.mlp import mlp
+
+BLOCKS = ((("conv", 2, 2),), (("separable", 3, 1),), (("separable", 3, 1), ("separable", 4, 2)))
+
+
+def small_convnet(**options):
+    return convnet(**({"in_channels": 1, "side": 14, "stages": BLOCKS, "num_classes": 5} | options))
+
+
+def test_mlp_is_the_tutorials_network():
+    costs = mlp(in_features=784, widths=(1024, 1024, 1024), num_classes=47).costs(
+        torch.zeros(1, 1, 28, 28)
+    )
+    assert costs.stage_macs == (784 * 1024, 1024 * 1024, 1024 * 1024)
+    assert costs.head_macs == (1024 * 47,) * 3
+
+
+def test_mlp_merges_the_first_layers_where_fewer_exits_are_asked_for():
+    costs = mlp(in_features=6, widths=(5, 8, 7), num_classes=4, num_exits=2).costs(
+        torch.zeros(1, 6)
+    )
+    assert costs.stage_macs == (6 * 5 + 5 * 8, 8 * 7)
+    assert costs.head_macs == (8 * 4, 7 * 4)
+
+
+def test_convnet_blocks_cost_their_closed_forms():
+    costs = small_convnet(num_classes=5).costs(torch.zeros(1, 1, 14, 14))
+    separable_3, separable_3_again = 49 * (9 * 2 + 2 * 3), 49 * (9 * 3 + 3 * 3)
+    separable_4 = 16 * (9 * 3 + 3 * 4)  # stride 2: from 7 pixels to 4
+    assert costs.stage_macs == (49 * 9 * 2, separable_3, separable_3_again + separable_4)
+    # Windows of 3 pixels, 2 apart: 3 x 3 of them on 7 pixels, 1 x 1 on 4.
+    assert costs.head_macs == (2 * 9 * 5, 3 * 9 * 5, 4 * 1 * 5)
+
+
+@pytest.mark.parametrize("num_exits", [1, 2, 3])
+def test_merging_exits_keeps_the_plain_network(num_exits):
+    x = torch.zeros(1, 1, 14, 14)
+    full, merged = small_convnet(), small_convnet(num_exits=num_exits)
+    assert merged.num_exits == len(merged(x)) == num_exits
+    assert merged.costs(x).plain_macs == full.costs(x).plain_macs
+    assert merged.costs(x).head_macs == full.costs(x).head_macs[-num_exits:]
+
+
+def test_separable_block_adds_its_input_where_the_shape_allows():
+    stage = small_convnet().eval().stages[2]
+    residual, strided = stage
+    x = torch.randn(2, 3, 7, 7)
+    torch.testing.assert_close(residual(x), x + residual.pointwise(residual.depthwise(x)))
+    assert strided(x).shape == (2, 4, 4, 4)
+
+
+@pytest.mark.parametrize("num_exits", [0, 4, -1])
+@pytest.mark.parametrize(
+    "network", [small_convnet, lambda **o: mlp(in_features=6, widths=(5, 8, 7), num_classes=4, **o)]
+)
+def test_number_of_exits_is_checked(network, num_exits):
+    with pytest.raises(InvalidArgumentError, match=rf"int in \[1, 3\].* Got {num_exits}"):
+        network(num_exits=num_exits)
+
+
+def test_unknown_block_is_refused():
+    with pytest.raises(InvalidArgumentError, match="Got 'pool'"):
+        small_convnet(stages=((("pool", 2, 2),),))
+
+
+def test_build_takes_the_lists_that_json_holds():
+    options = {"in_channels": 1, "side": 14, "num_classes": 5}
+    stages = [[list(block) for block in blocks] for blocks in BLOCKS]
+    network = build("convnet", {**options, "stages": stages})
+    x = torch.zeros(1, 1, 14, 14)
+    assert network.costs(x) == small_convnet().costs(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet", {}, "of mlp, convnet. Got 'resnet'"),
+        ("mlp", {"in_features": 6}, "does not take these options"),
+        ("mlp", {"in_features": 6, "widths": [5], "num_classes": 4, "depth": 2}, "depth"),
+        ("mlp", {"in_features": 6, "widths": [-5], "num_classes": 4}, "does not take"),
+        ("mlp", {"in_features": 6, "widths": "wide", "num_classes": 4}, "does not take"),
+    ],
+)
+def test_options_that_a_network_does_not_take(name, options, message):
+    with pytest.raises(ArtifactError, match=message):
+        build(name, options)
