@@ -39,7 +39,7 @@ class ExitLogits:
             )
 
     @property
-    def correct_KN(self) -> Tensor:  # noqa: N802 - shape suffix
+    def correct_KN(self) -> Tensor:
         """Whether each exit is right about each sample, shape (K, N), bool."""
         return self.logits_KNC.argmax(-1) == self.labels_N
 
