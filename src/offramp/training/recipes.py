@@ -43,8 +43,8 @@ class Recipe:
     """
 
     name: str
-    summary: str
-    expected: str
+    summary: str = field(compare=False)
+    expected: str = field(compare=False)
     data: str
     network: str
     network_options: Mapping[str, Any]
@@ -55,6 +55,11 @@ class Recipe:
     uniform_prior: bool = False
     variant: Variant = "adaptive"
     fit: FitConfig
+
+    def __post_init__(self) -> None:
+        # As they come back from JSON or --set: lists stand for tuples.
+        for name in ("network_options", "static_options"):
+            object.__setattr__(self, name, _as_tuples(getattr(self, name)))
 
     def options_as_built(self) -> dict[str, Any]:
         """The network's options with the variant taken into account."""
@@ -274,6 +279,12 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)
+
+
+def _as_tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _as_tuples(item) for key, item in value.items()}
+    return tuple(_as_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 def _literal(text: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from offramp.errors import ArtifactError
@@ -14,12 +14,12 @@ NETWORKS: dict[str, Callable[..., MultiExitNetwork]] = {"mlp": mlp, "convnet": c
 """Functions that build a network from plain values."""
 
 
-def build(name: str, options: dict[str, Any]) -> MultiExitNetwork:
+def build(name: str, options: Mapping[str, Any]) -> MultiExitNetwork:
     """Build a network of the zoo.
 
     Args:
         name: A key of :data:`NETWORKS`.
-        options: Keyword arguments of that function; lists stand for tuples.
+        options: Keyword arguments of that function.
     Returns:
         The network, freshly initialised.
     Raises:
@@ -27,14 +27,9 @@ def build(name: str, options: dict[str, Any]) -> MultiExitNetwork:
     """
     if name not in NETWORKS:
         raise ArtifactError(f"Expected a network of {', '.join(NETWORKS)}. Got {name!r}.")
-    arguments = {key: _as_tuples(value) for key, value in options.items()}
     try:
-        return NETWORKS[name](**arguments)
+        return NETWORKS[name](**options)
     except TypeError as error:
         raise ArtifactError(
             f"The network {name!r} does not take these options: {error}."
         ) from error
-
-
-def _as_tuples(value: Any) -> Any:
-    return tuple(_as_tuples(item) for item in value) if isinstance(value, list | tuple) else value

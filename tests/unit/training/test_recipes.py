@@ -13,7 +13,8 @@ from offramp.training.sources import SOURCES
 
 @pytest.fixture
 def digits() -> Recipe:
-    return find_recipe("digits-mlp")
+    options = {"in_features": 64, "widths": (16, 8), "num_classes": 10}
+    return replace(find_recipe("digits-mlp"), network_options=options, augment=None)
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -123,8 +124,8 @@ def test_overriding_leaves_the_recipe_alone(digits):
     assert json.dumps(digits.to_dict()) == before
 
 
-def test_settings_of_its_own_augmentation_are_kept():
-    recipe = replace(find_recipe("digits-mlp"), augment=AffineJitter(shift=1))
+def test_settings_of_its_own_augmentation_are_kept(digits):
+    recipe = replace(digits, augment=AffineJitter(shift=1))
     assert override(recipe, {"augment": "true"}).augment == AffineJitter(shift=1)
 
 
