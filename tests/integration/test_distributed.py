@@ -1,0 +1,37 @@
+"""Training over two CPU processes."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def distributed(tmp_path_factory, start_offramp, finish_offramp):
+    folder = tmp_path_factory.mktemp("distributed") / "run"
+    settings = ("--set", "devices=2", "--set", "widths=24,64,64", "--set", "augment=false")
+    process = start_offramp("train", "digits-mlp", "--epochs", 2, *settings, "--out", folder)
+    outcome = finish_offramp(process)
+    assert outcome.code == 0, outcome.stderr
+    return folder, outcome
+
+
+def test_two_processes_leave_one_line_an_epoch(distributed):
+    folder, outcome = distributed
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2]
+    assert records[1]["train_loss"] < records[0]["train_loss"]
+    assert outcome.stdout.count("epoch 2/2") == 1
+
+
+def test_two_processes_report_the_accuracy_that_the_saved_weights_have(distributed, offramp):
+    folder, _ = distributed
+    reported = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    offramp("calibrate", folder, "--thresholds", "inf,inf")
+    outcome = offramp("evaluate", folder, "--split", "calibration", "--json", "-")
+    measured = [row["accuracy"] for row in json.loads(outcome.stdout)["exits"]]
+    assert reported["exit_accuracy"] == pytest.approx(measured)
+    assert all(accuracy > 0.3 for accuracy in measured)
+
+
+def test_two_processes_are_as_quiet_as_one(distributed):
+    assert distributed[1].stderr == ""
