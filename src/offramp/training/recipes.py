@@ -20,6 +20,12 @@ from offramp.zoo import build
 Variant = Literal["adaptive", "plain", "static"]
 
 
+def _as_tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _as_tuples(item) for key, item in value.items()}
+    return tuple(_as_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides how a run is trained.
@@ -279,12 +285,6 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)
-
-
-def _as_tuples(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _as_tuples(item) for key, item in value.items()}
-    return tuple(_as_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 def _literal(text: str) -> Any:

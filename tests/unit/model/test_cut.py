@@ -160,7 +160,7 @@ def test_backbone_with_another_number_of_outputs():
 
 
 def test_one_head_for_each_cut():
-    with pytest.raises(InvalidArgumentError, match="each of the 2 cuts. Got 1"):
+    with pytest.raises(InvalidArgumentError, match=r"each of the 2 cuts. Got 1"):
         add_exits(
             perceptron(),
             at=["1", "3"],

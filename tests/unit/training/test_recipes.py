@@ -130,7 +130,8 @@ def test_settings_of_its_own_augmentation_are_kept(digits):
 
 
 @pytest.mark.parametrize(
-    ("key", "nearest"), [("epoch", "epochs"), ("lerning_rate", "learning_rate"), ("width", "widths")]
+    ("key", "nearest"),
+    [("epoch", "epochs"), ("lerning_rate", "learning_rate"), ("width", "widths")],
 )
 def test_unknown_setting_names_the_nearest_and_all(digits, key, nearest):
     with pytest.raises(InvalidArgumentError, match=f"Did you mean '{nearest}'") as caught:

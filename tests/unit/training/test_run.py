@@ -101,7 +101,7 @@ def test_calibration_stands_beside_the_policy(trained):
 
 def test_policy_for_another_number_of_exits_is_refused(trained):
     write_policy(trained[0], never_leave(3))
-    with pytest.raises(ArtifactError, match="policy for 2 exits .* Got one for 3"):
+    with pytest.raises(ArtifactError, match=r"policy for 2 exits .* Got one for 3"):
         load(trained[0])
 
 

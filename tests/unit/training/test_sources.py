@@ -33,7 +33,9 @@ def write_parquet(path, files, labels, *, names=None, label_type=None):
     """Write labelled images as Hugging Face does."""
     table = pa.table(
         {
-            "image": pa.array([{"bytes": file, "path": f"{n}.png"} for n, file in enumerate(files)]),
+            "image": pa.array(
+                [{"bytes": file, "path": f"{n}.png"} for n, file in enumerate(files)]
+            ),
             "label": pa.array(labels, label_type or pa.int64()),
         }
     )
@@ -110,13 +112,13 @@ def test_image_of_another_size_is_refused_with_its_row(path):
 def test_unreadable_image_is_refused_with_its_row(path, damage):
     good = encode(random_pixels(1, GREY)[0])
     write_parquet(path, [good, damage(good)], [0, 0])
-    with pytest.raises(DataError, match="Row 1 of .* holds no readable image"):
+    with pytest.raises(DataError, match=r"Row 1 of .* holds no readable image"):
         read_parquet(path, image_shape=GREY)
 
 
 def test_missing_image_is_refused_with_its_row(path):
     write_parquet(path, [encode(random_pixels(1, GREY)[0]), None], [0, 0])
-    with pytest.raises(DataError, match="Row 1 of .* holds no readable image"):
+    with pytest.raises(DataError, match=r"Row 1 of .* holds no readable image"):
         read_parquet(path, image_shape=GREY)
 
 
@@ -202,7 +204,7 @@ def test_digits_splits_share_no_image_and_repeat():
 
 
 def test_split_that_a_data_set_has_not():
-    with pytest.raises(InvalidArgumentError, match="splits train, test. Got 'val'"):
+    with pytest.raises(InvalidArgumentError, match=r"splits train, test. Got 'val'"):
         load_split("digits", "val")
 
 
@@ -302,7 +304,7 @@ def test_official_emnist_comes_through_torchvision(torchvision, name, value):
 
 def test_failed_download_says_what_else_to_do_in_one_line(torchvision):
     torchvision(UnreachableEMNIST)
-    with pytest.raises(DataNotFoundError, match="gzip.zip.* --data DIR") as caught:
+    with pytest.raises(DataNotFoundError, match=r"gzip.zip.* --data DIR") as caught:
         load_split("emnist47", "train", "emnist-balanced")
     assert "\n" not in str(caught.value)
 

@@ -105,7 +105,7 @@ def test_labels_from_first_to_last_class_are_taken():
 
 
 def test_one_loss_weight_for_each_exit(network):
-    with pytest.raises(InvalidArgumentError, match="3 numbers, one per exit. Got 2"):
+    with pytest.raises(InvalidArgumentError, match=r"3 numbers, one per exit. Got 2"):
         fit(network, PAIRS, config=FitConfig(loss_weights=(1, 1)))
 
 
