@@ -11,7 +11,6 @@ from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, never_leave
 from offramp.training.recipes import find_recipe
 from offramp.training.run import (
     CALIBRATION_SPLIT,
-    checkpoint_exists,
     create_folder,
     load,
     load_batches,
@@ -58,7 +57,6 @@ def test_own_network_comes_back_with_its_policy(network, tmp_path, policy):
     assert run.policy == policy
     assert run.class_names == ("a", "b", "c", "d")
     assert run.recipe is None
-    assert not checkpoint_exists(tmp_path / "run")
 
 
 def test_own_network_has_to_be_given(network, tmp_path):
