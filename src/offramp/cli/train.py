@@ -62,6 +62,8 @@ def train(
             return
         if (folder / LAST_CHECKPOINT).exists():
             check_checkpoint(folder / LAST_CHECKPOINT, network)
+    else:
+        run_folder.require_new(folder)
     train_set, class_names, _ = run_folder.load_batches(recipe, "train", data)
     calibration_set = None
     if recipe.calibration_share > 0:

@@ -20,8 +20,8 @@ from offramp.results import AdaptiveResult
 class Runner(Protocol):
     """Whatever answers a batch, spending on each sample what it needs."""
 
-    def run(self, batch: Tensor) -> AdaptiveResult[Tensor]:
-        """Answer a batch of inputs, shape (B, ...)."""
+    def run(self, *inputs: Tensor) -> AdaptiveResult[Tensor]:
+        """Answer a batch of inputs, each with its batch axis first."""
         ...
 
 

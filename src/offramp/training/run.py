@@ -131,6 +131,21 @@ def load(folder: Path | str, network: MultiExitNetwork | None = None) -> Run:
     )
 
 
+def require_new(folder: Path) -> None:
+    """Refuse a folder that holds something already.
+
+    Args:
+        folder: The folder of a run to be made; it may exist if it is empty.
+    Raises:
+        ArtifactError: If it holds something.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ArtifactError(
+            f"The folder {folder} exists already. Go on with --resume, or choose another "
+            "name with --out."
+        )
+
+
 def create_folder(folder: Path | str) -> Path:
     """Make the folder of a new run.
 
@@ -142,12 +157,8 @@ def create_folder(folder: Path | str) -> Path:
         ArtifactError: If it holds something already or cannot be made.
     """
     folder = Path(folder)
+    require_new(folder)
     try:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ArtifactError(
-                f"The folder {folder} exists already. Go on with --resume, or choose another "
-                "name with --out."
-            )
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArtifactError(
