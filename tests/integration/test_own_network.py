@@ -52,7 +52,11 @@ def trained():
 
 
 @pytest.mark.parametrize("calibration", [None, blobs(64, seed=1)], ids=["alone", "calibration"])
-@pytest.mark.parametrize("wrap", [lambda data: data, lambda data: DataLoader(data, batch_size=32)])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda data: data, lambda data: DataLoader(data, batch_size=32)],
+    ids=["dataset", "loader"],
+)
 def test_fit_takes_a_dataset_or_a_loader_and_writes_nothing(empty_folder, wrap, calibration):
     network = build_network()
     held_out = calibration if calibration is None else wrap(calibration)
@@ -196,7 +200,7 @@ def test_save_of_a_policy_it_does_not_know_writes_nothing(empty_folder, trained)
 
 def test_commands_say_that_an_own_network_has_no_recipe(empty_folder, trained, refuses):
     off.save("own", trained, policy=off.never_leave(2))
-    refuses("evaluate", "own", words=("own", "network of your own", "Python"))
+    refuses("evaluate", "own", words=("own", "network of your own"))
 
 
 @pytest.mark.gpu

@@ -1,0 +1,62 @@
+"""What runs without the heavy extras, and what is said where one is missing."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "lightning", "PIL", "pyarrow", "safetensors", "sklearn")
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "module", ["offramp", "offramp.errors", "offramp.results", "offramp.artifacts", "offramp.cli"]
+)
+def test_import_is_light(module):
+    code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
+    outcome = run_python(code)
+    assert outcome.stdout.strip() == "[]", outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("missing", "name"),
+    [("torch", "AdaptiveRunner"), ("torch", "fit"), ("lightning", "fit"), ("safetensors", "load")],
+)
+def test_public_name_without_its_extra_names_the_command(missing, name):
+    outcome = run_python(
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "import offramp\n"
+        f"try: offramp.{name}\n"
+        "except offramp.MissingExtraError as error: print(error)"
+    )
+    message = outcome.stdout.strip()
+    assert f"offramp.{name} needs {missing}" in message, outcome.stderr
+    assert "pip install 'offramp[train]'" in message
+
+
+@pytest.mark.parametrize("command", ["recipes", "train", "evaluate run", "predict run image.png"])
+def test_command_without_torch_says_what_to_install(command):
+    outcome = run_python(
+        "import sys; sys.modules['torch'] = None\n"
+        f"sys.argv = ['offramp', *{command.split()}]\n"
+        "from offramp.cli import main; main()"
+    )
+    assert outcome.returncode == 2
+    assert outcome.stdout == ""
+    assert outcome.stderr.count("\n") == 1
+    assert "torch" in outcome.stderr
+    assert "pip install 'offramp[train]'" in outcome.stderr
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_need_no_torch(option):
+    outcome = run_python(
+        "import sys; sys.modules['torch'] = None\n"
+        f"sys.argv = ['offramp', {option!r}]\n"
+        "from offramp.cli import main; main()"
+    )
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    assert "offramp" in outcome.stdout.lower()
