@@ -31,7 +31,9 @@ def train(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Of weights, order and augmentation; default 0.")
+    ] = None,
     device: DeviceOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after an interruption.")] = False,
 ) -> None:
@@ -41,9 +43,9 @@ def train(
     from offramp.training.fit import LAST_CHECKPOINT, check_checkpoint, fit
     from offramp.training.recipes import find_recipe, override
 
-    asked = parse_settings(settings or []) | {"seed": str(seed)}
-    if epochs is not None:
-        asked["epochs"] = str(epochs)
+    flags = {"epochs": epochs, "seed": seed}
+    asked = parse_settings(settings or [])
+    asked |= {name: str(value) for name, value in flags.items() if value is not None}
     recipe = override(find_recipe(recipe_name), asked)
     config = replace(recipe.config_as_trained(), device=pick_device(device))  # type: ignore[arg-type]
     network = recipe.build_network()
@@ -64,10 +66,7 @@ def train(
             check_checkpoint(folder / LAST_CHECKPOINT, network)
     else:
         run_folder.require_new(folder)
-    train_set, class_names, _ = run_folder.load_batches(recipe, "train", data)
-    calibration_set = None
-    if recipe.calibration_share > 0:
-        calibration_set, _, _ = run_folder.load_batches(recipe, run_folder.CALIBRATION_SPLIT, data)
+    train_set, calibration_set, class_names = run_folder.load_training_data(recipe, data)
     if not is_going_on:
         run_folder.create_folder(folder)
         run_folder.write_recipe(folder, recipe=recipe, class_names=class_names, data=data)

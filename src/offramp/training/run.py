@@ -15,7 +15,7 @@ from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.policies import Policy, policy_from_dict, policy_to_dict
 from offramp.training.data import ImageBatches, split_off_calibration
 from offramp.training.recipes import Recipe
-from offramp.training.sources import load_split
+from offramp.training.sources import Split, load_split
 
 RECIPE_FILE = "recipe.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -240,26 +240,56 @@ def load_batches(
             aside.
         DataError: If the data is missing or damaged.
     """
-    is_cut = split in ("train", CALIBRATION_SPLIT) and recipe.calibration_share > 0
-    if split == CALIBRATION_SPLIT and not is_cut:
+    if split == CALIBRATION_SPLIT and recipe.calibration_share == 0:
         raise InvalidArgumentError(
             f"The recipe {recipe.name!r} was trained with calibration_share=0: no data was set "
             "aside. Give thresholds by hand with --thresholds, or train with "
             "--set calibration_share=0.1."
         )
-    whole = load_split(recipe.data, "train" if is_cut else split, data)
-    batches = ImageBatches(whole.store, whole.labels_N, normalise=recipe.normalisation)
-    if split == "train":
-        batches = batches.augmented(recipe.augment)
-    if is_cut:
-        train, calibration = split_off_calibration(
-            batches,
-            share=recipe.calibration_share,
-            seed=recipe.fit.seed,
-            uniform_prior=recipe.uniform_prior,
-        )
-        batches = train if split == "train" else calibration
+    whole = load_split(recipe.data, "train" if split == CALIBRATION_SPLIT else split, data)
+    if split in ("train", CALIBRATION_SPLIT):
+        train, calibration = _cut_train(recipe, whole)
+        batches = train if calibration is None or split == "train" else calibration
+    else:
+        batches = ImageBatches(whole.store, whole.labels_N, normalise=recipe.normalisation)
     return batches, whole.class_names, _fingerprint(whole.fingerprint(), batches)
+
+
+def load_training_data(
+    recipe: Recipe, data: str | None = None
+) -> tuple[ImageBatches, ImageBatches | None, tuple[str, ...]]:
+    """Load the train split once and cut the calibration set from it.
+
+    Args:
+        recipe: The recipe.
+        data: As for :func:`load_batches`.
+    Returns:
+        train: The images to train on, augmented as the recipe says.
+        calibration: The images set aside, not augmented; None where the recipe sets none aside.
+        class_names: Name of each class.
+    Raises:
+        DataError: If the data is missing or damaged.
+        InvalidArgumentError: If a class is too small for its share of calibration data.
+    """
+    whole = load_split(recipe.data, "train", data)
+    return *_cut_train(recipe, whole), whole.class_names
+
+
+def _cut_train(recipe: Recipe, whole: Split) -> tuple[ImageBatches, ImageBatches | None]:
+    batches = ImageBatches(
+        whole.store,
+        whole.labels_N,
+        normalise=recipe.normalisation,
+        augment=recipe.augment,
+    )
+    if recipe.calibration_share == 0:
+        return batches, None
+    return split_off_calibration(
+        batches,
+        share=recipe.calibration_share,
+        seed=recipe.fit.seed,
+        uniform_prior=recipe.uniform_prior,
+    )
 
 
 def refuse_in_sample(run: Run, fingerprint: str) -> None:
