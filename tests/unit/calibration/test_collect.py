@@ -1,0 +1,46 @@
+import pytest
+import torch
+from torch import nn
+
+from offramp.calibration.collect import ExitLogits, collect
+from offramp.errors import DataError, ShapeError
+from offramp.measure.cost import ExitCosts
+from offramp.model.multi_exit import MultiExitNetwork
+
+COSTS = ExitCosts(stage_macs=(10, 20), head_macs=(1, 2))
+
+
+def test_logits_of_all_batches_in_order(network):
+    x, labels = torch.randn(7, 6), torch.arange(7) % 4
+    found = collect(network, zip(x.split(3), labels.split(3), strict=True))
+    torch.testing.assert_close(found.logits_KNC, torch.stack(network(x)))
+    assert found.labels_N.tolist() == labels.tolist()
+    assert found.costs == network.costs(x)
+
+
+def test_network_is_evaluated_and_its_mode_restored():
+    stage = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm1d(3))
+    network = MultiExitNetwork([stage], [nn.Linear(3, 2)]).train()
+    batch = (torch.randn(8, 3), torch.zeros(8, dtype=torch.int64))
+    first, second = collect(network, [batch]), collect(network, [batch])
+    assert torch.equal(first.logits_KNC, second.logits_KNC)
+    assert network.training
+    assert stage[1].num_batches_tracked == 0
+
+
+def test_empty_loader_is_refused(network):
+    with pytest.raises(DataError, match="at least one batch"):
+        collect(network, [])
+
+
+def test_correct_by_hand():
+    logits = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]])
+    found = ExitLogits(logits_KNC=logits, labels_N=torch.tensor([0, 1]), costs=COSTS)
+    assert found.correct_KN.tolist() == [[True, False], [True, True]]
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 3), (3, 5, 3), (2, 5), (2,)])
+def test_logits_of_another_shape_are_refused(shape):
+    labels = torch.zeros(5, dtype=torch.int64)
+    with pytest.raises(ShapeError, match=r"K = 2 exits and N = 5 labels"):
+        ExitLogits(logits_KNC=torch.zeros(shape), labels_N=labels, costs=COSTS)
