@@ -1,0 +1,113 @@
+import json
+
+import pytest
+import torch
+
+from offramp.calibration.collect import ExitLogits, collect
+from offramp.errors import DataError, ShapeError
+from offramp.inference.evaluate import ExitEvaluation, evaluate
+from offramp.inference.runner import AdaptiveRunner
+from offramp.measure.cost import ExitCosts
+from offramp.policy.policies import ThresholdPolicy, always_leave_at
+from offramp.results import AdaptiveResult
+
+COSTS = ExitCosts(stage_macs=(10, 20), head_macs=(1, 2))
+LABELS = torch.tensor([0, 0, 1, 1, 0])
+
+
+class Scripted:
+    """A runner that answers what it was told, in turn."""
+
+    def __init__(self, predictions, exits, macs):
+        self.rows = list(zip(predictions, exits, macs, strict=True))
+
+    def run(self, batch):
+        rows, self.rows = self.rows[: len(batch)], self.rows[len(batch) :]
+        predictions, exits, macs = map(torch.tensor, zip(*rows, strict=True))
+        return AdaptiveResult(
+            output=torch.nn.functional.one_hot(predictions, 2),
+            exit_index=exits,
+            confidence=torch.ones(len(rows)),
+            macs=macs,
+        )
+
+
+def logits_that_predict(*rows):
+    logits = torch.nn.functional.one_hot(torch.tensor(rows), 2).float()
+    return ExitLogits(logits_KNC=logits, labels_N=LABELS, costs=COSTS)
+
+
+def loader():
+    return [(torch.zeros(3, 1), LABELS[:3]), (torch.zeros(2, 1), LABELS[3:])]
+
+
+LOGITS = logits_that_predict([0, 1, 1, 0, 1], [0, 0, 1, 0, 0])  # 2 and 4 of 5 right
+RUNNER_SAYS = ([0, 1, 1, 1, 0], [0, 0, 1, 1, 1], [11, 11, 33, 33, 33])  # 4 of 5 right
+
+
+def test_figures_by_hand():
+    found = evaluate(Scripted(*RUNNER_SAYS), loader(), LOGITS, plain_accuracy=0.9)
+    assert found.num_samples == 5
+    assert found.accuracy == pytest.approx(0.8)
+    assert found.mean_macs == pytest.approx((2 * 11 + 3 * 33) / 5)
+    assert found.plain_macs == 32
+    assert found.final_exit_accuracy == pytest.approx(0.8)
+    assert found.plain_accuracy == 0.9
+    assert found.exits == (
+        ExitEvaluation(index=0, accuracy=pytest.approx(0.4), share=pytest.approx(0.4), macs=11),
+        ExitEvaluation(index=1, accuracy=pytest.approx(0.8), share=pytest.approx(0.6), macs=33),
+    )
+
+
+def test_shares_are_computed_in_double_precision():
+    found = evaluate(Scripted(*RUNNER_SAYS), loader(), LOGITS)
+    assert [row.share for row in found.exits] == [0.4, 0.6]
+
+
+def test_exit_that_nobody_left_by_has_share_zero():
+    stay = ([0] * 5, [0] * 5, [11] * 5)
+    found = evaluate(Scripted(*stay), loader(), LOGITS)
+    assert [row.share for row in found.exits] == [1, 0]
+
+
+def test_dictionary_has_the_keys_of_the_command_line():
+    content = evaluate(Scripted(*RUNNER_SAYS), loader(), LOGITS).to_dict()
+    assert json.loads(json.dumps(content)) == content
+    assert set(content) == {
+        "num_samples",
+        "accuracy",
+        "mean_macs",
+        "plain_macs",
+        "final_exit_accuracy",
+        "plain_accuracy",
+        "exits",
+    }
+    assert [set(row) for row in content["exits"]] == [{"index", "accuracy", "share", "macs"}] * 2
+    assert content["plain_accuracy"] is None
+
+
+@pytest.mark.parametrize("exit_index", [0, 1, 2])
+def test_always_leaving_at_an_exit_reaches_its_accuracy_and_cost(network, exit_index):
+    batches = [(torch.randn(50, 6), torch.randint(0, 4, (50,))) for _ in range(2)]
+    policy = always_leave_at(exit_index, num_exits=3)
+    found = evaluate(AdaptiveRunner(network, policy), batches, collect(network, batches))
+    assert found.accuracy == found.exits[exit_index].accuracy
+    assert found.exits[exit_index].share == 1
+    assert found.mean_macs == (50, 102, 154)[exit_index]
+    assert [row.macs for row in found.exits] == [50, 122, 206]
+
+
+@pytest.mark.parametrize(
+    "batches", [loader()[:1], [(torch.zeros(5, 1), 1 - LABELS)], [*loader(), *loader()]]
+)
+def test_other_samples_than_those_of_the_logits_are_refused(constant_network, batches):
+    network = constant_network([[0.0, 1.0], [1.0, 0.0]])
+    network.stages[0] = torch.nn.Linear(1, 2)
+    runner = AdaptiveRunner(network, ThresholdPolicy((0.5,)))
+    with pytest.raises(ShapeError, match="same order"):
+        evaluate(runner, batches, LOGITS)
+
+
+def test_empty_loader_is_refused(network):
+    with pytest.raises(DataError, match="at least one batch"):
+        evaluate(Scripted([], [], []), [], LOGITS)

@@ -1,0 +1,144 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from offramp.errors import InvalidArgumentError, OfframpError
+from offramp.inference.runner import AdaptiveRunner
+from offramp.inference.timing import all_exits_loop, check_early_answers, time_runner
+from offramp.policy.confidence import max_probability_confidence
+from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, always_leave_at, never_leave
+from offramp.zoo.mlp import mlp
+
+
+@torch.no_grad()
+def halving_policy(network, x) -> ThresholdPolicy:
+    """The surer half leaves at each exit."""
+    confidences = [max_probability_confidence(logits) for logits in network(x)[:-1]]
+    thresholds = tuple(float(values.median()) for values in confidences)
+    return ThresholdPolicy(thresholds, rule="max_probability")
+
+
+@pytest.mark.parametrize(
+    ("policy", "exits"),
+    [
+        (always_leave_at(0, num_exits=3), [0, 0, 0]),
+        (always_leave_at(1, num_exits=3), [1, 1, 1]),
+        (never_leave(3), [2, 2, 2]),
+        (ThresholdPolicy((0.0, 0.0)), [0, 0, 0]),
+    ],
+)
+def test_all_exits_loop_chooses_the_policys_exit(network, policy, exits):
+    x = torch.randn(3, 6)
+    output, exit_index, confidences = all_exits_loop(network, policy, x)
+    assert exit_index.tolist() == exits
+    assert torch.equal(output, network(x)[exits[0]])
+    assert confidences.shape == (3, 3)
+
+
+def test_all_exits_loop_keeps_the_state_of_every_sample(constant_network):
+    network = constant_network([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [5.0, 0.0]])
+    _, exit_index, _ = all_exits_loop(network, PatiencePolicy(2, 4), torch.zeros(2, 2))
+    assert exit_index.tolist() == [2, 2]
+
+
+def test_early_answers_that_agree_pass(network):
+    x = torch.randn(300, 6)
+    check_early_answers(AdaptiveRunner(network, halving_policy(network, x)), x)
+
+
+class Wrong(AdaptiveRunner):
+    """Answers something else for the first ``count`` samples."""
+
+    def __init__(self, network, *, field, count):
+        super().__init__(network, never_leave(3))
+        self.field, self.count = field, count
+
+    def run(self, *inputs):
+        result = super().run(*inputs)
+        values = getattr(result, self.field).clone()
+        values[: self.count] -= 1
+        return replace(result, **{self.field: values})
+
+
+@pytest.mark.parametrize(("field", "count"), [("output", 1), ("exit_index", 2), ("exit_index", 1)])
+def test_wrong_early_answers_are_refused_before_the_clock_starts(network, field, count):
+    # Nobody is near a threshold here: not even one in a thousand may leave elsewhere.
+    with pytest.raises(OfframpError, match="Nothing was timed"), torch.inference_mode():
+        check_early_answers(Wrong(network, field=field, count=count), torch.randn(1000, 6))
+
+
+@pytest.fixture(scope="module")
+def timed():
+    """A tiny network timed once for all tests below."""
+    torch.manual_seed(0)
+    network, x = mlp(in_features=6, widths=(5, 8, 7), num_classes=4), torch.randn(70, 6)
+    runner = AdaptiveRunner(network, halving_policy(network, x))
+    return runner, x, time_runner(runner, x, batch_sizes=(1, 32), rounds=2, max_batches=3)
+
+
+def test_timing_has_an_entry_for_each_batch_size(timed):
+    _, _, timing = timed
+    assert [row.batch_size for row in timing.results] == [1, 32]
+    assert {row.backend for row in timing.results} == {"torch"}
+    assert set(timing.stage_ms) == {1, 32}
+    assert all(len(stages) == 3 and min(stages) > 0 for stages in timing.stage_ms.values())
+
+
+def test_shares_and_macs_are_those_of_the_timed_samples(timed):
+    runner, x, timing = timed
+    result = runner.run(x)
+    counts = torch.bincount(result.exit_index, minlength=3)
+    assert counts.min() > 0
+    assert timing.shares == pytest.approx((counts / 70).tolist())
+    assert timing.mean_macs == pytest.approx(result.macs.double().mean().item())
+
+
+def test_ratios_follow_from_the_milliseconds(timed):
+    runner, x, timing = timed
+    macs = runner.run(x).macs.double()
+    means = {1: macs[:3].mean(), 32: macs[:64].mean()}
+    for row in timing.results:
+        assert row.ideal_speedup == pytest.approx(154 / float(means[row.batch_size]))
+        assert row.speedup == pytest.approx(row.plain_ms / row.adaptive_ms)
+        assert row.realised == pytest.approx(row.speedup / row.ideal_speedup)
+        assert row.stage_bound > 0
+        assert min(row.all_exits_ms, row.never_exit_ms) > 0
+        for name, (low, high) in row.interval_ms.items():
+            assert low <= getattr(row, f"{name}_ms") <= high
+
+
+def test_what_a_number_must_carry_is_there_and_json_can_hold_it(timed):
+    _, _, timing = timed
+    content = json.loads(json.dumps(timing.to_dict()))
+    assert content["hardware"]
+    assert content["threads"] == torch.get_num_threads()
+    assert content["versions"]["torch"] == torch.__version__
+    assert set(content["results"][0]) == {
+        "backend",
+        "batch_size",
+        "plain_ms",
+        "all_exits_ms",
+        "adaptive_ms",
+        "never_exit_ms",
+        "interval_ms",
+        "ideal_speedup",
+        "speedup",
+        "realised",
+        "stage_bound",
+    }
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 8])
+def test_batch_size_out_of_range_is_refused(network, batch_size):
+    runner = AdaptiveRunner(network, never_leave(3))
+    with pytest.raises(InvalidArgumentError, match=rf"int in \[1, 7\].* Got {batch_size}"):
+        time_runner(runner, torch.randn(7, 6), batch_sizes=(1, batch_size))
+
+
+@pytest.mark.parametrize("rounds", [1, 0])
+def test_too_few_rounds_are_refused(network, rounds):
+    runner = AdaptiveRunner(network, never_leave(3))
+    with pytest.raises(InvalidArgumentError, match=rf"'rounds'.* Got {rounds}"):
+        time_runner(runner, torch.randn(7, 6), batch_sizes=(1,), rounds=rounds)
