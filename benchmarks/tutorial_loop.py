@@ -162,7 +162,7 @@ def print_results(results: Sequence[dict[str, Any]]) -> None:
                 str(row["batch_size"]),
                 name,
                 f"{row['ms'][name]:.3f}",
-                f"{low:.3g} to {high:.3g}",
+                f"{low:.3g}-{high:.3g}",
                 "" if speedup is None else f"{speedup:.2f}",
                 bar,
                 f"{row['ideal_speedup']:.2f}" if name == "plain" else "",
