@@ -12,7 +12,9 @@ from offramp.model.multi_exit import MultiExitNetwork
 from offramp.zoo.mlp import mlp
 
 set_hypothesis_home_dir(tempfile.gettempdir())
-settings.register_profile("offramp", database=None, deadline=None, derandomize=True)
+settings.register_profile(
+    "offramp", max_examples=25, database=None, deadline=None, derandomize=True
+)
 settings.load_profile("offramp")
 
 
