@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from offramp.errors import NotCalibratedError
-from offramp.measure.cost import ExitCosts
 from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.policy.policies import Policy, State
 from offramp.results import AdaptiveResult
@@ -49,7 +48,7 @@ class AdaptiveRunner:
         self.network = network.eval()
         self.policy = policy
         self._off = frozenset(k for k in range(network.num_exits) if policy.is_off(k))
-        self._costs: dict[tuple[torch.Size, ...], ExitCosts] = {}
+        self._macs_by_shape: dict[tuple[torch.Size, ...], Tensor] = {}
 
     @torch.inference_mode()
     def run(self, *inputs: Tensor) -> AdaptiveResult[Tensor]:
@@ -60,18 +59,16 @@ class AdaptiveRunner:
         Returns:
             Logits, exit, confidence and MACs of each sample, in the order of the batch.
         """
-        batch_size = len(inputs[0])
-        if batch_size == 1:
+        if len(inputs[0]) == 1:
             output, confidence_B, exit_index = self._run_one(inputs)
             exit_index_B = torch.full((1,), exit_index, device=output.device)
         else:
             output, confidence_B, exit_index_B = self._run_many(inputs)
-        exit_macs = self._exit_costs(inputs).exit_macs(self._off) if batch_size else (0,)
         return AdaptiveResult(
             output=output,
             exit_index=exit_index_B,
             confidence=confidence_B,
-            macs=torch.tensor(exit_macs, device=output.device)[exit_index_B],
+            macs=self._exit_macs(inputs)[exit_index_B],
         )
 
     def _run_one(self, features: Features) -> tuple[Tensor, Tensor, int]:
@@ -81,51 +78,54 @@ class AdaptiveRunner:
             features = self.network.run_stage(k, features)
             if k in self._off:
                 continue
-            output = self.network.run_exit(k, features)
-            leave_B, confidence_B, state = self.policy.step(k, output, state)
+            output, (leave_B, confidence_B, state) = self._ask(k, features, state)
             if k == self.network.num_exits - 1 or bool(leave_B):
                 break
         return output, confidence_B, k
 
     def _run_many(self, features: Features) -> tuple[Tensor, Tensor, Tensor]:
-        """Compact the batch to the survivors after every exit; put the answers back in order."""
-        rows_B = torch.arange(len(features[0]), device=features[0].device)
+        """After every exit, go on with the survivors only.
+
+        Whoever reaches an exit is given its answer, which a later exit overwrites: so the answers
+        stand in the order of the batch, and the leavers need no indexing at all.
+        """
         state: State = ()
-        rows, outputs, confidences, counts = [], [], [], [0] * self.network.num_exits
+        rows_B = torch.arange(len(features[0]), device=features[0].device)
+        answers: tuple[Tensor, Tensor, Tensor] | None = None
         for k in range(self.network.num_exits):
             features = self.network.run_stage(k, features)
             if k in self._off:
                 continue
-            output = self.network.run_exit(k, features)
-            leave_B, confidence_B, state = self.policy.step(k, output, state)
-            # Survivors first, leavers last, so that reading their number is the only wait.
-            order_B = leave_B.argsort(stable=True)
-            counts[k] = len(rows_B) if k == self.network.num_exits - 1 else int(leave_B.sum())
-            stay_B, go_B = order_B.tensor_split([len(rows_B) - counts[k]])
-            if counts[k] == 0:
-                continue
-            rows.append(rows_B[go_B])
-            outputs.append(output[go_B])
-            confidences.append(confidence_B[go_B])
-            if counts[k] == len(rows_B):
+            output, (leave_B, confidence_B, state) = self._ask(k, features, state)
+            if answers is None:
+                answers = output.clone(), confidence_B.clone(), torch.full_like(rows_B, k)
+            else:
+                answers[0].index_copy_(0, rows_B, output)
+                answers[1].index_copy_(0, rows_B, confidence_B)
+                answers[2].index_fill_(0, rows_B, k)
+            if k == self.network.num_exits - 1:
                 break
-            rows_B = rows_B[stay_B]
-            features = tuple(tensor.index_select(0, stay_B) for tensor in features)
-            state = tuple(tensor.index_select(0, stay_B) for tensor in state)
-        if not rows:  # an empty batch
-            return output, confidence_B, rows_B
-        exit_index_B = torch.arange(len(counts), device=rows_B.device).repeat_interleave(
-            torch.tensor(counts, device=rows_B.device)
-        )
-        position_B = torch.cat(rows).argsort()
-        return (
-            torch.cat(outputs)[position_B],
-            torch.cat(confidences)[position_B],
-            exit_index_B[position_B],
-        )
+            stay_B = (~leave_B).nonzero()[:, 0]  # the one wait for the device at this exit
+            if len(stay_B) == 0:
+                break
+            if len(stay_B) < len(rows_B):
+                rows_B = rows_B[stay_B]
+                features = tuple(tensor.index_select(0, stay_B) for tensor in features)
+                state = tuple(tensor.index_select(0, stay_B) for tensor in state)
+        assert answers is not None  # the final exit is never off
+        return answers
 
-    def _exit_costs(self, inputs: tuple[Tensor, ...]) -> ExitCosts:
+    def _ask(
+        self, k: int, features: Features, state: State
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, State]]:
+        output = self.network.run_exit(k, features)
+        return output, self.policy.step(k, output, state)
+
+    def _exit_macs(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """MACs of a sample that leaves at each exit, shape (K,); counted once per input shape."""
         shapes = tuple(tensor.shape[1:] for tensor in inputs)
-        if shapes not in self._costs:
-            self._costs[shapes] = self.network.costs(*inputs)
-        return self._costs[shapes]
+        if shapes not in self._macs_by_shape:
+            sample = tuple(tensor.new_zeros((1, *tensor.shape[1:])) for tensor in inputs)
+            exit_macs = self.network.costs(*sample).exit_macs(self._off)
+            self._macs_by_shape[shapes] = torch.tensor(exit_macs, device=inputs[0].device)
+        return self._macs_by_shape[shapes]

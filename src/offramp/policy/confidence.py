@@ -25,16 +25,16 @@ def entropy_confidence(logits_BC: Tensor) -> Tensor:
         ``1 - H / log C`` per sample, shape (B,); NaN where the logits are NaN.
     Raises:
         ShapeError: If the last axis holds fewer than two classes.
+    Reference: Teerapittayanon et al. (2016), BranchyNet, section III-C (there unnormalised,
+        and lower is surer).
     Example:
         >>> entropy_confidence(torch.tensor([[0.0, 0.0], [50.0, 0.0]]))
         tensor([0., 1.])
-    Reference: Teerapittayanon et al. (2016), BranchyNet, section III-C (there unnormalised,
-        and lower is surer).
     """
     log_p_BC = _log_softmax(logits_BC)
-    p_BC = log_p_BC.exp()
-    entropy_B = -(p_BC * log_p_BC.masked_fill(p_BC == 0, 0.0)).sum(-1)
-    return (1 - entropy_B / math.log(logits_BC.shape[-1])).clamp(0, 1)
+    # A class of probability 0 adds 0: exp(-200) is 0 in float32, and 0 * -200 is no NaN.
+    negative_entropy_B = (log_p_BC.exp() * log_p_BC.clamp_min(-200)).sum(-1)
+    return (1 + negative_entropy_B / math.log(logits_BC.shape[-1])).clamp(0, 1)
 
 
 def max_probability_confidence(logits_BC: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,8 @@ def read_parquet(path: Path, *, image_shape: tuple[int, int, int]) -> Split:
         return Split(store=streamed, labels_N=labels_N, class_names=class_names)
     decoded = torch.empty((len(labels_N), *image_shape), dtype=torch.uint8)
     chunks = torch.split(torch.arange(len(labels_N)), 1024)
-    for rows in track(chunks, description=f"decoding {path.name}", transient=True):
+    shown = f"decoding {path.name}"
+    for rows in track(chunks, shown, transient=True, disable=not sys.stdout.isatty()):
         decoded[rows[0] : rows[-1] + 1] = streamed[rows]
     return Split(store=decoded, labels_N=labels_N, class_names=class_names)
 

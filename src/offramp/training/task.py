@@ -108,6 +108,7 @@ class MultiExitTask(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Seed the epoch, so that a resumed run draws what the unbroken one drew."""
+        self.network.train()  # a callback may have run it early, in evaluation mode
         seed = epoch_seed(self.config.seed, self.current_epoch)
         torch.manual_seed(seed + self.global_rank)
 
