@@ -69,7 +69,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> Outcome:
-    stdout, stderr = process.communicate(timeout=240)
+    stdout, stderr = process.communicate(timeout=500)
     return Outcome(process.returncode, stdout, stderr)
 
 
@@ -92,14 +92,14 @@ def finish_offramp() -> Callable[[subprocess.Popen[str]], Outcome]:
 def train_command() -> list[str]:
     """How the run that tests share is trained, but for its folder."""
     settings = [text for key, value in SETTINGS.items() for text in ("--set", f"{key}={value}")]
-    return ["train", "digits-mlp", "--epochs", "3", *settings]
+    return ["train", "digits-mlp", "--epochs", "8", *settings]
 
 
 @pytest.fixture(scope="session")
 def training(
     tmp_path_factory: pytest.TempPathFactory, train_command: list[str]
 ) -> tuple[Path, Outcome]:
-    """The default recipe, trained for three epochs by a real process: its folder and output."""
+    """The default recipe, trained for eight epochs by a real process: its folder and output."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     outcome = finish(start(*train_command, "--out", folder))
     assert outcome.code == 0, outcome.stderr

@@ -89,7 +89,7 @@ def test_training_leaves_a_run_folder_and_says_where(training):
 def test_training_records_every_epoch(training):
     lines = (training[0] / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    assert [record["epoch"] for record in records] == [1, 2, 3]
+    assert [record["epoch"] for record in records] == list(range(1, 9))
     assert records[-1]["train_loss"] < records[0]["train_loss"]
     assert all(0.5 < accuracy < 1 for accuracy in records[-1]["exit_accuracy"])
     assert len(records[-1]["exit_accuracy"]) == 3

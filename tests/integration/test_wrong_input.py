@@ -38,7 +38,7 @@ REFUSED = {
         ("emnist47", "--data DIR", "OFFRAMP_DATA", "download"),
     ),
     "missing data folder": ("evaluate run --data nowhere", ("nowhere/test.parquet", "--data DIR")),
-    "unknown device": ("train --out new --epochs 1 --device tpu", ("cpu or cuda", "'tpu'")),
+    "unknown device": ("train --out new --epochs 1 --device tpu", ("cpu", "cuda", "'tpu'")),
     "unknown command": ("trian", ("'trian'", "'train'")),
     "unknown option": ("train --out new --nonsense", ("--nonsense", "train --help")),
     "no run": ("evaluate nowhere", ("nowhere", "recipe.json", "offramp train")),
