@@ -67,18 +67,25 @@ def test_runner_equals_the_all_exits_loop_on_random_networks(digits, seed, batch
     assert_same_answers(network, policy, digits, expected, batch_size=batch_size)
 
 
-@pytest.mark.slow
-@pytest.mark.data
-@pytest.mark.parametrize("batch_size", BATCH_SIZES)
-def test_runner_equals_the_all_exits_loop_on_the_tutorials_network(batch_size):
+@pytest.fixture(scope="module")
+def tutorial():
+    """The trained network of the tutorial, its policy, all test images, and the loop's answers."""
     if not TUTORIAL_RUN.is_dir():
-        pytest.skip(f"no trained emnist-mlp in {TUTORIAL_RUN}: set OFFRAMP_EMNIST_MLP_RUN")
+        pytest.skip(f"no trained run in {TUTORIAL_RUN}: set OFFRAMP_EMNIST_MLP_RUN")
     if "OFFRAMP_DATA" not in os.environ:
         pytest.skip("OFFRAMP_DATA is not set")
     run = offramp.load(TUTORIAL_RUN)
     batches, _, _ = load_batches(run.require_recipe(), "test")
     inputs, _ = batches.__getitems__(range(len(batches)))
-    assert len(inputs) == 18_800
-    expected = choose_afterwards(run.network, inputs, TUTORIAL_THRESHOLDS_NATS)
     policy = offramp.ThresholdPolicy.from_entropy_nats(TUTORIAL_THRESHOLDS_NATS, num_classes=47)
-    assert_same_answers(run.network, policy, inputs, expected, batch_size=batch_size)
+    expected = choose_afterwards(run.network, inputs, TUTORIAL_THRESHOLDS_NATS)
+    return run.network, policy, inputs, expected
+
+
+@pytest.mark.slow
+@pytest.mark.data
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
+def test_runner_equals_the_all_exits_loop_on_the_tutorials_network(tutorial, batch_size):
+    network, policy, inputs, expected = tutorial
+    assert len(inputs) == 18_800
+    assert_same_answers(network, policy, inputs, expected, batch_size=batch_size)

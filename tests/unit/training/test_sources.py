@@ -31,14 +31,9 @@ def encode(pixels_CHW: torch.Tensor) -> bytes:
 
 def write_parquet(path, files, labels, *, names=None, label_type=None):
     """Write labelled images as Hugging Face does."""
-    table = pa.table(
-        {
-            "image": pa.array(
-                [{"bytes": file, "path": f"{n}.png"} for n, file in enumerate(files)]
-            ),
-            "label": pa.array(labels, label_type or pa.int64()),
-        }
-    )
+    rows = [{"bytes": file, "path": f"{n}.png"} for n, file in enumerate(files)]
+    images = pa.array(rows, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    table = pa.table({"image": images, "label": pa.array(labels, label_type or pa.int64())})
     if names is not None:
         features = {"label": {"names": names, "_type": "ClassLabel"}}
         content = json.dumps({"info": {"features": features}})
