@@ -83,7 +83,7 @@ def test_fit_balances_the_classes_of_a_users_data():
     seen = []
     network = build_network()
     network.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    off.fit(network, rare, config=off.FitConfig(epochs=4, class_balanced=True, device="cpu"))
+    off.fit(network, rare, config=off.FitConfig(epochs=4, class_balance="sampling", device="cpu"))
     drawn = torch.cat(seen)
     in_rare_corner = ((drawn[:, 0] > 3.4) & (drawn[:, 1] > 0)).float().mean()
     assert (rare.tensors[1] == 0).float().mean() < 0.05
@@ -105,7 +105,7 @@ def test_labels_out_of_range_are_named(wrong, where):
     ("config", "message"),
     [
         (off.FitConfig(loss_weights=(1.0,), device="cpu"), "loss_weights.* 2 .*Got 1"),
-        (off.FitConfig(class_balanced=True, device="cpu"), "class_balanced.*WeightedRandomSampler"),
+        (off.FitConfig(class_balance="sampling", device="cpu"), "class_balance.*Got a DataLoader"),
     ],
 )
 def test_fit_refuses_what_it_cannot_do(config, message):

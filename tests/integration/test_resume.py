@@ -17,7 +17,7 @@ TRAIN = ("train", "digits-mlp", "--epochs", 8, "--device", "cpu")
 # All that is drawn at random is switched on: order, class balance, augmentation.
 SETTINGS = tuple(
     f"--set={setting}"
-    for setting in ("batch_size=32", "widths=24,64,64", "augment=true", "class_balanced=true")
+    for setting in ("batch_size=32", "widths=24,64,64", "augment=true", "class_balance=sampling")
 )
 
 

@@ -18,14 +18,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.profilers import SimpleProfiler
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from offramp.artifacts import SCHEMA_VERSION, atomic_path
 from offramp.errors import ArtifactError, InvalidArgumentError
+from offramp.measure.cost import evaluation_mode
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.training.data import EpochSampler, ImageBatches, make_loader
-from offramp.training.task import ACCURACY_METRIC, FitConfig, MultiExitTask
+from offramp.training.task import ACCURACY_METRIC, FitConfig, MultiExitTask, check_labels
 
 LAST_CHECKPOINT = "last.ckpt"
 METRICS_FILE = "metrics.jsonl"
@@ -67,6 +68,12 @@ def fit(
     checkpoint = None
     if resume and folder is not None and (Path(folder) / LAST_CHECKPOINT).exists():
         checkpoint = check_checkpoint(Path(folder) / LAST_CHECKPOINT, network)
+    if config.class_balance != "none" and isinstance(train, DataLoader):
+        raise InvalidArgumentError(
+            "'class_balance' counts the labels of a data set. Got a DataLoader: give fit the "
+            "data set, or balance in the loader."
+        )
+    class_prior_C = None if isinstance(train, DataLoader) else _class_prior(network, train, config)
     own: list[Callback] = [RichProgressBar(leave=False)] if sys.stdout.isatty() else []
     if folder is not None:
         own += [_EpochReport(Path(folder), network.num_exits), _LastCheckpoint(Path(folder))]
@@ -86,7 +93,7 @@ def fit(
             use_distributed_sampler=isinstance(train, DataLoader),
         )
         trainer.fit(
-            MultiExitTask(network, config),
+            MultiExitTask(network, config, class_prior_C),
             _train_loader(train, config),
             None if calibration is None else _loader(calibration, config),
             ckpt_path=checkpoint,
@@ -223,20 +230,35 @@ def _check_config(network: MultiExitNetwork, config: FitConfig) -> None:
 
 def _train_loader(train: Dataset[Any] | DataLoader[Any], config: FitConfig) -> DataLoader[Any]:
     if isinstance(train, DataLoader):
-        if config.class_balanced:
-            raise InvalidArgumentError(
-                "'class_balanced' needs a data set, not a DataLoader: give the loader a "
-                "WeightedRandomSampler instead."
-            )
         return train
-    if isinstance(train, ImageBatches):
-        labels_N = train.labels_N
-    elif config.class_balanced:
-        labels_N = torch.tensor([int(train[i][1]) for i in range(_length(train))])
-    else:
-        labels_N = torch.zeros(_length(train), dtype=torch.int64)
-    sampler = EpochSampler(labels_N, seed=config.seed, class_balanced=config.class_balanced)
+    sampler = EpochSampler(
+        _labels(train)
+        if config.class_balance == "sampling"
+        else torch.zeros(_length(train)).long(),
+        seed=config.seed,
+        class_balanced=config.class_balance == "sampling",
+    )
     return make_loader(train, batch_size=config.batch_size, sampler=sampler)
+
+
+def _class_prior(
+    network: MultiExitNetwork, train: Dataset[Any], config: FitConfig
+) -> Tensor | None:
+    """Share of each class in the training data, where the loss asks for it."""
+    if config.class_balance != "loss":
+        return None
+    with torch.no_grad(), evaluation_mode(network):
+        num_classes = network(train[0][0][None])[-1].shape[-1]
+    labels_N = _labels(train)
+    check_labels(labels_N, num_classes=num_classes)
+    counts_C = torch.bincount(labels_N, minlength=num_classes).clamp_min(1)
+    return counts_C / counts_C.sum()
+
+
+def _labels(train: Dataset[Any]) -> Tensor:
+    if isinstance(train, ImageBatches):
+        return train.labels_N
+    return torch.tensor([int(train[i][1]) for i in range(_length(train))])
 
 
 def _length(dataset: Dataset[Any]) -> int:

@@ -170,7 +170,7 @@ RECIPES = {
                     (("conv", 16, 2), ("separable", 24, 1), ("separable", 64, 2)),
                     (("separable", 64, 1),),
                     (("separable", 96, 1), ("separable", 96, 1)),
-                    (("separable", 160, 1), ("separable", 160, 1)),
+                    (("separable", 128, 1), ("separable", 128, 1)),
                 ),
                 "num_classes": 47,
             },
@@ -186,11 +186,11 @@ RECIPES = {
             calibration_share=0.04,
             uniform_prior=True,
             fit=FitConfig(
-                epochs=26,
+                epochs=24,
                 learning_rate=0.004,
                 backbone_epochs=5,
                 label_smoothing=0.1,
-                class_balanced=True,
+                class_balance="loss",
             ),
         ),
     )

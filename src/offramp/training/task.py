@@ -33,7 +33,9 @@ class FitConfig:
         backbone_epochs: Mixed training: so many first epochs train the final exit only, then all.
         label_smoothing: Share of the target spread over all classes, in [0, 1).
         distillation: Share of the early exits' loss that comes from the final exit, in [0, 1].
-        class_balanced: Draw training samples so that every class is equally likely.
+        class_balance: For test data whose classes are equally likely while those of train are
+            not: "sampling" draws every class as often, which repeats samples of rare classes;
+            "loss" draws samples as they are and puts the class frequencies into the loss.
         seed: Of the order of samples, of augmentation and of dropout.
         device: cpu, cuda, or auto (cuda where there is one).
         devices: Processes that train together (DDP), at least 1.
@@ -49,7 +51,7 @@ class FitConfig:
     backbone_epochs: int = 0
     label_smoothing: float = 0.0
     distillation: float = 0.0
-    class_balanced: bool = False
+    class_balance: Literal["none", "sampling", "loss"] = "none"
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 1
@@ -67,6 +69,10 @@ class FitConfig:
             ),
             "label_smoothing": (0 <= self.label_smoothing < 1, "in [0, 1)"),
             "distillation": (0 <= self.distillation <= 1, "in [0, 1]"),
+            "class_balance": (
+                self.class_balance in ("none", "sampling", "loss"),
+                "none, sampling or loss",
+            ),
             "device": (self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
             "devices": (self.devices >= 1, "an int of at least 1"),
             "seed": (self.seed >= 0, "an int of at least 0"),
@@ -84,10 +90,18 @@ class MultiExitTask(LightningModule):
     Args:
         network: The network to train, in place.
         config: How to train it.
+        class_prior_C: Share of each class in the training data, for ``class_balance="loss"``.
     """
 
-    def __init__(self, network: MultiExitNetwork, config: FitConfig) -> None:
+    def __init__(
+        self,
+        network: MultiExitNetwork,
+        config: FitConfig,
+        class_prior_C: Tensor | None = None,
+    ) -> None:
         super().__init__()
+        self.register_buffer("class_prior_C", class_prior_C, persistent=False)
+        self.class_prior_C: Tensor | None
         self.network = network
         self.config = config
         self._correct_K = torch.zeros(network.num_exits)
@@ -123,6 +137,7 @@ class MultiExitTask(LightningModule):
             weights=self.loss_weights(self.current_epoch),
             label_smoothing=self.config.label_smoothing,
             distillation=self.config.distillation,
+            class_prior_C=self.class_prior_C,
         )
         self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True)
         return loss

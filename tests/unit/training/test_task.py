@@ -111,8 +111,9 @@ def test_one_loss_weight_for_each_exit(network):
 
 def test_class_balance_needs_a_data_set(network):
     loader = torch.utils.data.DataLoader(PAIRS)
-    with pytest.raises(InvalidArgumentError, match="WeightedRandomSampler"):
-        fit(network, loader, config=FitConfig(class_balanced=True, device="cpu"))
+    for balance in ("sampling", "loss"):
+        with pytest.raises(InvalidArgumentError, match="Got a DataLoader"):
+            fit(network, loader, config=FitConfig(class_balance=balance, device="cpu"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
