@@ -70,3 +70,14 @@ class ArtifactError(OfframpError, ValueError):
 
 class MissingExtraError(OfframpError, ImportError):
     """An optional dependency is missing; the message holds the command that installs it."""
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one line, to quote it in a message of ours.
+
+    Args:
+        error: Any exception.
+    Returns:
+        The first line of its text; its class where it has none.
+    """
+    return next(iter(str(error).splitlines()), type(error).__name__)

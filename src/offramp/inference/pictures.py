@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from offramp.errors import DataError, DataNotFoundError
+from offramp.errors import DataError, DataNotFoundError, reason
 from offramp.training.sources import MAX_IMAGE_PIXELS, DataSource
 
 Pixels = npt.NDArray[np.uint8]
@@ -64,7 +64,7 @@ def _open(path: Path, *, mode: str) -> Image.Image:
             raise
         raise DataError(
             f"Expected an image (PNG, JPEG, ...) in {path}, found something unreadable: "
-            f"{str(error).splitlines()[0]}"
+            f"{reason(error)}"
         ) from error
     # Transparent parts count as paper.
     paper = Image.new("RGBA", upright.size, "white")

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from offramp.errors import BackboneCutError, InvalidArgumentError, ShapeError
+from offramp.errors import BackboneCutError, InvalidArgumentError, ShapeError, reason
 from offramp.measure.cost import evaluation_mode
 from offramp.model.heads import head_for
 from offramp.model.multi_exit import MultiExitNetwork, as_features
@@ -122,7 +122,7 @@ def _run_in_order(stages: Sequence[nn.Module], example: Tensor) -> list[Tensor]:
         except (RuntimeError, TypeError, ValueError, ShapeError) as error:
             raise BackboneCutError(
                 f"The backbone's children do not run one after the other: chaining them fails "
-                f"({str(error).splitlines()[0]}). Wrap it in an nn.Sequential that does."
+                f"({reason(error)}). Wrap it in an nn.Sequential that does."
             ) from error
         outputs.append(features)
     return outputs

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from offramp.artifacts import SCHEMA_VERSION, atomic_path
-from offramp.errors import ArtifactError, InvalidArgumentError
+from offramp.errors import ArtifactError, InvalidArgumentError, reason
 from offramp.measure.cost import evaluation_mode
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.training.data import EpochSampler, ImageBatches, make_loader
@@ -77,6 +77,7 @@ def fit(
     own: list[Callback] = [RichProgressBar(leave=False)] if sys.stdout.isatty() else []
     if folder is not None:
         own += [_EpochReport(Path(folder), network.num_exits), _LastCheckpoint(Path(folder))]
+    network.train()
     with _quiet_lightning():
         trainer = Trainer(
             max_epochs=config.epochs,
@@ -117,10 +118,10 @@ def check_checkpoint(path: Path, network: nn.Module) -> Path:
         content = torch.load(path, map_location="cpu", weights_only=True)
         version = content[_SCHEMA_KEY]
         shapes = {name: tensor.shape for name, tensor in content["state_dict"].items()}
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except _UNREADABLE as error:
         raise ArtifactError(
             f"The checkpoint {path} is damaged or not Offramp's "
-            f"({str(error).splitlines()[0] or type(error).__name__}). "
+            f"({reason(error)}). "
             "Delete it to start this run again from the first epoch."
         ) from error
     if version > SCHEMA_VERSION:
@@ -137,6 +138,15 @@ def check_checkpoint(path: Path, network: nn.Module) -> Path:
 
 
 _SCHEMA_KEY = "offramp_schema_version"
+_UNREADABLE = (
+    AttributeError,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    pickle.UnpicklingError,
+)
 
 
 class _LastCheckpoint(Callback):

@@ -22,7 +22,13 @@ from PIL import Image, UnidentifiedImageError
 from rich.progress import track
 from torch import Tensor
 
-from offramp.errors import DataError, DataNotFoundError, InvalidArgumentError, MissingExtraError
+from offramp.errors import (
+    DataError,
+    DataNotFoundError,
+    InvalidArgumentError,
+    MissingExtraError,
+    reason,
+)
 from offramp.training.data import ImageStore
 
 MAX_DECODED_BYTES = 4 * 2**30
@@ -154,7 +160,7 @@ def read_parquet(path: Path, *, image_shape: tuple[int, int, int]) -> Split:
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise DataError(
             f"Expected a Parquet file with the columns image (bytes) and label (int) in {path}. "
-            f"It is damaged or holds something else: {str(error).splitlines()[0]}"
+            f"It is damaged or holds something else: {reason(error)}"
         ) from error
     class_names = _class_names(table.schema.metadata, labels_N)
     if len(labels_N) == 0 or int(labels_N.min()) < 0 or int(labels_N.max()) >= len(class_names):
@@ -259,7 +265,7 @@ def _torchvision_emnist(split: str) -> Split:
         emnist = EMNIST(str(root), split="balanced", train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
         raise DataNotFoundError(
-            f"EMNIST Balanced could not be downloaded to {root}: {str(error).splitlines()[0]}. "
+            f"EMNIST Balanced could not be downloaded to {root}: {reason(error)}. "
             "Connect to the internet, or give --data DIR with Parquet files in it."
         ) from error
     return Split(

@@ -182,3 +182,16 @@ def test_config_is_frozen():
     assert replace(config, epochs=3).epochs == 3
     with pytest.raises(AttributeError):
         config.epochs = 3
+
+
+def test_class_balance_in_the_loss_counts_the_training_labels(network, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "offramp.training.task.joint_loss",
+        lambda outputs, labels, **terms: seen.append(terms["class_prior_C"]) or outputs[0].sum(),
+    )
+    rare = [*PAIRS, PAIRS[0], PAIRS[0]]
+    fit(network, rare, config=FitConfig(epochs=1, class_balance="loss", device="cpu"))
+    counts = torch.ones(network(torch.zeros(1, 6))[0].shape[1])
+    counts[0] = 3
+    assert torch.allclose(seen[0], counts / counts.sum())
