@@ -69,7 +69,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtifactError(f"Expected the file {path}, found none.") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ArtifactError(f"Cannot read {path}: it is damaged or no JSON ({error}).") from error
     version = content.pop("schema_version", None) if isinstance(content, dict) else None
     if not isinstance(content, dict) or not isinstance(version, int):

@@ -31,8 +31,8 @@ class ExitLogits:
     costs: ExitCosts
 
     def __post_init__(self) -> None:
-        num_exits, num_samples = self.logits_KNC.shape[:2]
-        if num_samples != len(self.labels_N) or num_exits != self.costs.num_exits:
+        expected = (self.costs.num_exits, len(self.labels_N))
+        if self.logits_KNC.ndim != 3 or self.logits_KNC.shape[:2] != expected:
             raise ShapeError(
                 f"Expected logits of shape (K, N, C) for K = {self.costs.num_exits} exits and "
                 f"N = {len(self.labels_N)} labels. Got {tuple(self.logits_KNC.shape)}."

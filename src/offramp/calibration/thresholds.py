@@ -72,7 +72,7 @@ def calibrate(
         The policy with accuracy and mean MACs on this data.
     Raises:
         InvalidArgumentError: If not exactly one target is given, or it is out of range.
-        InfeasibleTargetError: If the budget is below the cost of the cheapest exit.
+        InfeasibleTargetError: If no thresholds cost so little on this data.
     """
     if (max_drop is None) == (budget_macs is None):
         raise InvalidArgumentError("Give exactly one target: 'max_drop' or 'budget_macs'.")
@@ -82,7 +82,7 @@ def calibrate(
         )
     correct_KN = logits.correct_KN.numpy()
     if budget_macs is not None:
-        score = _within_budget(budget_macs, logits.costs)
+        score = _within_budget(budget_macs, plain_macs=logits.costs.plain_macs)
     else:
         score = _within_drop(max_drop, final_accuracy=float(correct_KN[-1].mean()))
     confidence_KN = np.stack(
@@ -90,6 +90,12 @@ def calibrate(
     ).astype(np.float64)
     search = _Search(confidence_KN, correct_KN, logits.costs, score)
     thresholds = search.run()
+    if search.best_score == -math.inf:
+        raise InfeasibleTargetError(
+            f"The 'budget_macs' parameter must be at least {search.cheapest_macs:,.0f}, the "
+            f"cheapest there is on these samples. Got {budget_macs:,.0f}.",
+            best_achievable=search.cheapest_macs,
+        )
     accuracy, mean_macs = evaluate_thresholds(confidence_KN, correct_KN, logits.costs, thresholds)
     return Calibration(
         policy=ThresholdPolicy(thresholds, rule=rule), accuracy=accuracy, mean_macs=mean_macs
@@ -126,20 +132,10 @@ def evaluate_thresholds(
     return hits / num_samples, macs / num_samples
 
 
-def _within_budget(budget_macs: float, costs: ExitCosts) -> Score:
-    all_but = [
-        frozenset(range(costs.num_exits)) - {k, costs.num_exits - 1} for k in range(costs.num_exits)
-    ]
-    cheapest = min(costs.exit_macs(off)[k] for k, off in enumerate(all_but))
-    if not budget_macs >= cheapest:
-        raise InfeasibleTargetError(
-            f"The 'budget_macs' parameter must be at least {cheapest:,}, the MACs of the cheapest "
-            f"exit. Got {budget_macs:,.0f}.",
-            best_achievable=cheapest,
-        )
+def _within_budget(budget_macs: float, *, plain_macs: int) -> Score:
     # A trace of cost in the score prefers the cheaper of equally accurate candidates.
     return lambda accuracy_J, macs_J: np.where(
-        macs_J <= budget_macs, accuracy_J - 1e-9 * macs_J / costs.plain_macs, -np.inf
+        macs_J <= budget_macs, accuracy_J - 1e-9 * macs_J / plain_macs, -np.inf
     )
 
 
@@ -168,6 +164,7 @@ class _Search:
         self.num_exits, self.num_samples = correct_KN.shape
         self.order_KN = np.argsort(-self.confidence_KN, axis=1, kind="stable")
         self.best_score = -math.inf
+        self.cheapest_macs = math.inf
         self.best = [math.inf] * (self.num_exits - 1)
 
     def run(self) -> tuple[float, ...]:
@@ -189,6 +186,7 @@ class _Search:
             before = list(thresholds)
             for k in range(self.num_exits - 1):
                 candidates_J, accuracy_J, macs_J = self._scan(k, thresholds)
+                self.cheapest_macs = min(self.cheapest_macs, float(macs_J.min()))
                 self._remember(k, thresholds, candidates_J, self.score(accuracy_J, macs_J))
                 values_J = objective(accuracy_J, macs_J)
                 if np.isfinite(values_J).any():
@@ -221,8 +219,11 @@ class _Search:
         # A cut is possible where the confidence changes, and after everyone who is not NaN.
         following = np.append(sorted_confidence[1:], -1.0)
         ends = np.flatnonzero((sorted_confidence > following) & (sorted_confidence >= 0))
-        cuts = (sorted_confidence[ends] + np.maximum(following[ends], 0.0)) / 2
-        cuts[following[ends] < 0] = 0.0
+        surest_left, next_sure = sorted_confidence[ends], following[ends]
+        # Halfway, unless float32, which confidences are, has no number in between.
+        cuts = ((surest_left + next_sure) / 2).astype(np.float32).astype(np.float64)
+        cuts = np.where(cuts > next_sure, cuts, surest_left)
+        cuts[next_sure < 0] = 0.0
         off_macs = macs_N.sum() - self.costs.head_macs[k] * len(order)
         accuracy_J = (correct_N.sum() + np.append(0.0, gain[ends])) / self.num_samples
         macs_J = np.append(off_macs, macs_N.sum() + saving[ends]) / self.num_samples

@@ -99,7 +99,7 @@ def evaluate(
             f"Got {len(labels_N)} samples against {len(logits.labels_N)}, or other labels."
         )
     costs = logits.costs
-    share_K = torch.bincount(torch.cat(exits), minlength=costs.num_exits) / len(labels_N)
+    share_K = torch.bincount(torch.cat(exits), minlength=costs.num_exits).double() / len(labels_N)
     accuracy_K = logits.correct_KN.double().mean(1).tolist()
     return Evaluation(
         num_samples=len(labels_N),

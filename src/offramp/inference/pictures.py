@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -45,18 +46,21 @@ def read_picture(path: Path | str, source: DataSource) -> Tensor:
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     pixels: Pixels = np.asarray(picture, dtype=np.uint8).reshape(height, width, channels)
     axes = (2, 1, 0) if source.transposed else (2, 0, 1)
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(axes)))
+    return torch.from_numpy(pixels.transpose(axes).copy())
 
 
 def _open(path: Path, *, mode: str) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below
+            opened = Image.open(path)
+        with opened as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise DataError(
                     f"Expected an image of at most {MAX_IMAGE_PIXELS // 2**20} million pixels. "
                     f"{path} has {image.width}x{image.height}: make it smaller."
                 )
-            upright = ImageOps.exif_transpose(image).convert("RGBA")
+            upright = ImageOps.exif_transpose(_eight_bit(image)).convert("RGBA")
     except FileNotFoundError as error:
         raise DataNotFoundError(f"There is no image file {path}.") from error
     except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
@@ -69,6 +73,13 @@ def _open(path: Path, *, mode: str) -> Image.Image:
     # Transparent parts count as paper.
     paper = Image.new("RGBA", upright.size, "white")
     return Image.alpha_composite(paper, upright).convert(mode)
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey down, which Pillow's own conversion would clip."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
 
 
 def _border_value(picture: Image.Image) -> float:

@@ -58,7 +58,8 @@ def count_macs(module: nn.Module, *inputs: Tensor) -> int:
     """Count the multiply-accumulates that a module runs for one sample.
 
     The module runs once, in evaluation mode and without gradients, on the first sample of the
-    inputs; matrix products, convolutions and attention are counted, element-wise work is not.
+    inputs. Matrix products, convolutions, attention and recurrent layers are counted; element-wise
+    work is not.
 
     Args:
         module: Any module.
@@ -85,11 +86,15 @@ def count_macs(module: nn.Module, *inputs: Tensor) -> int:
 @contextmanager
 def counting_macs() -> Iterator[_MacCounter]:
     """Count the MACs of everything that runs inside the block; call the result to read them."""
-    # Fused attention kernels are invisible to the counter: both ways around them are needed.
+    # Fused attention and recurrent kernels are invisible to the counter: go around all of them.
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        with (
+            torch.backends.mkldnn.flags(enabled=False),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
             yield _MacCounter(counter)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

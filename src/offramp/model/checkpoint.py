@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -21,7 +22,11 @@ def save_weights(network: nn.Module, path: Path) -> None:
     Raises:
         ArtifactError: If the file cannot be written.
     """
-    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    # Copies: safetensors refuses tensors that share memory, as exits with a common head do.
+    tensors = {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in network.state_dict().items()
+    }
     with atomic_path(path) as temporary:
         save_file(tensors, temporary)
 

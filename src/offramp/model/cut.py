@@ -80,7 +80,9 @@ def add_exits(
 def _children_in_order(backbone: nn.Module, at: Sequence[str]) -> list[tuple[str, nn.Module]]:
     """Flatten the backbone into named steps, opening only what a path points into."""
     steps = []
-    for name, child in backbone.named_children():
+    for name, child in backbone.named_modules(remove_duplicate=False):
+        if not name or "." in name:
+            continue  # a child of the backbone may stand in it twice, so named_children won't do
         inner = [path.removeprefix(f"{name}.") for path in at if path.startswith(f"{name}.")]
         if inner:
             steps += [(f"{name}.{step}", m) for step, m in _children_in_order(child, inner)]
@@ -93,14 +95,16 @@ def _stages_between(
     steps: Sequence[tuple[str, nn.Module]], at: Sequence[str]
 ) -> list[nn.Sequential]:
     names = [name for name, _ in steps]
+    ends = []
     for path in at:
-        if path not in names:
+        inside = [i for i, name in enumerate(names) if f"{name}.".startswith(f"{path}.")]
+        ends += [inside[-1] + 1] if inside else []
+        if not inside:
             near = difflib.get_close_matches(path, names, n=3, cutoff=0.0)
             raise BackboneCutError(
                 f"The backbone has no module {path!r} that runs in order. Nearest: "
                 f"{', '.join(near) or 'none'}."
             )
-    ends = [names.index(path) + 1 for path in at]
     if ends != sorted(set(ends)) or (ends and ends[-1] == len(steps)):
         raise BackboneCutError(
             "The cuts must be in the order the modules run, each once, and before the last "

@@ -152,7 +152,8 @@ class PatiencePolicy(Policy):
     def step(self, exit_index: int, output: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
         """See :meth:`Policy.step`; the state is the last label and the length of its streak."""
         confidence_B = CONFIDENCE_RULES[self.rule](output)
-        label_B = output.argmax(-1)
+        # A label that no exit predicts: what is not a number agrees with nothing after it.
+        label_B = output.argmax(-1).masked_fill(confidence_B.isnan(), -1)
         streak_B = torch.ones_like(label_B)
         if state:
             last_label_B, last_streak_B = state

@@ -41,8 +41,8 @@ class Normalisation:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Turn uint8 pixels of any shape into normalised float32."""
-        scale = 1 / (255 * self.deviation)
-        return images.float().mul_(scale).sub_(self.mean / self.deviation)
+        scaled = images * (1 / (255 * self.deviation))
+        return scaled.sub_(self.mean / self.deviation)
 
 
 class ImageBatches(Dataset[tuple[Tensor, Tensor]]):
@@ -253,8 +253,10 @@ def split_off_calibration(
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for label, count in enumerate(class_counts.tolist()):
+        if count == 0:
+            continue
         wanted = round(share * (len(labels_N) / present if uniform_prior else count))
-        if count and wanted > count / 2:
+        if wanted > (count + 1) // 2:
             raise InvalidArgumentError(
                 f"Class {label} has {count} samples, too few to set {wanted} aside for "
                 f"calibration and train on as many. Use a smaller 'calibration_share' than {share}."

@@ -63,6 +63,11 @@ class Recipe:
     fit: FitConfig
 
     def __post_init__(self) -> None:
+        if self.variant not in get_args(Variant):
+            raise InvalidArgumentError(
+                f"The 'variant' parameter must be one of {', '.join(get_args(Variant))}. "
+                f"Got {self.variant!r}."
+            )
         # As they come back from JSON or --set: lists stand for tuples.
         for name in ("network_options", "static_options"):
             object.__setattr__(self, name, _as_tuples(getattr(self, name)))
@@ -86,8 +91,9 @@ class Recipe:
 
     def build_network(self) -> MultiExitNetwork:
         """Build the network, freshly initialised from the seed."""
-        torch.manual_seed(self.fit.seed)
-        return build(self.network, self.options_as_built())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.fit.seed)
+            return build(self.network, self.options_as_built())
 
     def to_dict(self) -> dict[str, Any]:
         """Describe the recipe in values that JSON can hold."""

@@ -105,10 +105,14 @@ def load_split(name: str, split: str, data: str | None = None) -> Split:
     Returns:
         The split, decoded in memory where it fits.
     Raises:
-        InvalidArgumentError: If the data set has no such split.
+        InvalidArgumentError: If there is no such data set, or it has no such split.
         DataNotFoundError: If it is in none of these places; the message names them.
         DataError: If a file is damaged or does not hold what it should.
     """
+    if name not in SOURCES:
+        raise InvalidArgumentError(
+            f"There is no data set {name!r}. Did you mean {nearest(name, list(SOURCES))!r}?"
+        )
     source = SOURCES[name]
     if split not in source.splits:
         raise InvalidArgumentError(
@@ -156,8 +160,10 @@ def read_parquet(path: Path, *, image_shape: tuple[int, int, int]) -> Split:
     try:
         table = pq.read_table(path, columns=["image", "label"])
         encoded = table["image"].combine_chunks().field("bytes")
+        if not pa.types.is_integer(table["label"].type) or table["label"].null_count:
+            raise ValueError(f"labels are {table['label'].type}")
         labels_N = torch.from_numpy(table["label"].to_numpy().astype(np.int64))
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+    except (pa.ArrowException, AttributeError, OSError, KeyError, ValueError) as error:
         raise DataError(
             f"Expected a Parquet file with the columns image (bytes) and label (int) in {path}. "
             f"It is damaged or holds something else: {reason(error)}"

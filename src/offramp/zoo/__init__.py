@@ -29,7 +29,7 @@ def build(name: str, options: Mapping[str, Any]) -> MultiExitNetwork:
         raise ArtifactError(f"Expected a network of {', '.join(NETWORKS)}. Got {name!r}.")
     try:
         return NETWORKS[name](**options)
-    except TypeError as error:
+    except (TypeError, RuntimeError) as error:
         raise ArtifactError(
             f"The network {name!r} does not take these options: {error}."
         ) from error
