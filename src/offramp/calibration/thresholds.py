@@ -163,9 +163,12 @@ class _Search:
         self.score = score
         self.num_exits, self.num_samples = correct_KN.shape
         self.order_KN = np.argsort(-self.confidence_KN, axis=1, kind="stable")
-        self.best_score = -math.inf
-        self.cheapest_macs = math.inf
+        # The first point: nobody leaves early.
         self.best = [math.inf] * (self.num_exits - 1)
+        accuracy, self.cheapest_macs = evaluate_thresholds(
+            self.confidence_KN, correct_KN, costs, tuple(self.best)
+        )
+        self.best_score = float(score(np.array(accuracy), np.array(self.cheapest_macs)))
 
     def run(self) -> tuple[float, ...]:
         """Sweep the prices both ways, then climb the target itself from the best point."""

@@ -88,16 +88,15 @@ def counting_macs() -> Iterator[_MacCounter]:
     """Count the MACs of everything that runs inside the block; call the result to read them."""
     # Fused attention and recurrent kernels are invisible to the counter: go around all of them.
     fast_path = torch.backends.mha.get_fastpath_enabled()
+    mkldnn = torch.backends.mkldnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:
-        with (
-            torch.backends.mkldnn.flags(enabled=False),
-            sdpa_kernel(SDPBackend.MATH),
-            FlopCounterMode(display=False) as counter,
-        ):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             yield _MacCounter(counter)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+        torch.backends.mkldnn.enabled = mkldnn
 
 
 class _MacCounter:

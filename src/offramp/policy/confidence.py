@@ -28,6 +28,7 @@ def entropy_confidence(logits_BC: Tensor) -> Tensor:
     Reference: Teerapittayanon et al. (2016), BranchyNet, section III-C (there unnormalised,
         and lower is surer).
     Example:
+        >>> import torch
         >>> entropy_confidence(torch.tensor([[0.0, 0.0], [50.0, 0.0]]))
         tensor([0., 1.])
     """
