@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from offramp.cli.options import DataOption, DeviceOption, RunFolder, percent, pick_device
 from offramp.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from offramp.calibration.thresholds import Calibration
+    from offramp.policy.policies import ThresholdPolicy
 
 
 def calibrate(
@@ -66,16 +70,20 @@ def calibrate(
     }
     asked = {"max_drop": max_drop, "budget_macs": budget_macs, "rule": rule}
     write_policy(run, chosen.policy, calibration={"asked": asked, "data": used, "reached": reached})
-    shown = ", ".join("off" if t == math.inf else f"{t:.4f}" for t in chosen.policy.thresholds)
-    share = chosen.mean_macs / logits.costs.plain_macs
-    print(f"thresholds {shown} (rule {rule}), chosen on {len(batches):,} calibration samples")
+    _print_choice(chosen, num_samples=len(batches), plain_macs=logits.costs.plain_macs)
+
+
+def _print_choice(chosen: Calibration, *, num_samples: int, plain_macs: int) -> None:
+    policy = chosen.policy
+    shown = ", ".join("off" if t == math.inf else f"{t:.4f}" for t in policy.thresholds)
+    print(f"thresholds {shown} (rule {policy.rule}), chosen on {num_samples:,} calibration samples")
     print(
         f"there: accuracy {percent(chosen.accuracy)} at {chosen.mean_macs:,.0f} mean MACs, "
-        f"{percent(share)} of the plain network's"
+        f"{percent(chosen.mean_macs / plain_macs)} of the plain network's"
     )
 
 
-def _policy_by_hand(text: str, rule: str, *, num_exits: int, classes: int) -> Any:
+def _policy_by_hand(text: str, rule: str, *, num_exits: int, classes: int) -> ThresholdPolicy:
     from offramp.policy.policies import ThresholdPolicy
 
     try:

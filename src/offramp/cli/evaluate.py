@@ -40,7 +40,6 @@ def evaluate(
     from offramp.errors import InSampleError
     from offramp.inference.evaluate import evaluate as measure
     from offramp.inference.runner import AdaptiveRunner
-    from offramp.policy.policies import never_leave
     from offramp.training.data import make_loader
     from offramp.training.run import Run, load, load_batches, refuse_in_sample
 
@@ -58,8 +57,7 @@ def evaluate(
 
     def figures(evaluated: Run, plain_accuracy: float | None = None) -> Evaluation:
         network = evaluated.network.to(where)
-        policy = evaluated.policy or (never_leave(1) if network.num_exits == 1 else None)
-        runner = AdaptiveRunner(network, policy)
+        runner = AdaptiveRunner(network, evaluated.policy)
         loader = make_loader(batches.augmented(None), batch_size=256)
         on_device = ((inputs.to(where), labels) for inputs, labels in loader)
         return measure(runner, on_device, collect(network, loader), plain_accuracy=plain_accuracy)

@@ -39,6 +39,12 @@ class Normalisation:
     mean: float
     deviation: float
 
+    def __post_init__(self) -> None:
+        if not self.deviation > 0:
+            raise InvalidArgumentError(
+                f"The 'deviation' parameter must be positive. Got {self.deviation}."
+            )
+
     def __call__(self, images: Tensor) -> Tensor:
         """Turn uint8 pixels of any shape into normalised float32."""
         scaled = images * (1 / (255 * self.deviation))

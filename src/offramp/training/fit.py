@@ -74,24 +74,14 @@ def fit(
             "data set, or balance in the loader."
         )
     class_prior_C = None if isinstance(train, DataLoader) else _class_prior(network, train, config)
-    own: list[Callback] = [RichProgressBar(leave=False)] if sys.stdout.isatty() else []
-    if folder is not None:
-        own += [_EpochReport(Path(folder), network.num_exits), _LastCheckpoint(Path(folder))]
     network.train()
     with _quiet_lightning():
-        trainer = Trainer(
-            max_epochs=config.epochs,
-            accelerator={"auto": "auto", "cpu": "cpu", "cuda": "gpu"}[config.device],
-            devices=config.devices,
-            strategy="ddp_spawn" if config.devices > 1 else "auto",
-            callbacks=[*own, *callbacks],
-            logger=_loggers(Path(folder)) if folder is not None else False,
-            profiler=SimpleProfiler(),
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=sys.stdout.isatty(),
-            num_sanity_val_steps=0,
-            use_distributed_sampler=isinstance(train, DataLoader),
+        trainer = _trainer(
+            config,
+            folder=None if folder is None else Path(folder),
+            callbacks=callbacks,
+            num_exits=network.num_exits,
+            has_own_loader=isinstance(train, DataLoader),
         )
         trainer.fit(
             MultiExitTask(network, config, class_prior_C),
@@ -216,6 +206,34 @@ class _EpochReport(Callback):
         kept = [line for line in lines if json.loads(line)["epoch"] < record["epoch"]]
         with atomic_path(self.path) as temporary:
             temporary.write_text("\n".join([*kept, json.dumps(record)]) + "\n")
+
+
+def _trainer(
+    config: FitConfig,
+    *,
+    folder: Path | None,
+    callbacks: Sequence[Callback],
+    num_exits: int,
+    has_own_loader: bool,
+) -> Trainer:
+    is_watched = sys.stdout.isatty()
+    own: list[Callback] = [RichProgressBar(leave=False)] if is_watched else []
+    if folder is not None:
+        own += [_EpochReport(folder, num_exits), _LastCheckpoint(folder)]
+    return Trainer(
+        max_epochs=config.epochs,
+        accelerator={"auto": "auto", "cpu": "cpu", "cuda": "gpu"}[config.device],
+        devices=config.devices,
+        strategy="ddp_spawn" if config.devices > 1 else "auto",
+        callbacks=[*own, *callbacks],
+        logger=_loggers(folder) if folder is not None else False,
+        profiler=SimpleProfiler(),
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=is_watched,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=has_own_loader,
+    )
 
 
 def _profiled_seconds(trainer: Trainer) -> tuple[float, float]:

@@ -13,9 +13,9 @@ import torch
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.training.data import AffineJitter, Normalisation
-from offramp.training.sources import nearest
+from offramp.training.sources import SOURCES, nearest
 from offramp.training.task import FitConfig
-from offramp.zoo import build
+from offramp.zoo import NETWORKS, build
 
 Variant = Literal["adaptive", "plain", "static"]
 
@@ -67,6 +67,11 @@ class Recipe:
             raise InvalidArgumentError(
                 f"The 'variant' parameter must be one of {', '.join(get_args(Variant))}. "
                 f"Got {self.variant!r}."
+            )
+        if not 0 <= self.calibration_share <= 0.5:
+            raise InvalidArgumentError(
+                "The 'calibration_share' parameter must be in [0, 0.5]. "
+                f"Got {self.calibration_share}."
             )
         # As they come back from JSON or --set: lists stand for tuples.
         for name in ("network_options", "static_options"):
@@ -120,8 +125,11 @@ class Recipe:
                 "augment": None if augment is None else AffineJitter(**augment),
                 "fit": FitConfig(**config),
             }
-            return cls(**{**content, **parts})
-        except (KeyError, TypeError, ValueError) as error:
+            recipe = cls(**{**content, **parts})
+            if recipe.data not in SOURCES or recipe.network not in NETWORKS:
+                raise ValueError(f"unknown data {recipe.data!r} or network {recipe.network!r}")
+            return recipe
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"Expected a recipe, got a damaged one ({error}).") from error
 
 

@@ -12,10 +12,11 @@ from offramp.artifacts import read_json, write_json
 from offramp.errors import ArtifactError, InSampleError, InvalidArgumentError
 from offramp.model.checkpoint import load_weights, save_weights
 from offramp.model.multi_exit import MultiExitNetwork
-from offramp.policy.policies import Policy, policy_from_dict, policy_to_dict
+from offramp.policy.policies import Policy, never_leave, policy_from_dict, policy_to_dict
 from offramp.training.data import ImageBatches, split_off_calibration
 from offramp.training.recipes import Recipe
 from offramp.training.sources import Split, load_split
+from offramp.training.task import check_labels
 
 RECIPE_FILE = "recipe.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -100,8 +101,8 @@ def load(folder: Path | str, network: MultiExitNetwork | None = None) -> Run:
     recipe, class_names, data = read_recipe(folder)
     if not (folder / WEIGHTS_FILE).exists():
         raise ArtifactError(
-            f"The run {folder} is not trained to the end: {WEIGHTS_FILE} is missing. "
-            "Finish it: offramp train RECIPE --out RUN --resume"
+            f"The run {folder} is not trained to the end: {WEIGHTS_FILE} is missing. Finish it: "
+            f"offramp train {recipe.name if recipe else 'RECIPE'} --out {folder} --resume"
         )
     if network is None:
         if recipe is None:
@@ -111,15 +112,7 @@ def load(folder: Path | str, network: MultiExitNetwork | None = None) -> Run:
             )
         network = recipe.build_network()
     load_weights(network, folder / WEIGHTS_FILE)
-    policy, calibration = None, None
-    if (folder / POLICY_FILE).exists():
-        content = read_json(folder / POLICY_FILE)
-        policy, calibration = policy_from_dict(content.get("policy", {})), content
-        if policy.num_exits != network.num_exits:
-            raise ArtifactError(
-                f"Expected a policy for {network.num_exits} exits in {folder / POLICY_FILE}. "
-                f"Got one for {policy.num_exits}. Calibrate the run again."
-            )
+    policy, calibration = _read_policy(folder / POLICY_FILE, num_exits=network.num_exits)
     return Run(
         folder=folder,
         network=network.eval(),
@@ -144,6 +137,25 @@ def require_new(folder: Path) -> None:
             f"The folder {folder} exists already. Go on with --resume, or choose another "
             "name with --out."
         )
+
+
+def _read_policy(path: Path, *, num_exits: int) -> tuple[Policy | None, dict[str, Any] | None]:
+    if not path.exists():
+        # With one exit there is nothing to choose.
+        return (never_leave(1) if num_exits == 1 else None), None
+    content = read_json(path)
+    try:
+        policy = policy_from_dict(content["policy"])
+        if not isinstance(content.get("data"), dict | None):
+            raise ArtifactError(f"Expected an object as data, got {content['data']!r}.")
+    except (ArtifactError, KeyError) as error:
+        raise ArtifactError(f"{path} is damaged: {error} Calibrate the run again.") from error
+    if policy.num_exits != num_exits:
+        raise ArtifactError(
+            f"Expected a policy for {num_exits} exits in {path}. Got one for {policy.num_exits}. "
+            "Calibrate the run again."
+        )
+    return policy, content
 
 
 def create_folder(folder: Path | str) -> Path:
@@ -205,8 +217,8 @@ def read_recipe(folder: Path) -> tuple[Recipe | None, tuple[str, ...], str | Non
     try:
         recipe = None if content["recipe"] is None else Recipe.from_dict(content["recipe"])
         return recipe, tuple(content["class_names"]), content["data"]
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"The file {folder / RECIPE_FILE} is damaged ({error}).") from error
+    except (ArtifactError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{folder / RECIPE_FILE} is damaged: {error}") from error
 
 
 def write_policy(
@@ -246,7 +258,7 @@ def load_batches(
             "aside. Give thresholds by hand with --thresholds, or train with "
             "--set calibration_share=0.1."
         )
-    whole = load_split(recipe.data, "train" if split == CALIBRATION_SPLIT else split, data)
+    whole = _load_checked(recipe, "train" if split == CALIBRATION_SPLIT else split, data)
     if split in ("train", CALIBRATION_SPLIT):
         train, calibration = _cut_train(recipe, whole)
         batches = train if calibration is None or split == "train" else calibration
@@ -271,8 +283,14 @@ def load_training_data(
         DataError: If the data is missing or damaged.
         InvalidArgumentError: If a class is too small for its share of calibration data.
     """
-    whole = load_split(recipe.data, "train", data)
+    whole = _load_checked(recipe, "train", data)
     return *_cut_train(recipe, whole), whole.class_names
+
+
+def _load_checked(recipe: Recipe, split: str, data: str | None) -> Split:
+    whole = load_split(recipe.data, split, data)
+    check_labels(whole.labels_N, num_classes=recipe.network_options["num_classes"])
+    return whole
 
 
 def _cut_train(recipe: Recipe, whole: Split) -> tuple[ImageBatches, ImageBatches | None]:

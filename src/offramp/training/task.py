@@ -104,8 +104,6 @@ class MultiExitTask(LightningModule):
         self.class_prior_C: Tensor | None
         self.network = network
         self.config = config
-        self._correct_K = torch.zeros(network.num_exits)
-        self._num_validated = 0
 
     def loss_weights(self, epoch: int) -> tuple[float, ...]:
         """Loss weight of each exit in an epoch.
@@ -143,8 +141,8 @@ class MultiExitTask(LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the last epoch's counts."""
-        self._correct_K.zero_()
+        """Start counting; anew, since a tensor made earlier is shared by spawned processes."""
+        self._correct_K = torch.zeros(self.network.num_exits)
         self._num_validated = 0
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
