@@ -30,7 +30,7 @@ check: $(READY)  ## Format, lint, types, layers.
 
 bench: $(READY)  ## The clock: loader and tutorial loop; needs OFFRAMP_DATA.
 	$(BIN)/python benchmarks/loader.py
-	$(BIN)/python benchmarks/tutorial_loop.py benchmarks/runs/emnist-mlp
+	$(BIN)/python benchmarks/tutorial_loop.py runs/emnist-mlp
 
 # torch first and alone: asked for in any other way, pip may take a build with gigabytes of CUDA.
 $(READY): pyproject.toml constraints.txt

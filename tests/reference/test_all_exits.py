@@ -13,7 +13,7 @@ from offramp.training.sources import load_split
 from offramp.zoo.mlp import mlp
 
 ROOT = Path(__file__).parents[2]
-TUTORIAL_RUN = Path(os.environ.get("OFFRAMP_EMNIST_MLP_RUN", ROOT / "benchmarks/runs/emnist-mlp"))
+TUTORIAL_RUN = Path(os.environ.get("OFFRAMP_EMNIST_MLP_RUN", ROOT / "runs/emnist-mlp"))
 TUTORIAL_THRESHOLDS_NATS = (0.1, 0.5)
 
 NEAR = 1e-4
