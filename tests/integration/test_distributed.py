@@ -8,8 +8,9 @@ import pytest
 @pytest.fixture(scope="module")
 def distributed(tmp_path_factory, start_offramp, finish_offramp):
     folder = tmp_path_factory.mktemp("distributed") / "run"
-    settings = ("--set", "devices=2", "--set", "widths=24,64,64", "--set", "augment=false")
-    process = start_offramp("train", "digits-mlp", "--epochs", 2, *settings, "--out", folder)
+    settings = ("devices=2", "widths=24,64,64", "augment=false", "batch_size=8")
+    options = [f"--set={setting}" for setting in settings]
+    process = start_offramp("train", "digits-mlp", "--epochs", 2, *options, "--out", folder)
     outcome = finish_offramp(process)
     assert outcome.code == 0, outcome.stderr
     return folder, outcome
@@ -30,4 +31,4 @@ def test_two_processes_report_the_accuracy_that_the_saved_weights_have(distribut
     outcome = offramp("evaluate", folder, "--split", "calibration", "--json", "-")
     measured = [row["accuracy"] for row in json.loads(outcome.stdout)["exits"]]
     assert reported["exit_accuracy"] == pytest.approx(measured)
-    assert all(accuracy > 0.3 for accuracy in measured)
+    assert all(accuracy > 0.6 for accuracy in measured)

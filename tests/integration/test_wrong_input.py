@@ -12,7 +12,7 @@ REFUSED = {
     "unknown setting": ("train --out new --set epoks=3", ("'epoks'", "mean 'epochs'")),
     "setting of the wrong kind": ("train --out new --set epochs=few", ("'epochs'", "int", "'few'")),
     "setting without a value": ("train --out new --set epochs", ("key=value", "'epochs'")),
-    "impossible width": ("train --out new --set widths=64,-1", ("widths", "-1")),
+    "impossible width": ("train --out new --set widths=64,-1", ("mlp", "-1")),
     "inputs of another size": ("train --out new --epochs 1 --set in_features=9", ("64", "9")),
     "too few classes": ("train --out new --epochs 1 --set num_classes=5", ("[0, 4]", "9")),
     "too few loss weights": (
