@@ -32,7 +32,8 @@ def predict(
     result = runner.run(inputs)
     plain_macs = loaded.network.costs(inputs).plain_macs
     for position, file in enumerate(files):
-        label = loaded.class_names[int(result.output[position].argmax())]
+        index = int(result.output[position].argmax())
+        label = loaded.class_names[index] if index < len(loaded.class_names) else str(index)
         print(
             f"{file}: {label}  confidence {float(result.confidence[position]):.3f}  "
             f"exit {int(result.exit_index[position])}  "

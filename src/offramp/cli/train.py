@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from offramp.cli.options import DataOption, DeviceOption, parse_settings, pick_device
-from offramp.errors import ArtifactError
+from offramp.errors import ArtifactError, InvalidArgumentError, reason
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from offramp.model.multi_exit import MultiExitNetwork
 
 
 def recipes() -> None:
@@ -40,7 +45,7 @@ def train(
     """Train a recipe and leave a run folder."""
     from offramp.model.checkpoint import save_weights
     from offramp.training import run as run_folder
-    from offramp.training.fit import LAST_CHECKPOINT, check_checkpoint, fit
+    from offramp.training.fit import LAST_CHECKPOINT, check_checkpoint, check_config, fit
     from offramp.training.recipes import find_recipe, override
 
     flags = {"epochs": epochs, "seed": seed}
@@ -67,9 +72,21 @@ def train(
     else:
         run_folder.require_new(folder)
     train_set, calibration_set, class_names = run_folder.load_training_data(recipe, data)
+    check_config(network, config)
+    _check_fit(network, train_set[0][0])
     if not is_going_on:
         run_folder.create_folder(folder)
         run_folder.write_recipe(folder, recipe=recipe, class_names=class_names, data=data)
     fit(network, train_set, calibration_set, config, folder=folder, resume=resume)
     save_weights(network, folder / run_folder.WEIGHTS_FILE)
     print(f"trained {recipe_name}: {folder}")
+
+
+def _check_fit(network: MultiExitNetwork, sample: Tensor) -> None:
+    try:
+        network.costs(sample[None])
+    except RuntimeError as error:
+        raise InvalidArgumentError(
+            f"The network does not fit the data's samples of shape {tuple(sample.shape)}: "
+            f"{reason(error)}. Change its options with --set."
+        ) from error

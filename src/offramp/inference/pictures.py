@@ -16,9 +16,6 @@ from offramp.training.sources import MAX_IMAGE_PIXELS, DataSource
 
 Pixels = npt.NDArray[np.uint8]
 
-_INK_MARGIN = 1 / 14
-"""Blank border around the ink, as a share of the side, as in EMNIST (2 of 28 pixels)."""
-
 
 def read_picture(path: Path | str, source: DataSource) -> Tensor:
     """Read an upright picture and bring it into the form of a data set.
@@ -42,7 +39,11 @@ def read_picture(path: Path | str, source: DataSource) -> Tensor:
     if source.light_on_dark and _border_value(picture) > 127:
         picture = ImageOps.invert(picture)
     if picture.size != (width, height):
-        picture = _ink_square(picture) if source.light_on_dark else _middle_square(picture)
+        picture = (
+            _ink_square(picture, source.ink_margin)
+            if source.light_on_dark
+            else _middle_square(picture)
+        )
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     pixels: Pixels = np.asarray(picture, dtype=np.uint8).reshape(height, width, channels)
     axes = (2, 1, 0) if source.transposed else (2, 0, 1)
@@ -88,8 +89,8 @@ def _border_value(picture: Image.Image) -> float:
     return float(np.median(border))
 
 
-def _ink_square(picture: Image.Image) -> Image.Image:
-    """Cut to the bounding box of the ink and centre it in a square with a small margin."""
+def _ink_square(picture: Image.Image, margin: float) -> Image.Image:
+    """Cut to the bounding box of the ink and centre it in a square with a margin, a share of the side."""
     grey = np.asarray(picture.convert("L"))
     ink = grey > max(int(grey.max()) // 4, 1)
     if not ink.any():
@@ -97,7 +98,7 @@ def _ink_square(picture: Image.Image) -> Image.Image:
     rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
     box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
     cut = picture.crop(box)
-    side = max(1, round(max(cut.size) / (1 - 2 * _INK_MARGIN)))
+    side = max(1, round(max(cut.size) / (1 - 2 * margin)))
     frame = Image.new(cut.mode, (side, side))
     frame.paste(cut, ((side - cut.width) // 2, (side - cut.height) // 2))
     return frame

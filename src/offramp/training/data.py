@@ -138,7 +138,7 @@ class ImageBatches(Dataset[tuple[Tensor, Tensor]]):
 class EpochSampler(Sampler[int]):
     """Shuffled indices that depend on the seed and the epoch only.
 
-    A run that is resumed at epoch e therefore sees the batches that the unbroken run saw. Over
+    Starting an epoch also seeds torch's global generator from them. A run that is resumed at epoch e therefore sees the batches that the unbroken run saw. Over
     several processes each draws its own share of the same order.
 
     Args:
@@ -166,14 +166,17 @@ class EpochSampler(Sampler[int]):
         return math.ceil(self.num_samples / world_size)
 
     def __iter__(self) -> Iterator[int]:
+        rank, world_size = _rank_and_world_size()
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
+        # Augmentation and dropout draw from the global generator. It is seeded here because
+        # Lightning leaves its epoch-start hooks out when it resumes.
+        torch.manual_seed(epoch_seed(self.seed, self.epoch) + rank)
         if self.weights_N is None:
             order = torch.randperm(self.num_samples, generator=generator)
         else:
             order = torch.multinomial(
                 self.weights_N, self.num_samples, replacement=True, generator=generator
             )
-        rank, world_size = _rank_and_world_size()
         share = torch.cat([order, order[: -len(order) % world_size]])[rank::world_size]
         return iter(share.tolist())
 

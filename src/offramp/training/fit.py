@@ -64,7 +64,7 @@ def fit(
         ArtifactError: If the checkpoint to resume from is damaged or of another run.
     """
     config = config or FitConfig()
-    _check_config(network, config)
+    check_config(network, config)
     checkpoint = None
     if resume and folder is not None and (Path(folder) / LAST_CHECKPOINT).exists():
         checkpoint = check_checkpoint(Path(folder) / LAST_CHECKPOINT, network)
@@ -243,7 +243,16 @@ def _profiled_seconds(trainer: Trainer) -> tuple[float, float]:
     return sum(durations[waiting]), sum(durations["run_training_batch"])
 
 
-def _check_config(network: MultiExitNetwork, config: FitConfig) -> None:
+def check_config(network: MultiExitNetwork, config: FitConfig) -> None:
+    """Make sure that a network can be trained as configured, before anything is written.
+
+    Args:
+        network: The network.
+        config: How to train it.
+    Raises:
+        InvalidArgumentError: If there is not one loss weight per exit, or cuda was asked for and
+            there is none.
+    """
     weights = config.loss_weights
     if weights is not None and len(weights) != network.num_exits:
         raise InvalidArgumentError(

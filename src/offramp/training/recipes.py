@@ -126,6 +126,8 @@ class Recipe:
                 "fit": FitConfig(**config),
             }
             recipe = cls(**{**content, **parts})
+            if not isinstance(recipe.network_options, Mapping):
+                raise ValueError(f"network_options {recipe.network_options!r}")
             if recipe.data not in SOURCES or recipe.network not in NETWORKS:
                 raise ValueError(f"unknown data {recipe.data!r} or network {recipe.network!r}")
             return recipe

@@ -77,6 +77,8 @@ def save(
     Raises:
         ArtifactError: If the folder holds a run or cannot be written.
     """
+    if policy is not None:
+        policy_to_dict(policy)  # refuses one that cannot be written, before anything is
     folder = create_folder(folder)
     write_recipe(folder, recipe=None, class_names=class_names, data=None)
     save_weights(network, folder / WEIGHTS_FILE)

@@ -69,6 +69,7 @@ class DataSource:
         image_shape: Channels, height, width.
         transposed: Whether height and width are swapped against an upright image.
         light_on_dark: Whether strokes are light on a dark ground.
+        ink_margin: Blank border around the strokes, as a share of the side.
         download: What ``--data`` takes to download it; None where it needs no download.
     """
 
@@ -76,6 +77,7 @@ class DataSource:
     image_shape: tuple[int, int, int]
     transposed: bool = False
     light_on_dark: bool = False
+    ink_margin: float = 0.0
     download: str | None = None
 
 
@@ -89,6 +91,7 @@ SOURCES = {
         image_shape=(1, 28, 28),
         transposed=True,
         light_on_dark=True,
+        ink_margin=2 / 28,
         download=EMNIST_BALANCED,
     ),
 }
