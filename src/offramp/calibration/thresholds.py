@@ -82,6 +82,11 @@ def calibrate(
         )
     correct_KN = logits.correct_KN.numpy()
     if budget_macs is not None:
+        if budget_macs == math.inf:
+            raise InvalidArgumentError(
+                "The 'budget_macs' parameter must be finite. Got inf: for the most accurate "
+                "thresholds, give the plain network's MACs."
+            )
         score = _within_budget(budget_macs, plain_macs=logits.costs.plain_macs)
     else:
         score = _within_drop(max_drop, final_accuracy=float(correct_KN[-1].mean()))

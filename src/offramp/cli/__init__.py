@@ -45,18 +45,20 @@ def _options(
 
 def main() -> None:
     """Run a command; an error is one line on stderr and exit code 2 (``--debug``: a traceback)."""
+    is_debugging = "--debug" in sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        code = app(standalone_mode=False)
+        code = app(arguments or ["--help"], standalone_mode=False)
     except Abort:
         sys.exit(130)
     except TyperException as error:
         _fail(f"{error.format_message()} See: offramp {' '.join(sys.argv[1:2])} --help")
     except OfframpError as error:
-        if "--debug" in sys.argv[1:]:
+        if is_debugging:
             raise
         _fail(str(error))
     except ModuleNotFoundError as error:
-        if "--debug" in sys.argv[1:] or (error.name or "").startswith("offramp"):
+        if is_debugging or (error.name or "").startswith("offramp"):
             raise
         _fail(f"This command needs {error.name}: pip install 'offramp[train]'")
     sys.exit(code if isinstance(code, int) else 0)

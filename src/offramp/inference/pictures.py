@@ -90,7 +90,7 @@ def _border_value(picture: Image.Image) -> float:
 
 
 def _ink_square(picture: Image.Image, margin: float) -> Image.Image:
-    """Cut to the bounding box of the ink and centre it in a square with a margin, a share of the side."""
+    """Cut to the ink's bounding box, centred in a square; the margin is a share of the side."""
     grey = np.asarray(picture.convert("L"))
     ink = grey > max(int(grey.max()) // 4, 1)
     if not ink.any():

@@ -138,7 +138,8 @@ class ImageBatches(Dataset[tuple[Tensor, Tensor]]):
 class EpochSampler(Sampler[int]):
     """Shuffled indices that depend on the seed and the epoch only.
 
-    Starting an epoch also seeds torch's global generator from them. A run that is resumed at epoch e therefore sees the batches that the unbroken run saw. Over
+    Starting an epoch also seeds torch's global generator from them. A run that is resumed at
+    epoch e therefore sees the batches that the unbroken run saw. Over
     several processes each draws its own share of the same order.
 
     Args:
