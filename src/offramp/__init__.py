@@ -20,6 +20,7 @@ from offramp.errors import (
     NotCalibratedError,
     OfframpError,
     ShapeError,
+    TrainingDivergedError,
 )
 from offramp.results import AdaptiveResult
 
@@ -44,9 +45,9 @@ if TYPE_CHECKING:
         always_leave_at,
         never_leave,
     )
+    from offramp.training.config import FitConfig
     from offramp.training.fit import fit
     from offramp.training.run import Run, load, save
-    from offramp.training.task import FitConfig
 
 __version__ = "0.1.0"
 
@@ -75,7 +76,7 @@ _HOMES = {
     "Run": "offramp.training.run",
     "load": "offramp.training.run",
     "save": "offramp.training.run",
-    "FitConfig": "offramp.training.task",
+    "FitConfig": "offramp.training.config",
 }
 
 __all__ = [
@@ -102,6 +103,7 @@ __all__ = [
     "Run",
     "ShapeError",
     "ThresholdPolicy",
+    "TrainingDivergedError",
     "add_exits",
     "always_leave_at",
     "calibrate",

@@ -9,6 +9,7 @@
       DataError(ValueError)                a data set or file is unreadable or inconsistent
         DataNotFoundError(FileNotFoundError)
         InSampleError                      a report on the data that chose the thresholds
+      TrainingDivergedError(RuntimeError)  the training loss is no longer finite
       ArtifactError(ValueError)            a run is corrupt, foreign, too new, or exists already
       MissingExtraError(ImportError)       an optional dependency is missing; says what to install
 
@@ -62,6 +63,10 @@ class DataNotFoundError(DataError, FileNotFoundError):
 
 class InSampleError(DataError):
     """A report was asked for on the data that chose the thresholds."""
+
+
+class TrainingDivergedError(OfframpError, RuntimeError):
+    """The training loss is no longer finite."""
 
 
 class ArtifactError(OfframpError, ValueError):

@@ -23,10 +23,6 @@ from PIL import Image
 
 from offramp.cli import main
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-"""Of every process that a test starts: one thread, so that weights can be compared bit by bit."""
-
-
 SETTINGS = {
     "widths": "128,256,256",
     "augment": "false",
@@ -58,18 +54,25 @@ def call(*arguments: object) -> Outcome:
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
-    """Start a command as a user does, in a process of its own."""
+    """Start a command as a user does, in a process of its own.
+
+    It gets one thread, so that weights can be compared bit by bit.
+    """
     return subprocess.Popen(
         [sys.executable, "-m", "offramp", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=ENVIRONMENT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
 def finish(process: subprocess.Popen[str]) -> Outcome:
-    stdout, stderr = process.communicate(timeout=500)
+    with process:
+        try:
+            stdout, stderr = process.communicate(timeout=300)
+        finally:
+            process.kill()
     return Outcome(process.returncode, stdout, stderr)
 
 

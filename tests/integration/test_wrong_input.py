@@ -9,6 +9,7 @@ from offramp.errors import ArtifactError
 # Run in a folder that holds a calibrated run (run) and a text file (file) and nothing else.
 REFUSED = {
     "unknown recipe": ("train digits-mpl --out new", ("'digits-mpl'", "mean 'digits-mlp'")),
+    "device as a setting": ("train --out new --set device=cpu", ("no setting 'device'",)),
     "unknown setting": ("train --out new --set epoks=3", ("'epoks'", "mean 'epochs'")),
     "setting of the wrong kind": ("train --out new --set epochs=few", ("'epochs'", "int", "'few'")),
     "setting without a value": ("train --out new --set epochs", ("key=value", "'epochs'")),
@@ -20,6 +21,10 @@ REFUSED = {
         ("loss_weights", "3", "2"),
     ),
     "too many exits": ("train --out new --set num_exits=4", ("num_exits", "[1, 3]", "4")),
+    "negative loss weight": (
+        "train --out new --epochs 1 --set loss_weights=1,-1,1",
+        ("loss_weights", "at least 0", "-1"),
+    ),
     "no epochs": ("train --out new --epochs 0", ("'epochs'", "at least 1", "0")),
     "half an epoch": ("train --out new --epochs 0.5", ("--epochs",)),
     "negative calibration share": (

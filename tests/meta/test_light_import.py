@@ -21,6 +21,12 @@ def test_import_is_light(module):
     assert outcome.stdout.strip() == "[]", outcome.stderr
 
 
+@pytest.mark.parametrize("name", ["load", "calibrate", "evaluate", "time_runner", "FitConfig"])
+def test_what_does_not_train_needs_no_lightning(name):
+    outcome = run_python(f"import sys, offramp; offramp.{name}; print('lightning' in sys.modules)")
+    assert outcome.stdout.strip() == "False", outcome.stderr
+
+
 @pytest.mark.parametrize(
     ("missing", "name"),
     [("torch", "AdaptiveRunner"), ("torch", "fit"), ("lightning", "fit"), ("safetensors", "load")],

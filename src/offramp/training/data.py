@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from offramp.errors import InvalidArgumentError
+from offramp.errors import DataError, InvalidArgumentError
 
 
 class ImageStore(Protocol):
@@ -139,8 +139,8 @@ class EpochSampler(Sampler[int]):
     """Shuffled indices that depend on the seed and the epoch only.
 
     Starting an epoch also seeds torch's global generator from them. A run that is resumed at
-    epoch e therefore sees the batches that the unbroken run saw. Over
-    several processes each draws its own share of the same order.
+    epoch e therefore sees the batches that the unbroken run saw. Over several processes each
+    draws its own share of the same order.
 
     Args:
         labels_N: Class of each sample, shape (N,), int64.
@@ -183,20 +183,25 @@ class EpochSampler(Sampler[int]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AffineJitter:
-    """Light augmentation of normalised images: a random affine map per image.
+class RandomWarp:
+    """Augmentation of normalised images: a random affine map, and a smooth distortion, per image.
 
     Attributes:
         degrees: Largest rotation, either way.
         scale: Largest relative change of size, either way.
         shear: Largest horizontal shear, either way.
         shift: Largest shift in pixels, either way, along each axis.
+        elastic: Standard deviation in pixels of a smooth random displacement, which is drawn at
+            5 x 5 points and interpolated between them; 0 for none.
+    Reference: Simard et al. (2003), "Best practices for convolutional neural networks applied to
+        visual document analysis", section 2, for elastic distortions of handwriting.
     """
 
     degrees: float = 8.0
     scale: float = 0.08
     shear: float = 0.1
     shift: float = 2.0
+    elastic: float = 0.0
 
     def __call__(self, images: Tensor) -> Tensor:
         """Transform a batch of shape (B, C, H, W); borders repeat outwards."""
@@ -211,6 +216,10 @@ class AffineJitter:
         top = torch.stack([cos, uniform(self.shear) - sin, uniform(2 * self.shift / width)], 1)
         bottom = torch.stack([sin, cos, uniform(2 * self.shift / height)], 1)
         grid = F.affine_grid(torch.stack([top, bottom], 1), list(images.shape), align_corners=False)
+        if self.elastic:
+            nodes = torch.randn(len(images), 2, 5, 5, device=images.device) * self.elastic
+            smooth = F.interpolate(nodes, (height, width), mode="bicubic", align_corners=True)
+            grid = grid + smooth.movedim(1, -1) * grid.new_tensor([2 / width, 2 / height])
         return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
@@ -278,6 +287,24 @@ def split_off_calibration(
     kept[chosen_B] = False
     calibration = dataset.subset(chosen_B).augmented(None)
     return dataset.subset(kept.nonzero()[:, 0]), calibration
+
+
+def check_labels(labels_B: Tensor, *, num_classes: int) -> None:
+    """Refuse labels that the network has no output for.
+
+    Args:
+        labels_B: Classes, shape (B,), int64.
+        num_classes: Outputs of the network.
+    Raises:
+        DataError: If a label is outside [0, num_classes - 1].
+    """
+    smallest, largest = (int(value) for value in labels_B.aminmax())
+    if smallest < 0 or largest >= num_classes:
+        wrong = smallest if smallest < 0 else largest
+        raise DataError(
+            f"Labels must be in [0, {num_classes - 1}], one per output of the network. "
+            f"Got {wrong}. Check the data set, or build the network with more classes."
+        )
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from offramp.artifacts import SCHEMA_VERSION, atomic_path
 from offramp.errors import ArtifactError, InvalidArgumentError, reason
-from offramp.measure.cost import evaluation_mode
 from offramp.model.multi_exit import MultiExitNetwork
+from offramp.training.config import FitConfig
 from offramp.training.data import EpochSampler, ImageBatches, make_loader
-from offramp.training.task import ACCURACY_METRIC, FitConfig, MultiExitTask, check_labels
+from offramp.training.task import ACCURACY_METRIC, MultiExitTask
 
 LAST_CHECKPOINT = "last.ckpt"
 METRICS_FILE = "metrics.jsonl"
@@ -61,6 +61,7 @@ def fit(
         InvalidArgumentError: If there is not one loss weight per exit, or cuda was asked for and
             there is none, or class balance was asked for where the labels are unknown.
         DataError: If a label is outside the network's classes.
+        TrainingDivergedError: If the loss is no longer finite; a folder keeps the last checkpoint.
         ArtifactError: If the checkpoint to resume from is damaged or of another run.
     """
     config = config or FitConfig()
@@ -68,12 +69,11 @@ def fit(
     checkpoint = None
     if resume and folder is not None and (Path(folder) / LAST_CHECKPOINT).exists():
         checkpoint = check_checkpoint(Path(folder) / LAST_CHECKPOINT, network)
-    if config.class_balance != "none" and isinstance(train, DataLoader):
+    if config.class_balance == "sampling" and isinstance(train, DataLoader):
         raise InvalidArgumentError(
             "'class_balance' counts the labels of a data set. Got a DataLoader: give fit the "
             "data set, or balance in the loader."
         )
-    class_prior_C = None if isinstance(train, DataLoader) else _class_prior(network, train, config)
     network.train()
     with _quiet_lightning():
         trainer = _trainer(
@@ -84,7 +84,7 @@ def fit(
             has_own_loader=isinstance(train, DataLoader),
         )
         trainer.fit(
-            MultiExitTask(network, config, class_prior_C),
+            MultiExitTask(network, config),
             _train_loader(train, config),
             None if calibration is None else _loader(calibration, config),
             ckpt_path=checkpoint,
@@ -268,28 +268,10 @@ def check_config(network: MultiExitNetwork, config: FitConfig) -> None:
 def _train_loader(train: Dataset[Any] | DataLoader[Any], config: FitConfig) -> DataLoader[Any]:
     if isinstance(train, DataLoader):
         return train
-    sampler = EpochSampler(
-        _labels(train)
-        if config.class_balance == "sampling"
-        else torch.zeros(_length(train)).long(),
-        seed=config.seed,
-        class_balanced=config.class_balance == "sampling",
-    )
+    class_balanced = config.class_balance == "sampling"
+    labels_N = _labels(train) if class_balanced else torch.zeros(_length(train), dtype=torch.int64)
+    sampler = EpochSampler(labels_N, seed=config.seed, class_balanced=class_balanced)
     return make_loader(train, batch_size=config.batch_size, sampler=sampler)
-
-
-def _class_prior(
-    network: MultiExitNetwork, train: Dataset[Any], config: FitConfig
-) -> Tensor | None:
-    """Share of each class in the training data, where the loss asks for it."""
-    if config.class_balance != "loss":
-        return None
-    with torch.no_grad(), evaluation_mode(network):
-        num_classes = network(train[0][0][None])[-1].shape[-1]
-    labels_N = _labels(train)
-    check_labels(labels_N, num_classes=num_classes)
-    counts_C = torch.bincount(labels_N, minlength=num_classes).clamp_min(1)
-    return counts_C / counts_C.sum()
 
 
 def _labels(train: Dataset[Any]) -> Tensor:

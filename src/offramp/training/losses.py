@@ -20,7 +20,6 @@ def joint_loss(
     weights: Sequence[float],
     label_smoothing: float = 0.0,
     distillation: float = 0.0,
-    class_prior_C: Tensor | None = None,
 ) -> Tensor:
     """Weighted sum of the exits' losses.
 
@@ -33,25 +32,20 @@ def joint_loss(
         weights: One weight per exit.
         label_smoothing: Share of the target spread over all classes, in [0, 1).
         distillation: Share of the exits' loss that comes from the final exit, in [0, 1].
-        class_prior_C: Share of each class in the training data, shape (C,). Where given, its
-            logarithm is added to the logits inside the cross entropy, so that the bare logits
-            learn to be right for classes that are equally likely.
     Returns:
         A scalar.
     Raises:
         InvalidArgumentError: If there is not one weight per exit.
     Reference: Teerapittayanon et al. (2016), equation 1; the distillation term is that of Zhang
-        et al. (2019), Be Your Own Teacher, equation 3, at temperature 1; the prior inside the
-        loss that of Menon et al. (2021), Long-tail learning via logit adjustment, equation 10.
+        et al. (2019), Be Your Own Teacher, equation 3, at temperature 1.
     """
     if len(weights) != len(outputs):
         raise InvalidArgumentError(
             f"Expected one loss weight for each of the {len(outputs)} exits. Got {len(weights)}."
         )
-    offset_C = 0.0 if class_prior_C is None else class_prior_C.log()
     total = outputs[-1].new_zeros(())
     for k, (logits_BC, weight) in enumerate(zip(outputs, weights, strict=True)):
-        loss = F.cross_entropy(logits_BC + offset_C, labels_B, label_smoothing=label_smoothing)
+        loss = F.cross_entropy(logits_BC, labels_B, label_smoothing=label_smoothing)
         if distillation and k < len(outputs) - 1:
             divergence = distillation_loss(logits_BC, outputs[-1])
             loss = (1 - distillation) * loss + distillation * divergence

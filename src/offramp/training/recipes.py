@@ -12,9 +12,9 @@ import torch
 
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.model.multi_exit import MultiExitNetwork
-from offramp.training.data import AffineJitter, Normalisation
+from offramp.training.config import FitConfig
+from offramp.training.data import Normalisation, RandomWarp
 from offramp.training.sources import SOURCES, nearest
-from offramp.training.task import FitConfig
 from offramp.zoo import NETWORKS, build
 
 Variant = Literal["adaptive", "plain", "static"]
@@ -56,7 +56,7 @@ class Recipe:
     network_options: Mapping[str, Any]
     static_options: Mapping[str, Any] = field(default_factory=dict)
     normalisation: Normalisation
-    augment: AffineJitter | None = None
+    augment: RandomWarp | None = None
     calibration_share: float
     uniform_prior: bool = False
     variant: Variant = "adaptive"
@@ -122,7 +122,7 @@ class Recipe:
                 config["loss_weights"] = tuple(config["loss_weights"])
             parts = {
                 "normalisation": Normalisation(**content["normalisation"]),
-                "augment": None if augment is None else AffineJitter(**augment),
+                "augment": None if augment is None else RandomWarp(**augment),
                 "fit": FitConfig(**config),
             }
             recipe = cls(**{**content, **parts})
@@ -157,7 +157,7 @@ RECIPES = {
             network_options={"in_features": 64, "widths": (24, 256, 2048), "num_classes": 10},
             static_options={"widths": (24, 64, 64)},
             normalisation=Normalisation(mean=0.5, deviation=0.5),
-            augment=AffineJitter(degrees=8.0, scale=0.05, shear=0.05, shift=0.5),
+            augment=RandomWarp(degrees=8.0, scale=0.05, shear=0.05, shift=0.5),
             calibration_share=0.2,
             fit=FitConfig(epochs=30, batch_size=64, learning_rate=0.002),
         ),
@@ -198,11 +198,11 @@ RECIPES = {
                 ),
             },
             normalisation=Normalisation(mean=0.5, deviation=0.5),
-            augment=AffineJitter(degrees=8.0, scale=0.08, shear=0.1, shift=2.0),
+            augment=RandomWarp(degrees=8.0, scale=0.08, shear=0.1, shift=2.0, elastic=0.8),
             calibration_share=0.04,
             uniform_prior=True,
             fit=FitConfig(
-                epochs=26,
+                epochs=36,
                 learning_rate=0.004,
                 backbone_epochs=5,
                 label_smoothing=0.1,
@@ -247,6 +247,7 @@ def override(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
             wrong kind.
     """
     fit_types = get_type_hints(FitConfig)
+    del fit_types["device"]  # where a run is trained is no setting of it
     own_types = {
         "variant": Variant,
         "calibration_share": float,
@@ -262,7 +263,7 @@ def override(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
             fit_changes[key] = _parse(key, text, fit_types[key])
         elif key == "augment":
             wanted = _parse(key, text, bool)
-            own_changes[key] = (recipe.augment or AffineJitter()) if wanted else None
+            own_changes[key] = (recipe.augment or RandomWarp()) if wanted else None
         elif key in own_types:
             own_changes[key] = _parse(key, text, own_types[key])
         elif key in known:

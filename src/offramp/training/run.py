@@ -13,10 +13,9 @@ from offramp.errors import ArtifactError, InSampleError, InvalidArgumentError
 from offramp.model.checkpoint import load_weights, save_weights
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.policies import Policy, never_leave, policy_from_dict, policy_to_dict
-from offramp.training.data import ImageBatches, split_off_calibration
+from offramp.training.data import ImageBatches, check_labels, split_off_calibration
 from offramp.training.recipes import Recipe
 from offramp.training.sources import Split, load_split
-from offramp.training.task import check_labels
 
 RECIPE_FILE = "recipe.json"
 WEIGHTS_FILE = "model.safetensors"

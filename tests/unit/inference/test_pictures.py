@@ -1,6 +1,7 @@
 import contextlib
 import struct
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from offramp.inference.pictures import read_picture
 from offramp.training.sources import DataSource
 
 GREY = DataSource(splits=("train",), image_shape=(1, 8, 8))
-STROKES = DataSource(splits=("train",), image_shape=(1, 28, 28), light_on_dark=True)
-TRANSPOSED = DataSource(
-    splits=("train",), image_shape=(1, 28, 28), light_on_dark=True, transposed=True
+STROKES = DataSource(
+    splits=("train",), image_shape=(1, 28, 28), light_on_dark=True, ink_margin=2 / 28
 )
+TRANSPOSED = replace(STROKES, transposed=True)
 COLOUR = DataSource(splits=("train",), image_shape=(3, 8, 8))
 
 

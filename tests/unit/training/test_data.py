@@ -5,10 +5,10 @@ import torch
 
 from offramp.errors import InvalidArgumentError
 from offramp.training.data import (
-    AffineJitter,
     EpochSampler,
     ImageBatches,
     Normalisation,
+    RandomWarp,
     epoch_seed,
     make_loader,
     split_off_calibration,
@@ -145,28 +145,28 @@ def test_epoch_seeds_of_neighbouring_runs_differ():
     assert min(seeds) >= 0
 
 
-# AffineJitter
+# RandomWarp
 
 
 def test_jitter_with_zero_limits_is_the_identity():
     images = torch.randn(3, 2, 6, 5)
-    still = AffineJitter(degrees=0, scale=0, shear=0, shift=0)
+    still = RandomWarp(degrees=0, scale=0, shear=0, shift=0)
     torch.testing.assert_close(still(images), images, atol=1e-5, rtol=1e-5)
 
 
 def test_jitter_moves_each_image_its_own_way_and_a_seed_repeats_it():
     images = torch.randn(1, 1, 8, 8).repeat(4, 1, 1, 1)
     torch.manual_seed(5)
-    moved = AffineJitter()(images)
+    moved = RandomWarp()(images)
     assert len({tuple(image.flatten().tolist()) for image in moved}) == 4
     torch.manual_seed(5)
-    assert torch.equal(AffineJitter()(images), moved)
+    assert torch.equal(RandomWarp()(images), moved)
 
 
 def test_shift_moves_at_most_as_many_pixels_as_asked():
     images = torch.zeros(200, 1, 11, 21)
     images[..., 5, 10] = 1
-    moved = AffineJitter(degrees=0, scale=0, shear=0, shift=2)(images)
+    moved = RandomWarp(degrees=0, scale=0, shear=0, shift=2)(images)
     torch.testing.assert_close(moved.sum((1, 2, 3)), torch.ones(200), atol=1e-3, rtol=0)
     reached = moved[:, 0].amax(0) > 1e-3
     rows, columns = reached.any(1).nonzero()[:, 0], reached.any(0).nonzero()[:, 0]
@@ -177,7 +177,7 @@ def test_shift_moves_at_most_as_many_pixels_as_asked():
 def test_rotation_of_a_square_keeps_the_distance_from_the_middle():
     images = torch.zeros(100, 1, 31, 31)
     images[..., 15, 25] = 1  # ten pixels right of the middle
-    moved = AffineJitter(degrees=30, scale=0, shear=0, shift=0)(images)
+    moved = RandomWarp(degrees=30, scale=0, shear=0, shift=0)(images)
     offset = torch.arange(31) - 15.0
     mass = moved.sum((1, 2, 3))
     y = (moved.sum((1, 3)) * offset).sum(1) / mass

@@ -77,17 +77,3 @@ def test_final_exit_learns_from_the_labels_only(outputs):
 def test_one_weight_for_each_exit(outputs, weights):
     with pytest.raises(InvalidArgumentError, match=f"each of the 3 exits. Got {len(weights)}"):
         joint_loss(outputs, LABELS, weights=weights)
-
-
-def test_class_prior_is_added_inside_the_cross_entropy(outputs):
-    prior = [0.5, 0.3, 0.15, 0.05]
-    shifted = [output.detach() + torch.tensor(prior).log() for output in outputs]
-    expected = joint_loss_by_loop(shifted, LABELS, (1, 2, 3), smoothing=0.1, distillation=0)
-    loss = joint_loss(
-        outputs,
-        LABELS,
-        weights=(1, 2, 3),
-        label_smoothing=0.1,
-        class_prior_C=torch.tensor(prior),
-    )
-    assert loss.item() == pytest.approx(expected)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from offramp.errors import ArtifactError, InvalidArgumentError, OfframpError
-from offramp.training.data import AffineJitter
+from offramp.training.data import RandomWarp
 from offramp.training.recipes import RECIPES, Recipe, find_recipe, override
 from offramp.training.run import load_batches
 from offramp.training.sources import SOURCES
@@ -99,7 +99,7 @@ def test_settings_of_the_training_are_parsed(digits, key, text, value):
         ("variant", "static", "static"),
         ("calibration_share", "0.1", 0.1),
         ("uniform_prior", "true", True),
-        ("augment", "true", AffineJitter()),
+        ("augment", "true", RandomWarp()),
         ("augment", "false", None),
     ],
 )
@@ -125,8 +125,8 @@ def test_overriding_leaves_the_recipe_alone(digits):
 
 
 def test_settings_of_its_own_augmentation_are_kept(digits):
-    recipe = replace(digits, augment=AffineJitter(shift=1))
-    assert override(recipe, {"augment": "true"}).augment == AffineJitter(shift=1)
+    recipe = replace(digits, augment=RandomWarp(shift=1))
+    assert override(recipe, {"augment": "true"}).augment == RandomWarp(shift=1)
 
 
 @pytest.mark.parametrize(

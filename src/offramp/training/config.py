@@ -1,0 +1,75 @@
+"""How to train, in plain values; free of Lightning, so that reading a run needs none."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from offramp.errors import InvalidArgumentError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """How to train. The defaults suit a small network trained from scratch.
+
+    Attributes:
+        epochs: Passes over the training data, at least 1.
+        batch_size: Samples a step; ignored where a DataLoader is given.
+        optimizer: adam, adamw or sgd (momentum 0.9, Nesterov).
+        learning_rate: At the start; decays to zero over all epochs by a cosine, a step an epoch.
+        weight_decay: On weight matrices and kernels, not on biases and norms.
+        loss_weights: One per exit; all 1 if None.
+        detach: Let only the final exit train the stages.
+        backbone_epochs: Mixed training: so many first epochs train the final exit only, then all.
+        label_smoothing: Share of the target spread over all classes, in [0, 1).
+        distillation: Share of the early exits' loss that comes from the final exit, in [0, 1].
+        class_balance: "sampling" draws every class as often, with replacement, for test data
+            whose classes are equally likely while those of train are not.
+        seed: Of the order of samples, of augmentation and of dropout.
+        device: cpu, cuda, or auto (cuda where there is one).
+        devices: Processes that train together (DDP), at least 1.
+    """
+
+    epochs: int = 10
+    batch_size: int = 256
+    optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
+    learning_rate: float = 0.003
+    weight_decay: float = 0.01
+    loss_weights: tuple[float, ...] | None = None
+    detach: bool = False
+    backbone_epochs: int = 0
+    label_smoothing: float = 0.0
+    distillation: float = 0.0
+    class_balance: Literal["none", "sampling"] = "none"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: int = 1
+
+    def __post_init__(self) -> None:
+        checks = {
+            "epochs": (self.epochs >= 1, "an int of at least 1"),
+            "batch_size": (self.batch_size >= 1, "an int of at least 1"),
+            "optimizer": (self.optimizer in ("adam", "adamw", "sgd"), "adam, adamw or sgd"),
+            "learning_rate": (self.learning_rate > 0, "a positive number"),
+            "weight_decay": (self.weight_decay >= 0, "at least 0"),
+            "loss_weights": (
+                all(0 <= weight < math.inf for weight in self.loss_weights or ()),
+                "numbers of at least 0",
+            ),
+            "backbone_epochs": (
+                0 <= self.backbone_epochs < self.epochs,
+                f"an int in [0, {self.epochs - 1}], fewer than the epochs",
+            ),
+            "label_smoothing": (0 <= self.label_smoothing < 1, "in [0, 1)"),
+            "distillation": (0 <= self.distillation <= 1, "in [0, 1]"),
+            "class_balance": (self.class_balance in ("none", "sampling"), "none or sampling"),
+            "device": (self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
+            "devices": (self.devices >= 1, "an int of at least 1"),
+            "seed": (self.seed >= 0, "an int of at least 0"),
+        }
+        for name, (is_valid, expected) in checks.items():
+            if not is_valid:
+                raise InvalidArgumentError(
+                    f"The {name!r} parameter must be {expected}. Got {getattr(self, name)!r}."
+                )
