@@ -36,7 +36,7 @@ from torch import Tensor
 from loader import circumstances, write_json
 from offramp import AdaptiveRunner, MultiExitNetwork, ThresholdPolicy, load
 from offramp.errors import OfframpError
-from offramp.inference.timing import DECISION_TOLERANCE, check_early_answers
+from offramp.inference.agreement import DECISION_TOLERANCE, check_early_answers
 from offramp.training.run import load_batches
 
 THRESHOLDS_NATS = (0.1, 0.5)
@@ -189,7 +189,7 @@ def main(
 
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(SEED))
     inputs, _ = test.__getitems__(order.tolist())
-    check_early_answers(runner, inputs)
+    check_early_answers(runner.run(inputs), runner, inputs)
     answers = check_answers(runner, inputs.split(256))
     print(
         f"all {len(inputs):,} test samples answered alike, but for {answers['left_elsewhere']} "

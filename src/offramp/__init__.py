@@ -13,6 +13,7 @@ from offramp.errors import (
     BackboneCutError,
     DataError,
     DataNotFoundError,
+    ExportMismatchError,
     InfeasibleTargetError,
     InSampleError,
     InvalidArgumentError,
@@ -27,6 +28,7 @@ from offramp.results import AdaptiveResult
 if TYPE_CHECKING:
     from offramp.calibration.collect import ExitLogits, collect
     from offramp.calibration.thresholds import Calibration, calibrate
+    from offramp.export.bundle import export
     from offramp.inference.evaluate import Evaluation, evaluate
     from offramp.inference.runner import AdaptiveRunner
     from offramp.inference.timing import time_runner
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
         always_leave_at,
         never_leave,
     )
+    from offramp.runtime import Session
     from offramp.training.config import FitConfig
     from offramp.training.fit import fit
     from offramp.training.run import Run, load, save
@@ -56,6 +59,7 @@ _HOMES = {
     "collect": "offramp.calibration.collect",
     "Calibration": "offramp.calibration.thresholds",
     "calibrate": "offramp.calibration.thresholds",
+    "export": "offramp.export.bundle",
     "Evaluation": "offramp.inference.evaluate",
     "evaluate": "offramp.inference.evaluate",
     "AdaptiveRunner": "offramp.inference.runner",
@@ -72,6 +76,7 @@ _HOMES = {
     "ThresholdPolicy": "offramp.policy.policies",
     "always_leave_at": "offramp.policy.policies",
     "never_leave": "offramp.policy.policies",
+    "Session": "offramp.runtime",
     "fit": "offramp.training.fit",
     "Run": "offramp.training.run",
     "load": "offramp.training.run",
@@ -90,6 +95,7 @@ __all__ = [
     "Evaluation",
     "ExitCosts",
     "ExitLogits",
+    "ExportMismatchError",
     "FitConfig",
     "InSampleError",
     "InfeasibleTargetError",
@@ -101,6 +107,7 @@ __all__ = [
     "PatiencePolicy",
     "Policy",
     "Run",
+    "Session",
     "ShapeError",
     "ThresholdPolicy",
     "TrainingDivergedError",
@@ -111,6 +118,7 @@ __all__ = [
     "count_macs",
     "entropy_confidence",
     "evaluate",
+    "export",
     "fit",
     "load",
     "margin_confidence",

@@ -11,6 +11,7 @@
         InSampleError                      a report on the data that chose the thresholds
       TrainingDivergedError(RuntimeError)  the training loss is no longer finite
       ArtifactError(ValueError)            a run is corrupt, foreign, too new, or exists already
+      ExportMismatchError(RuntimeError)    a bundle answers otherwise than the network it is of
       MissingExtraError(ImportError)       an optional dependency is missing; says what to install
 
 A message says what was expected, what came, and what to do. The command line prints it as one
@@ -71,6 +72,10 @@ class TrainingDivergedError(OfframpError, RuntimeError):
 
 class ArtifactError(OfframpError, ValueError):
     """A run folder or one of its files is corrupt, foreign, too new, or exists already."""
+
+
+class ExportMismatchError(OfframpError, RuntimeError):
+    """A bundle answers otherwise than the network it was exported from; says which exit."""
 
 
 class MissingExtraError(OfframpError, ImportError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from offramp.errors import DataError, ShapeError
 from offramp.measure.cost import ExitCosts, evaluation_mode
 from offramp.model.multi_exit import MultiExitNetwork
+from offramp.runtime import Session
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,4 +69,35 @@ def collect(network: MultiExitNetwork, loader: Iterable[tuple[Tensor, Tensor]]) 
             labels.append(labels_B.cpu())
     if costs is None:
         raise DataError("Expected at least one batch of samples to collect logits from. Got none.")
+    return ExitLogits(logits_KNC=torch.cat(outputs, dim=1), labels_N=torch.cat(labels), costs=costs)
+
+
+def collect_from_session(session: Session, loader: Iterable[tuple[Tensor, Tensor]]) -> ExitLogits:
+    """Run every step of a bundle on every sample of a loader, letting nobody leave.
+
+    Args:
+        session: Runs the bundle.
+        loader: Batches of (inputs, labels).
+    Returns:
+        The logits of every step's exit: exits that are off in the bundle have none, so that the
+        steps count as exits.
+    Raises:
+        DataError: If the loader yields no sample.
+    """
+    outputs, labels = [], []
+    for inputs, labels_B in loader:
+        carried: list[Any] = [inputs.numpy()]
+        of_steps = []
+        for index in range(len(session.bundle.steps)):
+            _, (output, _, _, *carried) = session.run_step(index, carried)
+            of_steps.append(torch.from_numpy(output))
+        outputs.append(torch.stack(of_steps))
+        labels.append(labels_B)
+    if not labels:
+        raise DataError("Expected at least one batch of samples to collect logits from. Got none.")
+    steps = session.bundle.steps
+    costs = ExitCosts(
+        stage_macs=tuple(step.stage_macs for step in steps),
+        head_macs=tuple(step.head_macs for step in steps),
+    )
     return ExitLogits(logits_KNC=torch.cat(outputs, dim=1), labels_N=torch.cat(labels), costs=costs)

@@ -9,7 +9,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from offramp import __version__
-from offramp.cli import calibrate, evaluate, predict, time, train
+from offramp.cli import calibrate, evaluate, export, predict, time, train
 from offramp.errors import OfframpError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("train")(train.train)
 app.command("calibrate")(calibrate.calibrate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("time")(time.time)
+app.command("export")(export.export)
 app.command("predict")(predict.predict)
 
 

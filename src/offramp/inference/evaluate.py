@@ -63,6 +63,72 @@ class Evaluation:
         return content
 
 
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What a runner said of every sample of a loader.
+
+    Attributes:
+        predictions_N: Predicted classes, shape (N,), int64.
+        exit_index_N: Exits the samples left by, shape (N,), int64.
+        macs_N: MACs that ran for each, shape (N,), int64.
+        labels_N: True classes, shape (N,), int64.
+    """
+
+    predictions_N: Tensor
+    exit_index_N: Tensor
+    macs_N: Tensor
+    labels_N: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right predictions."""
+        return float((self.predictions_N == self.labels_N).double().mean())
+
+    @property
+    def mean_macs(self) -> float:
+        """Mean MACs per sample."""
+        return float(self.macs_N.double().mean())
+
+    def shares(self, num_exits: int) -> tuple[float, ...]:
+        """Share of the samples that left by each exit.
+
+        Args:
+            num_exits: Exits of the network.
+        Returns:
+            One fraction per exit.
+        """
+        counts_K = torch.bincount(self.exit_index_N, minlength=num_exits).double()
+        return tuple((counts_K / len(self.labels_N)).tolist())
+
+
+def answer(runner: Runner, loader: Iterable[tuple[Tensor, Tensor]]) -> Answers:
+    """Run every sample of a loader early.
+
+    Args:
+        runner: Any runner, of torch or of a bundle.
+        loader: Batches of (inputs, labels) on the runner's device.
+    Returns:
+        What it said, on the CPU.
+    Raises:
+        DataError: If the loader yields no sample.
+    """
+    predictions, exits, macs, labels = [], [], [], []
+    for inputs, labels_B in loader:
+        result = runner.run(inputs)
+        predictions.append(torch.as_tensor(result.output).argmax(-1).cpu())
+        exits.append(torch.as_tensor(result.exit_index).cpu())
+        macs.append(torch.as_tensor(result.macs).cpu())
+        labels.append(labels_B.cpu())
+    if not labels:
+        raise DataError("Expected at least one batch of samples to evaluate. Got none.")
+    return Answers(
+        predictions_N=torch.cat(predictions),
+        exit_index_N=torch.cat(exits),
+        macs_N=torch.cat(macs),
+        labels_N=torch.cat(labels),
+    )
+
+
 def evaluate(
     runner: Runner,
     loader: Iterable[tuple[Tensor, Tensor]],
@@ -83,35 +149,25 @@ def evaluate(
         DataError: If the loader yields no sample.
         ShapeError: If the loader and the logits hold different samples.
     """
-    predictions, exits, macs, labels = [], [], [], []
-    for inputs, labels_B in loader:
-        result = runner.run(inputs)
-        predictions.append(result.output.argmax(-1).cpu())
-        exits.append(result.exit_index.cpu())
-        macs.append(result.macs.cpu())
-        labels.append(labels_B.cpu())
-    if not labels:
-        raise DataError("Expected at least one batch of samples to evaluate. Got none.")
-    labels_N = torch.cat(labels)
-    if not torch.equal(labels_N, logits.labels_N):
+    answers = answer(runner, loader)
+    if not torch.equal(answers.labels_N, logits.labels_N):
         raise ShapeError(
             "Expected the loader to yield the samples of the logits in the same order. "
-            f"Got {len(labels_N)} samples against {len(logits.labels_N)}, or other labels."
+            f"Got {len(answers.labels_N)} samples against {len(logits.labels_N)}, or other labels."
         )
     costs = logits.costs
-    share_K = torch.bincount(torch.cat(exits), minlength=costs.num_exits).double() / len(labels_N)
     accuracy_K = logits.correct_KN.double().mean(1).tolist()
     return Evaluation(
-        num_samples=len(labels_N),
-        accuracy=float((torch.cat(predictions) == labels_N).double().mean()),
-        mean_macs=float(torch.cat(macs).double().mean()),
+        num_samples=len(answers.labels_N),
+        accuracy=answers.accuracy,
+        mean_macs=answers.mean_macs,
         plain_macs=costs.plain_macs,
         final_exit_accuracy=accuracy_K[-1],
         plain_accuracy=plain_accuracy,
         exits=tuple(
             ExitEvaluation(index=k, accuracy=accuracy, share=share, macs=exit_macs)
             for k, (accuracy, share, exit_macs) in enumerate(
-                zip(accuracy_K, share_K.tolist(), costs.exit_macs(), strict=True)
+                zip(accuracy_K, answers.shares(costs.num_exits), costs.exit_macs(), strict=True)
             )
         ),
     )

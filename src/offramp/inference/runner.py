@@ -5,7 +5,7 @@ Shapes: ``B`` batch, ``C`` classes.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from offramp.results import AdaptiveResult
 class Runner(Protocol):
     """Whatever answers a batch, spending on each sample what it needs."""
 
-    def run(self, *inputs: Tensor) -> AdaptiveResult[Tensor]:
+    def run(self, *inputs: Tensor) -> AdaptiveResult[Any]:
         """Answer a batch of inputs, each with its batch axis first."""
         ...
 

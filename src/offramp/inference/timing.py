@@ -18,13 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.errors import InvalidArgumentError, OfframpError
+from offramp.errors import InvalidArgumentError
+from offramp.inference.agreement import all_exits_loop, check_early_answers
 from offramp.inference.runner import AdaptiveRunner
-from offramp.model.multi_exit import Features, MultiExitNetwork
-from offramp.policy.policies import Policy, State, ThresholdPolicy
-
-DECISION_TOLERANCE = 1e-4
-"""Samples whose confidence lies this near a threshold may leave at another exit."""
+from offramp.model.multi_exit import Features
+from offramp.policy.policies import Policy, Scalar, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +118,8 @@ def time_runner(
         raise InvalidArgumentError(
             f"The 'rounds' parameter must be an int of at least 2. Got {rounds}."
         )
-    check_early_answers(runner, inputs)
     result = runner.run(inputs)
+    check_early_answers(result, runner, inputs)
     mean_macs = float(result.macs.double().mean())
     num_exits = runner.network.num_exits
     stage_ms, timings = {}, []
@@ -142,67 +140,6 @@ def time_runner(
         stage_ms=stage_ms,
         results=tuple(timings),
     )
-
-
-def all_exits_loop(
-    network: MultiExitNetwork, policy: Policy, inputs: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run every stage and head on every sample, then choose: what early exit must equal.
-
-    Args:
-        network: The network, in evaluation mode.
-        policy: Who leaves where.
-        inputs: Samples, shape (B, ...).
-    Returns:
-        output: Logits of the chosen exits, shape (B, C).
-        exit_index: Shape (B,), int64.
-        confidences: Of every exit, shape (K, B).
-    """
-    outputs = network(inputs)
-    state: State = ()
-    chosen = torch.full((len(inputs),), -1, device=inputs.device)
-    confidences = []
-    for k, output in enumerate(outputs):
-        leave_B, confidence_B, state = policy.step(k, output, state)
-        confidences.append(confidence_B)
-        if not policy.is_off(k):
-            chosen = torch.where((chosen < 0) & leave_B, k, chosen)
-    stacked = torch.stack(outputs)
-    rows = torch.arange(len(inputs), device=inputs.device)
-    return stacked[chosen, rows], chosen, torch.stack(confidences)
-
-
-def check_early_answers(runner: AdaptiveRunner, inputs: Tensor) -> None:
-    """Make sure that leaving early answers what choosing afterwards answers.
-
-    Args:
-        runner: The runner.
-        inputs: Samples, shape (N, ...).
-    Raises:
-        OfframpError: If a sample leaves by another exit though none of its confidences lies within
-            1e-4 of a threshold, or more than one in a thousand (and more than one) does, or one
-            that leaves by the same exit gets other logits.
-    """
-    result = runner.run(inputs)
-    output, exit_index, confidence_KB = all_exits_loop(runner.network, runner.policy, inputs)
-    same_exit = result.exit_index == exit_index
-    moved = int((~same_exit).sum())
-    agree = torch.allclose(
-        result.output[same_exit], output[same_exit], rtol=1e-3, atol=DECISION_TOLERANCE
-    )
-    moved_far = bool((~same_exit & ~_is_near(runner.policy, confidence_KB)).any())
-    if moved_far or moved > max(1, len(inputs) / 1000) or not agree:
-        raise OfframpError(
-            f"Leaving early should answer what choosing afterwards answers, but {moved} of "
-            f"{len(inputs)} samples left elsewhere. Nothing was timed: please report this."
-        )
-
-
-def _is_near(policy: Policy, confidence_KB: Tensor) -> Tensor:
-    if not isinstance(policy, ThresholdPolicy):
-        return torch.zeros_like(confidence_KB[0], dtype=torch.bool)
-    thresholds_K = confidence_KB.new_tensor(policy.thresholds)
-    return ((confidence_KB[:-1] - thresholds_K[:, None]).abs() < DECISION_TOLERANCE).any(0)
 
 
 def hardware_name(device: torch.device) -> str:
@@ -282,7 +219,15 @@ class _AskButStay(Policy):
         self.policy = policy
         self.num_exits = policy.num_exits
 
-    def step(self, exit_index: int, output: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
+    def decide(
+        self,
+        exit_index: int,
+        output: Tensor,
+        state: State,
+        *,
+        temperature: Scalar,
+        threshold: Scalar,
+    ) -> tuple[Tensor, Tensor, State]:
         leave_B, confidence_B, state = self.policy.step(exit_index, output, state)
         if exit_index < self.num_exits - 1:
             leave_B = torch.zeros_like(leave_B)

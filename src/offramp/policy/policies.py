@@ -20,6 +20,9 @@ from offramp.policy.confidence import CONFIDENCE_RULES, confidence_from_entropy_
 State = tuple[Tensor, ...]
 """What a policy remembers of each sample: tensors with their batch axis first."""
 
+Scalar = float | Tensor
+"""A number, or a scalar tensor where a stage is being exported."""
+
 
 class Policy(ABC):
     """Decides, exit by exit, which samples leave.
@@ -31,19 +34,71 @@ class Policy(ABC):
     num_exits: int
 
     @abstractmethod
-    def step(self, exit_index: int, output: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
-        """Decide for the samples that reached an exit.
+    def decide(
+        self,
+        exit_index: int,
+        output: Tensor,
+        state: State,
+        *,
+        temperature: Scalar,
+        threshold: Scalar,
+    ) -> tuple[Tensor, Tensor, State]:
+        """Decide for the samples that reached an exit, by numbers that are given.
+
+        Written in torch operations only: an exported stage holds them, with temperature and
+        threshold as inputs, so that calibrating anew needs no new export.
 
         Args:
             exit_index: Number of the exit, from 0.
             output: Raw logits of that exit, shape (B, C), float.
             state: What the previous step returned, rows of samples that left taken out; the
                 empty tuple at the first exit.
+            temperature: What :meth:`temperature` says of this exit.
+            threshold: What :meth:`threshold` says of this exit.
         Returns:
             leave: Shape (B,), bool; all True at the final exit, never True for NaN before it.
             confidence: Shape (B,), float in [0, 1].
             state: For the next exit.
         """
+
+    def temperature(self, exit_index: int) -> float:
+        """The number that divides an exit's logits before its confidence is taken; 1 by default.
+
+        Args:
+            exit_index: Number of the exit, from 0.
+        Returns:
+            The temperature, positive.
+        """
+        return 1.0
+
+    def threshold(self, exit_index: int) -> float:
+        """The number that :meth:`decide` compares with at an exit; 0 unless a policy has one.
+
+        Args:
+            exit_index: Number of the exit, from 0.
+        Returns:
+            The threshold; +inf where nobody can leave, so that the head need not run. The final
+            exit's is never +inf.
+        """
+        return 0.0
+
+    def step(self, exit_index: int, output: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
+        """Decide for the samples that reached an exit, by the policy's own numbers.
+
+        Args:
+            exit_index: Number of the exit, from 0.
+            output: As for :meth:`decide`.
+            state: As for :meth:`decide`.
+        Returns:
+            As :meth:`decide`.
+        """
+        return self.decide(
+            exit_index,
+            output,
+            state,
+            temperature=self.temperature(exit_index),
+            threshold=self.threshold(exit_index),
+        )
 
     def is_off(self, exit_index: int) -> bool:
         """Whether nobody can leave at this exit, so that its head need not run.
@@ -53,7 +108,7 @@ class Policy(ABC):
         Returns:
             True if the exit is switched off.
         """
-        return False
+        return self.threshold(exit_index) == math.inf
 
 
 @dataclass(frozen=True)
@@ -63,9 +118,11 @@ class ThresholdPolicy(Policy):
     Args:
         thresholds: One per exit but the final one, each in [0, 1], or +inf to switch the exit off.
         rule: Name of the confidence function: entropy, max_probability or margin.
+        temperatures: Divide each exit's logits before its confidence is taken, one per exit,
+            the final one counted; all 1 if None.
     Raises:
-        InvalidArgumentError: If a threshold is NaN or outside [0, 1] and not +inf, or the rule
-            is unknown.
+        InvalidArgumentError: If a threshold is NaN or outside [0, 1] and not +inf, the rule is
+            unknown, or there is not one positive temperature per exit.
     Example:
         >>> policy = ThresholdPolicy((0.9, float("inf")), rule="max_probability")
         >>> policy.num_exits, policy.is_off(1)
@@ -74,6 +131,7 @@ class ThresholdPolicy(Policy):
 
     thresholds: tuple[float, ...]
     rule: str = "entropy"
+    temperatures: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "thresholds", tuple(float(t) for t in self.thresholds))
@@ -86,6 +144,16 @@ class ThresholdPolicy(Policy):
         if self.rule not in CONFIDENCE_RULES:
             raise InvalidArgumentError(
                 f"The rule must be one of {', '.join(CONFIDENCE_RULES)}. Got {self.rule!r}."
+            )
+        if self.temperatures is None:
+            return
+        object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
+        if len(self.temperatures) != self.num_exits or not all(
+            0 < t < math.inf for t in self.temperatures
+        ):
+            raise InvalidArgumentError(
+                f"The 'temperatures' parameter must hold {self.num_exits} positive numbers, one "
+                f"per exit. Got {self.temperatures}."
             )
 
     @classmethod
@@ -109,16 +177,28 @@ class ThresholdPolicy(Policy):
         """Exits of the network it is for, the final one counted."""
         return len(self.thresholds) + 1
 
-    def step(self, exit_index: int, output: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
-        """See :meth:`Policy.step`; keeps no state."""
-        confidence_B = CONFIDENCE_RULES[self.rule](output)
+    def decide(
+        self,
+        exit_index: int,
+        output: Tensor,
+        state: State,
+        *,
+        temperature: Scalar,
+        threshold: Scalar,
+    ) -> tuple[Tensor, Tensor, State]:
+        """See :meth:`Policy.decide`; keeps no state."""
+        confidence_B = CONFIDENCE_RULES[self.rule](_tempered(output, temperature))
         if exit_index == len(self.thresholds):
             return torch.ones_like(confidence_B, dtype=torch.bool), confidence_B, state
-        return confidence_B >= self.thresholds[exit_index], confidence_B, state
+        return confidence_B >= threshold, confidence_B, state
 
-    def is_off(self, exit_index: int) -> bool:
-        """Whether the threshold of this exit is +inf."""
-        return exit_index < len(self.thresholds) and self.thresholds[exit_index] == math.inf
+    def temperature(self, exit_index: int) -> float:
+        """See :meth:`Policy.temperature`."""
+        return 1.0 if self.temperatures is None else self.temperatures[exit_index]
+
+    def threshold(self, exit_index: int) -> float:
+        """See :meth:`Policy.threshold`; the final exit's is 0."""
+        return (*self.thresholds, 0.0)[exit_index]
 
 
 @dataclass(frozen=True)
@@ -149,19 +229,31 @@ class PatiencePolicy(Policy):
                 f"The rule must be one of {', '.join(CONFIDENCE_RULES)}. Got {self.rule!r}."
             )
 
-    def step(self, exit_index: int, output: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
-        """See :meth:`Policy.step`; the state is the last label and the length of its streak."""
-        confidence_B = CONFIDENCE_RULES[self.rule](output)
+    def decide(
+        self,
+        exit_index: int,
+        output: Tensor,
+        state: State,
+        *,
+        temperature: Scalar,
+        threshold: Scalar,
+    ) -> tuple[Tensor, Tensor, State]:
+        """See :meth:`Policy.decide`; the state is the last label and the length of its streak."""
+        confidence_B = CONFIDENCE_RULES[self.rule](_tempered(output, temperature))
         # A label that no exit predicts: what is not a number agrees with nothing after it.
         label_B = output.argmax(-1).masked_fill(confidence_B.isnan(), -1)
         streak_B = torch.ones_like(label_B)
         if state:
             last_label_B, last_streak_B = state
             streak_B = torch.where(label_B == last_label_B, last_streak_B + 1, streak_B)
-        leave_B = (streak_B >= self.patience) & ~confidence_B.isnan()
+        leave_B = (streak_B >= threshold) & ~confidence_B.isnan()
         if exit_index == self.num_exits - 1:
             leave_B = torch.ones_like(leave_B)
         return leave_B, confidence_B, (label_B, streak_B)
+
+    def threshold(self, exit_index: int) -> float:
+        """See :meth:`Policy.threshold`; the patience, at every exit."""
+        return self.patience
 
 
 def never_leave(num_exits: int) -> ThresholdPolicy:
@@ -207,7 +299,12 @@ def policy_to_dict(policy: Policy) -> dict[str, Any]:
     """
     if isinstance(policy, ThresholdPolicy):
         thresholds = [None if t == math.inf else t for t in policy.thresholds]
-        return {"kind": "threshold", "rule": policy.rule, "thresholds": thresholds}
+        return {
+            "kind": "threshold",
+            "rule": policy.rule,
+            "thresholds": thresholds,
+            "temperatures": None if policy.temperatures is None else list(policy.temperatures),
+        }
     if isinstance(policy, PatiencePolicy):
         return {
             "kind": "patience",
@@ -233,9 +330,20 @@ def policy_from_dict(content: dict[str, Any]) -> Policy:
     try:
         if content["kind"] == "threshold":
             thresholds = (math.inf if t is None else t for t in content["thresholds"])
-            return ThresholdPolicy(tuple(thresholds), rule=content["rule"])
+            temperatures = content.get("temperatures")
+            return ThresholdPolicy(
+                tuple(thresholds),
+                rule=content["rule"],
+                temperatures=None if temperatures is None else tuple(temperatures),
+            )
         if content["kind"] == "patience":
             return PatiencePolicy(content["patience"], content["num_exits"], rule=content["rule"])
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"Expected a policy, got a damaged one ({error}).") from error
     raise ArtifactError(f"Expected a threshold or patience policy. Got kind {content['kind']!r}.")
+
+
+def _tempered(output: Tensor, temperature: Scalar) -> Tensor:
+    if isinstance(temperature, float) and temperature == 1:
+        return output
+    return output / temperature

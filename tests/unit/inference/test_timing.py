@@ -1,14 +1,13 @@
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 
-from offramp.errors import InvalidArgumentError, OfframpError
+from offramp.errors import InvalidArgumentError
 from offramp.inference.runner import AdaptiveRunner
-from offramp.inference.timing import all_exits_loop, check_early_answers, time_runner
+from offramp.inference.timing import time_runner
 from offramp.policy.confidence import max_probability_confidence
-from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, always_leave_at, never_leave
+from offramp.policy.policies import ThresholdPolicy, never_leave
 from offramp.zoo.mlp import mlp
 
 
@@ -18,55 +17,6 @@ def halving_policy(network, x) -> ThresholdPolicy:
     confidences = [max_probability_confidence(logits) for logits in network(x)[:-1]]
     thresholds = tuple(float(values.median()) for values in confidences)
     return ThresholdPolicy(thresholds, rule="max_probability")
-
-
-@pytest.mark.parametrize(
-    ("policy", "exits"),
-    [
-        (always_leave_at(0, num_exits=3), [0, 0, 0]),
-        (always_leave_at(1, num_exits=3), [1, 1, 1]),
-        (never_leave(3), [2, 2, 2]),
-        (ThresholdPolicy((0.0, 0.0)), [0, 0, 0]),
-    ],
-)
-def test_all_exits_loop_chooses_the_policys_exit(network, policy, exits):
-    x = torch.randn(3, 6)
-    output, exit_index, confidences = all_exits_loop(network, policy, x)
-    assert exit_index.tolist() == exits
-    assert torch.equal(output, network(x)[exits[0]])
-    assert confidences.shape == (3, 3)
-
-
-def test_all_exits_loop_keeps_the_state_of_every_sample(constant_network):
-    network = constant_network([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [5.0, 0.0]])
-    _, exit_index, _ = all_exits_loop(network, PatiencePolicy(2, 4), torch.zeros(2, 2))
-    assert exit_index.tolist() == [2, 2]
-
-
-def test_early_answers_that_agree_pass(network):
-    x = torch.randn(300, 6)
-    check_early_answers(AdaptiveRunner(network, halving_policy(network, x)), x)
-
-
-class Wrong(AdaptiveRunner):
-    """Answers something else for the first ``count`` samples."""
-
-    def __init__(self, network, *, field, count):
-        super().__init__(network, never_leave(3))
-        self.field, self.count = field, count
-
-    def run(self, *inputs):
-        result = super().run(*inputs)
-        values = getattr(result, self.field).clone()
-        values[: self.count] -= 1
-        return replace(result, **{self.field: values})
-
-
-@pytest.mark.parametrize(("field", "count"), [("output", 1), ("exit_index", 2), ("exit_index", 1)])
-def test_wrong_early_answers_are_refused_before_the_clock_starts(network, field, count):
-    # Nobody is near a threshold here: not even one in a thousand may leave elsewhere.
-    with pytest.raises(OfframpError, match="Nothing was timed"), torch.inference_mode():
-        check_early_answers(Wrong(network, field=field, count=count), torch.randn(1000, 6))
 
 
 @pytest.fixture(scope="module")

@@ -208,7 +208,7 @@ def test_policy_of_an_unknown_class_cannot_be_described():
     class Whim(Policy):
         num_exits = 2
 
-        def step(self, exit_index, output, state):
+        def decide(self, exit_index, output, state, *, temperature, threshold):
             raise NotImplementedError
 
     with pytest.raises(InvalidArgumentError, match="Got Whim"):

@@ -1,0 +1,122 @@
+"""``offramp export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from offramp.cli.options import DataOption, RunFolder, percent
+from offramp.errors import InvalidArgumentError, NotCalibratedError
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+    from offramp.inference.evaluate import Answers
+
+BUNDLE_FOLDER = "bundle"
+_PARITY_SAMPLES = 512
+_BATCH_SIZE = 256
+_SHARE_TOLERANCE = 0.01
+"""Thresholds are chosen anew where quantising moves the share of an exit by more than this."""
+
+
+def export(
+    run: RunFolder,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder to make; default RUN/bundle.")
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(metavar="int8", help="Weights in int8 instead of float32.")
+    ] = None,
+    plain: Annotated[
+        bool, typer.Option(help="Add the plain network, to time a device's own baseline.")
+    ] = True,
+    data: DataOption = None,
+) -> None:
+    """Write a bundle that runs without torch, checked against torch on real samples."""
+    if quantize not in (None, "int8"):
+        raise InvalidArgumentError(f"--quantize must be int8. Got {quantize!r}.")
+    import tempfile
+
+    from offramp.export.bundle import check_parity
+    from offramp.export.bundle import export as write
+    from offramp.export.quantize import quantize as write_int8
+    from offramp.inference.evaluate import answer
+    from offramp.runtime import Session
+    from offramp.training.data import make_loader
+    from offramp.training.run import CALIBRATION_SPLIT, load, load_batches
+
+    loaded = load(run)
+    recipe, policy = loaded.require_recipe(), loaded.policy
+    if policy is None:
+        raise NotCalibratedError(
+            f"The run {run} has no policy to export. Choose one: offramp calibrate {run} ..."
+        )
+    split = CALIBRATION_SPLIT if recipe.calibration_share else "train"
+    batches = load_batches(recipe, split, data or loaded.data)[0].augmented(None)
+    spread = range(0, len(batches), max(1, len(batches) // _PARITY_SAMPLES))
+    samples, _ = batches.__getitems__(list(spread)[:_PARITY_SAMPLES])
+    folder = out or run / BUNDLE_FOLDER
+
+    def write_to(target: Path) -> None:
+        bundle = write(
+            loaded.network,
+            policy,
+            target,
+            samples,
+            class_names=loaded.class_names,
+            recipe=recipe.to_dict(),
+            plain=plain,
+        )
+        agreement = check_parity(Session(bundle), loaded.network, policy, samples)
+        print(
+            f"{len(bundle.steps)} steps answer {len(samples)} {split} samples as torch does: "
+            f"logits within {max(agreement.differences):.1g}, {agreement.moved} left elsewhere"
+        )
+
+    if quantize is None:
+        write_to(folder)
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            float_folder = Path(scratch) / "float32"
+            write_to(float_folder)
+            write_int8(float_folder, folder, samples)
+            loader = make_loader(batches, batch_size=_BATCH_SIZE)
+            before = answer(Session(float_folder), loader)
+        _report("float32", before, loaded.network.num_exits)
+        after = answer(Session(folder), loader)
+        _report("int8", after, loaded.network.num_exits)
+        if _moved(before, after, loaded.network.num_exits):
+            _choose_anew(folder, loader, (loaded.calibration or {}).get("asked") or {})
+            _report("anew", answer(Session(folder), loader), loaded.network.num_exits)
+    print(f"exported {run}: {folder}")
+
+
+def _moved(before: Answers, after: Answers, num_exits: int) -> bool:
+    shares = zip(before.shares(num_exits), after.shares(num_exits), strict=True)
+    return any(abs(one - other) > _SHARE_TOLERANCE for one, other in shares)
+
+
+def _choose_anew(folder: Path, loader: DataLoader[Any], asked: dict[str, Any]) -> None:
+    """Choose thresholds for the int8 network, which other samples leave than before."""
+    from offramp.calibration.collect import collect_from_session
+    from offramp.calibration.thresholds import calibrate
+    from offramp.runtime import Session, with_thresholds
+    from offramp.runtime.bundle import write_bundle
+
+    if "thresholds" in asked or not asked:
+        print("shares moved by more than 0.01; the thresholds were set by hand and stay")
+        return
+    session = Session(folder)
+    chosen = calibrate(collect_from_session(session, loader), **asked)
+    write_bundle(with_thresholds(session.bundle, chosen.policy.thresholds))
+
+
+def _report(name: str, answers: Answers, num_exits: int) -> None:
+    shares = " / ".join(f"{share:.3f}" for share in answers.shares(num_exits))
+    print(
+        f"{name:8} accuracy {percent(answers.accuracy)}  shares {shares}  "
+        f"mean MACs {answers.mean_macs:,.0f}"
+    )

@@ -1,0 +1,1 @@
+"""Writing a trained network as a bundle that runs without torch."""

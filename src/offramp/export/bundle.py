@@ -1,0 +1,224 @@
+"""From a network and its policy to a bundle, checked against torch before it is handed out."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+import offramp
+from offramp.errors import ArtifactError, ExportMismatchError, InvalidArgumentError
+from offramp.export.onnx import StepModule, plan_steps, write_onnx
+from offramp.inference.agreement import Agreement, compare_with_all_exits
+from offramp.measure.cost import ExitCosts
+from offramp.model.multi_exit import Features, MultiExitNetwork
+from offramp.policy.policies import Policy, State, policy_to_dict
+from offramp.runtime import Bundle, Session, Step
+from offramp.runtime.bundle import BUNDLE_FILE, TensorSpec, file_sha256, write_bundle
+
+PLAIN_FILE = "plain.onnx"
+
+
+@torch.no_grad()
+def export(
+    network: MultiExitNetwork,
+    policy: Policy,
+    folder: Path | str,
+    samples: Tensor,
+    *,
+    class_names: tuple[str, ...] = (),
+    recipe: Mapping[str, Any] | None = None,
+    plain: bool = True,
+) -> Bundle:
+    """Write a network and its policy as a bundle that runs without torch.
+
+    Every step becomes one ONNX file with a free batch size; exits that are off get none, and the
+    stages around them are merged. Before anything is left behind, the bundle answers the samples
+    and is compared with torch.
+
+    Args:
+        network: The network, on the CPU.
+        policy: Who leaves where.
+        folder: Folder to make; a bundle that is there already is replaced.
+        samples: Real inputs, shape (N, ...), to compare on; 100 at least say something.
+        class_names: Name of each class.
+        recipe: How the network was trained, to be kept in the bundle.
+        plain: Whether to add the plain network, so that a device can time its own baseline.
+    Returns:
+        What was written.
+    Raises:
+        ArtifactError: If the folder holds something else or cannot be written, or torch cannot
+            export the network.
+        ExportMismatchError: If the bundle answers otherwise than the network.
+        InvalidArgumentError: If the policy is for another network or of an unknown class.
+        MissingExtraError: If the packages that write ONNX are not installed.
+    """
+    if policy.num_exits != network.num_exits:
+        raise InvalidArgumentError(
+            f"Expected a policy for the network's {network.num_exits} exits. "
+            f"Got one for {policy.num_exits}."
+        )
+    described = policy_to_dict(policy)
+    network = network.eval()
+    costs = network.costs(samples)
+    with new_bundle_folder(Path(folder)) as making:
+        bundle = Bundle(
+            folder=making,
+            family="exits",
+            steps=_write_steps(network, policy, samples, costs, making),
+            num_exits=network.num_exits,
+            class_names=class_names,
+            plain_file=PLAIN_FILE if plain else None,
+            plain_sha256=_write_plain(network, samples, making) if plain else None,
+            plain_macs=costs.plain_macs,
+            policy=described,
+            recipe=recipe,
+            quantized=None,
+            weights_sha256=_weights_sha256(network),
+            versions={
+                "offramp": offramp.__version__,
+                "torch": torch.__version__,
+                "onnxruntime": onnxruntime.__version__,
+            },
+        )
+        write_bundle(bundle)
+        check_parity(Session(bundle), network, policy, samples)
+    return replace(bundle, folder=Path(folder))
+
+
+def check_parity(
+    session: Session, network: MultiExitNetwork, policy: Policy, samples: Tensor
+) -> Agreement:
+    """Make sure that a bundle answers what the network answers, at every exit.
+
+    Args:
+        session: Runs the bundle.
+        network: The network it was exported from, in evaluation mode.
+        policy: The policy it was exported with.
+        samples: Real inputs, shape (N, ...).
+    Returns:
+        How the answers compare.
+    Raises:
+        ExportMismatchError: If they differ by more than DESIGN's rule for two engines allows.
+    """
+    agreement = compare_with_all_exits(session.run(samples.numpy()), network, policy, samples)
+    if not agreement.holds:
+        worst = max(range(network.num_exits), key=agreement.differences.__getitem__)
+        raise ExportMismatchError(
+            f"The bundle should answer what torch answers, but {agreement.moved} of "
+            f"{agreement.num_samples} samples left elsewhere ({agreement.moved_far} of them far "
+            f"from a threshold), and logits differ by up to {agreement.differences[worst]:.2g} at "
+            f"exit {worst}. Nothing was written: please report this."
+        )
+    return agreement
+
+
+def _write_steps(
+    network: MultiExitNetwork, policy: Policy, samples: Tensor, costs: ExitCosts, folder: Path
+) -> tuple[Step, ...]:
+    exit_macs = costs.exit_macs(frozenset(k for k in range(policy.num_exits) if policy.is_off(k)))
+    features: Features = (samples[:1],)
+    state: State = ()
+    steps = []
+    for plan in plan_steps(policy):
+        k, is_last = plan.exit_index, plan.exit_index == network.num_exits - 1
+        module = StepModule(network, policy, plan, num_features=len(features)).eval()
+        next_features = features
+        for stage in plan.stages:
+            next_features = network.run_stage(stage, next_features)
+        _, _, next_state = policy.step(k, network.run_exit(k, next_features), state)
+        handed_on = () if is_last else _specs(next_features, next_state)
+        path = folder / f"step_{k}.onnx"
+        write_onnx(
+            module,
+            (*features, *state),
+            path,
+            scalars=("temperature", "threshold"),
+            input_names=[spec.name for spec in _specs(features, state)],
+            output_names=["output", "confidence", "leave", *(f"next_{s.name}" for s in handed_on)],
+        )
+        steps.append(
+            Step(
+                file=path.name,
+                sha256=file_sha256(path),
+                exit_index=k,
+                temperature=policy.temperature(k),
+                threshold=policy.threshold(k),
+                features=_specs(features, ()),
+                state=_specs((), state),
+                stage_macs=sum(costs.stage_macs[stage] for stage in plan.stages),
+                head_macs=costs.head_macs[k],
+                exit_macs=exit_macs[k],
+                payload_bytes=sum(spec.sample_bytes for spec in handed_on),
+                parameter_bytes=sum(p.numel() * p.element_size() for p in module.parameters()),
+            )
+        )
+        features, state = next_features, next_state
+    return tuple(steps)
+
+
+def _specs(features: Features, state: State) -> tuple[TensorSpec, ...]:
+    named = [(f"features_{i}", tensor) for i, tensor in enumerate(features)]
+    named += [(f"state_{i}", tensor) for i, tensor in enumerate(state)]
+    return tuple(
+        TensorSpec(
+            name=name,
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            sample_shape=tuple(tensor.shape[1:]),
+        )
+        for name, tensor in named
+    )
+
+
+def _write_plain(network: MultiExitNetwork, samples: Tensor, folder: Path) -> str:
+    path = folder / PLAIN_FILE
+    plain = network.plain().eval()
+    names = [spec.name for spec in _specs((samples,), ())]
+    write_onnx(plain, (samples[:1],), path, input_names=names, output_names=["output"])
+    return file_sha256(path)
+
+
+def _weights_sha256(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def new_bundle_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``folder`` that takes its place when the block has ended well.
+
+    Args:
+        folder: Where the bundle shall be; a bundle that is there already is replaced.
+    Raises:
+        ArtifactError: If the folder holds something that is no bundle, or cannot be made.
+    """
+    is_bundle = (folder / BUNDLE_FILE).is_file()
+    if not is_bundle and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
+        raise ArtifactError(f"{folder} exists and is no bundle. Choose another folder with --out.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        making = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise ArtifactError(
+            f"Cannot make the folder {folder}: {error.strerror}. Choose another with --out."
+        ) from error
+    try:
+        yield making
+        making.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        making.rename(folder)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)

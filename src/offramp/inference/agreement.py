@@ -1,0 +1,137 @@
+"""Leaving early must answer what choosing afterwards answers, whichever engine runs.
+
+Shapes: ``B`` batch, ``C`` classes, ``K`` exits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.errors import OfframpError
+from offramp.inference.runner import AdaptiveRunner
+from offramp.model.multi_exit import MultiExitNetwork
+from offramp.policy.policies import Policy, State, ThresholdPolicy
+from offramp.results import AdaptiveResult
+
+DECISION_TOLERANCE = 1e-4
+"""Samples whose confidence lies this near a threshold may leave at another exit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How the answers of a runner compare with the all-exits loop.
+
+    Attributes:
+        num_samples: Samples compared.
+        moved: Samples that left by another exit.
+        moved_far: Those of them whose confidences all lie away from the thresholds.
+        differences: Largest difference of the logits at each exit, over the samples that left by
+            it in both; 0 where there is none.
+        differs: Whether a difference is beyond rounding (1e-4, or 1e-3 of the value).
+    """
+
+    num_samples: int
+    moved: int
+    moved_far: int
+    differences: tuple[float, ...]
+    differs: bool
+
+    @property
+    def holds(self) -> bool:
+        """Whether both say the same but for at most one sample in a thousand, and for rounding."""
+        few = self.moved <= max(1, self.num_samples / 1000)
+        return few and self.moved_far == 0 and not self.differs
+
+
+@torch.inference_mode()
+def compare_with_all_exits(
+    result: AdaptiveResult[Any], network: MultiExitNetwork, policy: Policy, inputs: Tensor
+) -> Agreement:
+    """Compare what a runner of any engine said with the all-exits loop.
+
+    Args:
+        result: The runner's answers for the inputs.
+        network: The network, in evaluation mode.
+        policy: Who leaves where.
+        inputs: Samples, shape (N, ...).
+    Returns:
+        How the two compare.
+    """
+    output, chosen, confidence_KB = all_exits_loop(network, policy, inputs)
+    exit_index = torch.as_tensor(result.exit_index, device=chosen.device)
+    gap_BC = (torch.as_tensor(result.output, device=output.device) - output).abs()
+    is_beyond_B = ~(gap_BC <= DECISION_TOLERANCE + 1e-3 * output.abs()).all(-1)
+    same = exit_index == chosen
+    differences = [
+        float(gap_BC[here].max()) if (here := same & (chosen == k)).any() else 0.0
+        for k in range(network.num_exits)
+    ]
+    return Agreement(
+        num_samples=len(inputs),
+        moved=int((~same).sum()),
+        moved_far=int((~same & ~_is_near(policy, confidence_KB)).sum()),
+        differences=tuple(differences),
+        differs=bool((is_beyond_B & same).any()),
+    )
+
+
+def check_early_answers(
+    result: AdaptiveResult[Any], runner: AdaptiveRunner, inputs: Tensor
+) -> None:
+    """Make sure that leaving early answers what choosing afterwards answers, before it is timed.
+
+    Args:
+        result: What leaving early said of the inputs.
+        runner: Holds the network and the policy.
+        inputs: Samples, shape (N, ...).
+    Raises:
+        OfframpError: If a sample leaves by another exit though none of its confidences lies within
+            1e-4 of a threshold, or more than one in a thousand (and more than one) does, or one
+            that leaves by the same exit gets other logits.
+    """
+    agreement = compare_with_all_exits(result, runner.network, runner.policy, inputs)
+    if not agreement.holds:
+        raise OfframpError(
+            f"Leaving early should answer what choosing afterwards answers, but {agreement.moved} "
+            f"of {agreement.num_samples} samples left elsewhere and logits differ by up to "
+            f"{max(agreement.differences):.2g}. Nothing was timed: please report this."
+        )
+
+
+def all_exits_loop(
+    network: MultiExitNetwork, policy: Policy, inputs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run every stage and head on every sample, then choose: what early exit must equal.
+
+    Args:
+        network: The network, in evaluation mode.
+        policy: Who leaves where.
+        inputs: Samples, shape (B, ...).
+    Returns:
+        output: Logits of the chosen exits, shape (B, C).
+        exit_index: Shape (B,), int64.
+        confidences: Of every exit, shape (K, B).
+    """
+    outputs = network(inputs)
+    state: State = ()
+    chosen = torch.full((len(inputs),), -1, device=inputs.device)
+    confidences = []
+    for k, output in enumerate(outputs):
+        leave_B, confidence_B, state = policy.step(k, output, state)
+        confidences.append(confidence_B)
+        if not policy.is_off(k):
+            chosen = torch.where((chosen < 0) & leave_B, k, chosen)
+    stacked = torch.stack(outputs)
+    rows = torch.arange(len(inputs), device=inputs.device)
+    return stacked[chosen, rows], chosen, torch.stack(confidences)
+
+
+def _is_near(policy: Policy, confidence_KB: Tensor) -> Tensor:
+    if not isinstance(policy, ThresholdPolicy):
+        return torch.zeros_like(confidence_KB[0], dtype=torch.bool)
+    thresholds_K = confidence_KB.new_tensor(policy.thresholds)
+    return ((confidence_KB[:-1] - thresholds_K[:, None]).abs() < DECISION_TOLERANCE).any(0)

@@ -1,0 +1,234 @@
+"""The bundle: what ``offramp export`` writes and a :class:`~offramp.runtime.Session` runs.
+
+A folder with ``bundle.json`` and one ONNX file a step. A step is the stages up to an exit, the
+exit, and the decision who leaves there; exits that are off have no step of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offramp.artifacts import read_json, write_json
+from offramp.errors import ArtifactError, InvalidArgumentError
+
+BUNDLE_FILE = "bundle.json"
+NOBODY_LEAVES = 2.0
+"""A threshold above every confidence, which JSON can hold."""
+FAMILIES = ("exits",)
+"""Kinds of adaptive networks that a session can run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """A tensor that goes into or comes out of a step.
+
+    Attributes:
+        name: Its name in the ONNX file.
+        dtype: Its numpy type, for example float32.
+        sample_shape: Its shape without the batch axis.
+    """
+
+    name: str
+    dtype: str
+    sample_shape: tuple[int, ...]
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of one sample of it."""
+        return math.prod(self.sample_shape) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One ONNX file: from an exit to the next.
+
+    It maps ``(features..., state..., temperature, threshold)`` to
+    ``(output, confidence, leave, features..., state...)``: what comes after ``leave`` goes into the
+    next step as it is. The last step hands on nothing, and everybody leaves there.
+
+    Attributes:
+        file: Name of the ONNX file in the bundle's folder.
+        sha256: Hash of that file.
+        exit_index: The exit that the step ends with, as numbered in the network.
+        temperature: Divides the logits before the confidence is taken; an input of the step.
+        threshold: What the policy compares with there; an input of the step.
+        features: What comes in: the network's inputs at the first step, then what the step before
+            handed on.
+        state: What the policy remembers of each sample.
+        stage_macs: MACs a sample of the stages in it.
+        head_macs: MACs a sample of the exit head in it.
+        exit_macs: MACs of a sample that leaves here, all steps before counted.
+        payload_bytes: Bytes a sample that the step hands on.
+        parameter_bytes: Bytes of weights in it.
+    """
+
+    file: str
+    sha256: str
+    exit_index: int
+    temperature: float
+    threshold: float
+    features: tuple[TensorSpec, ...]
+    state: tuple[TensorSpec, ...]
+    stage_macs: int
+    head_macs: int
+    exit_macs: int
+    payload_bytes: int
+    parameter_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """What ``bundle.json`` says.
+
+    Attributes:
+        folder: Where the bundle is.
+        family: Kind of adaptive network.
+        steps: In the order in which they run.
+        num_exits: Exits of the network, those that are off counted.
+        class_names: Name of each class; empty where none were given.
+        plain_file: The plain network as one ONNX file, for timing on the device; None if left out.
+        plain_sha256: Hash of that file.
+        plain_macs: MACs a sample of the plain network.
+        policy: The policy as in ``policy.json``.
+        recipe: How the network was trained, as in ``recipe.json``; None for a network of the
+            user's own.
+        quantized: "int8", or None for float32.
+        weights_sha256: Hash of the run's weights.
+        versions: Of the packages that wrote it.
+    """
+
+    folder: Path
+    family: str
+    steps: tuple[Step, ...]
+    num_exits: int
+    class_names: tuple[str, ...]
+    plain_file: str | None
+    plain_sha256: str | None
+    plain_macs: int
+    policy: Mapping[str, Any]
+    recipe: Mapping[str, Any] | None
+    quantized: str | None
+    weights_sha256: str
+    versions: Mapping[str, str]
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The network's inputs."""
+        return self.steps[0].features
+
+
+def with_thresholds(bundle: Bundle, thresholds: Sequence[float]) -> Bundle:
+    """The same bundle with other thresholds; its ONNX files need not change.
+
+    Args:
+        bundle: The bundle.
+        thresholds: One per step but the last, where everybody leaves; +inf for nobody.
+    Returns:
+        What to write or to run.
+    Raises:
+        InvalidArgumentError: If there is not one threshold per step but the last.
+    """
+    if len(thresholds) != len(bundle.steps) - 1:
+        raise InvalidArgumentError(
+            f"Expected {len(bundle.steps) - 1} thresholds, one per step but the last. "
+            f"Got {len(thresholds)}."
+        )
+    changed = [
+        replace(step, threshold=min(float(threshold), NOBODY_LEAVES))
+        for step, threshold in zip(bundle.steps[:-1], thresholds, strict=True)
+    ]
+    by_exit = {step.exit_index: step.threshold for step in changed}
+    named = [by_exit.get(k) for k in range(bundle.num_exits - 1)]
+    return replace(
+        bundle,
+        steps=(*changed, bundle.steps[-1]),
+        policy={**bundle.policy, "thresholds": named},
+    )
+
+
+def write_bundle(bundle: Bundle) -> None:
+    """Write ``bundle.json``; the ONNX files must lie beside it already.
+
+    Args:
+        bundle: What to write.
+    """
+    content = asdict(bundle)
+    del content["folder"]
+    write_json(bundle.folder / BUNDLE_FILE, content)
+
+
+def read_bundle(folder: Path | str) -> Bundle:
+    """Read a bundle and make sure that its files are whole.
+
+    Args:
+        folder: The bundle's folder.
+    Returns:
+        What it says.
+    Raises:
+        ArtifactError: If it is no bundle, damaged, incomplete, of another family or too new.
+    """
+    folder = Path(folder)
+    if not (folder / BUNDLE_FILE).is_file():
+        raise ArtifactError(
+            f"Expected a bundle with a {BUNDLE_FILE} in it. {folder} has none. "
+            "Make one: offramp export RUN"
+        )
+    content = read_json(folder / BUNDLE_FILE)
+    family = content.get("family")
+    if family not in FAMILIES:
+        raise ArtifactError(
+            f"Expected a bundle of family {', '.join(FAMILIES)} in {folder}. Got {family!r}: "
+            "it needs a newer Offramp. pip install --upgrade offramp"
+        )
+    try:
+        steps = tuple(_read_step(step) for step in content.pop("steps"))
+        class_names = tuple(content.pop("class_names"))
+        bundle = Bundle(folder=folder, steps=steps, class_names=class_names, **content)
+        files = [(step.file, step.sha256) for step in steps]
+        if bundle.plain_file is not None:
+            files.append((bundle.plain_file, str(bundle.plain_sha256)))
+        if not steps or any(Path(name).name != name for name, _ in files):
+            raise ValueError("no steps, or a file outside the folder")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{folder / BUNDLE_FILE} is damaged ({error}). Export the run again."
+        ) from error
+    for name, expected in files:
+        if not (folder / name).is_file() or file_sha256(folder / name) != expected:
+            raise ArtifactError(
+                f"{folder / name} is missing or not the file that was exported. "
+                "Export the run again or copy the whole folder."
+            )
+    return bundle
+
+
+def file_sha256(path: Path) -> str:
+    """Hash a file.
+
+    Args:
+        path: The file.
+    Returns:
+        SHA-256 of its bytes, in hexadecimal.
+    """
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read_step(content: Mapping[str, Any]) -> Step:
+    parts = {
+        "temperature": float(content["temperature"]),
+        "threshold": float(content["threshold"]),
+        "features": tuple(_read_spec(spec) for spec in content["features"]),
+        "state": tuple(_read_spec(spec) for spec in content["state"]),
+    }
+    return Step(**{**content, **parts})
+
+
+def _read_spec(content: Mapping[str, Any]) -> TensorSpec:
+    return TensorSpec(**{**content, "sample_shape": tuple(content["sample_shape"])})

@@ -1,0 +1,124 @@
+"""A run exported by the command line, and run where there is no torch."""
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from offramp.runtime import Session, read_bundle
+
+ROOT = Path(__file__).parents[2]
+RUN_BUNDLE = """
+import sys
+sys.modules["torch"] = None
+import numpy as np
+from offramp.runtime import Session
+folder, inputs, outputs = sys.argv[1:]
+result = Session(folder, threads=1).run(np.load(inputs))
+np.savez(outputs, output=result.output, exit_index=result.exit_index, macs=result.macs)
+"""
+
+
+@pytest.fixture
+def bundle(calibrated_run, offramp):
+    """The bundle that ``offramp export run`` leaves."""
+    outcome = offramp("export", calibrated_run)
+    assert (outcome.code, outcome.stderr) == (0, "")
+    lines = outcome.stdout.splitlines()
+    assert lines[0].startswith("3 steps answer 269 calibration samples as torch does")
+    assert lines[-1] == f"exported {calibrated_run}: {calibrated_run / 'bundle'}"
+    return calibrated_run / "bundle"
+
+
+def samples(count: int) -> np.ndarray:
+    return np.random.default_rng(0).uniform(-1, 1, (count, 1, 8, 8)).astype(np.float32)
+
+
+def run_elsewhere(python, bundle, workplace):
+    """Answers of the bundle in a process that cannot import torch."""
+    np.save(workplace / "inputs.npy", samples(100))
+    outcome = subprocess.run(
+        [python, "-c", RUN_BUNDLE, bundle, "inputs.npy", "outputs.npz"],
+        cwd=workplace,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    return np.load(workplace / "outputs.npz")
+
+
+def assert_same_answers(found, bundle):
+    expected = Session(bundle, threads=1).run(samples(100))
+    assert found["exit_index"].tolist() == expected.exit_index.tolist()
+    assert found["macs"].tolist() == expected.macs.tolist()
+    np.testing.assert_allclose(found["output"], expected.output, atol=1e-4)
+
+
+def test_bundle_runs_where_torch_cannot_be_imported(bundle, workplace):
+    assert_same_answers(run_elsewhere(sys.executable, bundle, workplace), bundle)
+
+
+@pytest.mark.slow
+def test_bundle_runs_where_torch_never_was(bundle, workplace):
+    venv.create("env", with_pip=True)
+    python = workplace / "env" / "bin" / "python"
+    install = [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", ROOT]
+    subprocess.run(install, check=True, capture_output=True, timeout=300)
+    assert_same_answers(run_elsewhere(python, bundle, workplace), bundle)
+    size = sum(file.stat().st_size for file in (workplace / "env").rglob("*") if file.is_file())
+    assert size < 250e6
+    timed = "import time; t = time.perf_counter(); import offramp.runtime; "
+    timed += "print(time.perf_counter() - t)"
+    seconds = [
+        float(subprocess.run([python, "-c", timed], capture_output=True, check=True).stdout)
+        for _ in range(3)
+    ]
+    assert min(seconds) < 0.4
+
+
+def test_the_plain_network_can_be_left_out(calibrated_run, offramp):
+    assert offramp("export", calibrated_run, "--no-plain", "--out", "small").code == 0
+    assert read_bundle("small").plain_file is None
+    assert not os.path.exists("small/plain.onnx")
+
+
+def test_int8_reports_what_it_does_and_chooses_thresholds_anew(run, offramp):
+    assert offramp("calibrate", run, "--max-drop", "0.0").code == 0
+    outcome = offramp("export", run, "--quantize", "int8", "--out", "int8")
+    assert (outcome.code, outcome.stderr) == (0, "")
+    rows = [line.split()[0] for line in outcome.stdout.splitlines()]
+    assert rows[1:3] == ["float32", "int8"]
+    made = read_bundle("int8")
+    assert made.quantized == "int8"
+    thresholds = json.loads((run / "policy.json").read_text())["policy"]["thresholds"]
+    if "anew" in rows:
+        assert [step.threshold for step in made.steps[:-1]] != thresholds
+    weights = sum(step.parameter_bytes for step in made.steps)
+    assert weights < 0.4 * sum(4 * n for n in (64 * 128, 128 * 256, 256 * 256, 640 * 10))
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("export run --quantize int4", ("int8", "int4")),
+        ("export run --out file/bundle", ("file/bundle", "--out")),
+        ("export run --out full", ("full", "no bundle", "--out")),
+        ("export nowhere", ("nowhere", "recipe.json")),
+    ],
+)
+def test_wrong_input_is_refused(calibrated_run, workplace, refuses, command, words):
+    (workplace / "file").write_text("no folder")
+    (workplace / "full").mkdir()
+    (workplace / "full" / "letter.txt").write_text("dear reader")
+    refuses(*command.split(), words=words)
+
+
+def test_run_without_a_policy_is_refused(run, refuses):
+    refuses("export", "run", words=("policy", "offramp calibrate run"))

@@ -1,0 +1,195 @@
+import math
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import offramp.export.bundle as export_module
+from offramp.errors import ArtifactError, ExportMismatchError, InvalidArgumentError
+from offramp.export.bundle import check_parity, export
+from offramp.export.onnx import plan_steps
+from offramp.inference.runner import AdaptiveRunner
+from offramp.model.multi_exit import MultiExitNetwork
+from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, never_leave
+from offramp.runtime import PlainSession, Session, read_bundle
+from offramp.zoo.mlp import mlp
+
+X = torch.randn(200, 6, generator=torch.Generator().manual_seed(1))
+POLICIES = {
+    "thresholds": ThresholdPolicy((0.03, 0.02)),
+    "an exit off": ThresholdPolicy((math.inf, 0.09), rule="margin"),
+    "temperatures": ThresholdPolicy((0.5, 0.5), "max_probability", (0.5, 0.5, 2.0)),
+    "patience": PatiencePolicy(2, 3),
+}
+
+
+@pytest.fixture(scope="module", params=POLICIES.values(), ids=POLICIES)
+def exported(request, tmp_path_factory):
+    """A network, its policy, and the bundle that was written of them."""
+    torch.manual_seed(0)
+    network = mlp(in_features=6, widths=(5, 8, 7), num_classes=4).eval()
+    folder = tmp_path_factory.mktemp("exported") / "bundle"
+    names = ("a", "b", "c", "d")
+    export(network, request.param, folder, X, class_names=names, plain=False)
+    return network, request.param, folder
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 200])
+def test_session_answers_as_the_runner_does(exported, batch_size):
+    network, policy, folder = exported
+    session, runner = Session(folder), AdaptiveRunner(network, policy)
+    for batch in X.split(batch_size)[:8]:
+        found, expected = session.run(batch), runner.run(batch)
+        assert found.exit_index.tolist() == expected.exit_index.tolist()
+        assert found.macs.tolist() == expected.macs.tolist()
+        np.testing.assert_allclose(found.output, expected.output, atol=1e-5)
+        np.testing.assert_allclose(found.confidence, expected.confidence, atol=1e-5)
+
+
+def test_the_samples_spread_over_the_exits(exported):
+    network, policy, _ = exported
+    on = {k for k in range(3) if not policy.is_off(k)}
+    if isinstance(policy, PatiencePolicy):
+        on = {1, 2}  # one exit alone is no streak
+    assert set(AdaptiveRunner(network, policy).run(X).exit_index.tolist()) == on
+
+
+def test_description_is_complete(exported):
+    network, policy, folder = exported
+    bundle = read_bundle(folder)
+    assert [step.exit_index for step in bundle.steps] == [
+        k for k in range(3) if not policy.is_off(k)
+    ]
+    costs = network.costs(X)
+    assert bundle.plain_macs == costs.plain_macs
+    assert sum(step.stage_macs for step in bundle.steps) == sum(costs.stage_macs)
+    assert bundle.steps[-1].payload_bytes == 0
+    width = {0: 5, 1: 8}[bundle.steps[0].exit_index]
+    state_bytes = 16 if isinstance(policy, PatiencePolicy) else 0
+    assert bundle.steps[0].payload_bytes == 4 * width + state_bytes
+    assert sum(step.parameter_bytes for step in bundle.steps) == sum(
+        4 * p.numel() for step in bundle.steps for p in _parameters_up_to(network, policy, step)
+    )
+    assert bundle.class_names == ("a", "b", "c", "d")
+    assert set(bundle.versions) == {"offramp", "torch", "onnxruntime"}
+
+
+def _parameters_up_to(network, policy, step):
+    plan = {plan.exit_index: plan for plan in plan_steps(policy)}[step.exit_index]
+    modules = [network.stages[k] for k in plan.stages] + [network.exits[step.exit_index]]
+    return [p for module in modules for p in module.parameters()]
+
+
+def test_head_of_an_exit_that_is_off_is_nowhere(tmp_path, network):
+    export(network, never_leave(3), tmp_path / "bundle", X, plain=False)
+    assert [path.name for path in sorted((tmp_path / "bundle").iterdir())] == [
+        "bundle.json",
+        "step_2.onnx",
+    ]
+    weights = onnx.load(tmp_path / "bundle" / "step_2.onnx").graph.initializer
+    sizes = sum(math.prod(w.dims) for w in weights if w.data_type == onnx.TensorProto.FLOAT)
+    plain_size = sum(p.numel() for p in network.plain().parameters())
+    assert plain_size <= sizes <= plain_size + 8  # constants of the decision
+
+
+class Residual(nn.Module):
+    """Hands on two tensors, of which the next stage uses both."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x, skip=None):
+        return self.linear(x).relu(), x if skip is None else x + skip
+
+
+class SumHead(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(width, 3)
+
+    def forward(self, x, skip):
+        return self.linear(x + skip)
+
+
+def test_several_tensors_cross_a_cut(tmp_path):
+    torch.manual_seed(0)
+    network = MultiExitNetwork([Residual(6), Residual(6)], [SumHead(6), SumHead(6)]).eval()
+    policy = ThresholdPolicy((0.1,))
+    export(network, policy, tmp_path / "bundle", X, plain=False)
+    assert [spec.name for spec in read_bundle(tmp_path / "bundle").steps[1].features] == [
+        "features_0",
+        "features_1",
+    ]
+    found = Session(tmp_path / "bundle").run(X)
+    assert set(found.exit_index) == {0, 1}
+    expected = AdaptiveRunner(network, policy).run(X)
+    np.testing.assert_allclose(found.output, expected.output, atol=1e-5)
+
+
+def test_bundle_is_replaced_and_nothing_else_is(tmp_path, network):
+    folder = tmp_path / "bundle"
+    export(network, ThresholdPolicy((0.1, 0.1)), folder, X, plain=False)
+    export(network, never_leave(3), folder, X, plain=False)
+    assert len(read_bundle(folder).steps) == 1
+    assert list(tmp_path.iterdir()) == [folder]
+
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "letter.txt").write_text("dear reader")
+    with pytest.raises(ArtifactError, match="exists and is no bundle"):
+        export(network, never_leave(3), other, X)
+    assert (other / "letter.txt").read_text() == "dear reader"
+    assert sorted(tmp_path.iterdir()) == [folder, other]
+
+
+def test_mismatch_writes_nothing_and_names_the_exit(tmp_path, network, monkeypatch):
+    other = mlp(in_features=6, widths=(5, 8, 7), num_classes=4).eval()
+    export(other, never_leave(3), tmp_path / "other", X, plain=False)
+    with pytest.raises(ExportMismatchError, match="at exit 2"):
+        check_parity(Session(tmp_path / "other"), network, never_leave(3), X)
+
+    def broken(*arguments, **options):
+        raise ExportMismatchError("logits differ")
+
+    monkeypatch.setattr(export_module, "check_parity", broken)
+    with pytest.raises(ExportMismatchError):
+        export(network, never_leave(3), tmp_path / "bundle", X, plain=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_policy_for_another_network_is_refused(tmp_path, network):
+    with pytest.raises(InvalidArgumentError, match=r"3 exits. Got one for 2"):
+        export(network, never_leave(2), tmp_path / "bundle", X)
+    assert not (tmp_path / "bundle").exists()
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x if bool(x.sum() > 0) else -x
+
+
+def test_network_that_torch_cannot_export_is_refused_in_one_line(tmp_path):
+    network = MultiExitNetwork([Branching()], [nn.Linear(6, 3)]).eval()
+    with pytest.raises(ArtifactError, match="cannot export this network") as refused:
+        export(network, never_leave(1), tmp_path / "bundle", X)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_weights_decide_the_hash(tmp_path, network):
+    first = export(network, never_leave(3), tmp_path / "a", X, plain=False)
+    with torch.no_grad():
+        network.exits[-1].bias.add_(1)
+    changed = export(network, never_leave(3), tmp_path / "a", X, plain=False)
+    assert first.weights_sha256 != changed.weights_sha256
+
+
+def test_plain_network_is_added_and_what_export_returns_is_what_is_read(tmp_path, network):
+    written = export(network, never_leave(3), tmp_path / "bundle", X)
+    assert read_bundle(tmp_path / "bundle") == written
+    with torch.no_grad():
+        expected = network.plain()(X)
+    np.testing.assert_allclose(PlainSession(written).run(X), expected, atol=1e-5)

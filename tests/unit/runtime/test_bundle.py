@@ -1,0 +1,142 @@
+"""What is read of a bundle, and what is refused. The ONNX files here are no more than bytes."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from offramp.errors import ArtifactError, InvalidArgumentError
+from offramp.runtime import Bundle, Session, Step, read_bundle, with_thresholds
+from offramp.runtime.bundle import NOBODY_LEAVES, TensorSpec, file_sha256, write_bundle
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """Two steps, exit 1 of three is off."""
+    steps = []
+    for exit_index in (0, 2):
+        path = tmp_path / f"step_{exit_index}.onnx"
+        path.write_bytes(b"not onnx")
+        steps.append(
+            Step(
+                file=path.name,
+                sha256=file_sha256(path),
+                exit_index=exit_index,
+                temperature=1.0,
+                threshold=0.5,
+                features=(TensorSpec(name="features_0", dtype="float32", sample_shape=(1, 4, 4)),),
+                state=(),
+                stage_macs=10,
+                head_macs=2,
+                exit_macs=12,
+                payload_bytes=64,
+                parameter_bytes=40,
+            )
+        )
+    made = Bundle(
+        folder=tmp_path,
+        family="exits",
+        steps=tuple(steps),
+        num_exits=3,
+        class_names=("yes", "no"),
+        plain_file=None,
+        plain_sha256=None,
+        plain_macs=22,
+        policy={"kind": "threshold", "rule": "entropy", "thresholds": [0.5, None]},
+        recipe=None,
+        quantized=None,
+        weights_sha256="0" * 64,
+        versions={"offramp": "0.1.0"},
+    )
+    write_bundle(made)
+    return made
+
+
+def edit(bundle, change):
+    path = bundle.folder / "bundle.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_what_was_written_is_read(bundle):
+    assert read_bundle(bundle.folder) == bundle
+    assert read_bundle(str(bundle.folder)).inputs == bundle.steps[0].features
+
+
+def test_bytes_of_a_sample():
+    assert TensorSpec(name="x", dtype="float32", sample_shape=(2, 3)).sample_bytes == 24
+    assert TensorSpec(name="x", dtype="int64", sample_shape=()).sample_bytes == 8
+
+
+def test_folder_without_a_bundle(tmp_path):
+    with pytest.raises(ArtifactError, match="offramp export RUN"):
+        read_bundle(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.pop("steps"),
+        lambda content: content.update(steps=[]),
+        lambda content: content.update(steps="many"),
+        lambda content: content["steps"][0].pop("threshold"),
+        lambda content: content["steps"][0].update(threshold="high"),
+        lambda content: content["steps"][0].update(surprise=1),
+        lambda content: content["steps"][0].update(file="../step_0.onnx"),
+        lambda content: content["steps"][0]["features"][0].pop("sample_shape"),
+        lambda content: content.pop("num_exits"),
+        lambda content: content.update(class_names=None),
+    ],
+)
+def test_damaged_description_is_refused(bundle, change):
+    edit(bundle, change)
+    with pytest.raises(ArtifactError, match=r"is damaged .* Export the run again"):
+        read_bundle(bundle.folder)
+
+
+def test_newer_schema_is_refused(bundle):
+    edit(bundle, lambda content: content.update(schema_version=99))
+    with pytest.raises(ArtifactError, match=r"schema version 99.*pip install --upgrade offramp"):
+        read_bundle(bundle.folder)
+
+
+def test_foreign_file_is_refused(bundle):
+    (bundle.folder / "bundle.json").write_text("[1, 2]")
+    with pytest.raises(ArtifactError, match="not an Offramp file"):
+        read_bundle(bundle.folder)
+
+
+def test_family_of_a_later_version_is_refused(bundle):
+    edit(bundle, lambda content: content.update(family="dreams"))
+    with pytest.raises(ArtifactError, match=r"family exits .* Got 'dreams'.*upgrade"):
+        read_bundle(bundle.folder)
+
+
+@pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_bytes(b"other")])
+def test_missing_and_changed_files_are_refused(bundle, damage):
+    damage(bundle.folder / "step_2.onnx")
+    with pytest.raises(ArtifactError, match=r"step_2.onnx is missing or not the file"):
+        read_bundle(bundle.folder)
+
+
+def test_plain_file_is_checked_too(bundle):
+    write_bundle(replace(bundle, plain_file="plain.onnx", plain_sha256="0" * 64))
+    with pytest.raises(ArtifactError, match=r"plain.onnx is missing"):
+        read_bundle(bundle.folder)
+
+
+def test_file_that_onnxruntime_cannot_load_is_refused_in_one_line(bundle):
+    with pytest.raises(ArtifactError, match=r"cannot load .*step_0.onnx") as refused:
+        Session(bundle.folder)
+    assert "\n" not in str(refused.value)
+
+
+def test_other_thresholds(bundle):
+    changed = with_thresholds(bundle, [0.7])
+    assert [step.threshold for step in changed.steps] == [0.7, 0.5]
+    assert changed.policy["thresholds"] == [0.7, None]
+    write_bundle(with_thresholds(bundle, [float("inf")]))
+    assert read_bundle(bundle.folder).steps[0].threshold == NOBODY_LEAVES
+    with pytest.raises(InvalidArgumentError, match=r"Expected 1 thresholds.* Got 2"):
+        with_thresholds(bundle, [0.1, 0.2])

@@ -1,0 +1,117 @@
+import threading
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from offramp.errors import ArtifactError, InvalidArgumentError, ShapeError
+from offramp.export.bundle import export
+from offramp.policy.confidence import entropy_confidence
+from offramp.policy.policies import ThresholdPolicy
+from offramp.runtime import PlainSession, Session
+from offramp.zoo.mlp import mlp
+
+X = np.random.default_rng(0).standard_normal((300, 6)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A bundle of a tiny network with two exits, without the plain network."""
+    torch.manual_seed(0)
+    network = mlp(in_features=6, widths=(5, 8), num_classes=4).eval()
+    made = tmp_path_factory.mktemp("session") / "bundle"
+    inputs = torch.from_numpy(X)
+    with torch.no_grad():
+        threshold = float(entropy_confidence(network(inputs)[0]).median())
+    export(network, ThresholdPolicy((threshold,)), made, inputs, plain=False)
+    return made
+
+
+@pytest.fixture(scope="module")
+def session(folder):
+    return Session(folder, threads=1)
+
+
+def test_result_is_numpy_in_the_order_of_the_batch(session):
+    result = session.run(X)
+    assert set(result.exit_index) == {0, 1}
+    assert result.output.shape == (300, 4)
+    assert result.output.dtype == result.confidence.dtype == np.float32
+    assert result.macs.tolist() == [50 if k == 0 else 50 + 72 for k in result.exit_index]
+    one_by_one = [session.run(x[None]).exit_index[0] for x in X[:50]]
+    assert one_by_one == result.exit_index[:50].tolist()
+
+
+def test_lists_and_float64_are_taken(session):
+    found = session.run(X[:3].astype(np.float64).tolist())
+    np.testing.assert_array_equal(found.output, session.run(X[:3]).output)
+
+
+def test_answers_may_be_written_to_without_harm(session):
+    first = session.run(X)
+    expected = first.output.copy()
+    first.output[:] = 0
+    np.testing.assert_array_equal(session.run(X).output, expected)
+
+
+def test_threads_may_share_a_session(session):
+    expected = session.run(X).output
+    found = {}
+
+    def work(name):
+        for _ in range(20):
+            found[name] = session.run(X).output
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for output in found.values():
+        np.testing.assert_allclose(output, expected, atol=1e-6)
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        (X[:, :5],),
+        (X[:0],),
+        (X[0],),
+        (np.float32(1),),
+        (),
+        (X, X),
+    ],
+    ids=["features", "no sample", "no batch axis", "scalar", "nothing", "too many"],
+)
+def test_inputs_of_another_shape_are_refused(session, inputs):
+    with pytest.raises(ShapeError, match=r"Expected inputs of shape \(B, 6\), B at least 1. Got"):
+        session.run(*inputs)
+
+
+def test_nan_goes_to_the_end(session):
+    result = session.run(np.full((2, 6), np.nan))
+    assert result.exit_index.tolist() == [1, 1]
+
+
+def test_options_can_be_given(folder):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    found = Session(folder, options=options, providers=["CPUExecutionProvider"]).run(X)
+    assert set(found.exit_index) == {0, 1}
+
+
+def test_provider_that_is_not_there(folder):
+    with pytest.raises(InvalidArgumentError, match=r"has no MagicProvider here. It has .*CPU"):
+        Session(folder, providers=["MagicProvider"])
+
+
+def test_no_threads(folder):
+    with pytest.raises(InvalidArgumentError, match=r"'threads' .* at least 1. Got 0"):
+        Session(folder, threads=0)
+
+
+def test_bundle_without_a_plain_network(folder):
+    with pytest.raises(ArtifactError, match="holds no plain network"):
+        PlainSession(folder)
