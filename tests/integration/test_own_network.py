@@ -190,7 +190,7 @@ def test_save_of_a_policy_it_does_not_know_writes_nothing(empty_folder, trained)
     class Own(off.Policy):
         num_exits: int = 2
 
-        def decide(self, exit_index, output, state, *, temperature, threshold):
+        def decide(self, exit_index, output, state, setting):
             raise NotImplementedError
 
     with pytest.raises(off.InvalidArgumentError, match="Own"):

@@ -131,6 +131,7 @@ def _write_steps(
     steps = []
     for plan in plan_steps(policy):
         k, is_last = plan.exit_index, plan.exit_index == network.num_exits - 1
+        setting = policy.setting(k)
         module = StepModule(network, policy, plan, num_features=len(features)).eval()
         next_features = features
         for stage in plan.stages:
@@ -151,8 +152,8 @@ def _write_steps(
                 file=path.name,
                 sha256=file_sha256(path),
                 exit_index=k,
-                temperature=policy.temperature(k),
-                threshold=policy.threshold(k),
+                temperature=float(setting.temperature),
+                threshold=float(setting.threshold),
                 features=_specs(features, ()),
                 state=_specs((), state),
                 stage_macs=sum(costs.stage_macs[stage] for stage in plan.stages),

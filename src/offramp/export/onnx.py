@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from offramp.errors import ArtifactError, MissingExtraError, reason
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
-from offramp.policy.policies import Policy
+from offramp.policy.policies import Policy, Setting
 
 _EXAMPLE_BATCH = 2
 """Samples that an export traces with; 1 and 0 are special to the tracer."""
@@ -90,8 +90,7 @@ class StepModule(nn.Module):
             self._exit_index,
             output,
             tuple(carried[self._num_features :]),
-            temperature=temperature,
-            threshold=threshold,
+            Setting(temperature, threshold),
         )
         if self._exit_index == self._policy.num_exits - 1:
             return output, confidence, leave

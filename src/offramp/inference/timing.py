@@ -22,7 +22,7 @@ from offramp.errors import InvalidArgumentError
 from offramp.inference.agreement import all_exits_loop, check_early_answers
 from offramp.inference.runner import AdaptiveRunner
 from offramp.model.multi_exit import Features
-from offramp.policy.policies import Policy, Scalar, State
+from offramp.policy.policies import Decision, Policy, Setting, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,15 +219,7 @@ class _AskButStay(Policy):
         self.policy = policy
         self.num_exits = policy.num_exits
 
-    def decide(
-        self,
-        exit_index: int,
-        output: Tensor,
-        state: State,
-        *,
-        temperature: Scalar,
-        threshold: Scalar,
-    ) -> tuple[Tensor, Tensor, State]:
+    def decide(self, exit_index: int, output: Tensor, state: State, setting: Setting) -> Decision:
         leave_B, confidence_B, state = self.policy.step(exit_index, output, state)
         if exit_index < self.num_exits - 1:
             leave_B = torch.zeros_like(leave_B)

@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,21 @@ from offramp.policy.confidence import CONFIDENCE_RULES, confidence_from_entropy_
 State = tuple[Tensor, ...]
 """What a policy remembers of each sample: tensors with their batch axis first."""
 
-Scalar = float | Tensor
-"""A number, or a scalar tensor where a stage is being exported."""
+Decision = tuple[Tensor, Tensor, State]
+"""Who leaves, shape (B,), bool; each sample's confidence, shape (B,); the state after that."""
+
+
+class Setting(NamedTuple):
+    """The numbers that calibration chooses at an exit; scalar tensors while a stage is exported.
+
+    Attributes:
+        temperature: Divides the logits before the confidence is taken, positive.
+        threshold: What a policy compares with; +inf where nobody can leave, so that the head need
+            not run. The final exit's is never +inf.
+    """
+
+    temperature: float | Tensor = 1.0
+    threshold: float | Tensor = 0.0
 
 
 class Policy(ABC):
@@ -34,55 +47,35 @@ class Policy(ABC):
     num_exits: int
 
     @abstractmethod
-    def decide(
-        self,
-        exit_index: int,
-        output: Tensor,
-        state: State,
-        *,
-        temperature: Scalar,
-        threshold: Scalar,
-    ) -> tuple[Tensor, Tensor, State]:
+    def decide(self, exit_index: int, output: Tensor, state: State, setting: Setting) -> Decision:
         """Decide for the samples that reached an exit, by numbers that are given.
 
-        Written in torch operations only: an exported stage holds them, with temperature and
-        threshold as inputs, so that calibrating anew needs no new export.
+        Written in torch operations only: an exported stage holds them, with the setting as an
+        input, so that calibrating anew needs no new export.
 
         Args:
             exit_index: Number of the exit, from 0.
             output: Raw logits of that exit, shape (B, C), float.
             state: What the previous step returned, rows of samples that left taken out; the
                 empty tuple at the first exit.
-            temperature: What :meth:`temperature` says of this exit.
-            threshold: What :meth:`threshold` says of this exit.
+            setting: What :meth:`setting` says of this exit.
         Returns:
             leave: Shape (B,), bool; all True at the final exit, never True for NaN before it.
             confidence: Shape (B,), float in [0, 1].
             state: For the next exit.
         """
 
-    def temperature(self, exit_index: int) -> float:
-        """The number that divides an exit's logits before its confidence is taken; 1 by default.
+    def setting(self, exit_index: int) -> Setting:
+        """The policy's own numbers at an exit; temperature 1 and threshold 0 by default.
 
         Args:
             exit_index: Number of the exit, from 0.
         Returns:
-            The temperature, positive.
+            Plain numbers.
         """
-        return 1.0
+        return Setting()
 
-    def threshold(self, exit_index: int) -> float:
-        """The number that :meth:`decide` compares with at an exit; 0 unless a policy has one.
-
-        Args:
-            exit_index: Number of the exit, from 0.
-        Returns:
-            The threshold; +inf where nobody can leave, so that the head need not run. The final
-            exit's is never +inf.
-        """
-        return 0.0
-
-    def step(self, exit_index: int, output: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
+    def step(self, exit_index: int, output: Tensor, state: State) -> Decision:
         """Decide for the samples that reached an exit, by the policy's own numbers.
 
         Args:
@@ -92,13 +85,7 @@ class Policy(ABC):
         Returns:
             As :meth:`decide`.
         """
-        return self.decide(
-            exit_index,
-            output,
-            state,
-            temperature=self.temperature(exit_index),
-            threshold=self.threshold(exit_index),
-        )
+        return self.decide(exit_index, output, state, self.setting(exit_index))
 
     def is_off(self, exit_index: int) -> bool:
         """Whether nobody can leave at this exit, so that its head need not run.
@@ -108,7 +95,7 @@ class Policy(ABC):
         Returns:
             True if the exit is switched off.
         """
-        return self.threshold(exit_index) == math.inf
+        return float(self.setting(exit_index).threshold) == math.inf
 
 
 @dataclass(frozen=True)
@@ -177,28 +164,17 @@ class ThresholdPolicy(Policy):
         """Exits of the network it is for, the final one counted."""
         return len(self.thresholds) + 1
 
-    def decide(
-        self,
-        exit_index: int,
-        output: Tensor,
-        state: State,
-        *,
-        temperature: Scalar,
-        threshold: Scalar,
-    ) -> tuple[Tensor, Tensor, State]:
+    def decide(self, exit_index: int, output: Tensor, state: State, setting: Setting) -> Decision:
         """See :meth:`Policy.decide`; keeps no state."""
-        confidence_B = CONFIDENCE_RULES[self.rule](_tempered(output, temperature))
+        confidence_B = CONFIDENCE_RULES[self.rule](_tempered(output, setting))
         if exit_index == len(self.thresholds):
             return torch.ones_like(confidence_B, dtype=torch.bool), confidence_B, state
-        return confidence_B >= threshold, confidence_B, state
+        return confidence_B >= setting.threshold, confidence_B, state
 
-    def temperature(self, exit_index: int) -> float:
-        """See :meth:`Policy.temperature`."""
-        return 1.0 if self.temperatures is None else self.temperatures[exit_index]
-
-    def threshold(self, exit_index: int) -> float:
-        """See :meth:`Policy.threshold`; the final exit's is 0."""
-        return (*self.thresholds, 0.0)[exit_index]
+    def setting(self, exit_index: int) -> Setting:
+        """See :meth:`Policy.setting`; the final exit's threshold is 0."""
+        temperature = 1.0 if self.temperatures is None else self.temperatures[exit_index]
+        return Setting(temperature, (*self.thresholds, 0.0)[exit_index])
 
 
 @dataclass(frozen=True)
@@ -229,31 +205,23 @@ class PatiencePolicy(Policy):
                 f"The rule must be one of {', '.join(CONFIDENCE_RULES)}. Got {self.rule!r}."
             )
 
-    def decide(
-        self,
-        exit_index: int,
-        output: Tensor,
-        state: State,
-        *,
-        temperature: Scalar,
-        threshold: Scalar,
-    ) -> tuple[Tensor, Tensor, State]:
+    def decide(self, exit_index: int, output: Tensor, state: State, setting: Setting) -> Decision:
         """See :meth:`Policy.decide`; the state is the last label and the length of its streak."""
-        confidence_B = CONFIDENCE_RULES[self.rule](_tempered(output, temperature))
+        confidence_B = CONFIDENCE_RULES[self.rule](_tempered(output, setting))
         # A label that no exit predicts: what is not a number agrees with nothing after it.
         label_B = output.argmax(-1).masked_fill(confidence_B.isnan(), -1)
         streak_B = torch.ones_like(label_B)
         if state:
             last_label_B, last_streak_B = state
             streak_B = torch.where(label_B == last_label_B, last_streak_B + 1, streak_B)
-        leave_B = (streak_B >= threshold) & ~confidence_B.isnan()
+        leave_B = (streak_B >= setting.threshold) & ~confidence_B.isnan()
         if exit_index == self.num_exits - 1:
             leave_B = torch.ones_like(leave_B)
         return leave_B, confidence_B, (label_B, streak_B)
 
-    def threshold(self, exit_index: int) -> float:
-        """See :meth:`Policy.threshold`; the patience, at every exit."""
-        return self.patience
+    def setting(self, exit_index: int) -> Setting:
+        """See :meth:`Policy.setting`; the threshold is the patience, at every exit."""
+        return Setting(threshold=float(self.patience))
 
 
 def never_leave(num_exits: int) -> ThresholdPolicy:
@@ -343,7 +311,6 @@ def policy_from_dict(content: dict[str, Any]) -> Policy:
     raise ArtifactError(f"Expected a threshold or patience policy. Got kind {content['kind']!r}.")
 
 
-def _tempered(output: Tensor, temperature: Scalar) -> Tensor:
-    if isinstance(temperature, float) and temperature == 1:
-        return output
-    return output / temperature
+def _tempered(output: Tensor, setting: Setting) -> Tensor:
+    is_plain = isinstance(setting.temperature, float) and setting.temperature == 1
+    return output if is_plain else output / setting.temperature

@@ -38,7 +38,7 @@ def test_all_exits_loop_keeps_the_state_of_every_sample(constant_network):
 
 def test_early_answers_that_agree_pass(network):
     x = torch.randn(300, 6)
-    runner = AdaptiveRunner(network, ThresholdPolicy((0.2, 0.3)))
+    runner = AdaptiveRunner(network, ThresholdPolicy((0.03, 0.02)))
     result = runner.run(x)
     assert result.exit_index.unique().tolist() == [0, 1, 2]
     check_early_answers(result, runner, x)

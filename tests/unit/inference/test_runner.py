@@ -110,7 +110,7 @@ class LeaveBySum(Policy):
 
     num_exits = 3
 
-    def decide(self, exit_index, output, state, *, temperature, threshold):
+    def decide(self, exit_index, output, state, setting):
         (total,) = state or (torch.zeros(len(output)),)
         total = total + output[:, 0]
         return (total > 5) | (exit_index == 2), total, (total,)

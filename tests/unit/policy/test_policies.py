@@ -9,6 +9,7 @@ from offramp.policy.confidence import confidence_from_entropy_nats
 from offramp.policy.policies import (
     PatiencePolicy,
     Policy,
+    Setting,
     ThresholdPolicy,
     always_leave_at,
     never_leave,
@@ -208,8 +209,33 @@ def test_policy_of_an_unknown_class_cannot_be_described():
     class Whim(Policy):
         num_exits = 2
 
-        def decide(self, exit_index, output, state, *, temperature, threshold):
+        def decide(self, exit_index, output, state, setting):
             raise NotImplementedError
 
     with pytest.raises(InvalidArgumentError, match="Got Whim"):
         policy_to_dict(Whim())
+
+
+def test_temperature_divides_the_logits_before_the_confidence():
+    logits = torch.tensor([[2.0, 0.0], [0.5, 0.0]])
+    policy = ThresholdPolicy((0.7,), "max_probability", (2.0, 1.0))
+    leave, confidence, _ = policy.step(0, logits, ())
+    assert confidence.tolist() == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-0.25))])
+    assert leave.tolist() == [True, False]
+    plain = ThresholdPolicy((0.7,), "max_probability")
+    assert torch.equal(policy.step(1, logits, ())[1], plain.step(1, logits, ())[1])
+    assert policy_from_dict(json.loads(json.dumps(policy_to_dict(policy)))) == policy
+
+
+@pytest.mark.parametrize("temperatures", [(1.0,), (1.0, 0.0), (1.0, math.nan), (1.0, math.inf)])
+def test_temperatures_out_of_range_are_refused(temperatures):
+    with pytest.raises(InvalidArgumentError, match="2 positive numbers, one per exit"):
+        ThresholdPolicy((0.7,), temperatures=temperatures)
+
+
+def test_setting_given_from_outside_decides():
+    logits = torch.tensor([[2.0, 0.0]])
+    policy = ThresholdPolicy((0.99,), "max_probability")
+    setting = Setting(torch.tensor(1.0), torch.tensor(0.5))
+    assert not policy.step(0, logits, ())[0]
+    assert policy.decide(0, logits, (), setting)[0]
