@@ -104,9 +104,34 @@ def test_int8_reports_what_it_does_and_chooses_thresholds_anew(run, offramp):
     assert weights < 0.4 * sum(4 * n for n in (64 * 128, 128 * 256, 256 * 256, 640 * 10))
 
 
+def test_engines_are_timed_in_turn_each_in_its_own_process(bundle, offramp):
+    run = bundle.parent
+    outcome = offramp(
+        "time", run, "--backend", "torch,onnxruntime", "--batch-size", "1,64", "--json", "-"
+    )
+    assert (outcome.code, outcome.stderr) == (0, "")
+    timing = json.loads(outcome.stdout)
+    assert {"python", "torch", "onnxruntime"} == set(timing["versions"])
+    found = [(row["backend"], row["batch_size"]) for row in timing["results"]]
+    assert found == [(name, size) for size in (1, 64) for name in ("torch", "onnxruntime")]
+    for row in timing["results"]:
+        assert len(row["stage_ms"]) == 3
+        assert min(row["plain_ms"], row["all_exits_ms"], row["never_exit_ms"]) > 0
+        assert row["stage_bound"] > 0
+    last = [row["stage_ms"] for row in timing["results"] if row["backend"] == "onnxruntime"]
+    assert list(timing["stage_ms"].values()) == last
+
+
+def test_bundle_of_another_policy_is_not_timed(bundle, offramp, refuses):
+    assert offramp("calibrate", "run", "--thresholds", "0.1,0.1").code == 0
+    refuses("time", "run", "--backend", "onnxruntime", words=("another policy", "offramp export"))
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [
+        ("time run --backend tpu", ("torch, onnxruntime", "'tpu'")),
+        ("time run --backend onnxruntime", ("run/bundle", "offramp export")),
         ("export run --quantize int4", ("int8", "int4")),
         ("export run --out file/bundle", ("file/bundle", "--out")),
         ("export run --out full", ("full", "no bundle", "--out")),

@@ -45,6 +45,7 @@ RESULT_KEYS = {
     "speedup",
     "realised",
     "stage_bound",
+    "stage_ms",
 }
 PLAIN_MACS = 64 * 128 + 128 * 256 + 256 * 256 + 256 * 10
 FIRST_EXIT_MACS = 64 * 128 + 128 * 10

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from offramp.cli.options import DataOption, RunFolder, percent
+from offramp.cli.options import BUNDLE_FOLDER, DataOption, RunFolder, percent
 from offramp.errors import InvalidArgumentError, NotCalibratedError
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from offramp.inference.evaluate import Answers
 
-BUNDLE_FOLDER = "bundle"
 _PARITY_SAMPLES = 512
 _BATCH_SIZE = 256
 _SHARE_TOLERANCE = 0.01

@@ -12,6 +12,9 @@ import typer
 from offramp.artifacts import atomic_path
 from offramp.errors import InvalidArgumentError
 
+BUNDLE_FOLDER = "bundle"
+"""Where a run folder keeps its bundle."""
+
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 DataOption = Annotated[
     str | None,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from offramp.cli.options import (
+    BUNDLE_FOLDER,
     DataOption,
     DeviceOption,
     JsonOption,
@@ -26,7 +28,14 @@ _SAMPLES = 2048
 def time(
     run: RunFolder,
     batch_size: Annotated[str, typer.Option(metavar="B,...", help="Samples a batch.")] = "1,32,256",
-    threads: Annotated[int | None, typer.Option(help="Threads torch computes with.")] = None,
+    backend: Annotated[
+        str, typer.Option(metavar="NAME,...", help="torch, onnxruntime, or both.")
+    ] = "torch",
+    bundle: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="What onnxruntime runs; default RUN/bundle."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads that compute.")] = None,
     data: DataOption = None,
     device: DeviceOption = None,
     json_file: JsonOption = None,
@@ -38,6 +47,7 @@ def time(
     from offramp.inference.timing import time_runner
     from offramp.training.run import load, load_batches
 
+    backends, sizes = _parse_backends(backend), _parse_batch_sizes(batch_size)
     loaded = load(run)
     runner = AdaptiveRunner(loaded.network.to(pick_device(device)), loaded.policy)
     batches, _, _ = load_batches(loaded.require_recipe(), "test", data or loaded.data)
@@ -47,13 +57,29 @@ def time(
         torch.set_num_threads(threads)
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0))
     inputs, _ = batches.__getitems__(order[:_SAMPLES].tolist())
-    timing = time_runner(
-        runner, inputs.to(pick_device(device)), batch_sizes=_parse_batch_sizes(batch_size)
-    )
+    if backends == ["torch"]:
+        timing = time_runner(runner, inputs.to(pick_device(device)), batch_sizes=sizes)
+    else:
+        from offramp.inference.timing_processes import time_in_processes
+
+        runner.network.cpu()
+        folders = {"torch": run, "onnxruntime": bundle or run / BUNDLE_FOLDER}
+        timing = time_in_processes(
+            runner, inputs, {name: folders[name] for name in backends}, batch_sizes=sizes
+        )
     if json_file != "-":
         _print_table(timing)
     if json_file is not None:
         write_figures(timing.to_dict(), json_file)
+
+
+def _parse_backends(text: str) -> list[str]:
+    names = text.split(",")
+    if not set(names) <= {"torch", "onnxruntime"}:
+        raise InvalidArgumentError(
+            f"--backend must be torch, onnxruntime or torch,onnxruntime. Got {text!r}."
+        )
+    return names
 
 
 def _parse_batch_sizes(text: str) -> list[int]:
@@ -70,22 +96,29 @@ def _print_table(timing: Timing) -> None:
     from rich.table import Table
 
     table = Table(title="milliseconds a batch, medians")
-    columns = ("batch", "plain", "all exits", "adaptive", "never exit", "speed-up", "ideal")
+    columns = ("batch", "plain", "all exits", "adaptive", "never exit", "gain", "ideal")
+    table.add_column("engine", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right")
     for row in timing.results:
         times = (row.plain_ms, row.all_exits_ms, row.adaptive_ms, row.never_exit_ms)
         table.add_row(
+            row.backend,
             str(row.batch_size),
             *(f"{value:.3f}" for value in times),
             f"{row.speedup:.2f}",
             f"{row.ideal_speedup:.2f}",
         )
     Console().print(table)
-    print(f"{timing.hardware}, {timing.threads} threads, torch {timing.versions['torch']}")
+    engines = ", ".join(f"{name} {timing.versions[name]}" for name in _engines(timing))
+    print(f"{timing.hardware}, {timing.threads} threads, {engines}")
     for row in timing.results:
         if row.speedup < 1:
             print(
-                f"at batch {row.batch_size} leaving early is slower than the plain network "
-                f"({row.adaptive_ms:.3f} against {row.plain_ms:.3f} ms)"
+                f"at batch {row.batch_size} in {row.backend} leaving early is slower than the "
+                f"plain network ({row.adaptive_ms:.3f} against {row.plain_ms:.3f} ms)"
             )
+
+
+def _engines(timing: Timing) -> list[str]:
+    return [name for name in timing.versions if name != "python"]

@@ -1,17 +1,16 @@
 """Milliseconds of the adaptive network against the plain one, side by side on real samples.
 
-Every contender runs the same batches in every round, in turn, so that what else the machine
-does falls on all of them; medians over the rounds are reported.
+Every contender runs the same batches in every round, in turn; medians over the rounds are
+reported. torch is timed in this process, or each engine in a process of its own.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from importlib import import_module
 from statistics import median, quantiles
 from typing import Any
 
@@ -19,10 +18,12 @@ import torch
 from torch import Tensor
 
 from offramp.errors import InvalidArgumentError
-from offramp.inference.agreement import all_exits_loop, check_early_answers
+from offramp.inference.agreement import check_early_answers
+from offramp.inference.contenders import torch_contenders
 from offramp.inference.runner import AdaptiveRunner
-from offramp.model.multi_exit import Features
-from offramp.policy.policies import Decision, Policy, Setting, State
+from offramp.inference.stopwatch import LocalStopwatch, Stopwatch, time_in_turn
+from offramp.measure.cost import ExitCosts
+from offramp.results import AdaptiveResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class BatchTiming:
         speedup: plain_ms over adaptive_ms.
         realised: speedup over ideal_speedup.
         stage_bound: Stages and heads alone at the survivors' batch sizes, over adaptive_ms.
+        stage_ms: Each stage with its head on a full batch; steps of a bundle, for onnxruntime.
     """
 
     backend: str
@@ -54,6 +56,7 @@ class BatchTiming:
     speedup: float
     realised: float
     stage_bound: float
+    stage_ms: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +65,12 @@ class Timing:
 
     Attributes:
         hardware: Processor or GPU.
-        threads: Threads torch computes with.
-        versions: Of Python and torch.
+        threads: Threads that compute.
+        versions: Of Python and the engines.
         shares: Of the timed samples that left by each exit.
         mean_macs: Mean MACs per timed sample.
-        stage_ms: Batch size to milliseconds of each stage with its head on a full batch.
-        results: One entry a batch size.
+        stage_ms: Batch size to milliseconds of each stage, of the engine that was named last.
+        results: One entry for each batch size and engine.
     """
 
     hardware: str
@@ -83,16 +86,14 @@ class Timing:
         return asdict(self)
 
 
-@torch.inference_mode()
 def time_runner(
     runner: AdaptiveRunner,
     inputs: Tensor,
     *,
     batch_sizes: Sequence[int] = (1, 32, 256),
     rounds: int = 15,
-    max_batches: int = 64,
 ) -> Timing:
-    """Time a runner against its plain network and the all-exits loop.
+    """Time a runner against its plain network and the all-exits loop, in this process.
 
     Before the clock starts, the runner's answers are checked against the all-exits loop.
 
@@ -101,45 +102,135 @@ def time_runner(
         inputs: Real samples, shape (N, ...), on the network's device.
         batch_sizes: Samples a batch; each at most N.
         rounds: How often every contender runs all batches.
-        max_batches: Batches in a round, at most.
     Returns:
         Medians per batch.
     Raises:
         InvalidArgumentError: If a batch size is below 1 or above N, or there are no rounds.
         OfframpError: If leaving early gives other answers than choosing afterwards.
     """
-    for batch_size in batch_sizes:
-        if not 1 <= batch_size <= len(inputs):
-            raise InvalidArgumentError(
-                f"A batch size must be an int in [1, {len(inputs)}], the samples there are. "
-                f"Got {batch_size}."
-            )
+    check_batch_sizes(batch_sizes, num_samples=len(inputs))
+    result = runner.run(inputs)
+    check_early_answers(result, runner, inputs)
+    return time_engines(
+        {"torch": torch_stopwatch(runner, inputs)},
+        result,
+        runner.network.costs(inputs),
+        batch_sizes=batch_sizes,
+        rounds=rounds,
+        hardware=hardware_name(inputs.device),
+        threads=torch.get_num_threads(),
+    )
+
+
+def time_engines(
+    stopwatches: Mapping[str, Stopwatch],
+    result: AdaptiveResult[Tensor],
+    costs: ExitCosts,
+    *,
+    batch_sizes: Sequence[int],
+    rounds: int,
+    hardware: str,
+    threads: int,
+) -> Timing:
+    """Time engines in turn, each with all its contenders.
+
+    Args:
+        stopwatches: By name of the engine: torch or onnxruntime.
+        result: What the runner said of the samples that are timed, in their order.
+        costs: Of the network.
+        batch_sizes: Samples a batch; each at most as many as there are samples.
+        rounds: How often every contender runs all batches, at least 2.
+        hardware: Where they run.
+        threads: How many compute.
+    Returns:
+        Medians per batch.
+    Raises:
+        InvalidArgumentError: If there are fewer than two rounds.
+    """
     if rounds < 2:
         raise InvalidArgumentError(
             f"The 'rounds' parameter must be an int of at least 2. Got {rounds}."
         )
-    result = runner.run(inputs)
-    check_early_answers(result, runner, inputs)
-    mean_macs = float(result.macs.double().mean())
-    num_exits = runner.network.num_exits
-    stage_ms, timings = {}, []
+    macs_N = result.macs.double()
+    results = []
     for batch_size in batch_sizes:
-        batches = torch.split(inputs, batch_size)[:max_batches]
-        full = [batch for batch in batches if len(batch) == batch_size]
-        timing, stages = _time_batch_size(runner, full, rounds)
-        timings.append(timing)
-        stage_ms[batch_size] = stages
+        for backend, laps in time_in_turn(stopwatches, batch_size, rounds).items():
+            timed_macs = float(macs_N[: batch_size * laps.num_batches].mean())
+            ideal_speedup = costs.plain_macs / timed_macs
+            results.append(_summary(backend, batch_size, laps.batch_ms, ideal_speedup))
+    shares_K = torch.bincount(result.exit_index, minlength=costs.num_exits).double() / len(macs_N)
+    last_backend = list(stopwatches)[-1]
     return Timing(
-        hardware=hardware_name(inputs.device),
-        threads=torch.get_num_threads(),
-        versions={"python": platform.python_version(), "torch": torch.__version__},
-        shares=tuple(
-            (torch.bincount(result.exit_index, minlength=num_exits).double() / len(inputs)).tolist()
-        ),
-        mean_macs=mean_macs,
-        stage_ms=stage_ms,
-        results=tuple(timings),
+        hardware=hardware,
+        threads=threads,
+        versions={"python": platform.python_version(), **_versions(stopwatches)},
+        shares=tuple(shares_K.tolist()),
+        mean_macs=float(macs_N.mean()),
+        stage_ms={row.batch_size: row.stage_ms for row in results if row.backend == last_backend},
+        results=tuple(results),
     )
+
+
+def torch_stopwatch(runner: AdaptiveRunner, inputs: Tensor) -> LocalStopwatch:
+    """A stopwatch for what torch runs in this process.
+
+    Args:
+        runner: Holds the network and the policy.
+        inputs: Real samples, shape (N, ...), on the network's device.
+    Returns:
+        The stopwatch.
+    """
+    return LocalStopwatch(
+        lambda size, count: torch_contenders(runner, torch.split(inputs[: size * count], size)),
+        num_samples=len(inputs),
+        synchronise=torch.cuda.synchronize if inputs.is_cuda else lambda: None,
+    )
+
+
+def check_batch_sizes(batch_sizes: Sequence[int], *, num_samples: int) -> None:
+    """Refuse batch sizes that cannot be timed.
+
+    Args:
+        batch_sizes: Samples a batch.
+        num_samples: Samples that there are.
+    Raises:
+        InvalidArgumentError: If a batch size is below 1 or above the samples.
+    """
+    for batch_size in batch_sizes:
+        if not 1 <= batch_size <= num_samples:
+            raise InvalidArgumentError(
+                f"A batch size must be an int in [1, {num_samples}], the samples there are. "
+                f"Got {batch_size}."
+            )
+
+
+def _summary(
+    backend: str, batch_size: int, batch_ms: Mapping[str, Sequence[float]], ideal_speedup: float
+) -> BatchTiming:
+    middle = {name: median(values) for name, values in batch_ms.items()}
+    quartiles = {name: quantiles(values, n=4) for name, values in batch_ms.items()}
+    speedup = middle["plain"] / middle["adaptive"]
+    return BatchTiming(
+        backend=backend,
+        batch_size=batch_size,
+        plain_ms=middle["plain"],
+        all_exits_ms=middle["all_exits"],
+        adaptive_ms=middle["adaptive"],
+        never_exit_ms=middle["never_exit"],
+        interval_ms={
+            name: (quartiles[name][0], quartiles[name][2])
+            for name in ("plain", "all_exits", "adaptive", "never_exit")
+        },
+        ideal_speedup=ideal_speedup,
+        speedup=speedup,
+        realised=speedup / ideal_speedup,
+        stage_bound=middle["stages"] / middle["adaptive"],
+        stage_ms=tuple(middle[name] for name in middle if name.startswith("stage_")),
+    )
+
+
+def _versions(engines: Iterable[str]) -> dict[str, str]:
+    return {name: str(import_module(name).__version__) for name in engines}
 
 
 def hardware_name(device: torch.device) -> str:
@@ -164,101 +255,3 @@ def _processor_model() -> str:
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _time_batch_size(
-    runner: AdaptiveRunner, batches: Sequence[Tensor], rounds: int
-) -> tuple[BatchTiming, tuple[float, ...]]:
-    network, policy = runner.network, runner.policy
-    plain = network.plain().eval()
-    never = AdaptiveRunner(network, _AskButStay(policy))
-    survivors = [_features_of_survivors(runner, batch) for batch in batches]
-    everyone = [_features_of_survivors(never, batch) for batch in batches]
-    contenders: dict[str, Callable[[], object]] = {
-        "plain": lambda: [plain(batch) for batch in batches],
-        "all_exits": lambda: [all_exits_loop(network, policy, batch) for batch in batches],
-        "adaptive": lambda: [runner.run(batch) for batch in batches],
-        "never_exit": lambda: [never.run(batch) for batch in batches],
-        "stages": lambda: [_run_part(runner, k, f) for given in survivors for k, f in given],
-    }
-    for k in range(network.num_exits):
-        contenders[f"stage_{k}"] = partial(_run_stage_of_all, never, k, everyone)
-    batch_ms: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_index in range(rounds + 2):
-        for name, run_all in contenders.items():
-            elapsed_ms = _elapsed_ms(run_all, batches[0].device) / len(batches)
-            if round_index >= 2:  # the first rounds warm up
-                batch_ms[name].append(elapsed_ms)
-    middle = {name: median(values) for name, values in batch_ms.items()}
-    macs = torch.cat([runner.run(batch).macs for batch in batches]).double().mean()
-    ideal_speedup = network.costs(batches[0]).plain_macs / float(macs)
-    speedup = middle["plain"] / middle["adaptive"]
-    timing = BatchTiming(
-        backend="torch",
-        batch_size=len(batches[0]),
-        plain_ms=middle["plain"],
-        all_exits_ms=middle["all_exits"],
-        adaptive_ms=middle["adaptive"],
-        never_exit_ms=middle["never_exit"],
-        interval_ms={
-            name: (quantiles(batch_ms[name], n=4)[0], quantiles(batch_ms[name], n=4)[2])
-            for name in ("plain", "all_exits", "adaptive", "never_exit")
-        },
-        ideal_speedup=ideal_speedup,
-        speedup=speedup,
-        realised=speedup / ideal_speedup,
-        stage_bound=middle["stages"] / middle["adaptive"],
-    )
-    return timing, tuple(middle[f"stage_{k}"] for k in range(network.num_exits))
-
-
-class _AskButStay(Policy):
-    """Asks another policy at every exit and lets nobody leave before the final one."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        self.num_exits = policy.num_exits
-
-    def decide(self, exit_index: int, output: Tensor, state: State, setting: Setting) -> Decision:
-        leave_B, confidence_B, state = self.policy.step(exit_index, output, state)
-        if exit_index < self.num_exits - 1:
-            leave_B = torch.zeros_like(leave_B)
-        return leave_B, confidence_B, state
-
-
-def _features_of_survivors(runner: AdaptiveRunner, batch: Tensor) -> list[tuple[int, Features]]:
-    """What each stage that runs is given, when the batch runs early."""
-    last_exit_B = runner.run(batch).exit_index
-    features: Features = (batch,)
-    given = []
-    for k in range(int(last_exit_B.max()) + 1):
-        given.append((k, features))
-        features = runner.network.run_stage(k, features)
-        stay_B = (last_exit_B > k).nonzero()[:, 0]
-        features = tuple(tensor.index_select(0, stay_B) for tensor in features)
-        last_exit_B = last_exit_B[stay_B]
-    return given
-
-
-def _run_stage_of_all(
-    runner: AdaptiveRunner, k: int, batches: Sequence[list[tuple[int, Features]]]
-) -> list[Features]:
-    return [_run_part(runner, *given[k]) for given in batches]
-
-
-def _run_part(runner: AdaptiveRunner, k: int, features: Features) -> Features:
-    """A stage with its head, unless that is off."""
-    features = runner.network.run_stage(k, features)
-    if not runner.policy.is_off(k):
-        runner.network.run_exit(k, features)
-    return features
-
-
-def _elapsed_ms(run: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1e3 * (time.perf_counter() - start)

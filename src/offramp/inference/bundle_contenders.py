@@ -1,0 +1,75 @@
+"""What is timed against what, for bundles; the names are those of ``contenders.py``. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from offramp.runtime import PlainSession, Session, with_thresholds
+
+Array = npt.NDArray[Any]
+
+
+def bundle_contenders(
+    session: Session, batches: Sequence[Array], *, threads: int | None = None
+) -> Mapping[str, Callable[[], object]]:
+    """The contenders that onnxruntime runs.
+
+    Args:
+        session: Runs the bundle, which must hold the plain network.
+        batches: Real samples.
+        threads: Threads of the other sessions that are made.
+    Returns:
+        Contenders by name; exits that are off have no step and so no part in any.
+    """
+    bundle, steps = session.bundle, range(len(session.bundle.steps))
+    plain = PlainSession(bundle, threads=threads)
+    nobody = with_thresholds(bundle, [float("inf")] * (len(steps) - 1))
+    never = Session(nobody, threads=threads)
+    survivors = [_carried_to_survivors(session, batch) for batch in batches]
+    everyone = [_carried_to_survivors(never, batch) for batch in batches]
+    contenders: dict[str, Callable[[], object]] = {
+        "plain": lambda: [plain.run(batch) for batch in batches],
+        "all_exits": lambda: [_choose_afterwards(session, batch) for batch in batches],
+        "adaptive": lambda: [session.run(batch) for batch in batches],
+        "never_exit": lambda: [never.run(batch) for batch in batches],
+        "stages": lambda: [session.run_step(*step) for given in survivors for step in given],
+    }
+    for k in steps:
+        contenders[f"stage_{k}"] = partial(_run_step_of_all, session, k, everyone)
+    return contenders
+
+
+def _carried_to_survivors(session: Session, batch: Array) -> list[tuple[int, list[Array]]]:
+    """What each step that runs is given, when the batch runs early."""
+    carried = [batch]
+    given = []
+    for index in range(len(session.bundle.steps)):
+        given.append((index, carried))
+        _, (_, _, leave_B, *carried) = session.run_step(index, carried)
+        if leave_B.all():
+            break
+        carried = [tensor[~leave_B] for tensor in carried]
+    return given
+
+
+def _run_step_of_all(
+    session: Session, k: int, batches: Sequence[list[tuple[int, list[Array]]]]
+) -> list[object]:
+    return [session.run_step(*given[k]) for given in batches]
+
+
+def _choose_afterwards(session: Session, batch: Array) -> tuple[Array, Array]:
+    """The all-exits loop: logits and step of the first exit that each sample may leave by."""
+    carried = [batch]
+    outputs, leaves = [], []
+    for index in range(len(session.bundle.steps)):
+        _, (output, _, leave_B, *carried) = session.run_step(index, carried)
+        outputs.append(output)
+        leaves.append(leave_B)
+    chosen_B = np.argmax(np.stack(leaves), axis=0)
+    return np.stack(outputs)[chosen_B, np.arange(len(batch))], chosen_B

@@ -1,0 +1,94 @@
+"""What is timed against what, in torch; ``bundle_contenders.py`` has the same for bundles.
+
+A contender runs all batches once and returns nothing of interest. By name: ``plain``, the plain
+network; ``all_exits``, every stage and head, then choosing; ``adaptive``, leaving early;
+``never_exit``, asking at every exit and letting nobody go; ``stages``, the stages and heads alone
+on those who reached them; ``stage_0``, ``stage_1``, ..., each stage with its head on full batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from offramp.inference.agreement import all_exits_loop
+from offramp.inference.runner import AdaptiveRunner
+from offramp.model.multi_exit import Features
+from offramp.policy.policies import Decision, Policy, Setting, State
+
+Contenders = Mapping[str, Callable[[], object]]
+
+
+@torch.inference_mode()
+def torch_contenders(runner: AdaptiveRunner, batches: Sequence[Tensor]) -> Contenders:
+    """The contenders that torch runs.
+
+    Args:
+        runner: Holds the network and the policy.
+        batches: Real samples, on the network's device.
+    Returns:
+        Contenders by name.
+    """
+    network, policy = runner.network, runner.policy
+    plain = network.plain().eval()
+    never = AdaptiveRunner(network, _AskButStay(policy))
+    survivors = [_features_of_survivors(runner, batch) for batch in batches]
+    everyone = [_features_of_survivors(never, batch) for batch in batches]
+    contenders: dict[str, Callable[[], object]] = {
+        "plain": lambda: [plain(batch) for batch in batches],
+        "all_exits": lambda: [all_exits_loop(network, policy, batch) for batch in batches],
+        "adaptive": lambda: [runner.run(batch) for batch in batches],
+        "never_exit": lambda: [never.run(batch) for batch in batches],
+        "stages": lambda: [_run_part(runner, k, f) for given in survivors for k, f in given],
+    }
+    for k in range(network.num_exits):
+        contenders[f"stage_{k}"] = partial(_run_stage_of_all, runner, k, everyone)
+    return {name: torch.inference_mode()(run) for name, run in contenders.items()}
+
+
+class _AskButStay(Policy):
+    """Asks another policy at every exit that is on and lets nobody leave before the final one."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.num_exits = policy.num_exits
+
+    def decide(self, exit_index: int, output: Tensor, state: State, setting: Setting) -> Decision:
+        leave_B, confidence_B, state = self.policy.decide(exit_index, output, state, setting)
+        if exit_index < self.num_exits - 1:
+            leave_B = torch.zeros_like(leave_B)
+        return leave_B, confidence_B, state
+
+    def setting(self, exit_index: int) -> Setting:
+        return self.policy.setting(exit_index)
+
+
+def _features_of_survivors(runner: AdaptiveRunner, batch: Tensor) -> list[tuple[int, Features]]:
+    """What each stage that runs is given, when the batch runs early."""
+    last_exit_B = runner.run(batch).exit_index
+    features: Features = (batch,)
+    given = []
+    for k in range(int(last_exit_B.max()) + 1):
+        given.append((k, features))
+        features = runner.network.run_stage(k, features)
+        stay_B = (last_exit_B > k).nonzero()[:, 0]
+        features = tuple(tensor.index_select(0, stay_B) for tensor in features)
+        last_exit_B = last_exit_B[stay_B]
+    return given
+
+
+def _run_stage_of_all(
+    runner: AdaptiveRunner, k: int, batches: Sequence[list[tuple[int, Features]]]
+) -> list[Features]:
+    return [_run_part(runner, *given[k]) for given in batches]
+
+
+def _run_part(runner: AdaptiveRunner, k: int, features: Features) -> Features:
+    """A stage with its head and the decision, unless that is off."""
+    features = runner.network.run_stage(k, features)
+    if not runner.policy.is_off(k):
+        runner.network.run_exit(k, features)
+    return features

@@ -1,0 +1,190 @@
+"""Contenders timed in turn, so that what else the machine does falls on all of them.
+
+Two engines in one process take each other's cores, so each may have a process of its own, which
+answers one line on its standard input with one line on its standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from offramp.errors import OfframpError
+
+_WARM_UP_ROUNDS = 2
+_ROUND_S = 0.5
+"""A contender's turn takes about this long, at most."""
+_MAX_BATCHES = 64
+
+
+class Prepared(NamedTuple):
+    """What a stopwatch is ready to time.
+
+    Attributes:
+        contenders: Their names.
+        num_batches: How many batches each runs at a time, from the first sample on.
+    """
+
+    contenders: list[str]
+    num_batches: int
+
+
+class Laps(NamedTuple):
+    """What was timed.
+
+    Attributes:
+        batch_ms: Milliseconds a batch of each round, by contender.
+        num_batches: How many batches a round ran.
+    """
+
+    batch_ms: dict[str, list[float]]
+    num_batches: int
+
+
+class Stopwatch(Protocol):
+    """Something whose contenders can be timed one at a time."""
+
+    def prepare(self, batch_size: int) -> Prepared:
+        """Make the contenders for a batch size."""
+        ...
+
+    def elapsed_ms(self, contender: str) -> float:
+        """Run a contender once; milliseconds a batch."""
+        ...
+
+
+class LocalStopwatch:
+    """Times contenders in this process.
+
+    Args:
+        make_contenders: From a batch size and a number of batches to contenders by name, one of
+            them ``plain``; each runs all batches.
+        num_samples: Samples that there are.
+        synchronise: Called before and after each timing, for devices that work asynchronously.
+    """
+
+    def __init__(
+        self,
+        make_contenders: Callable[[int, int], Mapping[str, Callable[[], object]]],
+        *,
+        num_samples: int,
+        synchronise: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._make_contenders = make_contenders
+        self._num_samples = num_samples
+        self._synchronise = synchronise
+
+    def prepare(self, batch_size: int) -> Prepared:
+        """See :class:`Stopwatch`; as many batches as a round of the plain network has time for."""
+        self._num_batches, self._contenders = 1, self._make_contenders(batch_size, 1)
+        self.elapsed_ms("plain")
+        fitting = int(1e3 * _ROUND_S / self.elapsed_ms("plain"))
+        self._num_batches = max(1, min(fitting, self._num_samples // batch_size, _MAX_BATCHES))
+        self._contenders = self._make_contenders(batch_size, self._num_batches)
+        return Prepared(list(self._contenders), self._num_batches)
+
+    def elapsed_ms(self, contender: str) -> float:
+        """See :class:`Stopwatch`."""
+        run = self._contenders[contender]
+        self._synchronise()
+        start = time.perf_counter()
+        run()
+        self._synchronise()
+        return 1e3 * (time.perf_counter() - start) / self._num_batches
+
+
+class ProcessStopwatch:
+    """Times contenders in a process of their own, which :func:`serve` answers in.
+
+    Args:
+        command: How to start it.
+        environment: Variables to set for it, besides those of this process.
+    """
+
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> None:
+        self._command = list(command)
+        self._process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(environment or {})},
+        )
+
+    def prepare(self, batch_size: int) -> Prepared:
+        """See :class:`Stopwatch`."""
+        return Prepared(*self._ask({"prepare": batch_size}))
+
+    def elapsed_ms(self, contender: str) -> float:
+        """See :class:`Stopwatch`."""
+        return float(self._ask({"run": contender}))
+
+    def close(self) -> None:
+        """End the process."""
+        with self._process:
+            self._process.kill()
+
+    def _ask(self, question: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended: there is no answer to read
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise OfframpError(
+                f"The process that times '{' '.join(self._command)}' has ended; what it said is "
+                "above."
+            )
+        return json.loads(answer)
+
+
+def serve(stopwatch: Stopwatch) -> None:
+    """Answer a :class:`ProcessStopwatch` until it closes; what is printed goes to stderr.
+
+    Args:
+        stopwatch: Times the contenders here.
+    """
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    for line in sys.stdin:
+        question = json.loads(line)
+        if "prepare" in question:
+            answer: Any = stopwatch.prepare(question["prepare"])
+        else:
+            answer = stopwatch.elapsed_ms(question["run"])
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def time_in_turn(
+    stopwatches: Mapping[str, Stopwatch], batch_size: int, rounds: int
+) -> dict[str, Laps]:
+    """Time every contender of every stopwatch, one after the other, round after round.
+
+    Args:
+        stopwatches: By name.
+        batch_size: Samples a batch.
+        rounds: How often each contender is timed, after two rounds that warm up.
+    Returns:
+        What was timed, by stopwatch.
+    """
+    laps = {}
+    for name, stopwatch in stopwatches.items():
+        prepared = stopwatch.prepare(batch_size)
+        laps[name] = Laps({one: [] for one in prepared.contenders}, prepared.num_batches)
+    for round_index in range(_WARM_UP_ROUNDS + rounds):
+        for name, stopwatch in stopwatches.items():
+            for contender, batch_ms in laps[name].batch_ms.items():
+                elapsed_ms = stopwatch.elapsed_ms(contender)
+                if round_index >= _WARM_UP_ROUNDS:
+                    batch_ms.append(elapsed_ms)
+    return laps

@@ -1,0 +1,50 @@
+"""A process that times one engine: ``python -m offramp.inference.timing_worker SPEC``.
+
+SPEC is JSON: the engine (``backend``), the run or bundle (``folder``), a ``.npy`` file of real
+samples (``inputs``), and ``threads``. :class:`~offramp.inference.stopwatch.ProcessStopwatch` asks.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import numpy as np
+
+from offramp.inference.stopwatch import LocalStopwatch, Stopwatch, serve
+
+
+def make_stopwatch(spec: dict[str, Any]) -> Stopwatch:
+    """Load what is to be timed.
+
+    Args:
+        spec: As above.
+    Returns:
+        The stopwatch of that engine.
+    """
+    inputs = np.load(spec["inputs"])
+    if spec["backend"] == "torch":
+        import torch
+
+        from offramp.inference.runner import AdaptiveRunner
+        from offramp.inference.timing import torch_stopwatch
+        from offramp.training.run import load
+
+        torch.set_num_threads(spec["threads"])
+        run = load(spec["folder"])
+        return torch_stopwatch(AdaptiveRunner(run.network, run.policy), torch.from_numpy(inputs))
+    from offramp.inference.bundle_contenders import bundle_contenders
+    from offramp.runtime import Session
+
+    session = Session(spec["folder"], threads=spec["threads"])
+    return LocalStopwatch(
+        lambda size, count: bundle_contenders(
+            session, np.split(inputs[: size * count], count), threads=spec["threads"]
+        ),
+        num_samples=len(inputs),
+    )
+
+
+if __name__ == "__main__":
+    serve(make_stopwatch(json.loads(sys.argv[1])))
