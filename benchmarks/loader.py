@@ -15,16 +15,11 @@ Bar: at least 20 times as many images a second.
 
 from __future__ import annotations
 
-import json
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Iterable
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -35,11 +30,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-import offramp
-from offramp.artifacts import atomic_path
-from offramp.inference.timing import hardware_name
 from offramp.training.data import EpochSampler, ImageBatches, Normalisation, make_loader
 from offramp.training.sources import load_split
+from record import circumstances, write_json
 
 BATCH_SIZE = 256
 BAR = 20.0
@@ -103,26 +96,6 @@ def seconds_an_epoch(batches: Batches) -> float:
     for _ in batches:
         pass
     return time.perf_counter() - start
-
-
-def circumstances() -> dict[str, Any]:
-    """What a published figure has to carry."""
-    return {
-        "hardware": hardware_name(torch.device("cpu")),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "offramp": offramp.__version__,
-        },
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-    }
-
-
-def write_json(content: dict[str, Any], path: Path) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def main(

@@ -33,11 +33,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from loader import circumstances, write_json
 from offramp import AdaptiveRunner, MultiExitNetwork, ThresholdPolicy, load
 from offramp.errors import OfframpError
 from offramp.inference.agreement import DECISION_TOLERANCE, check_early_answers
 from offramp.training.run import load_batches
+from record import circumstances, write_json
 
 THRESHOLDS_NATS = (0.1, 0.5)
 TUTORIAL_SHIFT_NATS = 5e-4

@@ -28,7 +28,7 @@ from offramp.results import AdaptiveResult
 if TYPE_CHECKING:
     from offramp.calibration.collect import ExitLogits, collect
     from offramp.calibration.thresholds import Calibration, calibrate
-    from offramp.export.bundle import export
+    from offramp.exporting.bundle import export
     from offramp.inference.evaluate import Evaluation, evaluate
     from offramp.inference.runner import AdaptiveRunner
     from offramp.inference.timing import time_runner
@@ -59,7 +59,7 @@ _HOMES = {
     "collect": "offramp.calibration.collect",
     "Calibration": "offramp.calibration.thresholds",
     "calibrate": "offramp.calibration.thresholds",
-    "export": "offramp.export.bundle",
+    "export": "offramp.exporting.bundle",
     "Evaluation": "offramp.inference.evaluate",
     "evaluate": "offramp.inference.evaluate",
     "AdaptiveRunner": "offramp.inference.runner",

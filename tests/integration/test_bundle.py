@@ -30,7 +30,7 @@ def bundle(calibrated_run, offramp):
     outcome = offramp("export", calibrated_run)
     assert (outcome.code, outcome.stderr) == (0, "")
     lines = outcome.stdout.splitlines()
-    assert lines[0].startswith("3 steps answer 269 calibration samples as torch does")
+    assert lines[0].startswith("3 steps answer 269 samples as torch does")
     assert lines[-1] == f"exported {calibrated_run}: {calibrated_run / 'bundle'}"
     return calibrated_run / "bundle"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,9 +12,11 @@ from offramp.cli.options import BUNDLE_FOLDER, DataOption, RunFolder, percent
 from offramp.errors import InvalidArgumentError, NotCalibratedError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.utils.data import DataLoader
 
     from offramp.inference.evaluate import Answers
+    from offramp.training.run import Run
 
 _PARITY_SAMPLES = 512
 _BATCH_SIZE = 256
@@ -37,19 +40,12 @@ def export(
     """Write a bundle that runs without torch, checked against torch on real samples."""
     if quantize not in (None, "int8"):
         raise InvalidArgumentError(f"--quantize must be int8. Got {quantize!r}.")
-    import tempfile
-
-    from offramp.export.bundle import check_parity
-    from offramp.export.bundle import export as write
-    from offramp.export.quantize import quantize as write_int8
-    from offramp.inference.evaluate import answer
-    from offramp.runtime import Session
     from offramp.training.data import make_loader
     from offramp.training.run import CALIBRATION_SPLIT, load, load_batches
 
     loaded = load(run)
-    recipe, policy = loaded.require_recipe(), loaded.policy
-    if policy is None:
+    recipe = loaded.require_recipe()
+    if loaded.policy is None:
         raise NotCalibratedError(
             f"The run {run} has no policy to export. Choose one: offramp calibrate {run} ..."
         )
@@ -58,39 +54,56 @@ def export(
     spread = range(0, len(batches), max(1, len(batches) // _PARITY_SAMPLES))
     samples, _ = batches.__getitems__(list(spread)[:_PARITY_SAMPLES])
     folder = out or run / BUNDLE_FOLDER
-
-    def write_to(target: Path) -> None:
-        bundle = write(
-            loaded.network,
-            policy,
-            target,
-            samples,
-            class_names=loaded.class_names,
-            recipe=recipe.to_dict(),
-            plain=plain,
-        )
-        agreement = check_parity(Session(bundle), loaded.network, policy, samples)
-        print(
-            f"{len(bundle.steps)} steps answer {len(samples)} {split} samples as torch does: "
-            f"logits within {max(agreement.differences):.1g}, {agreement.moved} left elsewhere"
-        )
-
     if quantize is None:
-        write_to(folder)
+        _write_float(loaded, folder, samples, plain=plain)
     else:
-        with tempfile.TemporaryDirectory() as scratch:
-            float_folder = Path(scratch) / "float32"
-            write_to(float_folder)
-            write_int8(float_folder, folder, samples)
-            loader = make_loader(batches, batch_size=_BATCH_SIZE)
-            before = answer(Session(float_folder), loader)
-        _report("float32", before, loaded.network.num_exits)
-        after = answer(Session(folder), loader)
-        _report("int8", after, loaded.network.num_exits)
-        if _moved(before, after, loaded.network.num_exits):
-            _choose_anew(folder, loader, (loaded.calibration or {}).get("asked") or {})
-            _report("anew", answer(Session(folder), loader), loaded.network.num_exits)
+        loader = make_loader(batches, batch_size=_BATCH_SIZE)
+        _write_int8(loaded, folder, samples, loader, plain=plain)
     print(f"exported {run}: {folder}")
+
+
+def _write_float(loaded: Run, folder: Path, samples: Tensor, *, plain: bool) -> None:
+    from offramp.exporting.bundle import check_parity
+    from offramp.exporting.bundle import export as write
+    from offramp.runtime import Session
+
+    assert loaded.policy is not None  # the command has made sure
+    bundle = write(
+        loaded.network,
+        loaded.policy,
+        folder,
+        samples,
+        class_names=loaded.class_names,
+        recipe=loaded.require_recipe().to_dict(),
+        plain=plain,
+    )
+    agreement = check_parity(Session(bundle), loaded.network, loaded.policy, samples)
+    print(
+        f"{len(bundle.steps)} steps answer {len(samples)} samples as torch does: "
+        f"logits within {max(agreement.differences):.1g}, {agreement.moved} left elsewhere"
+    )
+
+
+def _write_int8(
+    loaded: Run, folder: Path, samples: Tensor, loader: DataLoader[Any], *, plain: bool
+) -> None:
+    """Quantise, and say what that does to accuracy and to who leaves where."""
+    from offramp.exporting.quantize import quantize
+    from offramp.inference.evaluate import answer
+    from offramp.runtime import Session
+
+    num_exits = loaded.network.num_exits
+    with tempfile.TemporaryDirectory() as scratch:
+        float_folder = Path(scratch) / "float32"
+        _write_float(loaded, float_folder, samples, plain=plain)
+        quantize(float_folder, folder, samples)
+        before = answer(Session(float_folder), loader)
+    _report("float32", before, num_exits)
+    after = answer(Session(folder), loader)
+    _report("int8", after, num_exits)
+    if _moved(before, after, num_exits):
+        _choose_anew(folder, loader, (loaded.calibration or {}).get("asked") or {})
+        _report("anew", answer(Session(folder), loader), num_exits)
 
 
 def _moved(before: Answers, after: Answers, num_exits: int) -> bool:

@@ -193,6 +193,7 @@ class RandomWarp:
         shift: Largest shift in pixels, either way, along each axis.
         elastic: Standard deviation in pixels of a smooth random displacement, which is drawn at
             5 x 5 points and interpolated between them; 0 for none.
+        mirror: Whether to swap left and right of half of the images.
     Reference: Simard et al. (2003), "Best practices for convolutional neural networks applied to
         visual document analysis", section 2, for elastic distortions of handwriting.
     """
@@ -202,6 +203,7 @@ class RandomWarp:
     shear: float = 0.1
     shift: float = 2.0
     elastic: float = 0.0
+    mirror: bool = False
 
     def __call__(self, images: Tensor) -> Tensor:
         """Transform a batch of shape (B, C, H, W); borders repeat outwards."""
@@ -220,6 +222,8 @@ class RandomWarp:
             nodes = torch.randn(len(images), 2, 5, 5, device=images.device) * self.elastic
             smooth = F.interpolate(nodes, (height, width), mode="bicubic", align_corners=True)
             grid = grid + smooth.movedim(1, -1) * grid.new_tensor([2 / width, 2 / height])
+        if self.mirror:
+            grid[torch.rand(len(images), device=images.device) < 0.5, :, :, 0] *= -1
         return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 

@@ -210,6 +210,25 @@ RECIPES = {
                 class_balance="sampling",
             ),
         ),
+        Recipe(
+            name="resnet18-32",
+            summary="ResNet-18 for 32x32 images, three exits; large enough for the clock",
+            expected="milliseconds, by benchmarks/clock.py; training takes a GPU",
+            data="cifar10",
+            network="resnet",
+            network_options={
+                "in_channels": 3,
+                "widths": (64, 128, 256, 512),
+                "blocks": (2, 2, 2, 2),
+                "exits_after": (2, 4),
+                "num_classes": 10,
+            },
+            static_options={"widths": (48, 96, 192, 384)},
+            normalisation=Normalisation(mean=0.473, deviation=0.251),
+            augment=RandomWarp(degrees=0.0, scale=0.0, shear=0.0, shift=4.0, mirror=True),
+            calibration_share=0.1,
+            fit=FitConfig(epochs=60, optimizer="sgd", learning_rate=0.1, weight_decay=5e-4),
+        ),
     )
 }
 """The recipes that ship, by name."""

@@ -94,6 +94,7 @@ SOURCES = {
         ink_margin=2 / 28,
         download=EMNIST_BALANCED,
     ),
+    "cifar10": DataSource(splits=("train", "test"), image_shape=(3, 32, 32)),
 }
 
 

@@ -9,8 +9,13 @@ from offramp.errors import ArtifactError
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.zoo.convnet import convnet
 from offramp.zoo.mlp import mlp
+from offramp.zoo.resnet import resnet
 
-NETWORKS: dict[str, Callable[..., MultiExitNetwork]] = {"mlp": mlp, "convnet": convnet}
+NETWORKS: dict[str, Callable[..., MultiExitNetwork]] = {
+    "mlp": mlp,
+    "convnet": convnet,
+    "resnet": resnet,
+}
 """Functions that build a network from plain values."""
 
 

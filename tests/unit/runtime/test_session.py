@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from offramp.errors import ArtifactError, InvalidArgumentError, ShapeError
-from offramp.export.bundle import export
+from offramp.exporting.bundle import export
 from offramp.policy.confidence import entropy_confidence
 from offramp.policy.policies import ThresholdPolicy
 from offramp.runtime import PlainSession, Session

@@ -188,6 +188,26 @@ def test_rotation_of_a_square_keeps_the_distance_from_the_middle():
     assert -31 < angles.min() < -25
 
 
+def test_elastic_displacement_is_smooth_and_of_the_size_asked_for():
+    ramp = torch.arange(64.0).expand(200, 1, 64, 64)  # each pixel says which column it is
+    moved = RandomWarp(degrees=0, scale=0, shear=0, shift=0, elastic=2.0)(ramp)
+    displacement = (moved - ramp)[:, 0, 16:48, 16:48]
+    assert 1.2 < displacement.std() < 2.5
+    assert displacement.diff(dim=2).abs().mean() < 0.3
+    assert displacement.mean((1, 2)).std() > 0.5  # every image has its own
+    still = RandomWarp(degrees=0, scale=0, shear=0, shift=0, elastic=0.0)(ramp)
+    torch.testing.assert_close(still, ramp, atol=1e-3, rtol=0)
+
+
+def test_half_of_the_images_are_mirrored():
+    images = torch.rand(400, 3, 6, 6)
+    moved = RandomWarp(degrees=0, scale=0, shear=0, shift=0, mirror=True)(images)
+    kept = (moved - images).abs().amax((1, 2, 3)) < 1e-5
+    swapped = (moved - images.flip(-1)).abs().amax((1, 2, 3)) < 1e-5
+    assert (kept ^ swapped).all()
+    assert 140 < int(swapped.sum()) < 260
+
+
 # split_off_calibration
 
 

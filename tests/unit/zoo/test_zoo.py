@@ -5,6 +5,7 @@ from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.zoo import build
 from offramp.zoo.convnet import convnet
 from offramp.zoo.mlp import mlp
+from offramp.zoo.resnet import BasicBlock, resnet
 
 BLOCKS = ((("conv", 2, 2),), (("separable", 3, 1),), (("separable", 3, 1), ("separable", 4, 2)))
 
@@ -77,7 +78,7 @@ def test_build_finds_the_network_by_name():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("resnet", {}, "of mlp, convnet. Got 'resnet'"),
+        ("transformer", {}, "of mlp, convnet, resnet. Got 'transformer'"),
         ("mlp", {"in_features": 6}, "does not take these options"),
         ("mlp", {"in_features": 6, "widths": [5], "num_classes": 4, "depth": 2}, "depth"),
         ("mlp", {"in_features": 6, "widths": [-5], "num_classes": 4}, "does not take"),
@@ -87,3 +88,61 @@ def test_build_finds_the_network_by_name():
 def test_options_that_a_network_does_not_take(name, options, message):
     with pytest.raises(ArtifactError, match=message):
         build(name, options)
+
+
+RESNET18 = {
+    "in_channels": 3,
+    "widths": (64, 128, 256, 512),
+    "blocks": (2, 2, 2, 2),
+    "exits_after": (2, 4),
+    "num_classes": 10,
+}
+
+
+def test_resnet_blocks_cost_their_closed_forms():
+    costs = resnet(**RESNET18).costs(torch.zeros(1, 3, 32, 32))
+    stem, full = 1024 * 27 * 64, 1024 * 9 * 64 * 64
+
+    def halving(pixels, width):  # a block that halves, and the one after it
+        return pixels * width * (9 * width // 2 + 9 * width + width // 2 + 2 * 9 * width)
+
+    assert costs.stage_macs == (
+        stem + 4 * full,
+        halving(256, 128),
+        halving(64, 256) + halving(16, 512),
+    )
+    assert costs.head_macs == (64 * 128 + 128 * 10, 128 * 256 + 256 * 10, 512 * 10)
+
+
+def test_resnet_keeps_its_backbone_where_exits_are_merged():
+    torch.manual_seed(0)
+    whole = resnet(**RESNET18)
+    torch.manual_seed(0)
+    plain = resnet(**RESNET18, num_exits=1)
+    x = torch.zeros(1, 3, 32, 32)
+    assert plain.costs(x).stage_macs == (sum(whole.costs(x).stage_macs),)
+    assert plain.costs(x).head_macs == whole.costs(x).head_macs[-1:]
+
+
+def test_basic_block_adds_its_input():
+    block = BasicBlock(4, 4).eval()
+    torch.nn.init.zeros_(block.body[3].weight)
+    x = torch.rand(2, 4, 6, 6)
+    torch.testing.assert_close(block(x), x)
+    assert BasicBlock(4, 8, stride=2)(x).shape == (2, 8, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"widths": (64, 128)},
+        {"exits_after": (4, 2)},
+        {"exits_after": (0,)},
+        {"exits_after": (8,)},
+        {"num_exits": 0},
+        {"num_exits": 4},
+    ],
+)
+def test_resnet_that_does_not_fit_together_is_refused(change):
+    with pytest.raises(InvalidArgumentError, match="Got"):
+        resnet(**{**RESNET18, **change})

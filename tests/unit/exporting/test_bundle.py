@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-import offramp.export.bundle as export_module
+import offramp.exporting.bundle as export_module
 from offramp.errors import ArtifactError, ExportMismatchError, InvalidArgumentError
-from offramp.export.bundle import check_parity, export
-from offramp.export.onnx import plan_steps
+from offramp.exporting.bundle import check_parity, export
+from offramp.exporting.onnx import plan_steps
 from offramp.inference.runner import AdaptiveRunner
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, never_leave

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import offramp
 from offramp.errors import ArtifactError, ExportMismatchError, InvalidArgumentError
-from offramp.export.onnx import StepModule, plan_steps, write_onnx
+from offramp.exporting.onnx import StepModule, plan_steps, write_onnx
 from offramp.inference.agreement import Agreement, compare_with_all_exits
 from offramp.measure.cost import ExitCosts
 from offramp.model.multi_exit import Features, MultiExitNetwork
@@ -84,11 +84,7 @@ def export(
             recipe=recipe,
             quantized=None,
             weights_sha256=_weights_sha256(network),
-            versions={
-                "offramp": offramp.__version__,
-                "torch": torch.__version__,
-                "onnxruntime": onnxruntime.__version__,
-            },
+            versions=_versions(),
         )
         write_bundle(bundle)
         check_parity(Session(bundle), network, policy, samples)
@@ -186,6 +182,10 @@ def _write_plain(network: MultiExitNetwork, samples: Tensor, folder: Path) -> st
     names = [spec.name for spec in _specs((samples,), ())]
     write_onnx(plain, (samples[:1],), path, input_names=names, output_names=["output"])
     return file_sha256(path)
+
+
+def _versions() -> dict[str, str]:
+    return {module.__name__: module.__version__ for module in (offramp, torch, onnxruntime)}
 
 
 def _weights_sha256(network: nn.Module) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from offramp.errors import MissingExtraError
-from offramp.export.bundle import new_bundle_folder
+from offramp.exporting.bundle import new_bundle_folder
 from offramp.runtime import Bundle, Session, Step
 from offramp.runtime.bundle import file_sha256, write_bundle
 
