@@ -32,3 +32,13 @@ def test_two_processes_report_the_accuracy_that_the_saved_weights_have(distribut
     measured = [row["accuracy"] for row in json.loads(outcome.stdout)["exits"]]
     assert reported["exit_accuracy"] == pytest.approx(measured)
     assert all(accuracy > 0.6 for accuracy in measured)
+
+
+def test_error_in_a_process_is_one_line(tmp_path, start_offramp, finish_offramp, assert_one_line):
+    settings = ("--set", "devices=2", "--set", "learning_rate=1e30", "--set", "optimizer=sgd")
+    process = start_offramp("train", "--epochs", 5, *settings, "--out", tmp_path / "run")
+    outcome = finish_offramp(process)
+    assert outcome.code == 2
+    said_last = outcome.stderr.splitlines(keepends=True)[-1]  # Lightning reports the processes
+    assert_one_line(said_last, ("diverged", "learning_rate"))
+    assert "Traceback" not in outcome.stderr

@@ -331,3 +331,13 @@ def test_recipes_lists_every_recipe_with_its_data(offramp):
     assert "digits-mlp" in stdout
     assert "emnist-mlp" in stdout
     assert "data emnist47" in stdout
+
+
+def test_exits_can_be_switched_off_by_a_word(run, offramp, evaluate):
+    for rule, value in (("entropy", "0.5"), ("entropy_nats", "0.8")):
+        asked = ("calibrate", run, "--thresholds", f"off,{value}", "--rule", rule)
+        assert offramp(*asked).code == 0
+        figures = evaluate(run)
+        assert figures["exits"][0]["share"] == 0
+        spent = sum(row["share"] * row["macs"] for row in figures["exits"])
+        assert spent == pytest.approx(figures["mean_macs"])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import time
 
 import pytest
@@ -127,3 +128,16 @@ def test_resume_without_a_run_starts_one(workplace, offramp):
     outcome = offramp("train", "--epochs", 1, "--set", "widths=8,8", "--out", "new", "--resume")
     assert outcome.code == 0, outcome.stderr
     assert len(metrics_lines(workplace / "new")) == 1
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_interrupted_training_says_so_and_fails(tmp_path, start_offramp, finish_offramp, name):
+    process = start_offramp(*TRAIN, *SETTINGS, "--epochs", 500, "--out", tmp_path / "run")
+    wait_for_epochs(process, tmp_path / "run", epochs=1)
+    process.send_signal(getattr(signal, name))
+    outcome = finish_offramp(process)
+    assert outcome.code == 130
+    assert outcome.stderr.splitlines()[-1] == (
+        "offramp: interrupted; training goes on with --resume"
+    )
+    assert not (tmp_path / "run" / "model.safetensors").exists()

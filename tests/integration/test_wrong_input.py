@@ -25,6 +25,16 @@ REFUSED = {
         "train --out new --epochs 1 --set loss_weights=1,-1,1",
         ("loss_weights", "at least 0", "-1"),
     ),
+    "huge seed": ("train --out new --seed 99999999999999999999", ("'seed'", "2**32 - 1")),
+    "blocks of two numbers": (
+        "train emnist-convnet --out new --set stages=((('conv',16),),)",
+        ("'convnet'", "options"),
+    ),
+    "nothing set aside": (
+        "train --out new --epochs 1 --set calibration_share=0.0001",
+        ("calibration_share", "0.0001"),
+    ),
+    "endless name": (f"train --epochs 1 --out {'n' * 300}", ("too long",)),
     "no epochs": ("train --out new --epochs 0", ("'epochs'", "at least 1", "0")),
     "half an epoch": ("train --out new --epochs 0.5", ("--epochs",)),
     "negative calibration share": (
@@ -61,6 +71,7 @@ REFUSED = {
     "endless budget": ("calibrate run --budget-macs inf", ("budget_macs", "inf")),
     "unknown split": ("evaluate run --split tset", ("train, test", "'tset'")),
     "unwritable JSON": ("evaluate run --json file/figures", ("file/figures", "folder")),
+    "adaptive run as the plain one": ("evaluate run --plain run", ("--plain", "one exit", "3")),
     "no such plain run": ("evaluate run --plain nowhere", ("nowhere", "recipe.json")),
     "no threads": ("time run --threads 0", ("--threads", "at least 1", "0")),
     "batch size in words": ("time run --batch-size x", ("--batch-size", "'x'")),

@@ -28,6 +28,10 @@ app.command("export")(export.export)
 app.command("predict")(predict.predict)
 
 
+_INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 and the number of the signal."""
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"offramp {__version__}")
@@ -50,14 +54,21 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         code = app(arguments or ["--help"], standalone_mode=False)
+        if code == _INTERRUPTED:
+            raise Abort
     except Abort:
-        sys.exit(130)
+        print("offramp: interrupted; training goes on with --resume", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
     except TyperException as error:
         _fail(f"{error.format_message()} See: offramp {' '.join(sys.argv[1:2])} --help")
     except OfframpError as error:
         if is_debugging:
             raise
         _fail(str(error))
+    except OSError as error:  # a name too long, a disk that is full
+        if is_debugging:
+            raise
+        _fail(f"{error.strerror or error}: {str(error.filename)[:80]}")
     except ModuleNotFoundError as error:
         if is_debugging or (error.name or "").startswith("offramp"):
             raise

@@ -19,7 +19,9 @@ def calibrate(
     run: RunFolder,
     thresholds: Annotated[
         str | None,
-        typer.Option(metavar="T0,T1,...", help="By hand, one per exit but the final; inf is off."),
+        typer.Option(
+            metavar="T0,T1,...", help="By hand: a number or off, for each exit but the last."
+        ),
     ] = None,
     max_drop: Annotated[
         float | None, typer.Option(help="Spend least; lose at most this fraction of accuracy.")
@@ -42,8 +44,9 @@ def calibrate(
 
     loaded = load(run)
     if thresholds is not None:
+        num_classes = loaded.require_recipe().network_options["num_classes"]
         policy = _policy_by_hand(
-            thresholds, rule, num_exits=loaded.network.num_exits, classes=len(loaded.class_names)
+            thresholds, rule, num_exits=loaded.network.num_exits, num_classes=num_classes
         )
         asked: dict[str, Any] = {"thresholds": thresholds, "rule": rule}
         write_policy(run, policy, calibration={"asked": asked, "data": None, "reached": None})
@@ -68,8 +71,9 @@ def calibrate(
         "class_prior": "uniform" if recipe.uniform_prior else "as in train",
         "sha256": fingerprint,
     }
-    asked = {"max_drop": max_drop, "budget_macs": budget_macs, "rule": rule}
-    write_policy(run, chosen.policy, calibration={"asked": asked, "data": used, "reached": reached})
+    target = {"max_drop": max_drop, "budget_macs": budget_macs, "rule": rule}
+    about = {"asked": target, "data": used, "reached": reached}
+    write_policy(run, chosen.policy, calibration=about)
     _print_choice(chosen, num_samples=len(batches), plain_macs=logits.costs.plain_macs)
 
 
@@ -83,11 +87,12 @@ def _print_choice(chosen: Calibration, *, num_samples: int, plain_macs: int) -> 
     )
 
 
-def _policy_by_hand(text: str, rule: str, *, num_exits: int, classes: int) -> ThresholdPolicy:
+def _policy_by_hand(text: str, rule: str, *, num_exits: int, num_classes: int) -> ThresholdPolicy:
+    from offramp.policy.confidence import confidence_from_entropy_nats
     from offramp.policy.policies import ThresholdPolicy
 
     try:
-        values = tuple(float(part) for part in text.split(","))
+        values = [math.inf if part == "off" else float(part) for part in text.split(",")]
     except ValueError as error:
         raise InvalidArgumentError(
             f"Expected numbers separated by commas for --thresholds. Got {text!r}."
@@ -98,5 +103,11 @@ def _policy_by_hand(text: str, rule: str, *, num_exits: int, classes: int) -> Th
             f"Got {len(values)}: {text!r}."
         )
     if rule == "entropy_nats":
-        return ThresholdPolicy.from_entropy_nats(values, num_classes=classes)
-    return ThresholdPolicy(values, rule=rule)
+        words = text.split(",")
+        return ThresholdPolicy(
+            tuple(
+                value if word == "off" else confidence_from_entropy_nats(value, num_classes)
+                for word, value in zip(words, values, strict=True)
+            )
+        )
+    return ThresholdPolicy(tuple(values), rule=rule)

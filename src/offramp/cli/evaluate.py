@@ -16,9 +16,12 @@ from offramp.cli.options import (
     pick_device,
     write_figures,
 )
+from offramp.errors import InSampleError, InvalidArgumentError
 
 if TYPE_CHECKING:
     from offramp.inference.evaluate import Evaluation
+    from offramp.training.recipes import Recipe
+    from offramp.training.run import Run
 
 
 def evaluate(
@@ -37,22 +40,20 @@ def evaluate(
 ) -> None:
     """Report accuracy and share of samples per exit, and the mean MACs, on held-out data."""
     from offramp.calibration.collect import collect
-    from offramp.errors import InSampleError
     from offramp.inference.evaluate import evaluate as measure
     from offramp.inference.runner import AdaptiveRunner
     from offramp.training.data import make_loader
-    from offramp.training.run import Run, load, load_batches, refuse_in_sample
+    from offramp.training.run import is_in_sample, load, load_batches
 
     loaded = load(run)
     recipe = loaded.require_recipe()
     batches, _, fingerprint = load_batches(recipe, split, data or loaded.data)
-    if split == "train" and not in_sample:
+    seen = is_in_sample(loaded, split, fingerprint)
+    if seen and not in_sample:
         raise InSampleError(
-            "The network was trained on the train split: figures on it would be too good. "
-            "Use --split test, or --in-sample to see them labelled as such."
+            f"The samples of {split} trained {run} or chose its thresholds: figures on them would "
+            "be too good. Use --split test, or --in-sample to see them labelled as such."
         )
-    if not in_sample:
-        refuse_in_sample(loaded, fingerprint)
     where = pick_device(device)
 
     def figures(evaluated: Run, plain_accuracy: float | None = None) -> Evaluation:
@@ -62,15 +63,29 @@ def evaluate(
         on_device = ((inputs.to(where), labels) for inputs, labels in loader)
         return measure(runner, on_device, collect(network, loader), plain_accuracy=plain_accuracy)
 
-    plain_accuracy = None if plain is None else figures(load(plain)).final_exit_accuracy
+    plain_accuracy = None if plain is None else figures(_rival(plain, recipe)).final_exit_accuracy
     evaluation = figures(loaded, plain_accuracy)
     content = {"recipe": recipe.name, "split": split, **evaluation.to_dict()}
-    if in_sample:
+    if seen:
         content["in_sample"] = True
     if json_file != "-":
-        _print_table(evaluation, label=f"{recipe.name}, {split}" + " (IN SAMPLE)" * in_sample)
+        _print_table(evaluation, label=f"{recipe.name}, {split}" + " (IN SAMPLE)" * seen)
     if json_file is not None:
         write_figures(content, json_file)
+
+
+def _rival(folder: Path, recipe: Recipe) -> Run:
+    """The plain network to stand beside: one exit, same data."""
+    from offramp.training.run import load
+
+    rival = load(folder)
+    if rival.network.num_exits != 1 or rival.require_recipe().data != recipe.data:
+        raise InvalidArgumentError(
+            f"--plain must name a run with one exit on {recipe.data}. {folder} has "
+            f"{rival.network.num_exits} on {rival.require_recipe().data}: train one with "
+            f"offramp train {recipe.name} --set variant=plain, or variant=static."
+        )
+    return rival
 
 
 def _print_table(evaluation: Evaluation, *, label: str) -> None:

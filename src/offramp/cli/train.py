@@ -71,6 +71,8 @@ def train(
             check_checkpoint(folder / LAST_CHECKPOINT, network)
     else:
         run_folder.require_new(folder)
+    if data is not None and Path(data).is_dir():
+        data = str(Path(data).resolve())  # to be found from other folders too
     train_set, calibration_set, class_names = run_folder.load_training_data(recipe, data)
     check_config(network, config)
     _check_fit(network, train_set[0][0])

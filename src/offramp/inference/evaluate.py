@@ -25,7 +25,7 @@ class ExitEvaluation:
         index: Its number, from 0.
         accuracy: Over all samples at that exit, a fraction.
         share: Of the samples that left there, a fraction.
-        macs: MACs of a sample that runs every head up to there.
+        macs: MACs of a sample that left there; where none did, those of running every head.
     """
 
     index: int
@@ -156,6 +156,9 @@ def evaluate(
             f"Got {len(answers.labels_N)} samples against {len(logits.labels_N)}, or other labels."
         )
     costs = logits.costs
+    macs_K = list(costs.exit_macs())
+    for k in torch.unique(answers.exit_index_N).tolist():
+        macs_K[k] = int(answers.macs_N[answers.exit_index_N == k][0])
     accuracy_K = logits.correct_KN.double().mean(1).tolist()
     return Evaluation(
         num_samples=len(answers.labels_N),
@@ -167,7 +170,7 @@ def evaluate(
         exits=tuple(
             ExitEvaluation(index=k, accuracy=accuracy, share=share, macs=exit_macs)
             for k, (accuracy, share, exit_macs) in enumerate(
-                zip(accuracy_K, answers.shares(costs.num_exits), costs.exit_macs(), strict=True)
+                zip(accuracy_K, answers.shares(costs.num_exits), macs_K, strict=True)
             )
         ),
     )

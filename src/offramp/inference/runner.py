@@ -59,6 +59,8 @@ class AdaptiveRunner:
         Returns:
             Logits, exit, confidence and MACs of each sample, in the order of the batch.
         """
+        if self.network.training:  # a caller may have trained it since
+            self.network.eval()
         if len(inputs[0]) == 1:
             output, confidence_B, exit_index = self._run_one(inputs)
             exit_index_B = torch.full((1,), exit_index, device=output.device)

@@ -73,7 +73,7 @@ def add_exits(
             f"Got an output of shape {tuple(final.shape)}."
         )
     if heads is None:
-        heads = [head_for(features, num_classes) for features in stage_features[:-1]]
+        heads = [head_for(features, num_classes).to(features) for features in stage_features[:-1]]
     return MultiExitNetwork(stages, [*heads, nn.Identity()])
 
 

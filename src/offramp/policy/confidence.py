@@ -82,11 +82,15 @@ def confidence_from_entropy_nats(entropy_nats: float, num_classes: int) -> float
     Returns:
         The threshold on :func:`entropy_confidence` that decides alike.
     Raises:
-        InvalidArgumentError: If the entropy is outside [0, log C].
+        InvalidArgumentError: If the entropy is outside [0, log C], or C is below 2.
     Example:
         >>> round(confidence_from_entropy_nats(0.1, 47), 4)
         0.974
     """
+    if num_classes < 2:
+        raise InvalidArgumentError(
+            f"The 'num_classes' parameter must be an int of at least 2. Got {num_classes}."
+        )
     largest = math.log(num_classes)
     if not 0 <= entropy_nats <= largest:
         raise InvalidArgumentError(

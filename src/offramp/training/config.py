@@ -66,7 +66,7 @@ class FitConfig:
             "class_balance": (self.class_balance in ("none", "sampling"), "none or sampling"),
             "device": (self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
             "devices": (self.devices >= 1, "an int of at least 1"),
-            "seed": (self.seed >= 0, "an int of at least 0"),
+            "seed": (0 <= self.seed < 2**32, "an int in [0, 2**32 - 1]"),
         }
         for name, (is_valid, expected) in checks.items():
             if not is_valid:

@@ -287,6 +287,10 @@ def split_off_calibration(
         members = (labels_N == label).nonzero()[:, 0]
         chosen.append(members[torch.randperm(count, generator=generator)[:wanted]])
     chosen_B = torch.cat(chosen).sort().values
+    if len(chosen_B) == 0:
+        raise InvalidArgumentError(
+            f"A 'calibration_share' of {share} sets no sample aside. Use a larger one, or 0."
+        )
     kept = torch.ones(len(labels_N), dtype=torch.bool)
     kept[chosen_B] = False
     calibration = dataset.subset(chosen_B).augmented(None)

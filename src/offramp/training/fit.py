@@ -19,10 +19,12 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.profilers import SimpleProfiler
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.data import DataLoader, Dataset
 
+from offramp import errors
 from offramp.artifacts import SCHEMA_VERSION, atomic_path
-from offramp.errors import ArtifactError, InvalidArgumentError, reason
+from offramp.errors import ArtifactError, DataError, InvalidArgumentError, reason
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.training.config import FitConfig
 from offramp.training.data import EpochSampler, ImageBatches, make_loader
@@ -45,13 +47,14 @@ def fit(
     """Train a network in place, every exit at once.
 
     With a ``folder``, every epoch ends with a checkpoint (``last.ckpt``), a line in
-    ``metrics.jsonl``, and Lightning's CSV and TensorBoard logs under ``logs/``. Order of samples,
-    augmentation and dropout depend on the seed and the epoch alone: a run that was killed and
-    resumed ends with the weights of the unbroken run (same device and number of threads).
+    ``metrics.jsonl``, and Lightning's CSV and TensorBoard logs under ``logs/``. Given a Dataset,
+    order of samples, augmentation and dropout depend on the seed and the epoch alone: a run that
+    was killed and resumed ends with the weights of the unbroken run (same device and number of
+    threads). The order of a DataLoader is its own.
 
     Args:
         network: The network to train.
-        train: Pairs of (input, label), or a loader of batches of them; labels are int64 classes.
+        train: Pairs of (input, class), or a loader of batches of them.
         calibration: Held-out pairs, to report each exit's accuracy after every epoch.
         config: How to train; ``FitConfig()`` if None.
         folder: An existing folder for checkpoint and logs; nothing is written if None.
@@ -60,7 +63,7 @@ def fit(
     Raises:
         InvalidArgumentError: If there is not one loss weight per exit, or cuda was asked for and
             there is none, or class balance was asked for where the labels are unknown.
-        DataError: If a label is outside the network's classes.
+        DataError: If a label is outside the network's classes, or there is no sample.
         TrainingDivergedError: If the loss is no longer finite; a folder keeps the last checkpoint.
         ArtifactError: If the checkpoint to resume from is damaged or of another run.
     """
@@ -75,7 +78,7 @@ def fit(
             "data set, or balance in the loader."
         )
     network.train()
-    with _quiet_lightning():
+    with _quiet_lightning(), _own_errors():
         trainer = _trainer(
             config,
             folder=None if folder is None else Path(folder),
@@ -286,6 +289,8 @@ def _length(dataset: Dataset[Any]) -> int:
             "Expected a map-style Dataset with a length, or a DataLoader. "
             f"Got {type(dataset).__name__}: wrap it in a DataLoader."
         )
+    if len(dataset) == 0:
+        raise DataError("Expected at least one sample to train on. Got none.")
     return len(dataset)
 
 
@@ -298,6 +303,20 @@ def _loggers(folder: Path) -> list[Logger]:
         CSVLogger(folder / "logs", name="csv"),
         TensorBoardLogger(folder / "logs", name="tensorboard"),
     ]
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Let an interruption be one, and an error of ours from another process be that error."""
+    try:
+        yield
+    except SystemExit as error:  # what Lightning makes of Ctrl-C and of SIGTERM
+        raise KeyboardInterrupt from error
+    except ProcessRaisedException as error:
+        name, _, message = str(error).strip().splitlines()[-1].partition(": ")
+        if not name.startswith("offramp.errors."):
+            raise
+        raise getattr(errors, name.rpartition(".")[2])(message) from error
 
 
 _LIGHTNING_TIPS = (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.artifacts import read_json, write_json
-from offramp.errors import ArtifactError, InSampleError, InvalidArgumentError
+from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.model.checkpoint import load_weights, save_weights
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.policies import Policy, never_leave, policy_from_dict, policy_to_dict
@@ -217,6 +217,8 @@ def read_recipe(folder: Path) -> tuple[Recipe | None, tuple[str, ...], str | Non
     content = read_json(folder / RECIPE_FILE)
     try:
         recipe = None if content["recipe"] is None else Recipe.from_dict(content["recipe"])
+        if not isinstance(content["data"], str | None):
+            raise ArtifactError(f"Expected a folder as data, got {content['data']!r}.")
         return recipe, tuple(content["class_names"]), content["data"]
     except (ArtifactError, KeyError, TypeError) as error:
         raise ArtifactError(f"{folder / RECIPE_FILE} is damaged: {error}") from error
@@ -311,21 +313,18 @@ def _cut_train(recipe: Recipe, whole: Split) -> tuple[ImageBatches, ImageBatches
     )
 
 
-def refuse_in_sample(run: Run, fingerprint: str) -> None:
-    """Refuse to report on the samples that chose the thresholds.
+def is_in_sample(run: Run, split: str, fingerprint: str) -> bool:
+    """Whether figures on these samples would be too good.
 
     Args:
         run: The run.
-        fingerprint: Of the samples about to be reported on.
-    Raises:
-        InSampleError: If the run's thresholds were chosen on these samples.
+        split: The split that the samples are of.
+        fingerprint: Of the samples.
+    Returns:
+        Whether they trained the network or chose its thresholds.
     """
     chosen_on = ((run.calibration or {}).get("data") or {}).get("sha256")
-    if chosen_on == fingerprint:
-        raise InSampleError(
-            f"The thresholds of {run.folder} were chosen on these samples: figures on them would "
-            "be too good. Use --split test, or --in-sample to see them labelled as such."
-        )
+    return split == "train" or chosen_on == fingerprint
 
 
 def _fingerprint(whole: str, batches: ImageBatches) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
@@ -228,7 +228,9 @@ class EncodedImages:
                         f"Row {row} has {image.size[0]}x{image.size[1]}."
                     )
                 pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-        except (OSError, TypeError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        except (OSError, TypeError, ValueError, Image.DecompressionBombError) as error:
+            if isinstance(error, DataError):
+                raise
             raise DataError(f"Row {row} of {self._path} holds no readable image.") from error
         return pixels.reshape(height, width, channels).transpose(2, 0, 1)
 

@@ -34,7 +34,7 @@ def build(name: str, options: Mapping[str, Any]) -> MultiExitNetwork:
         raise ArtifactError(f"Expected a network of {', '.join(NETWORKS)}. Got {name!r}.")
     try:
         return NETWORKS[name](**options)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ArtifactError(
             f"The network {name!r} does not take these options: {error}."
         ) from error

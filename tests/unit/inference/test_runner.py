@@ -212,3 +212,10 @@ def test_runner_without_a_policy_says_how_to_get_one(network):
 def test_policy_for_another_number_of_exits(network, policy):
     with pytest.raises(NotCalibratedError, match=f"3 exits. Got one for {policy.num_exits}"):
         AdaptiveRunner(network, policy)
+
+
+def test_network_that_was_trained_since_runs_in_evaluation_mode(network):
+    runner = AdaptiveRunner(network, never_leave(3))
+    network.train()
+    runner.run(torch.randn(4, 6))
+    assert not network.training

@@ -199,3 +199,16 @@ def test_recipe_that_names_what_is_not_there_is_refused_where_it_is_used(digits,
 
     with pytest.raises(OfframpError):
         use()
+
+
+def test_fewer_epochs_keep_the_share_that_trains_the_backbone():
+    convnet = find_recipe("emnist-convnet")
+    assert override(convnet, {"epochs": "6"}).fit.backbone_epochs == 1
+    assert override(convnet, {"epochs": "1"}).fit.backbone_epochs == 0
+    asked = override(convnet, {"epochs": "6", "backbone_epochs": "4"})
+    assert asked.fit.backbone_epochs == 4
+
+
+def test_options_that_are_asked_for_go_before_those_of_the_static_variant():
+    static = override(find_recipe("digits-mlp"), {"variant": "static", "widths": "100,50"})
+    assert static.options_as_built()["widths"] == (100, 50)

@@ -5,17 +5,17 @@ import pytest
 import torch
 
 from offramp.artifacts import SCHEMA_VERSION
-from offramp.errors import ArtifactError, DataError, InSampleError, InvalidArgumentError
+from offramp.errors import ArtifactError, DataError, InvalidArgumentError
 from offramp.model.checkpoint import save_weights
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, never_leave
 from offramp.training.recipes import find_recipe
 from offramp.training.run import (
     CALIBRATION_SPLIT,
     create_folder,
+    is_in_sample,
     load,
     load_batches,
     read_recipe,
-    refuse_in_sample,
     save,
     write_policy,
     write_recipe,
@@ -201,18 +201,19 @@ def test_missing_data_of_a_recipe(recipe, tmp_path):
         load_batches(recipe, "train", str(tmp_path))
 
 
-def test_report_on_the_data_that_chose_the_thresholds_is_refused(trained, recipe):
+def test_data_that_trained_or_chose_thresholds_is_in_sample(trained, recipe):
     folder, _ = trained
     fingerprint = load_batches(recipe, CALIBRATION_SPLIT)[2]
     write_policy(folder, never_leave(2), calibration={"data": {"sha256": fingerprint}})
     run = load(folder)
-    with pytest.raises(InSampleError, match="--in-sample"):
-        refuse_in_sample(run, fingerprint)
-    refuse_in_sample(run, load_batches(recipe, "test")[2])
+    assert is_in_sample(run, CALIBRATION_SPLIT, fingerprint)
+    assert is_in_sample(run, "train", load_batches(recipe, "train")[2])
+    assert not is_in_sample(run, "test", load_batches(recipe, "test")[2])
 
 
 @pytest.mark.parametrize("calibration", [None, {}, {"data": None}])
-def test_thresholds_by_hand_may_be_reported_on_anything(trained, calibration):
+def test_thresholds_by_hand_make_nothing_but_train_in_sample(trained, calibration):
     folder, _ = trained
     write_policy(folder, never_leave(2), calibration=calibration)
-    refuse_in_sample(load(folder), "any")
+    assert not is_in_sample(load(folder), "calibration", "any")
+    assert is_in_sample(load(folder), "train", "any")

@@ -193,3 +193,8 @@ def test_config_is_frozen():
     assert replace(config, epochs=3).epochs == 3
     with pytest.raises(AttributeError):
         config.epochs = 3
+
+
+def test_nothing_to_train_on_is_refused(network):
+    with pytest.raises(DataError, match="at least one sample"):
+        fit(network, [], config=FitConfig(device="cpu"))
