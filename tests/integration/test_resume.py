@@ -130,11 +130,10 @@ def test_resume_without_a_run_starts_one(workplace, offramp):
     assert len(metrics_lines(workplace / "new")) == 1
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_interrupted_training_says_so_and_fails(tmp_path, start_offramp, finish_offramp, name):
+def test_interrupted_training_says_so_and_fails(tmp_path, start_offramp, finish_offramp):
     process = start_offramp(*TRAIN, *SETTINGS, "--epochs", 500, "--out", tmp_path / "run")
     wait_for_epochs(process, tmp_path / "run", epochs=1)
-    process.send_signal(getattr(signal, name))
+    process.send_signal(signal.SIGTERM)
     outcome = finish_offramp(process)
     assert outcome.code == 130
     assert outcome.stderr.splitlines()[-1] == (

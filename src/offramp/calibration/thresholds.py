@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch.nn.functional as F
 
 from offramp.calibration.collect import ExitLogits
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError
@@ -30,6 +31,9 @@ Score = Callable[[Floats, Floats], Floats]
 
 _PRICES = np.geomspace(1e-3, 3.0, 24)
 """Accuracy that a plain network's worth of MACs is worth, from cheap to dear."""
+
+_TEMPERATURES = np.geomspace(0.05, 5.0, 60)
+"""Tried on the final exit's logits, from very sure to very unsure."""
 
 _MAX_ROUNDS = 8
 """Rounds over the exits for one price; most settle in three."""
@@ -66,7 +70,8 @@ def calibrate(
         logits: Every exit's logits on held-out data.
         max_drop: Spend least while losing at most this much accuracy against the final exit, a
             fraction in [0, 1), e.g. 0.01. Always possible: every exit can be switched off.
-        budget_macs: Be most accurate at no more than this many mean MACs per sample.
+        budget_macs: Be most accurate at no more than this many mean MACs per sample; candidates
+            are compared by :func:`expected_correctness`.
         rule: Confidence function: entropy, max_probability or margin.
     Returns:
         The policy with accuracy and mean MACs on this data.
@@ -80,7 +85,8 @@ def calibrate(
         raise InvalidArgumentError(
             f"The rule must be one of {', '.join(CONFIDENCE_RULES)}. Got {rule!r}."
         )
-    correct_KN = logits.correct_KN.numpy()
+    correct_KN = logits.correct_KN.numpy().astype(np.float64)
+    worth_KN = correct_KN
     if budget_macs is not None:
         if budget_macs == math.inf:
             raise InvalidArgumentError(
@@ -88,12 +94,13 @@ def calibrate(
                 "thresholds, give the plain network's MACs."
             )
         score = _within_budget(budget_macs, plain_macs=logits.costs.plain_macs)
+        worth_KN = expected_correctness(logits)
     else:
         score = _within_drop(max_drop, final_accuracy=float(correct_KN[-1].mean()))
     confidence_KN = np.stack(
         [CONFIDENCE_RULES[rule](logits_NC).numpy() for logits_NC in logits.logits_KNC]
     ).astype(np.float64)
-    search = _Search(confidence_KN, correct_KN, logits.costs, score)
+    search = _Search(confidence_KN, worth_KN, logits.costs, score)
     thresholds = search.run()
     if search.best_score == -math.inf:
         raise InfeasibleTargetError(
@@ -107,9 +114,38 @@ def calibrate(
     )
 
 
+def expected_correctness(logits: ExitLogits) -> Floats:
+    """How likely each exit is right about each sample, with less noise than right or wrong.
+
+    The final exit's probability of the class that an exit predicts, at the temperature that fits
+    the labels best, plus a constant per exit that makes its mean the exit's measured accuracy.
+    Thresholds that are compared by it differ by what they do to all samples that change exits,
+    not by the luck of the few whose answers change from wrong to right.
+
+    Args:
+        logits: Every exit's logits on held-out data.
+    Returns:
+        Shape (K, N); about in [0, 1], since the constants may lead a little beyond. Right or wrong
+        stands in where the final exit's logits are NaN.
+    """
+    correct_KN = logits.correct_KN.numpy().astype(np.float64)
+    final_NC = logits.logits_KNC[-1].double()
+    losses = [
+        float(F.cross_entropy(final_NC / t, logits.labels_N).nan_to_num(math.inf))
+        for t in _TEMPERATURES
+    ]
+    p_NC = (final_NC / _TEMPERATURES[int(np.argmin(losses))]).softmax(-1)
+    predicted_KN = logits.logits_KNC.argmax(-1)
+    expected_KN = p_NC.gather(1, predicted_KN.T).T.numpy()
+    expected_KN = np.where(np.isnan(expected_KN), correct_KN, expected_KN)
+    offset_K1 = (correct_KN - expected_KN).mean(axis=1, keepdims=True)
+    shifted: Floats = expected_KN + offset_K1
+    return shifted
+
+
 def evaluate_thresholds(
     confidence_KN: Floats,
-    correct_KN: npt.NDArray[np.bool_],
+    correct_KN: Floats,
     costs: ExitCosts,
     thresholds: tuple[float, ...],
 ) -> tuple[float, float]:
@@ -117,7 +153,7 @@ def evaluate_thresholds(
 
     Args:
         confidence_KN: Confidence of each exit, shape (K, N).
-        correct_KN: Whether each exit is right, shape (K, N), bool.
+        correct_KN: Whether each exit is right, or how likely, shape (K, N).
         costs: MACs of stages and heads.
         thresholds: K - 1 thresholds; the head of an exit at +inf does not run.
     Returns:
@@ -127,11 +163,11 @@ def evaluate_thresholds(
     off = frozenset(k for k, threshold in enumerate(thresholds) if threshold == math.inf)
     exit_macs = costs.exit_macs(off)
     here_N = np.ones(num_samples, dtype=bool)
-    hits, macs = 0, 0
+    hits, macs = 0.0, 0
     for k in range(num_exits):
         is_final = k == num_exits - 1
         leave_N = here_N if is_final else here_N & (confidence_KN[k] >= thresholds[k])
-        hits += int(correct_KN[k][leave_N].sum())
+        hits += float(correct_KN[k][leave_N].sum())
         macs += int(leave_N.sum()) * exit_macs[k]
         here_N = here_N & ~leave_N
     return hits / num_samples, macs / num_samples
@@ -157,7 +193,7 @@ class _Search:
     def __init__(
         self,
         confidence_KN: Floats,
-        correct_KN: npt.NDArray[np.bool_],
+        correct_KN: Floats,
         costs: ExitCosts,
         score: Score,
     ) -> None:
@@ -216,7 +252,7 @@ class _Search:
         exit_macs = self.costs.exit_macs(frozenset(others_off))
         exit_N = self._exit_without(k, thresholds)
         all_samples = np.arange(self.num_samples)
-        correct_N = self.correct_KN[exit_N, all_samples].astype(np.float64)
+        correct_N = self.correct_KN[exit_N, all_samples]
         macs_N = np.asarray(exit_macs, dtype=np.float64)[exit_N]
 
         order = self.order_KN[k]

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from offramp.calibration.collect import ExitLogits
-from offramp.calibration.thresholds import calibrate, evaluate_thresholds
+from offramp.calibration.thresholds import (
+    calibrate,
+    evaluate_thresholds,
+    expected_correctness,
+)
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError
 from offramp.measure.cost import ExitCosts
 from offramp.policy.confidence import CONFIDENCE_RULES
@@ -165,10 +169,9 @@ def random_answers(seed: int, *, num_samples: int = 24) -> ExitLogits:
     return ExitLogits(logits_KNC=noise + signal, labels_N=labels, costs=costs)
 
 
-def all_threshold_pairs(logits: ExitLogits) -> tuple[np.ndarray, np.ndarray]:
+def all_threshold_pairs(logits: ExitLogits, correct) -> tuple[np.ndarray, np.ndarray]:
     """Accuracy and mean MACs of every pair of thresholds that decides differently."""
     first, second, _ = (CONFIDENCE_RULES["entropy"](k).tolist() for k in logits.logits_KNC)
-    correct = logits.correct_KN.tolist()
     (s0, s1, s2), (h0, h1, h2) = logits.costs.stage_macs, logits.costs.head_macs
     points = []
     for t0, t1 in itertools.product([*first, INF], [*second, INF]):
@@ -186,22 +189,45 @@ def all_threshold_pairs(logits: ExitLogits) -> tuple[np.ndarray, np.ndarray]:
     return np.array(accuracy), np.array(mean_macs)
 
 
+def test_expected_correctness_has_each_exits_accuracy_as_its_mean():
+    logits = random_answers(0)
+    worth = expected_correctness(logits)
+    np.testing.assert_allclose(worth.mean(1), logits.correct_KN.double().mean(1))
+    agree = logits.logits_KNC[0].argmax(-1) == logits.logits_KNC[2].argmax(-1)
+    likely, unlikely = worth[0][agree.numpy()], worth[0][~agree.numpy()]
+    assert likely.mean() > unlikely.mean()
+    # Right or wrong itself where the final exit is sure and right.
+    np.testing.assert_allclose(expected_correctness(FOUR), FOUR.correct_KN.double(), atol=1e-12)
+
+
+def test_expected_correctness_is_right_or_wrong_where_the_final_exit_is_nan():
+    logits = random_answers(1)
+    logits.logits_KNC[-1, 3] = NAN
+    worth = expected_correctness(logits)
+    assert np.isfinite(worth).all()
+    assert worth.mean(1) == pytest.approx(logits.correct_KN.double().mean(1).numpy())
+
+
 def test_search_comes_near_the_best_of_all_threshold_pairs():
     excess_macs, lost_accuracy = [], []
     for seed in range(8):
         logits = random_answers(seed)
-        accuracy, macs = all_threshold_pairs(logits)
+        accuracy, macs = all_threshold_pairs(logits, logits.correct_KN.tolist())
         final = float(logits.correct_KN[-1].double().mean())
         for max_drop in (0.0, 0.1):
             found = calibrate(logits, max_drop=max_drop)
             assert found.accuracy >= final - max_drop - 1e-9
             best = macs[accuracy >= final - max_drop - 1e-9].min()
             excess_macs.append(found.mean_macs / best - 1)
+        worth = expected_correctness(logits)
+        confidence = np.stack([CONFIDENCE_RULES["entropy"](k).numpy() for k in logits.logits_KNC])
+        accuracy, macs = all_threshold_pairs(logits, worth.tolist())
         for budget in (150, 250, 350):
             found = calibrate(logits, budget_macs=budget)
             assert found.mean_macs <= budget
             best = accuracy[macs <= budget].max()
-            lost_accuracy.append(best - found.accuracy)
+            reached = evaluate_thresholds(confidence, worth, logits.costs, found.policy.thresholds)
+            lost_accuracy.append(best - reached[0])
     assert min(excess_macs) > -1e-9
     assert min(lost_accuracy) > -1e-9
     assert np.mean(excess_macs) < 0.01
