@@ -70,7 +70,7 @@ class AdaptiveRunner:
             output=output,
             exit_index=exit_index_B,
             confidence=confidence_B,
-            macs=self._exit_macs(inputs)[exit_index_B],
+            macs=self._exit_macs(inputs).index_select(0, exit_index_B),
         )
 
     def _run_one(self, features: Features) -> tuple[Tensor, Tensor, int]:
@@ -111,7 +111,7 @@ class AdaptiveRunner:
             if len(stay_B) == 0:
                 break
             if len(stay_B) < len(rows_B):
-                rows_B = rows_B[stay_B]
+                rows_B = rows_B.index_select(0, stay_B)
                 features = tuple(tensor.index_select(0, stay_B) for tensor in features)
                 state = tuple(tensor.index_select(0, stay_B) for tensor in state)
         assert answers is not None  # the final exit is never off
