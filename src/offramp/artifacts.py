@@ -12,8 +12,11 @@ from typing import Any
 
 from offramp.errors import ArtifactError
 
-SCHEMA_VERSION = 1
-"""Version of every JSON file in a run folder; newer ones are refused."""
+SCHEMA_VERSION = 2
+"""Version of every JSON file in a run folder or bundle; older ones are read, newer ones refused.
+
+2 added the file for single samples to bundles.
+"""
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 SMALL_EMNIST = ("train", "emnist-mlp", "--epochs", 1, "--set", "widths=8,8,8", "--out", "new")
-NEWER = ("schema version 2", "reads up to 1", "pip install --upgrade offramp")
+NEWER = ("schema version 99", "reads up to 2", "pip install --upgrade offramp")
 
 
 def cut_short(path, share):
@@ -87,7 +87,7 @@ def test_a_truncated_checkpoint_is_refused(unfinished_run, refuses, resume, shar
 def test_a_checkpoint_of_a_newer_schema_is_refused(unfinished_run, refuses, resume):
     path = unfinished_run / "last.ckpt"
     content = torch.load(path, weights_only=True)
-    torch.save({**content, "offramp_schema_version": 2}, path)
+    torch.save({**content, "offramp_schema_version": 99}, path)
     refuses(*resume, words=("run/last.ckpt", *NEWER))
 
 
@@ -99,7 +99,7 @@ def test_a_checkpoint_of_another_network_is_refused(unfinished_run, refuses, res
 
 @pytest.mark.parametrize("name", ["recipe.json", "policy.json"])
 def test_json_of_a_newer_schema_is_refused(calibrated_run, refuses, edit_json, name):
-    edit_json(calibrated_run / name, schema_version=2)
+    edit_json(calibrated_run / name, schema_version=99)
     refuses("evaluate", "run", words=(f"run/{name}", *NEWER))
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,19 @@ from torch import Tensor, nn
 import offramp
 from offramp.errors import ArtifactError, ExportMismatchError, InvalidArgumentError
 from offramp.exporting.onnx import StepModule, plan_steps, write_onnx
+from offramp.exporting.single import write_single
 from offramp.inference.agreement import Agreement, compare_with_all_exits
 from offramp.measure.cost import ExitCosts
 from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.policy.policies import Policy, State, policy_to_dict
+from offramp.results import AdaptiveResult
 from offramp.runtime import Bundle, Session, Step
 from offramp.runtime.bundle import BUNDLE_FILE, TensorSpec, file_sha256, write_bundle
 
 PLAIN_FILE = "plain.onnx"
+SINGLE_FILE = "single.onnx"
+_SINGLE_SAMPLES = 64
+"""Samples that the file for single samples is checked on, at most."""
 
 
 @torch.no_grad()
@@ -42,8 +48,8 @@ def export(
     """Write a network and its policy as a bundle that runs without torch.
 
     Every step becomes one ONNX file with a free batch size; exits that are off get none, and the
-    stages around them are merged. Before anything is left behind, the bundle answers the samples
-    and is compared with torch.
+    stages around them are merged. One more file holds all steps, for batches of one. Before
+    anything is left behind, the bundle answers the samples and is compared with torch.
 
     Args:
         network: The network, on the CPU.
@@ -69,26 +75,40 @@ def export(
         )
     described = policy_to_dict(policy)
     network = network.eval()
-    costs = network.costs(samples)
     with new_bundle_folder(Path(folder)) as making:
+        files = _write_files(network, policy, samples, making, plain=plain)
         bundle = Bundle(
             folder=making,
             family="exits",
-            steps=_write_steps(network, policy, samples, costs, making),
             num_exits=network.num_exits,
             class_names=class_names,
-            plain_file=PLAIN_FILE if plain else None,
-            plain_sha256=_write_plain(network, samples, making) if plain else None,
-            plain_macs=costs.plain_macs,
             policy=described,
             recipe=recipe,
             quantized=None,
             weights_sha256=_weights_sha256(network),
             versions=_versions(),
+            **files,
         )
         write_bundle(bundle)
         check_parity(Session(bundle), network, policy, samples)
     return replace(bundle, folder=Path(folder))
+
+
+def _write_files(
+    network: MultiExitNetwork, policy: Policy, samples: Tensor, folder: Path, *, plain: bool
+) -> dict[str, Any]:
+    """Write the ONNX files; what the bundle says of them."""
+    costs = network.costs(samples)
+    steps = _write_steps(network, policy, samples, costs, folder)
+    write_single(folder, steps, folder / SINGLE_FILE)
+    return {
+        "steps": steps,
+        "plain_file": PLAIN_FILE if plain else None,
+        "plain_sha256": _write_plain(network, samples, folder) if plain else None,
+        "plain_macs": costs.plain_macs,
+        "single_file": SINGLE_FILE,
+        "single_sha256": file_sha256(folder / SINGLE_FILE),
+    }
 
 
 def check_parity(
@@ -106,9 +126,23 @@ def check_parity(
     Raises:
         ExportMismatchError: If they differ by more than DESIGN's rule for two engines allows.
     """
-    agreement = compare_with_all_exits(session.run(samples.numpy()), network, policy, samples)
+    ones = [session.run(sample) for sample in samples[:_SINGLE_SAMPLES].numpy()[:, None]]
+    _check(compare_with_all_exits(_joined(ones), network, policy, samples[: len(ones)]))
+    return _check(compare_with_all_exits(session.run(samples.numpy()), network, policy, samples))
+
+
+def _joined(results: Sequence[AdaptiveResult[Any]]) -> AdaptiveResult[Any]:
+    return AdaptiveResult(
+        output=np.concatenate([result.output for result in results]),
+        exit_index=np.concatenate([result.exit_index for result in results]),
+        confidence=np.concatenate([result.confidence for result in results]),
+        macs=np.concatenate([result.macs for result in results]),
+    )
+
+
+def _check(agreement: Agreement) -> Agreement:
     if not agreement.holds:
-        worst = max(range(network.num_exits), key=agreement.differences.__getitem__)
+        worst = max(range(len(agreement.differences)), key=agreement.differences.__getitem__)
         raise ExportMismatchError(
             f"The bundle should answer what torch answers, but {agreement.moved} of "
             f"{agreement.num_samples} samples left elsewhere ({agreement.moved_far} of them far "

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from offramp.errors import MissingExtraError
-from offramp.exporting.bundle import new_bundle_folder
+from offramp.exporting.bundle import SINGLE_FILE, new_bundle_folder
+from offramp.exporting.single import write_single
 from offramp.runtime import Bundle, Session, Step
 from offramp.runtime.bundle import file_sha256, write_bundle
 
@@ -63,11 +64,14 @@ def quantize(bundle: Bundle | Path | str, folder: Path | str, samples: npt.Array
                 bundle.folder / bundle.plain_file, making / bundle.plain_file, plain_inputs
             )
             plain_sha256 = file_sha256(making / bundle.plain_file)
+        write_single(making, steps, making / SINGLE_FILE)
         made = replace(
             bundle,
             folder=making,
             steps=tuple(steps),
             plain_sha256=plain_sha256,
+            single_file=SINGLE_FILE,
+            single_sha256=file_sha256(making / SINGLE_FILE),
             quantized="int8",
         )
         write_bundle(made)

@@ -1,7 +1,8 @@
 """The bundle: what ``offramp export`` writes and a :class:`~offramp.runtime.Session` runs.
 
 A folder with ``bundle.json`` and one ONNX file a step. A step is the stages up to an exit, the
-exit, and the decision who leaves there; exits that are off have no step of their own.
+exit, and the decision who leaves there; exits that are off have no step of their own. Beside them,
+one file holds all steps for batches of one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ NOBODY_LEAVES = 2.0
 """A threshold above every confidence, which JSON can hold."""
 FAMILIES = ("exits",)
 """Kinds of adaptive networks that a session can run."""
+SINGLE_OUTPUTS = ("output", "confidence", "step")
+"""What the file for single samples puts out: logits, confidence, number of the step left by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +105,8 @@ class Bundle:
         quantized: "int8", or None for float32.
         weights_sha256: Hash of the run's weights.
         versions: Of the packages that wrote it.
+        single_file: All steps in one ONNX file for batches of one; None in bundles of schema 1.
+        single_sha256: Hash of that file.
     """
 
     folder: Path
@@ -117,11 +122,26 @@ class Bundle:
     quantized: str | None
     weights_sha256: str
     versions: Mapping[str, str]
+    single_file: str | None = None
+    single_sha256: str | None = None
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """The network's inputs."""
         return self.steps[0].features
+
+
+def single_numbers(steps: Sequence[Step]) -> dict[str, float]:
+    """The numbers of the policy that the file for single samples holds as initialisers.
+
+    Args:
+        steps: The steps of the bundle.
+    Returns:
+        Temperature and threshold of every step, by the name of the initialiser.
+    """
+    temperatures = {f"temperature_{i}": step.temperature for i, step in enumerate(steps)}
+    thresholds = {f"threshold_{i}": step.threshold for i, step in enumerate(steps)}
+    return temperatures | thresholds
 
 
 def with_thresholds(bundle: Bundle, thresholds: Sequence[float]) -> Bundle:
@@ -192,8 +212,11 @@ def read_bundle(folder: Path | str) -> Bundle:
         class_names = tuple(content.pop("class_names"))
         bundle = Bundle(folder=folder, steps=steps, class_names=class_names, **content)
         files = [(step.file, step.sha256) for step in steps]
-        if bundle.plain_file is not None:
-            files.append((bundle.plain_file, str(bundle.plain_sha256)))
+        extra = [
+            (bundle.plain_file, bundle.plain_sha256),
+            (bundle.single_file, bundle.single_sha256),
+        ]
+        files += [(name, str(sha256)) for name, sha256 in extra if name is not None]
         if not steps or any(Path(name).name != name for name, _ in files):
             raise ValueError("no steps, or a file outside the folder")
     except (AttributeError, KeyError, TypeError, ValueError) as error:

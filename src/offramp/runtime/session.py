@@ -5,6 +5,7 @@ Shapes: ``B`` batch, ``C`` classes.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import onnxruntime
 
 from offramp.errors import ArtifactError, InvalidArgumentError, ShapeError, reason
 from offramp.results import AdaptiveResult
-from offramp.runtime.bundle import Bundle, Step, read_bundle
+from offramp.runtime.bundle import SINGLE_OUTPUTS, Bundle, Step, read_bundle, single_numbers
 
 Array = npt.NDArray[Any]
 
@@ -23,15 +24,18 @@ Array = npt.NDArray[Any]
 class Session:
     """Answers batches from a bundle, going on with the samples that are still unsure.
 
-    The same loop as :class:`offramp.AdaptiveRunner`, on onnxruntime sessions. A session keeps
-    nothing between calls: several threads may call :meth:`run` at once.
+    The same loop as :class:`offramp.AdaptiveRunner`, on onnxruntime sessions. A batch of one runs
+    as one graph, which is loaded when the first comes, so that a session that never sees one holds
+    its weights once. A session keeps nothing of a call: several threads may call :meth:`run` at
+    once.
 
     Args:
         bundle: A bundle's folder, or what :func:`~offramp.runtime.read_bundle` made of it.
         threads: Threads that compute within an operation; onnxruntime's choice if None.
         providers: Execution providers of onnxruntime, best first.
-        options: Session options, instead of ours; ``threads`` is then left to them. Ours do not
-            let waiting threads spin: the pools of several sessions would take each other's cores.
+        options: Session options, instead of ours; ``threads`` is then left to them, and single
+            samples go step by step. Ours do not let waiting threads spin: the pools of several
+            sessions would take each other's cores.
     Raises:
         ArtifactError: If the bundle is damaged, incomplete, foreign or too new.
         InvalidArgumentError: If there are no threads, or a provider is not available.
@@ -46,6 +50,9 @@ class Session:
         options: onnxruntime.SessionOptions | None = None,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
+        self._single = None
+        if options is None and self.bundle.single_file is not None:
+            self._single = _LazySingle(self.bundle, self.bundle.single_file, threads, providers)
         options = options or session_options(threads)
         self._steps = [
             _LoadedStep(path, step, _load(path, options, providers))
@@ -66,6 +73,19 @@ class Session:
             ShapeError: If the inputs are not of the shape that the bundle was exported for.
         """
         carried = check_inputs(self.bundle, inputs)
+        if self._single is not None and len(carried[0]) == 1:
+            output, confidence_B, step_B = self._single.run(carried)
+        else:
+            output, confidence_B, step_B = self._run_steps(carried)
+        return AdaptiveResult(
+            output=output,
+            exit_index=self._exits[step_B],
+            confidence=confidence_B,
+            macs=self._exit_macs[step_B],
+        )
+
+    def _run_steps(self, carried: list[Array]) -> tuple[Array, Array, Array]:
+        """Logits, confidence and number of the step that each sample left by."""
         rows_B = np.arange(len(carried[0]))
         step_B = np.zeros_like(rows_B)
         answers: tuple[Array, Array] | None = None
@@ -83,12 +103,7 @@ class Session:
                 rows_B = rows_B[stay_B]
                 carried = [tensor.take(stay_B, axis=0) for tensor in carried]
         assert answers is not None  # a bundle has at least one step
-        return AdaptiveResult(
-            output=answers[0],
-            exit_index=self._exits[step_B],
-            confidence=answers[1],
-            macs=self._exit_macs[step_B],
-        )
+        return *answers, step_B
 
     def run_step(
         self, index: int, carried: Sequence[Array]
@@ -178,13 +193,13 @@ def check_inputs(bundle: Bundle, inputs: Sequence[npt.ArrayLike]) -> list[Array]
     """
     specs = bundle.inputs
     arrays = [np.asarray(value) for value in inputs]
-    expected = ", ".join(f"(B, {', '.join(map(str, spec.sample_shape))})" for spec in specs)
-    shapes = ", ".join(str(array.shape) for array in arrays)
     fits = len(arrays) == len(specs) and all(
         array.ndim and array.shape[1:] == spec.sample_shape and len(array) == len(arrays[0]) > 0
         for array, spec in zip(arrays, specs, strict=True)
     )
     if not fits:
+        expected = ", ".join(f"(B, {', '.join(map(str, spec.sample_shape))})" for spec in specs)
+        shapes = ", ".join(str(array.shape) for array in arrays)
         raise ShapeError(f"Expected inputs of shape {expected}, B at least 1. Got {shapes}.")
     return [
         np.ascontiguousarray(array, dtype=spec.dtype)
@@ -217,6 +232,41 @@ class _LoadedStep:
         """Output, confidence and leave of each sample, then what the next step is given."""
         outputs: list[Array] = self._session.run(None, feed)
         return outputs
+
+
+class _LazySingle:
+    """The file for single samples, loaded when it is first run."""
+
+    def __init__(
+        self, bundle: Bundle, name: str, threads: int | None, providers: Sequence[str]
+    ) -> None:
+        self._path = bundle.folder / name
+        self._names = [spec.name for spec in bundle.inputs]
+        self._providers = providers
+        self._options = session_options(threads)
+        # Kept: onnxruntime only borrows them.
+        self._numbers = [
+            onnxruntime.OrtValue.ortvalue_from_numpy(np.array(number, dtype=np.float32))
+            for number in single_numbers(bundle.steps).values()
+        ]
+        for name, number in zip(single_numbers(bundle.steps), self._numbers, strict=True):
+            self._options.add_initializer(name, number)
+        self._session: onnxruntime.InferenceSession | None = None
+        self._lock = threading.Lock()
+
+    def run(self, inputs: Sequence[Array]) -> tuple[Array, Array, Array]:
+        """Logits, confidence and number of the step of a batch of one."""
+        session = self._session or self._load()
+        output, confidence_B, step_B = session.run(
+            SINGLE_OUTPUTS, dict(zip(self._names, inputs, strict=True))
+        )
+        return output, confidence_B, step_B
+
+    def _load(self) -> onnxruntime.InferenceSession:
+        with self._lock:
+            if self._session is None:
+                self._session = _load(self._path, self._options, self._providers)
+            return self._session
 
 
 def _load(

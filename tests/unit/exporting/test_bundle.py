@@ -1,4 +1,6 @@
 import math
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -48,6 +50,37 @@ def test_session_answers_as_the_runner_does(exported, batch_size):
         np.testing.assert_allclose(found.confidence, expected.confidence, atol=1e-5)
 
 
+def test_single_samples_run_as_one_graph_that_skips(exported):
+    network, policy, folder = exported
+    bundle = read_bundle(folder)
+    one_by_one = [Session(folder).run(x) for x in X[:40, None]]
+    step_by_step = Session(replace(bundle, single_file=None)).run(X[:40])
+    assert [int(r.exit_index[0]) for r in one_by_one] == step_by_step.exit_index.tolist()
+    found = np.concatenate([result.output for result in one_by_one])
+    np.testing.assert_allclose(found, step_by_step.output, atol=1e-6)
+    # What an If skips is inside it: the main graph holds no more than the first step.
+    single = onnx.load(folder / bundle.single_file).graph
+    first = onnx.load(folder / bundle.steps[0].file).graph
+    assert [node.op_type for node in single.node] == [
+        *(node.op_type for node in first.node),
+        "If",
+    ]
+
+
+def test_a_wrong_file_for_single_samples_is_found(tmp_path, network, monkeypatch):
+    policy = ThresholdPolicy((0.03, 0.02))
+    other = mlp(in_features=6, widths=(5, 8, 7), num_classes=4).eval()
+    export(other, policy, tmp_path / "other", X)
+    monkeypatch.setattr(
+        export_module,
+        "write_single",
+        lambda folder, steps, path: shutil.copy(tmp_path / "other" / "single.onnx", path),
+    )
+    with pytest.raises(ExportMismatchError, match=r"of 64 samples left elsewhere"):
+        export(network, policy, tmp_path / "bundle", X)
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_the_samples_spread_over_the_exits(exported):
     network, policy, _ = exported
     on = {k for k in range(3) if not policy.is_off(k)}
@@ -86,12 +119,14 @@ def test_head_of_an_exit_that_is_off_is_nowhere(tmp_path, network):
     export(network, never_leave(3), tmp_path / "bundle", X, plain=False)
     assert [path.name for path in sorted((tmp_path / "bundle").iterdir())] == [
         "bundle.json",
+        "single.onnx",
         "step_2.onnx",
     ]
-    weights = onnx.load(tmp_path / "bundle" / "step_2.onnx").graph.initializer
-    sizes = sum(math.prod(w.dims) for w in weights if w.data_type == onnx.TensorProto.FLOAT)
     plain_size = sum(p.numel() for p in network.plain().parameters())
-    assert plain_size <= sizes <= plain_size + 8  # constants of the decision
+    for name in ("single.onnx", "step_2.onnx"):
+        weights = onnx.load(tmp_path / "bundle" / name).graph.initializer
+        sizes = sum(math.prod(w.dims) for w in weights if w.data_type == onnx.TensorProto.FLOAT)
+        assert plain_size <= sizes <= plain_size + 8  # constants of the decision
 
 
 class Residual(nn.Module):

@@ -95,6 +95,17 @@ def test_damaged_description_is_refused(bundle, change):
         read_bundle(bundle.folder)
 
 
+def test_previous_schema_is_read(bundle):
+    """Schema 1 knew no file for single samples."""
+
+    def as_before(content):
+        content["schema_version"] = 1
+        del content["single_file"], content["single_sha256"]
+
+    edit(bundle, as_before)
+    assert read_bundle(bundle.folder) == bundle
+
+
 def test_newer_schema_is_refused(bundle):
     edit(bundle, lambda content: content.update(schema_version=99))
     with pytest.raises(ArtifactError, match=r"schema version 99.*pip install --upgrade offramp"):

@@ -1,0 +1,167 @@
+"""One ONNX file for single samples: steps nested in ``If`` nodes, which skip what is not needed.
+
+Step by step, a single sample pays for a call from Python at every step. In one graph it pays once:
+after a step, ``If`` leave, the answer is handed out; else the graph of the next step runs, which
+holds its own weights and the ``If`` after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from offramp.runtime.bundle import SINGLE_OUTPUTS, Step, single_numbers
+
+if TYPE_CHECKING:
+    import onnx
+
+_NUMBERS = 2
+"""Temperature and threshold, the last inputs of every step."""
+_ANSWERS = 2
+"""Output and confidence, the first outputs of a step; then come leave and what is carried."""
+
+
+def write_single(folder: Path, steps: Sequence[Step], path: Path) -> None:
+    """Join the steps of a bundle into one ONNX file for batches of one.
+
+    Its inputs are those of the first step. Temperatures and thresholds are initialisers that
+    whoever loads the file may replace. It puts out logits, confidence, and the number of the step
+    that the sample left by, each with a batch axis.
+
+    Args:
+        folder: Where the steps' files are.
+        steps: The steps, in order.
+        path: The file to write.
+    """
+    import onnx
+    from onnx import helper, numpy_helper
+
+    models = [onnx.load(folder / step.file) for step in steps]
+    inputs = list(models[0].graph.input)[:-_NUMBERS]
+    nodes, weights = _nested(models, 0, [value.name for value in inputs])
+    numbers = [
+        numpy_helper.from_array(np.array(value, dtype=np.float32), name)
+        for name, value in single_numbers(steps).items()
+    ]
+    graph = helper.make_graph(
+        nodes, "single", inputs, _outputs(SINGLE_OUTPUTS), initializer=[*numbers, *weights]
+    )
+    opsets = {(opset.domain, opset.version): opset for m in models for opset in m.opset_import}
+    version = max(model.ir_version for model in models)
+    single = helper.make_model(graph, opset_imports=list(opsets.values()), ir_version=version)
+    onnx.save(single, path)
+
+
+def _nested(
+    models: Sequence[onnx.ModelProto], index: int, carried: Sequence[str], suffix: str = ""
+) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """Nodes and weights of a step and, inside an ``If``, of all that follow.
+
+    They put out :data:`SINGLE_OUTPUTS`, each with the suffix.
+    """
+    from onnx import helper
+
+    is_last = index == len(models) - 1
+    answers = [f"{name}{suffix}" for name in SINGLE_OUTPUTS]
+    step = _Renamed(models[index].graph, index, carried)
+    if is_last:
+        step.name_outputs(answers[:_ANSWERS])
+        return [*step.nodes(_ANSWERS), _number_of_step(index, answers[-1])], step.weights()
+    output, confidence, leave, *carried = step.outputs()
+    stopped = [f"{name}_stopped_{index}" for name in SINGLE_OUTPUTS]
+    stop = helper.make_graph(
+        [
+            helper.make_node("Identity", [output], [stopped[0]]),
+            helper.make_node("Identity", [confidence], [stopped[1]]),
+            _number_of_step(index, stopped[2]),
+        ],
+        f"stop_{index}",
+        [],
+        _outputs(stopped),
+    )
+    nodes, weights = _nested(models, index + 1, carried, f"_after_{index}")
+    after = [f"{name}_after_{index}" for name in SINGLE_OUTPUTS]
+    go_on = helper.make_graph(nodes, f"go_on_{index}", [], _outputs(after), initializer=weights)
+    branch = helper.make_node("If", [leave], answers, then_branch=stop, else_branch=go_on)
+    return [*step.nodes(len(step.outputs())), branch], step.weights()
+
+
+class _Renamed:
+    """A step's graph whose names stand apart from those of other steps.
+
+    Args:
+        graph: The graph of a step's file.
+        index: Number of the step.
+        carried: What its inputs are called outside, temperature and threshold left out.
+    """
+
+    def __init__(self, graph: onnx.GraphProto, index: int, carried: Sequence[str]) -> None:
+        self._graph = graph
+        self._prefix = f"step_{index}/"
+        outside = [*carried, f"temperature_{index}", f"threshold_{index}"]
+        inside = [value.name for value in graph.input]
+        # An optional input that is left out has the empty name.
+        self._names: dict[str, str] = {"": "", **dict(zip(inside, outside, strict=True))}
+
+    def name_outputs(self, names: Sequence[str]) -> None:
+        """Give the first outputs other names."""
+        for value, name in zip(self._graph.output, names, strict=False):
+            self._names[value.name] = name
+
+    def outputs(self) -> list[str]:
+        """What the outputs are called now."""
+        return [self._name(str(value.name)) for value in self._graph.output]
+
+    def nodes(self, num_outputs: int) -> list[onnx.NodeProto]:
+        """The nodes that the first outputs depend on."""
+        import onnx
+
+        needed = {value.name for value in list(self._graph.output)[:num_outputs]}
+        kept = []
+        for node in reversed(self._graph.node):
+            if needed.isdisjoint(node.output):
+                continue
+            needed.update(node.input)
+            copy = onnx.NodeProto()
+            copy.CopyFrom(node)
+            copy.name = f"{self._prefix}{node.name}"
+            copy.input[:] = [self._name(name) for name in node.input]
+            copy.output[:] = [self._name(name) for name in node.output]
+            kept.append(copy)
+        return kept[::-1]
+
+    def weights(self) -> list[onnx.TensorProto]:
+        """The initialisers."""
+        import onnx
+
+        copies = []
+        for weight in self._graph.initializer:
+            copy = onnx.TensorProto()
+            copy.CopyFrom(weight)
+            copy.name = self._name(weight.name)
+            copies.append(copy)
+        return copies
+
+    def _name(self, name: str) -> str:
+        return self._names.setdefault(name, f"{self._prefix}{name}")
+
+
+def _number_of_step(index: int, name: str) -> onnx.NodeProto:
+    from onnx import helper, numpy_helper
+
+    return helper.make_node(
+        "Constant", [], [name], value=numpy_helper.from_array(np.array([index]), f"{name}_value")
+    )
+
+
+def _outputs(names: Sequence[str]) -> list[onnx.ValueInfoProto]:
+    from onnx import TensorProto, helper
+
+    types = (TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.INT64)
+    return [
+        helper.make_tensor_value_info(name, kind, None)
+        for name, kind in zip(names, types, strict=True)
+    ]
