@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from offramp.calibration.thresholds import Calibration, calibrate
     from offramp.exporting.bundle import export
     from offramp.inference.evaluate import Evaluation, evaluate
+    from offramp.inference.placement import Placement, place
     from offramp.inference.runner import AdaptiveRunner
     from offramp.inference.timing import time_runner
     from offramp.measure.cost import ExitCosts, count_macs
@@ -62,6 +63,8 @@ _HOMES = {
     "export": "offramp.exporting.bundle",
     "Evaluation": "offramp.inference.evaluate",
     "evaluate": "offramp.inference.evaluate",
+    "Placement": "offramp.inference.placement",
+    "place": "offramp.inference.placement",
     "AdaptiveRunner": "offramp.inference.runner",
     "time_runner": "offramp.inference.timing",
     "ExitCosts": "offramp.measure.cost",
@@ -105,6 +108,7 @@ __all__ = [
     "NotCalibratedError",
     "OfframpError",
     "PatiencePolicy",
+    "Placement",
     "Policy",
     "Run",
     "Session",
@@ -124,6 +128,7 @@ __all__ = [
     "margin_confidence",
     "max_probability_confidence",
     "never_leave",
+    "place",
     "save",
     "time_runner",
 ]

@@ -9,7 +9,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from offramp import __version__
-from offramp.cli import calibrate, evaluate, export, predict, time, train
+from offramp.cli import calibrate, evaluate, export, place, predict, time, train
 from offramp.errors import OfframpError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("time")(time.time)
 app.command("export")(export.export)
+app.command("place")(place.place)
 app.command("predict")(predict.predict)
 
 

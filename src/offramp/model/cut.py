@@ -59,8 +59,9 @@ def add_exits(
         )
     stages = _stages_between(_children_in_order(backbone, at), at)
     with evaluation_mode(backbone), torch.no_grad():
-        stage_features = _run_in_order(stages, example)
-        expected = backbone(example)
+        # Clones: the first module may work in place.
+        stage_features = _run_in_order(stages, example.clone())
+        expected = backbone(example.clone())
     final = stage_features[-1]
     if not (isinstance(expected, Tensor) and torch.equal(expected, final)):
         raise BackboneCutError(
@@ -77,12 +78,38 @@ def add_exits(
     return MultiExitNetwork(stages, [*heads, nn.Identity()])
 
 
+def cut_paths(backbone: nn.Module) -> list[str]:
+    """Name the pieces that a backbone can be cut into, nested ``nn.Sequential`` opened.
+
+    Args:
+        backbone: A module whose children run in order; whether they do is checked by
+            :func:`add_exits`.
+    Returns:
+        Paths in the order the pieces run. Each but the last is a path for :func:`add_exits`; the
+        last piece ends the backbone.
+    Example:
+        >>> cut_paths(nn.Sequential(nn.Sequential(nn.Linear(8, 4), nn.ReLU()), nn.Linear(4, 3)))
+        ['0.0', '0.1', '1']
+    """
+    paths = []
+    for name, child in _children(backbone):
+        # A subclass with a forward of its own may do anything with its children.
+        runs_in_order = type(child).forward is nn.Sequential.forward
+        inner = cut_paths(child) if runs_in_order else []
+        paths += [f"{name}.{path}" for path in inner] or [name]
+    return paths
+
+
+def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Its children by name; one that stands in it twice is there twice, as in no named_children."""
+    named = module.named_modules(remove_duplicate=False)
+    return [(name, child) for name, child in named if name and "." not in name]
+
+
 def _children_in_order(backbone: nn.Module, at: Sequence[str]) -> list[tuple[str, nn.Module]]:
     """Flatten the backbone into named steps, opening only what a path points into."""
     steps = []
-    for name, child in backbone.named_modules(remove_duplicate=False):
-        if not name or "." in name:
-            continue  # a child of the backbone may stand in it twice, so named_children won't do
+    for name, child in _children(backbone):
         inner = [path.removeprefix(f"{name}.") for path in at if path.startswith(f"{name}.")]
         if inner:
             steps += [(f"{name}.{step}", m) for step, m in _children_in_order(child, inner)]

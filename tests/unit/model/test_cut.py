@@ -168,3 +168,10 @@ def test_one_head_for_each_cut():
             example=torch.randn(VECTORS),
             heads=[nn.Linear(5, CLASSES)],
         )
+
+
+def test_the_example_is_left_as_it_was():
+    backbone = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 3))
+    example = torch.full((1, 4), -1.0)
+    add_exits(backbone, at=["0"], num_classes=3, example=example)
+    assert (example == -1).all()

@@ -1,0 +1,117 @@
+"""``offramp place``."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from offramp.cli.options import JsonOption, percent, write_figures
+from offramp.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from offramp.inference.placement import Placement
+    from offramp.training.recipes import Recipe
+
+_MAX_BATCH_SIZE = 4096
+_ROUNDS = 50
+
+
+def place(
+    backbone_name: Annotated[
+        str, typer.Argument(metavar="BACKBONE", help="A recipe, or a run folder.")
+    ],
+    num_exits: Annotated[int, typer.Option(help="Exits, the final one counted.")],
+    batch_size: Annotated[int, typer.Option(help="Samples a batch.")] = 1,
+    threads: Annotated[int | None, typer.Option(help="Threads that compute.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Propose where to put exits: cuts that share the backbone's time out evenly."""
+    import torch
+
+    from offramp.inference import placement as measured
+    from offramp.inference.timing import hardware_name
+    from offramp.training.sources import SOURCES
+
+    if not 1 <= batch_size <= _MAX_BATCH_SIZE:
+        raise InvalidArgumentError(
+            f"--batch-size must be an int in [1, {_MAX_BATCH_SIZE}]. Got {batch_size}."
+        )
+    if threads is not None:
+        if threads < 1:
+            raise InvalidArgumentError(f"--threads must be an int of at least 1. Got {threads}.")
+        torch.set_num_threads(threads)
+    backbone, recipe = _find_backbone(backbone_name)
+    num_classes = recipe.network_options["num_classes"]
+    placement = measured.place(
+        backbone,
+        num_exits=num_exits,
+        example=torch.randn(batch_size, *SOURCES[recipe.data].image_shape),
+        num_classes=num_classes,
+        rounds=_ROUNDS,
+    )
+    hardware, used_threads = hardware_name(torch.device("cpu")), torch.get_num_threads()
+    if json_file != "-":
+        _print_table(placement, backbone)
+        print(f"{hardware}, {used_threads} threads, torch {torch.__version__}")
+        _print_use(placement, num_classes)
+    if json_file is not None:
+        where = {
+            "backbone": backbone_name,
+            "hardware": hardware,
+            "threads": used_threads,
+            "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+        }
+        write_figures(where | placement.to_dict(), json_file)
+
+
+def _find_backbone(name: str) -> tuple[nn.Module, Recipe]:
+    """The stages and the final exit, without exits between, of a recipe or else of a run."""
+    from torch import nn
+
+    from offramp.training.recipes import RECIPES, find_recipe
+    from offramp.training.run import load
+
+    if name not in RECIPES and Path(name).is_dir():
+        run = load(name)
+        network, recipe = run.network, run.require_recipe()
+    else:
+        recipe = replace(find_recipe(name), variant="plain")
+        network = recipe.build_network()
+    return nn.Sequential(*network.stages, network.exits[-1]), recipe
+
+
+def _print_table(placement: Placement, backbone: nn.Module) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"milliseconds a batch of {placement.batch_size}, medians; "
+        f"the whole takes {placement.total_ms:.3f}"
+    )
+    table.add_column("after", no_wrap=True)
+    table.add_column("module", no_wrap=True)
+    for column in ("so far", "share", "head"):
+        table.add_column(column, justify="right")
+    table.add_column("proposed", no_wrap=True)
+    for row in placement.candidates:
+        table.add_row(
+            row.path,
+            type(backbone.get_submodule(row.path)).__name__,
+            f"{row.ms:.3f}",
+            percent(row.share),
+            f"{row.head_ms:.3f}",
+            f"exit {placement.at.index(row.path)}" if row.chosen else "",
+        )
+    Console().print(table)
+
+
+def _print_use(placement: Placement, num_classes: int) -> None:
+    paths = ", ".join(f'"{path}"' for path in placement.at)
+    print("With backbone = nn.Sequential(*network.stages, network.exits[-1]):")
+    print(f"add_exits(backbone, at=[{paths}], num_classes={num_classes}, example=images)")

@@ -1,0 +1,172 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from offramp.errors import BackboneCutError, InvalidArgumentError, ShapeError
+from offramp.inference.placement import choose_cuts, place, propose
+from offramp.model.cut import add_exits, cut_paths
+
+CLASSES = 3
+
+
+class Residual(nn.Module):
+    """Its children do not run one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.last = nn.Linear(6, CLASSES)
+
+    def forward(self, x):
+        return self.last(x + self.first(x))
+
+
+class Backwards(nn.Sequential):
+    """A Sequential that runs its children from the last to the first."""
+
+    def forward(self, x):
+        for child in reversed(self):
+            x = child(x)
+        return x
+
+
+class Grid(nn.Module):
+    """Gives features of five axes, which no head fits."""
+
+    def forward(self, x):
+        return x[:, :, None, None, None]
+
+
+def backbone() -> nn.Sequential:
+    """Layers whose time dwarfs that of a head, nested and with a module that stands in twice."""
+    relu = nn.ReLU()
+    return nn.Sequential(
+        nn.Linear(6, 512),
+        nn.Sequential(relu, nn.Linear(512, 512), nn.Sequential(relu, nn.Linear(512, 512))),
+        Grid(),
+        nn.Flatten(),
+        Backwards(nn.ReLU(), nn.Linear(512, 512)),
+        nn.Linear(512, 512),
+        nn.Linear(512, CLASSES),
+    )
+
+
+BACKBONE_PATHS = ["0", "1.0", "1.1", "1.2.0", "1.2.1", "2", "3", "4", "5", "6"]
+X = torch.ones(64, 6)
+
+
+@pytest.mark.parametrize(
+    ("cumulative_ms", "total_ms", "num_exits", "cuts"),
+    [
+        pytest.param([1, 2, 3, 4, 5, 6, 7], 8, 2, (3,), id="half"),
+        pytest.param([1, 2, 3, 4, 5, 6, 7], 8, 4, (1, 3, 5), id="quarters"),
+        pytest.param([3, 5], 8, 2, (0,), id="a tie goes to the earlier"),
+        pytest.param([4, 4, 4], 8, 2, (0,), id="no time between them"),
+        # 12 is nearest to both 8 and 16; 3 and 12 cost 25 + 16, 12 and 20.5 cost 16 + 20.25.
+        pytest.param([3, 12, 20.5], 24, 3, (1, 2), id="each once"),
+        # 14 is nearest to 8, but 14 and 23 cost 36 + 49, 0 and 14 only 64 + 4.
+        pytest.param([0, 14, 23], 24, 3, (0, 1), id="all cuts together"),
+        pytest.param([1, 2], 99, 3, (0, 1), id="all there are"),
+    ],
+)
+def test_cuts_are_nearest_to_equal_shares(cumulative_ms, total_ms, num_exits, cuts):
+    assert choose_cuts(cumulative_ms, total_ms=total_ms, num_exits=num_exits) == cuts
+
+
+def test_proposal_by_hand():
+    piece_ms = {"stem": 2.0, "a": 1.0, "b": 1.0, "c": 3.0, "last": 1.0}
+    head_ms = {"stem": 0.5, "b": 0.25, "c": 1.5}  # none fits after a; c leaves 1 ms only
+    placement = propose(piece_ms, head_ms, num_exits=2, batch_size=7)
+    assert json.loads(json.dumps(placement.to_dict())) == {
+        "at": ["b"],
+        "candidates": [
+            {"path": "stem", "ms": 2.0, "share": 0.25, "head_ms": 0.5, "chosen": False},
+            {"path": "b", "ms": 4.0, "share": 0.5, "head_ms": 0.25, "chosen": True},
+        ],
+        "total_ms": 8.0,
+        "batch_size": 7,
+    }
+    assert propose(piece_ms, head_ms, num_exits=3, batch_size=7).at == ("stem", "b")
+
+
+def test_a_head_as_long_as_the_rest_does_not_lose():
+    placement = propose({"a": 3.0, "b": 1.0}, {"a": 1.0}, num_exits=2, batch_size=1)
+    assert placement.at == ("a",)
+
+
+@pytest.mark.parametrize("num_exits", [4, 99])
+def test_more_exits_than_can_pay_are_refused(num_exits):
+    piece_ms = {"a": 1.0, "b": 1.0, "c": 1.0, "d": 1.0}
+    head_ms = {"a": 0.5, "b": 0.5, "c": 1.5}
+    with pytest.raises(InvalidArgumentError, match=rf"at most 3: .* 2 places .* Got {num_exits}"):
+        propose(piece_ms, head_ms, num_exits=num_exits, batch_size=1)
+
+
+def test_pieces_are_opened_down_to_what_runs_its_children_by_itself():
+    assert cut_paths(backbone()) == BACKBONE_PATHS
+    assert cut_paths(nn.Sequential(nn.Sequential(), nn.ReLU())) == ["0", "1"]
+    assert cut_paths(Residual()) == ["first", "last"]
+
+
+def test_proposed_paths_are_accepted_and_figures_belong_together():
+    network, num_exits = backbone(), 3
+    placement = place(network, num_exits=num_exits, example=X, num_classes=CLASSES, rounds=3)
+    paths = [row.path for row in placement.candidates]
+    assert paths == [path for path in BACKBONE_PATHS if path in paths]
+    assert not {"2", "6"} & set(paths)  # no head fits; the end
+    assert placement.at == tuple(row.path for row in placement.candidates if row.chosen)
+    assert placement.batch_size == 64
+    times = [0.0, *(row.ms for row in placement.candidates), placement.total_ms]
+    assert times == sorted(times)
+    for row in placement.candidates:
+        assert row.share == pytest.approx(row.ms / placement.total_ms)
+        assert 0 < row.head_ms <= placement.total_ms - row.ms
+    cut = add_exits(network, at=placement.at, num_classes=CLASSES, example=X)
+    assert cut.num_exits == num_exits
+
+
+def test_placing_leaves_modes_statistics_and_the_example_alone():
+    network = nn.Sequential(
+        nn.ReLU(inplace=True), nn.BatchNorm1d(6), *(nn.Linear(6, 6) for _ in range(20))
+    )
+    network[1].eval()
+    example = -torch.ones(2, 6)
+    place(network, num_exits=2, example=example, num_classes=6, rounds=1)
+    assert network.training
+    assert not network[1].training
+    assert network[1].num_batches_tracked == 0
+    assert torch.equal(example, -torch.ones(2, 6))
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_backbone_whose_children_do_not_run_in_order():
+    with pytest.raises(BackboneCutError, match="do not run one after the other"):
+        place(Residual(), num_exits=2, example=X, num_classes=CLASSES)
+
+
+def test_backbone_of_one_piece_has_no_place_for_an_exit():
+    with pytest.raises(InvalidArgumentError, match=r"at most 1: .* 0 places"):
+        place(nn.Sequential(nn.Linear(6, CLASSES)), num_exits=2, example=X, num_classes=CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_exits": 1}, "'num_exits' .* at least 2. Got 1"),
+        ({"num_exits": 99}, "'num_exits' .* Got 99"),
+        ({"rounds": 0}, "'rounds' .* at least 1. Got 0"),
+        ({"num_classes": 4}, r"4 outputs.*\(64, 3\)"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(changes, message):
+    arguments = {"num_exits": 2, "example": X, "num_classes": CLASSES, "rounds": 1}
+    with pytest.raises(InvalidArgumentError, match=message):
+        place(backbone(), **(arguments | changes))
+
+
+@pytest.mark.parametrize("shape", [(), (0, 6)])
+def test_an_example_without_samples_is_refused(shape):
+    with pytest.raises(ShapeError, match="at least one sample"):
+        place(backbone(), num_exits=2, example=torch.zeros(shape), num_classes=CLASSES)
