@@ -16,6 +16,7 @@ from offramp.errors import DataError, ShapeError
 from offramp.measure.cost import ExitCosts, evaluation_mode
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.runtime import Session
+from offramp.runtime.session import check_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,18 +27,26 @@ class ExitLogits:
         logits_KNC: Raw logits, shape (K, N, C), float32, on the CPU.
         labels_N: Classes, shape (N,), int64, on the CPU.
         costs: MACs per sample of each stage and head.
+        numbers: Of each exit in the network, ascending; 0 to K - 1 if left out.
     """
 
     logits_KNC: Tensor
     labels_N: Tensor
     costs: ExitCosts
+    numbers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.numbers:
+            object.__setattr__(self, "numbers", tuple(range(self.costs.num_exits)))
         expected = (self.costs.num_exits, len(self.labels_N))
         if self.logits_KNC.ndim != 3 or self.logits_KNC.shape[:2] != expected:
             raise ShapeError(
                 f"Expected logits of shape (K, N, C) for K = {self.costs.num_exits} exits and "
                 f"N = {len(self.labels_N)} labels. Got {tuple(self.logits_KNC.shape)}."
+            )
+        if len(self.numbers) != self.costs.num_exits:
+            raise ShapeError(
+                f"Expected {self.costs.num_exits} numbers, one per exit. Got {self.numbers}."
             )
 
     @property
@@ -80,13 +89,14 @@ def collect_from_session(session: Session, loader: Iterable[tuple[Tensor, Tensor
         loader: Batches of (inputs, labels).
     Returns:
         The logits of every step's exit: exits that are off in the bundle have none, so that the
-        steps count as exits.
+        steps count as exits, numbered as in the network.
     Raises:
         DataError: If the loader yields no sample.
+        ShapeError: If the inputs are not of the shape that the bundle was exported for.
     """
     outputs, labels = [], []
     for inputs, labels_B in loader:
-        carried: list[Any] = [inputs.numpy()]
+        carried: list[Any] = check_inputs(session.bundle, [inputs])
         of_steps = []
         for index in range(len(session.bundle.steps)):
             _, (output, _, _, *carried) = session.run_step(index, carried)
@@ -100,4 +110,9 @@ def collect_from_session(session: Session, loader: Iterable[tuple[Tensor, Tensor
         stage_macs=tuple(step.stage_macs for step in steps),
         head_macs=tuple(step.head_macs for step in steps),
     )
-    return ExitLogits(logits_KNC=torch.cat(outputs, dim=1), labels_N=torch.cat(labels), costs=costs)
+    return ExitLogits(
+        logits_KNC=torch.cat(outputs, dim=1),
+        labels_N=torch.cat(labels),
+        costs=costs,
+        numbers=tuple(step.exit_index for step in steps),
+    )

@@ -7,25 +7,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from offramp.cli.artifact import Artifact, open_artifact
 from offramp.cli.options import (
     DataOption,
     DeviceOption,
     JsonOption,
-    RunFolder,
+    RunOrBundle,
     percent,
-    pick_device,
     write_figures,
 )
 from offramp.errors import InSampleError, InvalidArgumentError
 
 if TYPE_CHECKING:
     from offramp.inference.evaluate import Evaluation
-    from offramp.training.recipes import Recipe
-    from offramp.training.run import Run
 
 
 def evaluate(
-    run: RunFolder,
+    run: RunOrBundle,
     split: Annotated[str, typer.Option(help="A split of the data, or calibration.")] = "test",
     data: DataOption = None,
     plain: Annotated[
@@ -39,32 +37,28 @@ def evaluate(
     device: DeviceOption = None,
 ) -> None:
     """Report accuracy and share of samples per exit, and the mean MACs, on held-out data."""
-    from offramp.calibration.collect import collect
     from offramp.inference.evaluate import evaluate as measure
-    from offramp.inference.runner import AdaptiveRunner
     from offramp.training.data import make_loader
-    from offramp.training.run import is_in_sample, load, load_batches
+    from offramp.training.run import load_batches
 
-    loaded = load(run)
-    recipe = loaded.require_recipe()
-    batches, _, fingerprint = load_batches(recipe, split, data or loaded.data)
-    seen = is_in_sample(loaded, split, fingerprint)
+    asked = open_artifact(run, device)
+    recipe = asked.recipe
+    batches, _, fingerprint = load_batches(recipe, split, data or asked.data)
+    seen = asked.has_seen(split, fingerprint)
     if seen and not in_sample:
         raise InSampleError(
-            f"The samples of {split} trained {run} or chose its thresholds: figures on them would "
-            "be too good. Use --split test, or --in-sample to see them labelled as such."
+            f"The samples of {split} trained {run} or may have chosen its thresholds: figures on "
+            "them can be too good. Use --split test, or --in-sample to see them labelled as such."
         )
-    where = pick_device(device)
 
-    def figures(evaluated: Run, plain_accuracy: float | None = None) -> Evaluation:
-        network = evaluated.network.to(where)
-        runner = AdaptiveRunner(network, evaluated.policy)
+    def figures(of: Artifact, plain_accuracy: float | None = None) -> Evaluation:
         loader = make_loader(batches.augmented(None), batch_size=256)
-        on_device = ((inputs.to(where), labels) for inputs, labels in loader)
-        return measure(runner, on_device, collect(network, loader), plain_accuracy=plain_accuracy)
+        on_device = ((inputs.to(of.device), labels) for inputs, labels in loader)
+        return measure(of.runner, on_device, of.collect(loader), plain_accuracy=plain_accuracy)
 
-    plain_accuracy = None if plain is None else figures(_rival(plain, recipe)).final_exit_accuracy
-    evaluation = figures(loaded, plain_accuracy)
+    rival = None if plain is None else _open_rival(plain, device, asked)
+    plain_accuracy = None if rival is None else figures(rival).final_exit_accuracy
+    evaluation = figures(asked, plain_accuracy)
     content = {"recipe": recipe.name, "split": split, **evaluation.to_dict()}
     if seen:
         content["in_sample"] = True
@@ -74,15 +68,13 @@ def evaluate(
         write_figures(content, json_file)
 
 
-def _rival(folder: Path, recipe: Recipe) -> Run:
+def _open_rival(folder: Path, device: str | None, asked: Artifact) -> Artifact:
     """The plain network to stand beside: one exit, same data."""
-    from offramp.training.run import load
-
-    rival = load(folder)
-    if rival.network.num_exits != 1 or rival.require_recipe().data != recipe.data:
+    rival, recipe = open_artifact(folder, device), asked.recipe
+    if rival.num_exits != 1 or rival.recipe.data != recipe.data:
         raise InvalidArgumentError(
             f"--plain must name a run with one exit on {recipe.data}. {folder} has "
-            f"{rival.network.num_exits} on {rival.require_recipe().data}: train one with "
+            f"{rival.num_exits} on {rival.recipe.data}: train one with "
             f"offramp train {recipe.name} --set variant=plain, or variant=static."
         )
     return rival

@@ -16,6 +16,7 @@ BUNDLE_FOLDER = "bundle"
 """Where a run folder keeps its bundle."""
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+RunOrBundle = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a bundle.")]
 DataOption = Annotated[
     str | None,
     typer.Option(

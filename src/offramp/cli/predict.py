@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from offramp.cli.options import DeviceOption, RunFolder, percent, pick_device
+from offramp.cli.artifact import open_artifact
+from offramp.cli.options import DeviceOption, RunOrBundle, percent
 
 
 def predict(
-    run: RunFolder,
+    run: RunOrBundle,
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Upright images.")],
     device: DeviceOption = None,
 ) -> None:
@@ -19,21 +20,17 @@ def predict(
     import torch
 
     from offramp.inference.pictures import read_picture
-    from offramp.inference.runner import AdaptiveRunner
-    from offramp.training.run import load
     from offramp.training.sources import SOURCES
 
-    loaded = load(run)
-    recipe = loaded.require_recipe()
-    where = pick_device(device)
-    runner = AdaptiveRunner(loaded.network.to(where), loaded.policy)
+    asked = open_artifact(run, device)
+    recipe, names = asked.recipe, asked.class_names
     pixels = torch.stack([read_picture(file, SOURCES[recipe.data]) for file in files])
-    inputs = recipe.normalisation(pixels).to(where)
-    result = runner.run(inputs)
-    plain_macs = loaded.network.costs(inputs).plain_macs
+    inputs = recipe.normalisation(pixels).to(asked.device)
+    result = asked.runner.run(inputs)
+    plain_macs = asked.plain_macs(inputs)
     for position, file in enumerate(files):
         index = int(result.output[position].argmax())
-        label = loaded.class_names[index] if index < len(loaded.class_names) else str(index)
+        label = names[index] if index < len(names) else str(index)
         print(
             f"{file}: {label}  confidence {float(result.confidence[position]):.3f}  "
             f"exit {int(result.exit_index[position])}  "

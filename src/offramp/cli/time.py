@@ -7,18 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from offramp.cli.artifact import Artifact, is_bundle, open_artifact
 from offramp.cli.options import (
     BUNDLE_FOLDER,
     DataOption,
     DeviceOption,
     JsonOption,
-    RunFolder,
-    pick_device,
+    RunOrBundle,
     write_figures,
 )
 from offramp.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from offramp.inference.timing import Timing
 
 _SAMPLES = 2048
@@ -26,11 +28,15 @@ _SAMPLES = 2048
 
 
 def time(
-    run: RunFolder,
+    run: RunOrBundle,
     batch_size: Annotated[str, typer.Option(metavar="B,...", help="Samples a batch.")] = "1,32,256",
     backend: Annotated[
-        str, typer.Option(metavar="NAME,...", help="torch, onnxruntime, or both.")
-    ] = "torch",
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="torch, onnxruntime, or both; default torch, for a bundle onnxruntime.",
+        ),
+    ] = None,
     bundle: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="What onnxruntime runs; default RUN/bundle."),
@@ -45,20 +51,22 @@ def time(
 
     from offramp.inference.runner import AdaptiveRunner
     from offramp.inference.timing import time_runner
-    from offramp.training.run import load, load_batches
 
-    backends, sizes = _parse_backends(backend), _parse_batch_sizes(batch_size)
-    loaded = load(run)
-    runner = AdaptiveRunner(loaded.network.to(pick_device(device)), loaded.policy)
-    batches, _, _ = load_batches(loaded.require_recipe(), "test", data or loaded.data)
+    backends, sizes = _parse_backends(backend, run), _parse_batch_sizes(batch_size)
+    if bundle is not None and is_bundle(run):
+        raise InvalidArgumentError(f"--bundle is for a run; {run} is a bundle already.")
+    asked = open_artifact(run, device)
     if threads is not None:
         if threads < 1:
             raise InvalidArgumentError(f"--threads must be an int of at least 1. Got {threads}.")
         torch.set_num_threads(threads)
-    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0))
-    inputs, _ = batches.__getitems__(order[:_SAMPLES].tolist())
-    if backends == ["torch"]:
-        timing = time_runner(runner, inputs.to(pick_device(device)), batch_sizes=sizes)
+    inputs, runner = _real_samples(asked, data), asked.runner
+    if not isinstance(runner, AdaptiveRunner):
+        from offramp.inference.timing_processes import time_bundle
+
+        timing = time_bundle(runner.bundle, inputs, batch_sizes=sizes)
+    elif backends == ["torch"]:
+        timing = time_runner(runner, inputs.to(asked.device), batch_sizes=sizes)
     else:
         from offramp.inference.timing_processes import time_in_processes
 
@@ -73,11 +81,29 @@ def time(
         write_figures(timing.to_dict(), json_file)
 
 
-def _parse_backends(text: str) -> list[str]:
+def _real_samples(asked: Artifact, data: str | None) -> Tensor:
+    import torch
+
+    from offramp.training.run import load_batches
+
+    batches, _, _ = load_batches(asked.recipe, "test", data or asked.data)
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0))
+    inputs, _ = batches.__getitems__(order[:_SAMPLES].tolist())
+    return inputs
+
+
+def _parse_backends(text: str | None, run: Path) -> list[str]:
+    if text is None:
+        return ["onnxruntime" if is_bundle(run) else "torch"]
     names = text.split(",")
     if not set(names) <= {"torch", "onnxruntime"}:
         raise InvalidArgumentError(
             f"--backend must be torch, onnxruntime or torch,onnxruntime. Got {text!r}."
+        )
+    if "torch" in names and is_bundle(run):
+        raise InvalidArgumentError(
+            f"--backend must be onnxruntime for a bundle, which {run} is. Got {text!r}: "
+            "torch can be timed on the run that was exported."
         )
     return names
 

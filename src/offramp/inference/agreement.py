@@ -5,6 +5,7 @@ Shapes: ``B`` batch, ``C`` classes, ``K`` exits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,18 +63,47 @@ def compare_with_all_exits(
         How the two compare.
     """
     output, chosen, confidence_KB = all_exits_loop(network, policy, inputs)
+    thresholds = policy.thresholds if isinstance(policy, ThresholdPolicy) else ()
+    return compare_answers(
+        result,
+        output,
+        chosen,
+        is_near_B=is_near(confidence_KB, thresholds),
+        num_exits=network.num_exits,
+    )
+
+
+def compare_answers(
+    result: AdaptiveResult[Any],
+    output: Tensor,
+    chosen: Tensor,
+    *,
+    is_near_B: Tensor,
+    num_exits: int,
+) -> Agreement:
+    """Compare what a runner said with what choosing afterwards says, whichever engine chose.
+
+    Args:
+        result: The runner's answers.
+        output: Logits of the exits that were chosen afterwards, shape (B, C).
+        chosen: Those exits, shape (B,), int64.
+        is_near_B: What :func:`is_near` says of the samples.
+        num_exits: Exits of the network.
+    Returns:
+        How the two compare.
+    """
     exit_index = torch.as_tensor(result.exit_index, device=chosen.device)
     gap_BC = (torch.as_tensor(result.output, device=output.device) - output).abs()
     is_beyond_B = ~(gap_BC <= DECISION_TOLERANCE + 1e-3 * output.abs()).all(-1)
     same = exit_index == chosen
     differences = [
         float(gap_BC[here].max()) if (here := same & (chosen == k)).any() else 0.0
-        for k in range(network.num_exits)
+        for k in range(num_exits)
     ]
     return Agreement(
-        num_samples=len(inputs),
+        num_samples=len(output),
         moved=int((~same).sum()),
-        moved_far=int((~same & ~_is_near(policy, confidence_KB)).sum()),
+        moved_far=int((~same & ~is_near_B).sum()),
         differences=tuple(differences),
         differs=bool((is_beyond_B & same).any()),
     )
@@ -93,7 +123,17 @@ def check_early_answers(
             1e-4 of a threshold, or more than one in a thousand (and more than one) does, or one
             that leaves by the same exit gets other logits.
     """
-    agreement = compare_with_all_exits(result, runner.network, runner.policy, inputs)
+    require_agreement(compare_with_all_exits(result, runner.network, runner.policy, inputs))
+
+
+def require_agreement(agreement: Agreement) -> None:
+    """Refuse to time answers that are not those of choosing afterwards.
+
+    Args:
+        agreement: How the two compare.
+    Raises:
+        OfframpError: If it does not hold.
+    """
     if not agreement.holds:
         raise OfframpError(
             f"Leaving early should answer what choosing afterwards answers, but {agreement.moved} "
@@ -130,8 +170,15 @@ def all_exits_loop(
     return stacked[chosen, rows], chosen, torch.stack(confidences)
 
 
-def _is_near(policy: Policy, confidence_KB: Tensor) -> Tensor:
-    if not isinstance(policy, ThresholdPolicy):
-        return torch.zeros_like(confidence_KB[0], dtype=torch.bool)
-    thresholds_K = confidence_KB.new_tensor(policy.thresholds)
-    return ((confidence_KB[:-1] - thresholds_K[:, None]).abs() < DECISION_TOLERANCE).any(0)
+def is_near(confidence_KB: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """Which samples may leave elsewhere, because rounding decides.
+
+    Args:
+        confidence_KB: Of every exit, shape (K, B).
+        thresholds: One per exit but the final one; none for a policy that has none.
+    Returns:
+        Whether a confidence lies within 1e-4 of its threshold, shape (B,), bool.
+    """
+    thresholds_K = confidence_KB.new_tensor(thresholds)
+    gap_KB = (confidence_KB[: len(thresholds)] - thresholds_K[:, None]).abs()
+    return (gap_KB < DECISION_TOLERANCE).any(0)

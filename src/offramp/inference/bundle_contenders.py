@@ -34,7 +34,7 @@ def bundle_contenders(
     everyone = [_carried_to_survivors(never, batch) for batch in batches]
     contenders: dict[str, Callable[[], object]] = {
         "plain": lambda: [plain.run(batch) for batch in batches],
-        "all_exits": lambda: [_choose_afterwards(session, batch) for batch in batches],
+        "all_exits": lambda: [all_steps_loop(session, batch) for batch in batches],
         "adaptive": lambda: [session.run(batch) for batch in batches],
         "never_exit": lambda: [never.run(batch) for batch in batches],
         "stages": lambda: [session.run_step(*step) for given in survivors for step in given],
@@ -63,13 +63,23 @@ def _run_step_of_all(
     return [session.run_step(*given[k]) for given in batches]
 
 
-def _choose_afterwards(session: Session, batch: Array) -> tuple[Array, Array]:
-    """The all-exits loop: logits and step of the first exit that each sample may leave by."""
+def all_steps_loop(session: Session, batch: Array) -> tuple[Array, Array, list[Array]]:
+    """Run every step on every sample, then choose: the all-exits loop of a bundle.
+
+    Args:
+        session: Runs the bundle.
+        batch: Samples, shape (B, ...), of the bundle's type.
+    Returns:
+        output: Logits of the chosen steps, shape (B, C).
+        step: The first step whose exit each sample may leave by, shape (B,).
+        confidences: Of every step, each of shape (B,).
+    """
     carried = [batch]
-    outputs, leaves = [], []
+    outputs, leaves, confidences = [], [], []
     for index in range(len(session.bundle.steps)):
-        _, (output, _, leave_B, *carried) = session.run_step(index, carried)
+        _, (output, confidence_B, leave_B, *carried) = session.run_step(index, carried)
         outputs.append(output)
         leaves.append(leave_B)
+        confidences.append(confidence_B)
     chosen_B = np.argmax(np.stack(leaves), axis=0)
-    return np.stack(outputs)[chosen_B, np.arange(len(batch))], chosen_B
+    return np.stack(outputs)[chosen_B, np.arange(len(batch))], chosen_B, confidences

@@ -22,7 +22,7 @@ class ExitEvaluation:
     """One exit.
 
     Attributes:
-        index: Its number, from 0.
+        index: Its number in the network, from 0.
         accuracy: Over all samples at that exit, a fraction.
         share: Of the samples that left there, a fraction.
         macs: MACs of a sample that left there; where none did, those of running every head.
@@ -45,7 +45,7 @@ class Evaluation:
         plain_macs: MACs per sample of the plain network.
         final_exit_accuracy: Of the final exit on every sample.
         plain_accuracy: Of a plain network trained as long; None where none was given.
-        exits: Each exit's figures.
+        exits: Figures of each exit; exits that are off in a bundle have none.
     """
 
     num_samples: int
@@ -141,7 +141,8 @@ def evaluate(
     Args:
         runner: Any runner.
         loader: Batches of (inputs, labels) on the runner's device.
-        logits: Every exit's logits on the same samples in the same order, from ``collect``.
+        logits: Every exit's logits on the same samples in the same order, from ``collect``, or
+            ``collect_from_session`` for a bundle.
         plain_accuracy: Of a plain network trained as long, to stand beside the figures.
     Returns:
         The figures.
@@ -155,22 +156,20 @@ def evaluate(
             "Expected the loader to yield the samples of the logits in the same order. "
             f"Got {len(answers.labels_N)} samples against {len(logits.labels_N)}, or other labels."
         )
-    costs = logits.costs
-    macs_K = list(costs.exit_macs())
+    macs = dict(zip(logits.numbers, logits.costs.exit_macs(), strict=True))
     for k in torch.unique(answers.exit_index_N).tolist():
-        macs_K[k] = int(answers.macs_N[answers.exit_index_N == k][0])
+        macs[k] = int(answers.macs_N[answers.exit_index_N == k][0])
+    shares = answers.shares(logits.numbers[-1] + 1)
     accuracy_K = logits.correct_KN.double().mean(1).tolist()
     return Evaluation(
         num_samples=len(answers.labels_N),
         accuracy=answers.accuracy,
         mean_macs=answers.mean_macs,
-        plain_macs=costs.plain_macs,
+        plain_macs=logits.costs.plain_macs,
         final_exit_accuracy=accuracy_K[-1],
         plain_accuracy=plain_accuracy,
         exits=tuple(
-            ExitEvaluation(index=k, accuracy=accuracy, share=share, macs=exit_macs)
-            for k, (accuracy, share, exit_macs) in enumerate(
-                zip(accuracy_K, answers.shares(costs.num_exits), macs_K, strict=True)
-            )
+            ExitEvaluation(index=k, accuracy=accuracy, share=shares[k], macs=macs[k])
+            for k, accuracy in zip(logits.numbers, accuracy_K, strict=True)
         ),
     )

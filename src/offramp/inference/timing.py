@@ -22,7 +22,6 @@ from offramp.inference.agreement import check_early_answers
 from offramp.inference.contenders import torch_contenders
 from offramp.inference.runner import AdaptiveRunner
 from offramp.inference.stopwatch import LocalStopwatch, Stopwatch, time_in_turn
-from offramp.measure.cost import ExitCosts
 from offramp.results import AdaptiveResult
 
 
@@ -114,34 +113,34 @@ def time_runner(
     return time_engines(
         {"torch": torch_stopwatch(runner, inputs)},
         result,
-        runner.network.costs(inputs),
+        plain_macs=runner.network.costs(inputs).plain_macs,
+        num_exits=runner.network.num_exits,
         batch_sizes=batch_sizes,
         rounds=rounds,
         hardware=hardware_name(inputs.device),
-        threads=torch.get_num_threads(),
     )
 
 
 def time_engines(
     stopwatches: Mapping[str, Stopwatch],
-    result: AdaptiveResult[Tensor],
-    costs: ExitCosts,
+    result: AdaptiveResult[Any],
     *,
+    plain_macs: int,
+    num_exits: int,
     batch_sizes: Sequence[int],
     rounds: int,
     hardware: str,
-    threads: int,
 ) -> Timing:
     """Time engines in turn, each with all its contenders.
 
     Args:
         stopwatches: By name of the engine: torch or onnxruntime.
         result: What the runner said of the samples that are timed, in their order.
-        costs: Of the network.
+        plain_macs: MACs a sample of the plain network.
+        num_exits: Exits of the network.
         batch_sizes: Samples a batch; each at most as many as there are samples.
         rounds: How often every contender runs all batches, at least 2.
-        hardware: Where they run.
-        threads: How many compute.
+        hardware: Where they run, with as many threads as torch has here.
     Returns:
         Medians per batch.
     Raises:
@@ -151,18 +150,19 @@ def time_engines(
         raise InvalidArgumentError(
             f"The 'rounds' parameter must be an int of at least 2. Got {rounds}."
         )
-    macs_N = result.macs.double()
+    macs_N = torch.as_tensor(result.macs).double()
+    exit_index_N = torch.as_tensor(result.exit_index)
     results = []
     for batch_size in batch_sizes:
         for backend, laps in time_in_turn(stopwatches, batch_size, rounds).items():
             timed_macs = float(macs_N[: batch_size * laps.num_batches].mean())
-            ideal_speedup = costs.plain_macs / timed_macs
+            ideal_speedup = plain_macs / timed_macs
             results.append(_summary(backend, batch_size, laps.batch_ms, ideal_speedup))
-    shares_K = torch.bincount(result.exit_index, minlength=costs.num_exits).double() / len(macs_N)
+    shares_K = torch.bincount(exit_index_N, minlength=num_exits).double() / len(macs_N)
     last_backend = list(stopwatches)[-1]
     return Timing(
         hardware=hardware,
-        threads=threads,
+        threads=torch.get_num_threads(),
         versions={"python": platform.python_version(), **_versions(stopwatches)},
         shares=tuple(shares_K.tolist()),
         mean_macs=float(macs_N.mean()),

@@ -5,21 +5,30 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from offramp.errors import ArtifactError
-from offramp.inference.agreement import check_early_answers
+from offramp.inference.agreement import (
+    Agreement,
+    check_early_answers,
+    compare_answers,
+    is_near,
+    require_agreement,
+)
+from offramp.inference.bundle_contenders import all_steps_loop
 from offramp.inference.runner import AdaptiveRunner
-from offramp.inference.stopwatch import ProcessStopwatch
+from offramp.inference.stopwatch import ProcessStopwatch, Stopwatch
 from offramp.inference.timing import Timing, check_batch_sizes, hardware_name, time_engines
 from offramp.policy.policies import policy_to_dict
-from offramp.runtime import Session, read_bundle
+from offramp.results import AdaptiveResult
+from offramp.runtime import Bundle, Session, read_bundle
 
 
 def time_in_processes(
@@ -52,30 +61,79 @@ def time_in_processes(
     check_early_answers(result, runner, inputs)
     if "onnxruntime" in folders:
         _check_bundle(folders["onnxruntime"], runner, inputs)
-    threads = torch.get_num_threads()
+    with _stopwatches(folders, inputs) as stopwatches:
+        return time_engines(
+            stopwatches,
+            result,
+            plain_macs=runner.network.costs(inputs).plain_macs,
+            num_exits=runner.network.num_exits,
+            batch_sizes=batch_sizes,
+            rounds=rounds,
+            hardware=hardware_name(inputs.device),
+        )
+
+
+def time_bundle(
+    bundle: Bundle,
+    inputs: Tensor,
+    *,
+    batch_sizes: Sequence[int] = (1, 32, 256),
+    rounds: int = 15,
+) -> Timing:
+    """Time a bundle alone, in a process of its own: for where the run it is of is not at hand.
+
+    Before the clock starts, its answers are checked against its own steps, all run on every
+    sample; not those of an int8 bundle, whose rounding depends on the batch.
+
+    Args:
+        bundle: The bundle.
+        inputs: Real samples, shape (N, ...), on the CPU.
+        batch_sizes: Samples a batch; each at most N.
+        rounds: How often every contender runs all batches.
+    Returns:
+        Medians per batch.
+    Raises:
+        ArtifactError: If the bundle holds no plain network.
+        InvalidArgumentError: If a batch size is below 1 or above N, or there are no rounds.
+        OfframpError: If leaving early gives other answers than choosing afterwards.
+        ShapeError: If the inputs are not of the shape that the bundle was exported for.
+    """
+    check_batch_sizes(batch_sizes, num_samples=len(inputs))
+    _require_plain(bundle)
+    session = Session(bundle)
+    result = session.run(inputs)
+    if bundle.quantized is None:
+        require_agreement(_compare_with_all_steps(result, session, inputs))
+    with _stopwatches({"onnxruntime": bundle.folder}, inputs) as stopwatches:
+        return time_engines(
+            stopwatches,
+            result,
+            plain_macs=bundle.plain_macs,
+            num_exits=bundle.num_exits,
+            batch_sizes=batch_sizes,
+            rounds=rounds,
+            hardware=hardware_name(inputs.device),
+        )
+
+
+@contextmanager
+def _stopwatches(folders: Mapping[str, Path], inputs: Tensor) -> Iterator[dict[str, Stopwatch]]:
+    """A process for each engine, until the block ends."""
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         samples = Path(scratch) / "inputs.npy"
         np.save(samples, inputs.numpy())
-        stopwatches = {}
+        stopwatches: dict[str, Stopwatch] = {}
         for backend, folder in folders.items():
             spec = {
                 "backend": backend,
                 "folder": str(folder),
                 "inputs": str(samples),
-                "threads": threads,
+                "threads": torch.get_num_threads(),
             }
             worker = [sys.executable, "-m", "offramp.inference.timing_worker", json.dumps(spec)]
-            stopwatches[backend] = ProcessStopwatch(worker)
-            stack.callback(stopwatches[backend].close)
-        return time_engines(
-            stopwatches,
-            result,
-            runner.network.costs(inputs),
-            batch_sizes=batch_sizes,
-            rounds=rounds,
-            hardware=hardware_name(inputs.device),
-            threads=threads,
-        )
+            stopwatches[backend] = stopwatch = ProcessStopwatch(worker)
+            stack.callback(stopwatch.close)
+        yield stopwatches
 
 
 def _check_bundle(folder: Path, runner: AdaptiveRunner, inputs: Tensor) -> None:
@@ -85,10 +143,30 @@ def _check_bundle(folder: Path, runner: AdaptiveRunner, inputs: Tensor) -> None:
             f"The bundle {folder} holds another policy than the run: it was calibrated since. "
             "Export it again: offramp export RUN"
         )
-    if bundle.plain_file is None:
-        raise ArtifactError(
-            f"The bundle {folder} holds no plain network to be timed against. "
-            "Export it again with --plain."
-        )
+    _require_plain(bundle)
     if bundle.quantized is None:
         check_early_answers(Session(bundle).run(inputs), runner, inputs)
+
+
+def _require_plain(bundle: Bundle) -> None:
+    if bundle.plain_file is None:
+        raise ArtifactError(
+            f"The bundle {bundle.folder} holds no plain network to be timed against. "
+            "Export it again with --plain."
+        )
+
+
+def _compare_with_all_steps(
+    result: AdaptiveResult[Any], session: Session, inputs: Tensor
+) -> Agreement:
+    steps = session.bundle.steps
+    output, step_B, confidences = all_steps_loop(session, inputs.numpy())
+    exits = torch.tensor([step.exit_index for step in steps])
+    confidence_KB = torch.from_numpy(np.stack(confidences))
+    return compare_answers(
+        result,
+        torch.from_numpy(output),
+        exits[step_B],
+        is_near_B=is_near(confidence_KB, [step.threshold for step in steps[:-1]]),
+        num_exits=session.bundle.num_exits,
+    )

@@ -39,6 +39,14 @@ def test_correct_by_hand():
     assert found.correct_KN.tolist() == [[True, False], [True, True]]
 
 
+def test_exits_are_numbered_from_zero_unless_told():
+    given = {"logits_KNC": torch.zeros(2, 1, 3), "labels_N": torch.zeros(1), "costs": COSTS}
+    assert ExitLogits(**given).numbers == (0, 1)
+    assert ExitLogits(**given, numbers=(1, 3)).numbers == (1, 3)
+    with pytest.raises(ShapeError, match=r"2 numbers, one per exit. Got \(1, 2, 3\)"):
+        ExitLogits(**given, numbers=(1, 2, 3))
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 3), (3, 5, 3), (2, 5), (2,)])
 def test_logits_of_another_shape_are_refused(shape):
     labels = torch.zeros(5, dtype=torch.int64)

@@ -8,6 +8,7 @@ from offramp.inference.agreement import (
     all_exits_loop,
     check_early_answers,
     compare_with_all_exits,
+    is_near,
 )
 from offramp.inference.runner import AdaptiveRunner
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, always_leave_at, never_leave
@@ -78,3 +79,10 @@ def test_the_exit_that_differs_is_told(network):
     assert agreement.differences == pytest.approx((0, 0.25, 0), abs=1e-5)
     assert agreement.differs
     assert not agreement.holds
+
+
+def test_samples_near_a_threshold_by_hand():
+    confidence_KB = torch.tensor([[0.5, 0.50005, 0.3, 0.8], [0.9, 0.1, 0.7, 0.1], [0.5] * 4])
+    assert is_near(confidence_KB, (0.5, 0.69995)).tolist() == [True, True, True, False]
+    assert is_near(confidence_KB, (float("inf"), 0.2)).tolist() == [False] * 4
+    assert is_near(confidence_KB, ()).tolist() == [False] * 4

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,6 +76,14 @@ def test_macs_of_an_exit_are_those_of_its_leavers():
     _, exits, macs = RUNNER_SAYS
     expected = [macs[exits.index(k)] for k in (0, 1)]
     assert [row.macs for row in found.exits] == expected
+
+
+def test_rows_are_those_of_the_exits_that_the_logits_are_of():
+    later = replace(LOGITS, numbers=(1, 3))
+    exits = [1 + 2 * k for k in RUNNER_SAYS[1]]
+    found = evaluate(Scripted(RUNNER_SAYS[0], exits, RUNNER_SAYS[2]), loader(), later)
+    assert [(row.index, row.share, row.macs) for row in found.exits] == [(1, 0.4, 11), (3, 0.6, 33)]
+    assert [row.accuracy for row in found.exits] == pytest.approx([0.4, 0.8])
 
 
 def test_dictionary_can_be_held_by_json():

@@ -1,0 +1,147 @@
+"""What RUN names: a run folder or a bundle, opened so that commands need not ask which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from offramp.cli.options import pick_device
+from offramp.errors import ArtifactError, InvalidArgumentError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.utils.data import DataLoader
+
+    from offramp.calibration.collect import ExitLogits
+    from offramp.inference.runner import AdaptiveRunner
+    from offramp.runtime import Bundle, Session
+    from offramp.training.recipes import Recipe
+
+    Loader = DataLoader[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A run or a bundle, ready to answer.
+
+    Attributes:
+        runner: Answers batches that are on the device.
+        device: Where its inputs belong.
+        recipe: How the network was trained.
+        class_names: Name of each class; empty where none were given.
+        data: What ``--data`` was when it was trained; None if the default was taken or a bundle
+            does not say.
+        num_exits: Exits of the network, those that are off counted.
+        plain_macs: From a batch of inputs to MACs a sample of the plain network.
+        collect: From a loader to the logits of every exit; of those that are on, for a bundle.
+        has_seen: From a split and the fingerprint of its samples to whether they trained the
+            network or may have chosen its thresholds.
+    """
+
+    runner: AdaptiveRunner | Session
+    device: str
+    recipe: Recipe
+    class_names: tuple[str, ...]
+    data: str | None
+    num_exits: int
+    plain_macs: Callable[[Tensor], int]
+    collect: Callable[[Loader], ExitLogits]
+    has_seen: Callable[[str, str], bool]
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder is to be read as a bundle; any other is read as a run.
+
+    Args:
+        folder: What RUN names.
+    Returns:
+        Whether it has a ``bundle.json`` in it.
+    """
+    from offramp.runtime.bundle import BUNDLE_FILE
+
+    return (folder / BUNDLE_FILE).is_file()
+
+
+def open_artifact(folder: Path, device: str | None = None) -> Artifact:
+    """Open a run, which torch runs, or a bundle, which onnxruntime runs.
+
+    Args:
+        folder: A run folder or a bundle.
+        device: cpu, cuda, or None for the default: the CPU for a bundle, else cuda where there is
+            one.
+    Returns:
+        What commands need of it.
+    Raises:
+        ArtifactError: If it is damaged, too new, not trained to the end, or has no recipe.
+        InvalidArgumentError: If there is no such device, or a bundle shall run on cuda.
+        NotCalibratedError: If a run has no policy.
+    """
+    if is_bundle(folder):
+        return _open_bundle(folder, device)
+    return _open_run(folder, device)
+
+
+def _open_run(folder: Path, device: str | None) -> Artifact:
+    from offramp.calibration.collect import collect
+    from offramp.inference.runner import AdaptiveRunner
+    from offramp.training.run import is_in_sample, load
+
+    loaded = load(folder)
+    recipe = loaded.require_recipe()
+    where = pick_device(device)
+    network = loaded.network.to(where)
+    return Artifact(
+        runner=AdaptiveRunner(network, loaded.policy),
+        device=where,
+        recipe=recipe,
+        class_names=loaded.class_names,
+        data=loaded.data,
+        num_exits=network.num_exits,
+        plain_macs=lambda inputs: network.costs(inputs).plain_macs,
+        collect=partial(collect, network),
+        has_seen=partial(is_in_sample, loaded),
+    )
+
+
+def _open_bundle(folder: Path, device: str | None) -> Artifact:
+    from offramp.calibration.collect import collect_from_session
+    from offramp.runtime import Session, read_bundle
+    from offramp.training.run import CALIBRATION_SPLIT
+
+    if pick_device(device or "cpu") != "cpu":
+        raise InvalidArgumentError(
+            f"The device of a bundle must be cpu: onnxruntime runs it there. Got {device!r}."
+        )
+    bundle = read_bundle(folder)
+    recipe = _recipe_of(bundle)
+    session = Session(bundle)
+    return Artifact(
+        runner=session,
+        device="cpu",
+        recipe=recipe,
+        class_names=bundle.class_names,
+        data=None,
+        num_exits=bundle.num_exits,
+        plain_macs=lambda _: bundle.plain_macs,
+        collect=partial(collect_from_session, session),
+        # A bundle does not say which samples chose its thresholds.
+        has_seen=lambda split, _: split in ("train", CALIBRATION_SPLIT),
+    )
+
+
+def _recipe_of(bundle: Bundle) -> Recipe:
+    from offramp.runtime.bundle import BUNDLE_FILE
+    from offramp.training.recipes import Recipe
+
+    if bundle.recipe is None:
+        raise ArtifactError(
+            f"The bundle {bundle.folder} holds a network of your own, without a recipe that names "
+            "its data. Use Session(...).run() from Python."
+        )
+    try:
+        return Recipe.from_dict(bundle.recipe)
+    except ArtifactError as error:
+        raise ArtifactError(f"{bundle.folder / BUNDLE_FILE} is damaged: {error}") from error
