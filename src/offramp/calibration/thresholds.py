@@ -12,7 +12,7 @@ Shapes: ``K`` exits, ``N`` samples, ``C`` classes, ``J`` candidate thresholds of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +60,7 @@ def calibrate(
     max_drop: float | None = None,
     budget_macs: float | None = None,
     rule: str = "entropy",
+    off: frozenset[int] = frozenset(),
 ) -> Calibration:
     """Choose thresholds for an accuracy target or for a budget.
 
@@ -73,6 +74,7 @@ def calibrate(
         budget_macs: Be most accurate at no more than this many mean MACs per sample; candidates
             are compared by :func:`expected_correctness`.
         rule: Confidence function: entropy, max_probability or margin.
+        off: Exits to switch off whatever they could do.
     Returns:
         The policy with accuracy and mean MACs on this data.
     Raises:
@@ -81,10 +83,7 @@ def calibrate(
     """
     if (max_drop is None) == (budget_macs is None):
         raise InvalidArgumentError("Give exactly one target: 'max_drop' or 'budget_macs'.")
-    if rule not in CONFIDENCE_RULES:
-        raise InvalidArgumentError(
-            f"The rule must be one of {', '.join(CONFIDENCE_RULES)}. Got {rule!r}."
-        )
+    confidence_KN = confidences(logits, rule)
     correct_KN = logits.correct_KN.numpy().astype(np.float64)
     worth_KN = correct_KN
     if budget_macs is not None:
@@ -97,10 +96,7 @@ def calibrate(
         worth_KN = expected_correctness(logits)
     else:
         score = _within_drop(max_drop, final_accuracy=float(correct_KN[-1].mean()))
-    confidence_KN = np.stack(
-        [CONFIDENCE_RULES[rule](logits_NC).numpy() for logits_NC in logits.logits_KNC]
-    ).astype(np.float64)
-    search = _Search(confidence_KN, worth_KN, logits.costs, score)
+    search = _Search(confidence_KN, worth_KN, logits.costs, score, off=off)
     thresholds = search.run()
     if search.best_score == -math.inf:
         raise InfeasibleTargetError(
@@ -159,18 +155,46 @@ def evaluate_thresholds(
     Returns:
         Adaptive accuracy and mean MACs per sample.
     """
-    num_exits, num_samples = correct_KN.shape
     off = frozenset(k for k, threshold in enumerate(thresholds) if threshold == math.inf)
-    exit_macs = costs.exit_macs(off)
-    here_N = np.ones(num_samples, dtype=bool)
-    hits, macs = 0.0, 0
-    for k in range(num_exits):
-        is_final = k == num_exits - 1
-        leave_N = here_N if is_final else here_N & (confidence_KN[k] >= thresholds[k])
-        hits += float(correct_KN[k][leave_N].sum())
-        macs += int(leave_N.sum()) * exit_macs[k]
-        here_N = here_N & ~leave_N
-    return hits / num_samples, macs / num_samples
+    exit_N = exits_left_by(confidence_KN, thresholds)
+    correct_N = correct_KN[exit_N, np.arange(len(exit_N))]
+    macs_K = np.asarray(costs.exit_macs(off), dtype=np.float64)
+    return float(correct_N.mean()), float(macs_K[exit_N].mean())
+
+
+def exits_left_by(confidence_KN: Floats, thresholds: Sequence[float]) -> npt.NDArray[np.int64]:
+    """The exit that each sample leaves by.
+
+    Args:
+        confidence_KN: Confidence of each exit, shape (K, N).
+        thresholds: K - 1 thresholds; +inf and NaN confidence let nobody go.
+    Returns:
+        Exit numbers, shape (N,), int64.
+    """
+    num_exits, num_samples = confidence_KN.shape
+    exit_N = np.full(num_samples, num_exits - 1)
+    for k in reversed(range(num_exits - 1)):
+        exit_N[confidence_KN[k] >= thresholds[k]] = k
+    return exit_N
+
+
+def confidences(logits: ExitLogits, rule: str) -> Floats:
+    """Confidence of every exit about every sample.
+
+    Args:
+        logits: Every exit's logits.
+        rule: Confidence function: entropy, max_probability or margin.
+    Returns:
+        Shape (K, N), float64; NaN where the logits are.
+    Raises:
+        InvalidArgumentError: If the rule is unknown.
+    """
+    if rule not in CONFIDENCE_RULES:
+        raise InvalidArgumentError(
+            f"The rule must be one of {', '.join(CONFIDENCE_RULES)}. Got {rule!r}."
+        )
+    rows = [CONFIDENCE_RULES[rule](logits_NC).numpy() for logits_NC in logits.logits_KNC]
+    return np.stack(rows).astype(np.float64)
 
 
 def _within_budget(budget_macs: float, *, plain_macs: int) -> Score:
@@ -196,6 +220,8 @@ class _Search:
         correct_KN: Floats,
         costs: ExitCosts,
         score: Score,
+        *,
+        off: frozenset[int],
     ) -> None:
         # NaN sorts and compares as less sure than anything.
         self.confidence_KN = np.nan_to_num(confidence_KN, nan=-1.0)
@@ -203,6 +229,7 @@ class _Search:
         self.costs = costs
         self.score = score
         self.num_exits, self.num_samples = correct_KN.shape
+        self.searched = [k for k in range(self.num_exits - 1) if k not in off]
         self.order_KN = np.argsort(-self.confidence_KN, axis=1, kind="stable")
         # The first point: nobody leaves early.
         self.best = [math.inf] * (self.num_exits - 1)
@@ -214,7 +241,9 @@ class _Search:
     def run(self) -> tuple[float, ...]:
         """Sweep the prices both ways, then climb the target itself from the best point."""
         for prices, start in ((_PRICES, math.inf), (_PRICES[::-1], 0.0)):
-            thresholds = [start] * (self.num_exits - 1)
+            thresholds = [math.inf] * (self.num_exits - 1)
+            for k in self.searched:
+                thresholds[k] = start
             for price in prices:
                 self._climb(thresholds, self._at_price(price))
         self._climb(list(self.best), self.score)
@@ -228,7 +257,7 @@ class _Search:
         """Improve ``thresholds`` in place, an exit at a time, until none changes."""
         for _ in range(_MAX_ROUNDS):
             before = list(thresholds)
-            for k in range(self.num_exits - 1):
+            for k in self.searched:
                 candidates_J, accuracy_J, macs_J = self._scan(k, thresholds)
                 self.cheapest_macs = min(self.cheapest_macs, float(macs_J.min()))
                 self._remember(k, thresholds, candidates_J, self.score(accuracy_J, macs_J))
@@ -250,7 +279,8 @@ class _Search:
         """Accuracy and mean MACs for every threshold of exit k, the others held fixed."""
         others_off = {j for j, t in enumerate(thresholds) if t == math.inf} - {k}
         exit_macs = self.costs.exit_macs(frozenset(others_off))
-        exit_N = self._exit_without(k, thresholds)
+        without_k = [*thresholds[:k], math.inf, *thresholds[k + 1 :]]
+        exit_N = exits_left_by(self.confidence_KN, without_k)
         all_samples = np.arange(self.num_samples)
         correct_N = self.correct_KN[exit_N, all_samples]
         macs_N = np.asarray(exit_macs, dtype=np.float64)[exit_N]
@@ -272,11 +302,3 @@ class _Search:
         accuracy_J = (correct_N.sum() + np.append(0.0, gain[ends])) / self.num_samples
         macs_J = np.append(off_macs, macs_N.sum() + saving[ends]) / self.num_samples
         return np.append(math.inf, cuts), accuracy_J, macs_J
-
-    def _exit_without(self, k: int, thresholds: list[float]) -> npt.NDArray[np.int64]:
-        """The exit each sample leaves by when exit k lets nobody go."""
-        exit_N = np.full(self.num_samples, self.num_exits - 1)
-        for j in reversed(range(self.num_exits - 1)):
-            if j != k:
-                exit_N[self.confidence_KN[j] >= thresholds[j]] = j
-        return exit_N
