@@ -122,7 +122,12 @@ def _choose_anew(folder: Path, loader: DataLoader[Any], asked: dict[str, Any]) -
         print("shares moved by more than 0.01; the thresholds were set by hand and stay")
         return
     session = Session(folder)
-    chosen = calibrate(collect_from_session(session, loader), **asked)
+    chosen = calibrate(
+        collect_from_session(session, loader),
+        max_drop=asked["max_drop"],
+        budget_macs=asked["budget_macs"],
+        rule=asked["rule"],
+    )
     write_bundle(with_thresholds(session.bundle, chosen.policy.thresholds))
 
 

@@ -51,7 +51,7 @@ def test_session_answers_as_the_runner_does(exported, batch_size):
 
 
 def test_single_samples_run_as_one_graph_that_skips(exported):
-    network, policy, folder = exported
+    _, _, folder = exported
     bundle = read_bundle(folder)
     one_by_one = [Session(folder).run(x) for x in X[:40, None]]
     step_by_step = Session(replace(bundle, single_file=None)).run(X[:40])

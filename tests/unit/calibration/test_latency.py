@@ -1,0 +1,97 @@
+"""Three exits on eight samples: exits 0 and 1 are sure, and right, about half of them."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from offramp.calibration.collect import ExitLogits
+from offramp.calibration.latency import calibrate_for_latency
+from offramp.calibration.thresholds import calibrate
+from offramp.errors import InvalidArgumentError, ShapeError
+from offramp.measure.cost import ExitCosts
+from offramp.measure.profile import Profile
+
+LABELS = torch.zeros(8, dtype=torch.int64)
+
+
+@pytest.fixture
+def logits():
+    """Exit 0 is sure of four samples, exit 1 of six; both are wrong where they are unsure."""
+    sure, unsure = torch.tensor([6.0, 0.0]), torch.tensor([0.0, 0.1])
+    rows = [torch.stack([sure if n < number else unsure for n in range(8)]) for number in (4, 6, 8)]
+    costs = ExitCosts(stage_macs=(100, 100, 100), head_macs=(1, 1, 1))
+    return ExitLogits(logits_KNC=torch.stack(rows), labels_N=LABELS, costs=costs)
+
+
+def profile(exit_ms, *, compaction_ms=0.0):
+    """One millisecond a stage and batch of 8, growing evenly; exits as given at that size."""
+    return Profile(
+        backend="torch",
+        hardware="a processor",
+        threads=1,
+        sizes=(1, 8),
+        stage_ms=((0.125, 1.0),) * 3,
+        exit_ms=tuple((ms, ms) for ms in exit_ms),
+        compaction_ms=((compaction_ms,) * 2, (compaction_ms,) * 2, (0.0, 0.0)),
+    )
+
+
+def choose(logits, times, batch_size=8):
+    return calibrate_for_latency(logits, times, batch_size=batch_size, max_drop=0.0)
+
+
+def test_exits_that_pay_stay_on(logits):
+    found = choose(logits, profile((0.01, 0.01, 0.01)))
+    assert found.switched_off == ()
+    assert found.chosen == calibrate(logits, max_drop=0.0)
+    # 8, 4 and 2 samples reach the stages.
+    assert found.batch_ms == pytest.approx(1 + 0.5 + 0.25 + 0.03)
+    assert found.plain_ms == pytest.approx(3 + 0.01)
+
+
+def test_an_exit_that_takes_more_than_it_saves_goes(logits):
+    found = choose(logits, profile((0.01, 0.3, 0.01)))
+    (gone,) = found.switched_off
+    assert gone.exit_index == 1
+    assert gone.asking_ms == pytest.approx(0.3)
+    # Without exit 1, the four samples that exit 0 leaves go to the end.
+    assert gone.ms_with == pytest.approx(1 + 0.5 + 0.25 + 0.32)
+    assert gone.ms_without == found.batch_ms == pytest.approx(1 + 0.5 + 0.5 + 0.02)
+    assert found.chosen.policy.thresholds[1] == math.inf
+    assert found.chosen.accuracy == 1.0
+
+
+def test_compaction_counts_as_much_as_the_head(logits):
+    found = choose(logits, profile((0.01, 0.01, 0.01), compaction_ms=0.29))
+    assert [gone.exit_index for gone in found.switched_off] == [1]
+    assert found.switched_off[0].asking_ms == pytest.approx(0.3)
+
+
+def test_where_no_exit_pays_the_plain_network_is_left(logits):
+    found = choose(logits, profile((2.0, 2.0, 0.1)))
+    assert found.chosen.policy.thresholds == (math.inf, math.inf)
+    assert {gone.exit_index for gone in found.switched_off} == {0, 1}
+    assert found.batch_ms == found.plain_ms == pytest.approx(3.1)
+
+
+def test_a_single_sample_is_expected_to_take_its_share_of_the_stages(logits):
+    found = choose(logits, profile((0.01, 0.01, 0.01)), batch_size=1)
+    stages = 0.125 * (1 + 0.5 + 0.25)
+    assert found.batch_ms == pytest.approx(stages + 0.01 * (1 + 0.5 + 0.25))
+
+
+def test_what_does_not_fit_is_refused(logits):
+    times = profile((0.1, 0.1, 0.1))
+    with pytest.raises(InvalidArgumentError, match=r"in \[1, 8\].* Got 9"):
+        choose(logits, times, batch_size=9)
+    with pytest.raises(ShapeError, match=r"profile of 3 stages. Got one of 2"):
+        choose(logits, replace(times, stage_ms=times.stage_ms[:2]))
+
+
+def test_exits_can_be_kept_off(logits):
+    chosen = calibrate(logits, max_drop=0.0, off=frozenset({0}))
+    assert chosen.policy.thresholds[0] == math.inf
+    assert chosen.policy.thresholds[1] < 1
+    assert calibrate(logits, budget_macs=290, off=frozenset({0})).policy.is_off(0)
