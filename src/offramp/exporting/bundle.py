@@ -21,7 +21,7 @@ from offramp.errors import ArtifactError, ExportMismatchError, InvalidArgumentEr
 from offramp.exporting.onnx import StepModule, plan_steps, write_onnx
 from offramp.exporting.single import write_single
 from offramp.inference.agreement import Agreement, compare_with_all_exits
-from offramp.measure.cost import ExitCosts
+from offramp.measure.cost import ExitCosts, parameter_bytes, payload_bytes
 from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.policy.policies import Policy, State, policy_to_dict
 from offramp.results import AdaptiveResult
@@ -189,8 +189,8 @@ def _write_steps(
                 stage_macs=sum(costs.stage_macs[stage] for stage in plan.stages),
                 head_macs=costs.head_macs[k],
                 exit_macs=exit_macs[k],
-                payload_bytes=sum(spec.sample_bytes for spec in handed_on),
-                parameter_bytes=sum(p.numel() * p.element_size() for p in module.parameters()),
+                payload_bytes=0 if is_last else payload_bytes(*next_features, *next_state),
+                parameter_bytes=parameter_bytes(module),
             )
         )
         features, state = next_features, next_state

@@ -1,4 +1,4 @@
-"""What a network costs: multiply-accumulates (MACs) per sample, counted from what really runs."""
+"""What a network costs a sample: multiply-accumulates (MACs) that really run, weights, payload."""
 
 from __future__ import annotations
 
@@ -81,6 +81,35 @@ def count_macs(module: nn.Module, *inputs: Tensor) -> int:
     with torch.no_grad(), evaluation_mode(module), counting_macs() as counted:
         module(*(tensor[:1] for tensor in inputs))
     return counted()
+
+
+def parameter_bytes(*modules: nn.Module) -> int:
+    """Bytes of weights that modules read, each parameter once however often it is used.
+
+    Args:
+        modules: Any modules.
+    Returns:
+        Bytes.
+    Example:
+        >>> parameter_bytes(nn.Linear(784, 10))
+        31400
+    """
+    unique = {id(p): p for module in modules for p in module.parameters()}
+    return sum(p.numel() * p.element_size() for p in unique.values())
+
+
+def payload_bytes(*tensors: Tensor) -> int:
+    """Bytes of one sample of what crosses from a stage to the next, headers not counted.
+
+    Args:
+        tensors: Features, and a policy's state, each with the batch axis first.
+    Returns:
+        Bytes per sample.
+    Example:
+        >>> payload_bytes(torch.zeros(8, 64, 7, 7), torch.zeros(8, dtype=torch.int64))
+        12552
+    """
+    return sum(tensor[0].numel() * tensor.element_size() for tensor in tensors)
 
 
 @contextmanager

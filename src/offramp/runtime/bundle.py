@@ -8,13 +8,10 @@ one file holds all steps for batches of one.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from offramp.artifacts import read_json, write_json
 from offramp.errors import ArtifactError, InvalidArgumentError
@@ -41,11 +38,6 @@ class TensorSpec:
     name: str
     dtype: str
     sample_shape: tuple[int, ...]
-
-    @property
-    def sample_bytes(self) -> int:
-        """Bytes of one sample of it."""
-        return math.prod(self.sample_shape) * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from offramp.errors import ShapeError
-from offramp.measure.cost import ExitCosts, count_macs, counting_macs, evaluation_mode
+from offramp.measure.cost import (
+    ExitCosts,
+    count_macs,
+    counting_macs,
+    evaluation_mode,
+    parameter_bytes,
+    payload_bytes,
+)
 
 TOKENS, WIDTH, HEADS = 10, 16, 4
 
@@ -134,3 +141,18 @@ def test_exit_costs_add_up_stages_and_the_heads_that_run():
     assert costs.exit_macs() == (101, 303, 607)
     assert costs.exit_macs(frozenset({0})) == (100, 302, 606)
     assert costs.exit_macs(frozenset({0, 1})) == (100, 300, 604)
+
+
+def test_parameters_are_counted_once_however_often_they_are_used():
+    shared = nn.Linear(6, 5)  # 35 parameters of 4 bytes
+    assert parameter_bytes(shared) == 140
+    assert parameter_bytes(shared, nn.Sequential(shared, nn.Linear(5, 2).half())) == 140 + 24
+    lstm = nn.LSTM(6, 8)  # four gates: weights from 6 and from 8, two biases each
+    assert parameter_bytes(lstm) == 4 * 4 * 8 * (6 + 8 + 2)
+
+
+def test_payload_is_of_one_sample_in_the_bytes_of_its_type():
+    features = torch.zeros(3, 16, 7, 7)
+    assert payload_bytes(features) == 16 * 49 * 4
+    assert payload_bytes(features.half(), torch.zeros(3, dtype=torch.int64)) == 16 * 49 * 2 + 8
+    assert payload_bytes(torch.zeros(5)) == 4

@@ -64,11 +64,6 @@ def test_what_was_written_is_read(bundle):
     assert read_bundle(str(bundle.folder)).inputs == bundle.steps[0].features
 
 
-def test_bytes_of_a_sample():
-    assert TensorSpec(name="x", dtype="float32", sample_shape=(2, 3)).sample_bytes == 24
-    assert TensorSpec(name="x", dtype="int64", sample_shape=()).sample_bytes == 8
-
-
 def test_folder_without_a_bundle(tmp_path):
     with pytest.raises(ArtifactError, match="offramp export RUN"):
         read_bundle(tmp_path / "nowhere")
