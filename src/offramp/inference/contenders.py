@@ -16,7 +16,7 @@ from torch import Tensor
 
 from offramp.inference.agreement import all_exits_loop
 from offramp.inference.runner import AdaptiveRunner
-from offramp.model.multi_exit import Features
+from offramp.model.multi_exit import Features, take_samples
 from offramp.policy.policies import Decision, Policy, Setting, State
 
 Contenders = Mapping[str, Callable[[], object]]
@@ -75,8 +75,8 @@ def _features_of_survivors(runner: AdaptiveRunner, batch: Tensor) -> list[tuple[
         given.append((k, features))
         features = runner.network.run_stage(k, features)
         stay_B = (last_exit_B > k).nonzero()[:, 0]
-        features = tuple(tensor.index_select(0, stay_B) for tensor in features)
-        last_exit_B = last_exit_B[stay_B]
+        if len(stay_B) < len(last_exit_B):
+            features, last_exit_B = take_samples(features, stay_B), last_exit_B[stay_B]
     return given
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from offramp.errors import InvalidArgumentError
 from offramp.inference.timing import hardware_name
 from offramp.measure.profile import Profile, Times
-from offramp.model.multi_exit import Features, MultiExitNetwork
+from offramp.model.multi_exit import Features, MultiExitNetwork, take_samples
 from offramp.policy.policies import Policy, State
 
 Parts = Sequence[tuple[str, Callable[[], object]]]
@@ -156,4 +156,4 @@ def _compact(output: Tensor, carried: Sequence[Tensor]) -> object:
     answers = output.clone()
     stay_B = (rows_B % 2 == 0).nonzero()[:, 0]
     answers.index_copy_(0, rows_B, output)
-    return [tensor.index_select(0, stay_B) for tensor in (rows_B, *carried)]
+    return take_samples((rows_B, *carried), stay_B)

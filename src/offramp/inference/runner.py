@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from offramp.errors import NotCalibratedError
-from offramp.model.multi_exit import Features, MultiExitNetwork
+from offramp.model.multi_exit import Features, MultiExitNetwork, take_samples
 from offramp.policy.policies import Policy, State
 from offramp.results import AdaptiveResult
 
@@ -112,8 +112,8 @@ class AdaptiveRunner:
                 break
             if len(stay_B) < len(rows_B):
                 rows_B = rows_B.index_select(0, stay_B)
-                features = tuple(tensor.index_select(0, stay_B) for tensor in features)
-                state = tuple(tensor.index_select(0, stay_B) for tensor in state)
+                features = take_samples(features, stay_B)
+                state = take_samples(state, stay_B)
         assert answers is not None  # the final exit is never off
         return answers
 

@@ -150,6 +150,28 @@ class PlainNetwork(nn.Module):
         return logits
 
 
+def take_samples(features: Features, rows_B: Tensor) -> Features:
+    """Take some samples of a batch, each tensor laid out in memory as before.
+
+    ``index_select`` alone would lay channels-last feature maps out anew, channels first, and the
+    convolutions after it would turn them back.
+
+    Args:
+        features: Tensors with the batch axis first.
+        rows_B: Which samples, shape (B,), int64.
+    Returns:
+        As many tensors, of those samples only.
+    """
+    return tuple(_take(tensor, rows_B) for tensor in features)
+
+
+def _take(tensor: Tensor, rows_B: Tensor) -> Tensor:
+    is_channels_last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    if is_channels_last and not tensor.is_contiguous():
+        return tensor.permute(0, 2, 3, 1).index_select(0, rows_B).permute(0, 3, 1, 2)
+    return tensor.index_select(0, rows_B)
+
+
 def as_features(output: object) -> Features:
     """Bring what a stage returned into the form of features.
 

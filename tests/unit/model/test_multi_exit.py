@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from offramp.errors import InvalidArgumentError, ShapeError
-from offramp.model.multi_exit import MultiExitNetwork, as_features
+from offramp.model.multi_exit import MultiExitNetwork, as_features, take_samples
 
 
 class Pair(nn.Module):
@@ -102,3 +102,13 @@ def test_as_many_exits_as_stages(num_stages, num_heads):
 def test_features_are_a_tensor_or_a_tuple_of_tensors(output):
     with pytest.raises(ShapeError, match=type(output).__name__):
         as_features(output)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_samples_are_taken_in_the_layout_they_had(memory_format):
+    maps = torch.rand(5, 3, 4, 4).contiguous(memory_format=memory_format)
+    rows, labels = torch.tensor([0, 3]), torch.arange(5)
+    taken, taken_labels = take_samples((maps, labels), rows)
+    assert torch.equal(taken, maps[[0, 3]])
+    assert taken.is_contiguous(memory_format=memory_format)
+    assert taken_labels.tolist() == [0, 3]
