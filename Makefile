@@ -28,9 +28,10 @@ check: $(READY)  ## Format, lint, types, layers.
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(READY)  ## The clock: loader and tutorial loop; needs OFFRAMP_DATA.
+bench: $(READY)  ## The clock: loader, tutorial loop, engines; needs OFFRAMP_DATA and runs/emnist-mlp.
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/tutorial_loop.py runs/emnist-mlp
+	$(BIN)/python benchmarks/clock.py
 
 # torch first and alone: asked for in any other way, pip may take a build with gigabytes of CUDA.
 $(READY): pyproject.toml constraints.txt

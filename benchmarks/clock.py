@@ -155,7 +155,8 @@ def start_engines(
     if with_int8:
         quantize(bundle, scratch / "int8", parity.numpy())
         engines["int8"] = of_bundle(scratch / "int8")
-    if earlyon is not None:
+    has_off = any(runner.policy.is_off(k) for k in range(runner.policy.num_exits))
+    if earlyon is not None and not has_off:  # earlyon knows no exit that is off
         engines["earlyon"] = of_run(earlyon, "earlyon")
     return engines
 
@@ -263,10 +264,11 @@ def main(
             ]
         print_results(name, rows)
         content[name] = rows
-    around = circumstances()
+        around = circumstances()
+        if json_file is not None:
+            figures = {**around, "rounds": rounds, "samples": SAMPLES, "networks": content}
+            write_json(figures, json_file)
     print(f"{around['hardware']}, {around['threads']} threads, torch {torch.__version__}")
-    if json_file is not None:
-        write_json({**around, "rounds": rounds, "samples": SAMPLES, "networks": content}, json_file)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import offramp.calibration.latency as latency_module
+import offramp.cli.export as export_module
 
 
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
@@ -38,11 +39,16 @@ def test_exits_that_do_not_pay_are_named(run, offramp, monkeypatch):
     assert policy["policy"]["thresholds"] == [None, None]
 
 
-def test_int8_chooses_anew_for_the_target_alone(run, offramp):
+def test_int8_chooses_anew_for_the_target_alone(run, offramp, monkeypatch):
+    monkeypatch.setattr(export_module, "_SHARE_TOLERANCE", -1.0)  # any move is too much
+    monkeypatch.setattr(latency_module, "_LEAST_GAIN", 1.0)  # no exit goes
     asked = ("--max-drop", "0.0", "--for", "latency", "--backend", "torch")
     assert offramp("calibrate", run, *asked).code == 0
     outcome = offramp("export", run, "--quantize", "int8", "--out", "int8")
     assert (outcome.code, outcome.stderr) == (0, "")
+    assert [line.split()[0] for line in outcome.stdout.splitlines()][1:4] == [
+        *("float32", "int8", "anew")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +61,8 @@ def test_int8_chooses_anew_for_the_target_alone(run, offramp):
         ("--for latency --max-drop 0.01 --batch-size 0", ("batch size", "Got 0")),
         ("--for latency --max-drop 0.01 --batch-size 99999", ("batch size", "99999")),
         ("--for latency --max-drop 2 --backend torch", ("'max_drop'", "Got 2")),
+        ("--max-drop 0.01 --batch-size 8", ("--batch-size", "--for latency")),
+        ("--max-drop 0.01 --backend torch", ("--backend", "--for latency")),
     ],
 )
 def test_wrong_input_is_refused(run, refuses, options, words):

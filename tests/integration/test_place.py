@@ -9,10 +9,17 @@ import pytest
 import torch
 from torch import nn
 
+import offramp.inference.placement as placement_module
 from offramp import add_exits, load
 from offramp.training.recipes import find_recipe
 
 RECIPE = "digits-mlp"
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """Every piece and head takes a millisecond: what is proposed must not hang on the machine."""
+    monkeypatch.setattr(placement_module, "_timed", lambda module, given: (module(given), 1.0))
 
 
 def plain_backbone():

@@ -84,6 +84,11 @@ def calibrate(
     if (max_drop is None) == (budget_macs is None):
         raise InvalidArgumentError("Give exactly one target: 'max_drop' or 'budget_macs'.")
     confidence_KN = confidences(logits, rule)
+    if not off <= set(range(len(confidence_KN) - 1)):
+        raise InvalidArgumentError(
+            f"The 'off' parameter must hold exits in [0, {len(confidence_KN) - 2}], the final one "
+            f"never. Got {sorted(off)}."
+        )
     correct_KN = logits.correct_KN.numpy().astype(np.float64)
     worth_KN = correct_KN
     if budget_macs is not None:

@@ -47,10 +47,13 @@ def calibrate(
             help="With --max-drop: time the parts, and switch off exits that do not pay.",
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples a batch, for --for latency.")] = 1,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples a batch, for --for latency; default 1.")
+    ] = None,
     backend: Annotated[
-        str, typer.Option(metavar="NAME", help="torch or onnxruntime, for --for latency.")
-    ] = "onnxruntime",
+        str | None,
+        typer.Option(metavar="NAME", help="torch or onnxruntime, for --for latency; the default."),
+    ] = None,
     data: DataOption = None,
     device: DeviceOption = None,
 ) -> None:
@@ -59,8 +62,7 @@ def calibrate(
         raise InvalidArgumentError(
             "Give exactly one of --thresholds, --max-drop and --budget-macs."
         )
-    if aim is not None:
-        _check_aim(aim, max_drop, backend)
+    _check_aim(aim, max_drop, batch_size=batch_size, backend=backend)
     from offramp.training.run import load
 
     loaded = load(run)
@@ -71,10 +73,12 @@ def calibrate(
     prepared = _prepare(loaded, data, device)
     if aim is not None:
         assert max_drop is not None  # checked above
-        chosen = _choose_for_latency(
-            prepared, max_drop=max_drop, rule=rule, batch_size=batch_size, backend=backend
-        )
-        target |= {"for": aim, "batch_size": batch_size, "backend": backend}
+        how: dict[str, Any] = {
+            "batch_size": 1 if batch_size is None else batch_size,
+            "backend": backend or "onnxruntime",
+        }
+        chosen = _choose_for_latency(prepared, max_drop=max_drop, rule=rule, **how)
+        target |= {"for": aim, **how}
     else:
         from offramp.calibration.thresholds import calibrate as choose
 
@@ -82,7 +86,15 @@ def calibrate(
     prepared.write(chosen, target)
 
 
-def _check_aim(aim: str, max_drop: float | None, backend: str) -> None:
+def _check_aim(
+    aim: str | None, max_drop: float | None, *, batch_size: int | None, backend: str | None
+) -> None:
+    if aim is None:
+        if batch_size is not None or backend is not None:
+            raise InvalidArgumentError(
+                "--batch-size and --backend are for timing the parts: give --for latency as well."
+            )
+        return
     if aim != "latency":
         raise InvalidArgumentError(f"--for must be latency. Got {aim!r}.")
     if max_drop is None:
@@ -90,7 +102,7 @@ def _check_aim(aim: str, max_drop: float | None, backend: str) -> None:
             "--for latency switches off exits as long as an accuracy target holds: give it with "
             "--max-drop."
         )
-    if backend not in ("torch", "onnxruntime"):
+    if backend not in (None, "torch", "onnxruntime"):
         raise InvalidArgumentError(f"--backend must be torch or onnxruntime. Got {backend!r}.")
 
 
@@ -157,12 +169,15 @@ def _choose_for_latency(
     """Time the parts, keep the times in profile.json, and say what was switched off and why."""
     from offramp.artifacts import write_json
     from offramp.calibration.latency import calibrate_for_latency
+    from offramp.calibration.thresholds import calibrate as choose
     from offramp.exporting.profiling import profile_exported
     from offramp.inference.profiling import profile_network, profile_sizes
     from offramp.policy.policies import never_leave
 
     network, samples = prepared.run.network, prepared.batches
-    profile_sizes(batch_size, num_samples=len(samples))  # refuses what cannot be timed
+    # What cannot be asked or timed is refused before the parts are.
+    choose(prepared.logits, max_drop=max_drop, rule=rule)
+    profile_sizes(batch_size, num_samples=len(samples))
     inputs, _ = samples.__getitems__(list(range(batch_size)))
     asks = replace(never_leave(network.num_exits), rule=rule)
     print(f"timing stages, exits and compaction in {backend}")
@@ -181,7 +196,8 @@ def _choose_for_latency(
             f"without it, {gone.ms_with:.3f} with it; asking there takes {gone.asking_ms:.3f}"
         )
     if not found.switched_off:
-        print("every exit that is on pays")
+        is_any_on = any(t != math.inf for t in found.chosen.policy.thresholds)
+        print("every exit that is on pays" if is_any_on else "the target leaves no exit on")
     print(
         f"expected {found.batch_ms:.3f} ms a batch of {batch_size}, plain network "
         f"{found.plain_ms:.3f} ({profile.hardware}, {profile.threads} threads)"

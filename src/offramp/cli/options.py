@@ -91,6 +91,23 @@ def pick_device(device: str | None) -> str:
     return device
 
 
+def use_threads(threads: int | None) -> None:
+    """Let torch compute with so many threads.
+
+    Args:
+        threads: What ``--threads`` was given; None leaves torch's choice.
+    Raises:
+        InvalidArgumentError: If it is below 1.
+    """
+    import torch
+
+    if threads is None:
+        return
+    if threads < 1:
+        raise InvalidArgumentError(f"--threads must be an int of at least 1. Got {threads}.")
+    torch.set_num_threads(threads)
+
+
 def percent(fraction: float | None) -> str:
     """Format a fraction as a percentage; a dash for None.
 

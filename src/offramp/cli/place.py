@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from offramp.cli.options import JsonOption, percent, write_figures
+from offramp.cli.options import JsonOption, percent, use_threads, write_figures
 from offramp.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -42,10 +42,7 @@ def place(
         raise InvalidArgumentError(
             f"--batch-size must be an int in [1, {_MAX_BATCH_SIZE}]. Got {batch_size}."
         )
-    if threads is not None:
-        if threads < 1:
-            raise InvalidArgumentError(f"--threads must be an int of at least 1. Got {threads}.")
-        torch.set_num_threads(threads)
+    use_threads(threads)
     backbone, recipe = _find_backbone(backbone_name)
     num_classes = recipe.network_options["num_classes"]
     placement = measured.place(

@@ -14,6 +14,7 @@ from offramp.cli.options import (
     DeviceOption,
     JsonOption,
     RunOrBundle,
+    use_threads,
     write_figures,
 )
 from offramp.errors import InvalidArgumentError
@@ -47,8 +48,6 @@ def time(
     json_file: JsonOption = None,
 ) -> None:
     """Time leaving early against the plain network and the all-exits loop, on real samples."""
-    import torch
-
     from offramp.inference.runner import AdaptiveRunner
     from offramp.inference.timing import time_runner
 
@@ -56,10 +55,7 @@ def time(
     if bundle is not None and is_bundle(run):
         raise InvalidArgumentError(f"--bundle is for a run; {run} is a bundle already.")
     asked = open_artifact(run, device)
-    if threads is not None:
-        if threads < 1:
-            raise InvalidArgumentError(f"--threads must be an int of at least 1. Got {threads}.")
-        torch.set_num_threads(threads)
+    use_threads(threads)
     inputs, runner = _real_samples(asked, data), asked.runner
     if not isinstance(runner, AdaptiveRunner):
         from offramp.inference.timing_processes import time_bundle

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,15 @@ import offramp
 from offramp.errors import ArtifactError, ExportMismatchError, InvalidArgumentError
 from offramp.exporting.onnx import StepModule, plan_steps, write_onnx
 from offramp.exporting.single import write_single
-from offramp.inference.agreement import Agreement, compare_with_all_exits
+from offramp.inference.agreement import (
+    Agreement,
+    answer_one_by_one,
+    compare_with_all_exits,
+)
 from offramp.measure.cost import ExitCosts, parameter_bytes, payload_bytes
 from offramp.model.multi_exit import Features, MultiExitNetwork
-from offramp.policy.policies import Policy, State, policy_to_dict
-from offramp.results import AdaptiveResult
-from offramp.runtime import Bundle, Session, Step
+from offramp.policy.policies import Policy, State, never_leave, policy_to_dict
+from offramp.runtime import Bundle, Session, Step, with_thresholds
 from offramp.runtime.bundle import BUNDLE_FILE, TensorSpec, file_sha256, write_bundle
 
 PLAIN_FILE = "plain.onnx"
@@ -126,18 +129,13 @@ def check_parity(
     Raises:
         ExportMismatchError: If they differ by more than DESIGN's rule for two engines allows.
     """
-    ones = [session.run(sample) for sample in samples[:_SINGLE_SAMPLES].numpy()[:, None]]
-    _check(compare_with_all_exits(_joined(ones), network, policy, samples[: len(ones)]))
+    few = samples[:_SINGLE_SAMPLES]
+    _check(compare_with_all_exits(answer_one_by_one(session, few), network, policy, few))
+    # Nobody leaves: so every branch of the file for single samples is run.
+    nobody = with_thresholds(session.bundle, [math.inf] * (len(session.bundle.steps) - 1))
+    stay = never_leave(network.num_exits)
+    _check(compare_with_all_exits(answer_one_by_one(Session(nobody), few), network, stay, few))
     return _check(compare_with_all_exits(session.run(samples.numpy()), network, policy, samples))
-
-
-def _joined(results: Sequence[AdaptiveResult[Any]]) -> AdaptiveResult[Any]:
-    return AdaptiveResult(
-        output=np.concatenate([result.output for result in results]),
-        exit_index=np.concatenate([result.exit_index for result in results]),
-        confidence=np.concatenate([result.confidence for result in results]),
-        macs=np.concatenate([result.macs for result in results]),
-    )
 
 
 def _check(agreement: Agreement) -> Agreement:

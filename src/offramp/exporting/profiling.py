@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ def profile_exported(
     """Time stages, exits and compaction in onnxruntime, with as many threads as torch has.
 
     In a bundle, the stages up to an exit that is on are one call, which ends with handing the
-    features on. So what that takes counts to the exit, not to the stage.
+    features on. So what that takes counts to the exit, not to the stage. A batch of one is a
+    single call in all, and hands nothing on.
 
     Args:
         network: The network, in evaluation mode, on the CPU.
@@ -44,18 +45,16 @@ def profile_exported(
     Raises:
         InvalidArgumentError: If the batch size is not in [1, N].
         ArtifactError: If torch cannot export a part.
+        MissingExtraError: If the packages that write ONNX are not installed.
     """
     sizes, num_exits = profile_sizes(batch_size, num_samples=len(samples)), network.num_exits
     with tempfile.TemporaryDirectory() as folder:
         calls = _export_parts(network, policy, samples, Path(folder))
         laps = [time_parts(_parts(calls, samples[:size].numpy())) for size in sizes]
-    for ms in laps:
-        for k in range(num_exits):
-            ms[f"stage_{k}"] = max(0.0, ms[f"stage_{k}"] - ms[f"handover_{k}"])
-            if k < num_exits - 1:
-                ms[f"exit_{k}"] += max(0.0, ms[f"handover_{k}"] - ms["empty_call"])
+    laps = [as_in_a_bundle(ms, num_exits, one_graph=batch_size == 1) for ms in laps]
     return Profile(
         backend="onnxruntime",
+        versions={"onnxruntime": onnxruntime.__version__},
         hardware=hardware_name(samples.device),
         threads=torch.get_num_threads(),
         sizes=sizes,
@@ -63,6 +62,27 @@ def profile_exported(
         exit_ms=times_of("exit", laps, num_exits=num_exits),
         compaction_ms=times_of("compaction", laps, num_exits=num_exits),
     )
+
+
+def as_in_a_bundle(ms: Mapping[str, float], num_exits: int, *, one_graph: bool) -> dict[str, float]:
+    """Share out what calls take that were timed apart and are one call in a bundle.
+
+    Args:
+        ms: Milliseconds of ``stage_k`` and ``exit_k``, each a call of its own; of ``handover_k``, a
+            call that only hands on the features of stage k; and of ``least_call``, one that hands
+            on next to nothing.
+        num_exits: Exits of the network.
+        one_graph: Whether all steps are one call; else every exit that is on ends one.
+    Returns:
+        The same parts; the final exit's holds the call that there is in any case.
+    """
+    shared = dict(ms)
+    for k in range(num_exits):
+        shared[f"stage_{k}"] = max(0.0, ms[f"stage_{k}"] - ms[f"handover_{k}"])
+        if k < num_exits - 1:
+            ends_a_call = 0.0 if one_graph else ms[f"handover_{k}"]
+            shared[f"exit_{k}"] = max(0.0, ms[f"exit_{k}"] - ms["least_call"] + ends_a_call)
+    return shared
 
 
 class _Call:
@@ -162,7 +182,7 @@ def _parts(calls: Calls, batch: Array) -> Parts:
         features = stage(*features)
         parts.append((f"handover_{k}", partial(hand_over, *features)))
         if k == 0:
-            parts.append(("empty_call", partial(hand_over, *(array[:1] for array in features))))
+            parts.append(("least_call", partial(hand_over, *(array[:1] for array in features))))
         asked = [*features, *state]
         parts.append((f"exit_{k}", partial(leave, *asked)))
         _, _, _, *state = leave(*asked)

@@ -47,7 +47,7 @@ def write_single(folder: Path, steps: Sequence[Step], path: Path) -> None:
         for name, value in single_numbers(steps).items()
     ]
     graph = helper.make_graph(
-        nodes, "single", inputs, _outputs(SINGLE_OUTPUTS), initializer=[*numbers, *weights]
+        nodes, "single", inputs, _outputs(SINGLE_OUTPUTS, models), initializer=[*numbers, *weights]
     )
     opsets = {(opset.domain, opset.version): opset for m in models for opset in m.opset_import}
     version = max(model.ir_version for model in models)
@@ -80,11 +80,13 @@ def _nested(
         ],
         f"stop_{index}",
         [],
-        _outputs(stopped),
+        _outputs(stopped, models),
     )
     nodes, weights = _nested(models, index + 1, carried, f"_after_{index}")
     after = [f"{name}_after_{index}" for name in SINGLE_OUTPUTS]
-    go_on = helper.make_graph(nodes, f"go_on_{index}", [], _outputs(after), initializer=weights)
+    go_on = helper.make_graph(
+        nodes, f"go_on_{index}", [], _outputs(after, models), initializer=weights
+    )
     branch = helper.make_node("If", [leave], answers, then_branch=stop, else_branch=go_on)
     return [*step.nodes(len(step.outputs())), branch], step.weights()
 
@@ -157,10 +159,12 @@ def _number_of_step(index: int, name: str) -> onnx.NodeProto:
     )
 
 
-def _outputs(names: Sequence[str]) -> list[onnx.ValueInfoProto]:
+def _outputs(names: Sequence[str], models: Sequence[onnx.ModelProto]) -> list[onnx.ValueInfoProto]:
+    """Describe logits and confidence, of the types that the steps have, and the step's number."""
     from onnx import TensorProto, helper
 
-    types = (TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.INT64)
+    answers = list(models[0].graph.output)[:_ANSWERS]
+    types = [*(value.type.tensor_type.elem_type for value in answers), TensorProto.INT64]
     return [
         helper.make_tensor_value_info(name, kind, None)
         for name, kind in zip(names, types, strict=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from offramp.errors import OfframpError
-from offramp.inference.runner import AdaptiveRunner
+from offramp.inference.runner import AdaptiveRunner, Runner
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.policies import Policy, State, ThresholdPolicy
 from offramp.results import AdaptiveResult
@@ -140,6 +140,28 @@ def require_agreement(agreement: Agreement) -> None:
             f"of {agreement.num_samples} samples left elsewhere and logits differ by up to "
             f"{max(agreement.differences):.2g}. Nothing was timed: please report this."
         )
+
+
+def answer_one_by_one(runner: Runner, samples: Tensor) -> AdaptiveResult[Tensor]:
+    """Answers to batches of one, which engines compute in other ways than larger batches.
+
+    Args:
+        runner: Any runner.
+        samples: Inputs, shape (N, ...), on its device.
+    Returns:
+        The answers, in order.
+    """
+    results = [runner.run(sample) for sample in torch.split(samples, 1)]
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([torch.as_tensor(getattr(result, name)) for result in results])
+
+    return AdaptiveResult(
+        output=joined("output"),
+        exit_index=joined("exit_index"),
+        confidence=joined("confidence"),
+        macs=joined("macs"),
+    )
 
 
 def all_exits_loop(

@@ -37,10 +37,10 @@ def bundle_contenders(
         "all_exits": lambda: [all_steps_loop(session, batch) for batch in batches],
         "adaptive": lambda: [session.run(batch) for batch in batches],
         "never_exit": lambda: [never.run(batch) for batch in batches],
-        "stages": lambda: [session.run_step(*step) for given in survivors for step in given],
+        "stages": partial(_run_steps, session, [step for given in survivors for step in given]),
     }
     for k in steps:
-        contenders[f"stage_{k}"] = partial(_run_step_of_all, session, k, everyone)
+        contenders[f"stage_{k}"] = partial(_run_steps, session, [given[k] for given in everyone])
     return contenders
 
 
@@ -57,10 +57,10 @@ def _carried_to_survivors(session: Session, batch: Array) -> list[tuple[int, lis
     return given
 
 
-def _run_step_of_all(
-    session: Session, k: int, batches: Sequence[list[tuple[int, list[Array]]]]
-) -> list[object]:
-    return [session.run_step(*given[k]) for given in batches]
+def _run_steps(session: Session, steps: Sequence[tuple[int, list[Array]]]) -> None:
+    """Steps alone. Nothing is kept, as a session keeps nothing: see ``contenders.py``."""
+    for index, carried in steps:
+        session.run_step(index, carried)
 
 
 def all_steps_loop(session: Session, batch: Array) -> tuple[Array, Array, list[Array]]:

@@ -42,10 +42,10 @@ def torch_contenders(runner: AdaptiveRunner, batches: Sequence[Tensor]) -> Conte
         "all_exits": lambda: [all_exits_loop(network, policy, batch) for batch in batches],
         "adaptive": lambda: [runner.run(batch) for batch in batches],
         "never_exit": lambda: [never.run(batch) for batch in batches],
-        "stages": lambda: [_run_part(runner, k, f) for given in survivors for k, f in given],
+        "stages": partial(_run_parts, runner, [part for given in survivors for part in given]),
     }
     for k in range(network.num_exits):
-        contenders[f"stage_{k}"] = partial(_run_stage_of_all, runner, k, everyone)
+        contenders[f"stage_{k}"] = partial(_run_parts, runner, [given[k] for given in everyone])
     return {name: torch.inference_mode()(run) for name, run in contenders.items()}
 
 
@@ -80,15 +80,13 @@ def _features_of_survivors(runner: AdaptiveRunner, batch: Tensor) -> list[tuple[
     return given
 
 
-def _run_stage_of_all(
-    runner: AdaptiveRunner, k: int, batches: Sequence[list[tuple[int, Features]]]
-) -> list[Features]:
-    return [_run_part(runner, *given[k]) for given in batches]
+def _run_parts(runner: AdaptiveRunner, parts: Sequence[tuple[int, Features]]) -> None:
+    """Stages with their heads, unless these are off.
 
-
-def _run_part(runner: AdaptiveRunner, k: int, features: Features) -> Features:
-    """A stage with its head and the decision, unless that is off."""
-    features = runner.network.run_stage(k, features)
-    if not runner.policy.is_off(k):
-        runner.network.run_exit(k, features)
-    return features
+    Nothing is kept, as a runner keeps nothing: results that pile up would make every part pay for
+    memory of its own.
+    """
+    for k, given in parts:
+        features = runner.network.run_stage(k, given)
+        if not runner.policy.is_off(k):
+            runner.network.run_exit(k, features)

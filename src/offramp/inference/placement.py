@@ -205,8 +205,9 @@ def _fitting_heads(
     features = example.clone()
     for path in list(pieces)[:-1]:
         features = pieces[path](features)
-        with suppress(ShapeError):
-            heads[path] = head_for(features, num_classes).to(features)
+        if features.is_floating_point():
+            with suppress(ShapeError):
+                heads[path] = head_for(features, num_classes).to(features)
     return heads
 
 

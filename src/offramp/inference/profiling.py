@@ -71,6 +71,7 @@ def profile_network(
     laps = [time_parts(torch_parts(network, policy, samples[:size]), wait) for size in sizes]
     return Profile(
         backend="torch",
+        versions={"torch": str(torch.__version__)},
         hardware=hardware_name(samples.device),
         threads=torch.get_num_threads(),
         sizes=sizes,

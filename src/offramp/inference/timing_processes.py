@@ -17,6 +17,7 @@ from torch import Tensor
 from offramp.errors import ArtifactError
 from offramp.inference.agreement import (
     Agreement,
+    answer_one_by_one,
     check_early_answers,
     compare_answers,
     is_near,
@@ -29,6 +30,9 @@ from offramp.inference.timing import Timing, check_batch_sizes, hardware_name, t
 from offramp.policy.policies import policy_to_dict
 from offramp.results import AdaptiveResult
 from offramp.runtime import Bundle, Session, read_bundle
+
+_SINGLE_SAMPLES = 64
+"""Samples that are also compared one by one, which a bundle answers by another file."""
 
 
 def time_in_processes(
@@ -104,6 +108,9 @@ def time_bundle(
     result = session.run(inputs)
     if bundle.quantized is None:
         require_agreement(_compare_with_all_steps(result, session, inputs))
+        few = inputs[:_SINGLE_SAMPLES]
+        ones = answer_one_by_one(session, few)
+        require_agreement(_compare_with_all_steps(ones, session, few))
     with _stopwatches({"onnxruntime": bundle.folder}, inputs) as stopwatches:
         return time_engines(
             stopwatches,
@@ -145,7 +152,9 @@ def _check_bundle(folder: Path, runner: AdaptiveRunner, inputs: Tensor) -> None:
         )
     _require_plain(bundle)
     if bundle.quantized is None:
-        check_early_answers(Session(bundle).run(inputs), runner, inputs)
+        session, few = Session(bundle), inputs[:_SINGLE_SAMPLES]
+        check_early_answers(session.run(inputs), runner, inputs)
+        check_early_answers(answer_one_by_one(session, few), runner, few)
 
 
 def _require_plain(bundle: Bundle) -> None:

@@ -5,7 +5,7 @@ Shapes: ``K`` exits, ``S`` batch sizes that were timed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ class Profile:
 
     Attributes:
         backend: The engine that ran.
+        versions: Of the engine.
         hardware: Processor or GPU.
         threads: Threads that computed.
         sizes: Batch sizes that were timed, growing, 1 first.
@@ -32,6 +33,7 @@ class Profile:
     """
 
     backend: str
+    versions: Mapping[str, str]
     hardware: str
     threads: int
     sizes: tuple[int, ...]
@@ -42,8 +44,8 @@ class Profile:
     def batch_ms(self, reaching_K: Sequence[float], off: Collection[int] = ()) -> float:
         """Predict the milliseconds of a batch.
 
-        Between the timed sizes, times are taken to grow evenly; below one sample they are the
-        share of the batches in which there is one.
+        Between the timed sizes, times are taken to grow evenly; a mean below one sample is taken as
+        the share of the batches in which there is one, as it is for batches of one.
 
         Args:
             reaching_K: How many samples of the batch reach each stage, a mean.
@@ -52,7 +54,7 @@ class Profile:
             Milliseconds.
         Example:
             >>> profile = Profile(
-            ...     backend="torch", hardware="a processor", threads=1, sizes=(1, 10),
+            ...     backend="torch", versions={}, hardware="a processor", threads=1, sizes=(1, 10),
             ...     stage_ms=((1.0, 10.0), (2.0, 20.0)),
             ...     exit_ms=((0.5, 0.5), (0.5, 0.5)), compaction_ms=((0.1, 0.1), (0.0, 0.0)),
             ... )

@@ -17,8 +17,8 @@ from offramp.artifacts import read_json, write_json
 from offramp.errors import ArtifactError, InvalidArgumentError
 
 BUNDLE_FILE = "bundle.json"
-NOBODY_LEAVES = 2.0
-"""A threshold above every confidence, which JSON can hold."""
+NOBODY_LEAVES = 1e9
+"""A threshold above every confidence and every patience, which JSON can hold."""
 FAMILIES = ("exits",)
 """Kinds of adaptive networks that a session can run."""
 SINGLE_OUTPUTS = ("output", "confidence", "step")
@@ -156,7 +156,10 @@ def with_thresholds(bundle: Bundle, thresholds: Sequence[float]) -> Bundle:
         replace(step, threshold=min(float(threshold), NOBODY_LEAVES))
         for step, threshold in zip(bundle.steps[:-1], thresholds, strict=True)
     ]
-    by_exit = {step.exit_index: step.threshold for step in changed}
+    by_exit = {
+        step.exit_index: step.threshold if step.threshold < NOBODY_LEAVES else None
+        for step in changed
+    }
     named = [by_exit.get(k) for k in range(bundle.num_exits - 1)]
     return replace(
         bundle,

@@ -5,6 +5,7 @@ Shapes: ``B`` batch, ``C`` classes.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ class Session:
             self._single = _LazySingle(self.bundle, self.bundle.single_file, threads, providers)
         options = options or session_options(threads)
         self._steps = [
-            _LoadedStep(path, step, _load(path, options, providers))
+            _LoadedStep(path, step, _load(path, options, providers, path))
             for step in self.bundle.steps
             for path in (self.bundle.folder / step.file,)
         ]
@@ -71,6 +72,8 @@ class Session:
             Logits, exit, confidence and MACs of each sample, in the order of the batch.
         Raises:
             ShapeError: If the inputs are not of the shape that the bundle was exported for.
+            ArtifactError: If the bundle was replaced after it was opened, and before the first
+                batch of one.
         """
         carried = check_inputs(self.bundle, inputs)
         if self._single is not None and len(carried[0]) == 1:
@@ -139,11 +142,8 @@ class PlainSession:
                 f"The bundle {self.bundle.folder} holds no plain network. "
                 "Export the run again with --plain."
             )
-        self._session = _load(
-            self.bundle.folder / self.bundle.plain_file,
-            session_options(threads),
-            ("CPUExecutionProvider",),
-        )
+        path = self.bundle.folder / self.bundle.plain_file
+        self._session = _load(path, session_options(threads), ("CPUExecutionProvider",), path)
 
     def run(self, *inputs: npt.ArrayLike) -> Array:
         """Compute the final exit's logits.
@@ -240,16 +240,16 @@ class _LazySingle:
     def __init__(
         self, bundle: Bundle, name: str, threads: int | None, providers: Sequence[str]
     ) -> None:
-        self._path = bundle.folder / name
+        self._path, self._sha256 = bundle.folder / name, bundle.single_sha256
         self._names = [spec.name for spec in bundle.inputs]
         self._providers = providers
         self._options = session_options(threads)
         # Kept: onnxruntime only borrows them.
-        self._numbers = [
-            onnxruntime.OrtValue.ortvalue_from_numpy(np.array(number, dtype=np.float32))
-            for number in single_numbers(bundle.steps).values()
-        ]
-        for name, number in zip(single_numbers(bundle.steps), self._numbers, strict=True):
+        self._numbers = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.array(number, dtype=np.float32))
+            for name, number in single_numbers(bundle.steps).items()
+        }
+        for name, number in self._numbers.items():
             self._options.add_initializer(name, number)
         self._session: onnxruntime.InferenceSession | None = None
         self._lock = threading.Lock()
@@ -265,12 +265,21 @@ class _LazySingle:
     def _load(self) -> onnxruntime.InferenceSession:
         with self._lock:
             if self._session is None:
-                self._session = _load(self._path, self._options, self._providers)
+                content = self._path.read_bytes() if self._path.is_file() else b""
+                if hashlib.sha256(content).hexdigest() != self._sha256:
+                    raise ArtifactError(
+                        f"{self._path} is not the file that was there when the bundle was opened: "
+                        "it was exported anew or removed since. Open the bundle again."
+                    )
+                self._session = _load(content, self._options, self._providers, self._path)
             return self._session
 
 
 def _load(
-    path: Path, options: onnxruntime.SessionOptions, providers: Sequence[str]
+    model: Path | bytes,
+    options: onnxruntime.SessionOptions,
+    providers: Sequence[str],
+    path: Path,
 ) -> onnxruntime.InferenceSession:
     unknown = set(providers) - set(onnxruntime.get_available_providers())
     if unknown:
@@ -279,6 +288,6 @@ def _load(
             f"It has {', '.join(onnxruntime.get_available_providers())}."
         )
     try:
-        return onnxruntime.InferenceSession(path, options, providers=list(providers))
+        return onnxruntime.InferenceSession(model, options, providers=list(providers))
     except Exception as error:  # onnxruntime's own exceptions have no common base but this one
         raise ArtifactError(f"onnxruntime cannot load {path}: {reason(error)}") from error

@@ -29,6 +29,7 @@ def profile(exit_ms, *, compaction_ms=0.0):
     """One millisecond a stage and batch of 8, growing evenly; exits as given at that size."""
     return Profile(
         backend="torch",
+        versions={"torch": "2"},
         hardware="a processor",
         threads=1,
         sizes=(1, 8),
@@ -95,3 +96,9 @@ def test_exits_can_be_kept_off(logits):
     assert chosen.policy.thresholds[0] == math.inf
     assert chosen.policy.thresholds[1] < 1
     assert calibrate(logits, budget_macs=290, off=frozenset({0})).policy.is_off(0)
+
+
+@pytest.mark.parametrize("off", [{2}, {-1}, {0, 7}])
+def test_only_exits_that_there_are_can_be_kept_off(logits, off):
+    with pytest.raises(InvalidArgumentError, match=r"exits in \[0, 1\], the final one never"):
+        calibrate(logits, max_drop=0.0, off=frozenset(off))

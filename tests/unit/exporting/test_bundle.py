@@ -12,6 +12,7 @@ import offramp.exporting.bundle as export_module
 from offramp.errors import ArtifactError, ExportMismatchError, InvalidArgumentError
 from offramp.exporting.bundle import check_parity, export
 from offramp.exporting.onnx import plan_steps
+from offramp.exporting.single import write_single
 from offramp.inference.runner import AdaptiveRunner
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, never_leave
@@ -228,3 +229,31 @@ def test_plain_network_is_added_and_what_export_returns_is_what_is_read(tmp_path
     with torch.no_grad():
         expected = network.plain()(X)
     np.testing.assert_allclose(PlainSession(written).run(X), expected, atol=1e-5)
+
+
+def test_branches_that_no_sample_takes_are_checked_too(tmp_path, network, monkeypatch):
+    """Everybody leaves at once; a wrong weight waits behind the If."""
+
+    def write_and_spoil(folder, steps, path):
+        write_single(folder, steps, path)
+        model = onnx.load(path)
+        (branch,) = (node for node in model.graph.node if node.op_type == "If")
+        later = next(a.g for a in branch.attribute if a.name == "else_branch")
+        matrix = next(w for w in later.initializer if len(w.dims) == 2)
+        matrix.CopyFrom(
+            onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(matrix), matrix.name)
+        )
+        onnx.save(model, path)
+
+    monkeypatch.setattr(export_module, "write_single", write_and_spoil)
+    with pytest.raises(ExportMismatchError, match="logits differ"):
+        export(network, ThresholdPolicy((0.0, 0.0)), tmp_path / "bundle", X)
+
+
+def test_networks_in_double_precision_are_exported(tmp_path, network):
+    inputs, policy = X.double(), ThresholdPolicy((0.03, 0.02))
+    export(network.double(), policy, tmp_path / "bundle", inputs)
+    found = Session(tmp_path / "bundle").run(inputs[:1])
+    expected = AdaptiveRunner(network, policy).run(inputs[:1])
+    assert found.output.dtype == np.float64
+    np.testing.assert_allclose(found.output, expected.output, atol=1e-12)

@@ -170,3 +170,12 @@ def test_numbers_out_of_range_are_refused(changes, message):
 def test_an_example_without_samples_is_refused(shape):
     with pytest.raises(ShapeError, match="at least one sample"):
         place(backbone(), num_exits=2, example=torch.zeros(shape), num_classes=CLASSES)
+
+
+def test_no_head_is_tried_on_features_that_are_whole_numbers():
+    network = nn.Sequential(
+        nn.Identity(), nn.Embedding(10, 64), nn.Flatten(), nn.Linear(512, 512), nn.Linear(512, 3)
+    )
+    words = torch.randint(10, (64, 8))
+    found = place(network, num_exits=2, example=words, num_classes=3, rounds=3)
+    assert "0" not in [row.path for row in found.candidates]

@@ -5,7 +5,7 @@ import torch
 
 import offramp.inference.profiling as profiling_module
 from offramp.errors import InvalidArgumentError
-from offramp.exporting.profiling import profile_exported
+from offramp.exporting.profiling import as_in_a_bundle, profile_exported
 from offramp.inference.profiling import profile_network, profile_sizes, time_parts, torch_parts
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy
 from offramp.zoo.mlp import mlp
@@ -74,7 +74,41 @@ def test_a_profile_has_every_part_at_every_size(network, profile, policy):
     for times in (found.stage_ms, found.exit_ms, found.compaction_ms):
         assert [len(part) for part in times] == [3, 3, 3]
         assert min(min(part) for part in times) >= 0
-    assert all(ms > 0 for part in found.exit_ms for ms in part)
+    assert all(ms > 0 for ms in found.exit_ms[2])
+    assert found.versions
     assert [part[0] for part in found.compaction_ms] == [0, 0, 0]
     assert found.compaction_ms[2] == (0, 0, 0)
     assert found.compaction_ms[0][2] > 0
+
+
+MS = {
+    "stage_0": 5.0,
+    "handover_0": 2.0,
+    "exit_0": 3.0,
+    "stage_1": 7.0,
+    "handover_1": 1.5,
+    "exit_1": 2.5,
+    "least_call": 1.0,
+}
+
+
+def test_handing_on_counts_to_the_exit_that_ends_a_call():
+    assert as_in_a_bundle(MS, 2, one_graph=False) == MS | {
+        "stage_0": 3.0,
+        "exit_0": 3.0 - 1.0 + 2.0,
+        "stage_1": 5.5,
+        "exit_1": 2.5,
+    }
+
+
+def test_in_one_graph_an_exit_makes_no_call():
+    assert as_in_a_bundle(MS, 2, one_graph=True) == MS | {
+        "stage_0": 3.0,
+        "exit_0": 3.0 - 1.0,
+        "stage_1": 5.5,
+        "exit_1": 2.5,
+    }
+    # Where calls take all the time, an exit costs nothing, and the plain network a call.
+    calls = dict.fromkeys(MS, 1.0)
+    found = as_in_a_bundle(calls, 2, one_graph=True)
+    assert [found[name] for name in ("stage_0", "exit_0", "stage_1", "exit_1")] == [0, 0, 0, 1]

@@ -7,6 +7,7 @@ from offramp.measure.profile import Profile
 def profile():
     return Profile(
         backend="torch",
+        versions={"torch": "2"},
         hardware="a processor",
         threads=1,
         sizes=(1, 10, 20),
@@ -40,6 +41,7 @@ def test_figures_are_plain_values(profile):
     assert content["sizes"] == (1, 10, 20)
     assert set(content) == {
         "backend",
+        "versions",
         "hardware",
         "threads",
         "sizes",

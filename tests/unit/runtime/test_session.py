@@ -1,3 +1,4 @@
+import shutil
 import threading
 
 import numpy as np
@@ -9,7 +10,7 @@ from offramp.errors import ArtifactError, InvalidArgumentError, ShapeError
 from offramp.exporting.bundle import export
 from offramp.policy.confidence import entropy_confidence
 from offramp.policy.policies import ThresholdPolicy
-from offramp.runtime import PlainSession, Session
+from offramp.runtime import PlainSession, Session, with_thresholds
 from offramp.zoo.mlp import mlp
 
 X = np.random.default_rng(0).standard_normal((300, 6)).astype(np.float32)
@@ -115,3 +116,48 @@ def test_no_threads(folder):
 def test_bundle_without_a_plain_network(folder):
     with pytest.raises(ArtifactError, match="holds no plain network"):
         PlainSession(folder)
+
+
+def single_answers(session):
+    return [int(session.run(x[None]).exit_index[0]) for x in X[:30]]
+
+
+def test_single_samples_follow_thresholds_set_anew(session):
+    bundle = session.bundle
+    for threshold, expected in ((0.0, {0}), (2.0, {1}), (float("inf"), {1})):
+        assert set(single_answers(Session(with_thresholds(bundle, [threshold])))) == expected
+
+
+def test_threads_may_race_for_the_first_single_sample(folder):
+    session, found = Session(folder, threads=1), []
+    expected = Session(folder, threads=1).run(X[:1]).output
+    threads = [
+        threading.Thread(target=lambda: found.append(session.run(X[:1]).output)) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert all(np.array_equal(output, expected) for output in found)
+
+
+def test_with_options_of_the_users_own_single_samples_go_step_by_step(folder, tmp_path):
+    """So the file for single samples may be gone."""
+    shutil.copytree(folder, tmp_path / "bundle")
+    session = Session(tmp_path / "bundle", options=onnxruntime.SessionOptions())
+    (tmp_path / "bundle" / "single.onnx").unlink()
+    assert single_answers(session) == single_answers(Session(folder))
+
+
+@pytest.mark.parametrize("change", ["removed", "replaced"])
+def test_a_bundle_that_changes_under_a_session_is_noticed(folder, tmp_path, change):
+    shutil.copytree(folder, tmp_path / "bundle")
+    session = Session(tmp_path / "bundle")
+    path = tmp_path / "bundle" / "single.onnx"
+    path.unlink() if change == "removed" else path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(
+        ArtifactError, match=r"single\.onnx is not the file .* Open the bundle again"
+    ):
+        session.run(X[:1])
+    assert len(session.run(X[:2]).output) == 2
