@@ -56,6 +56,8 @@ from record import circumstances, write_json
 TUTORIAL_NATS = (0.1, 0.5)
 FIXED_SHARES = (0.3, 0.4)
 SAMPLES = 2048
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+"""Else glibc gives large buffers back after every batch, and the next pays for new pages."""
 WORKER = Path(__file__).with_name("clock_worker.py")
 
 
@@ -131,7 +133,13 @@ def policy_of_fixed_shares(network: torch.nn.Module, inputs: Tensor) -> Threshol
 
 
 def start_engines(
-    scratch: Path, runner: AdaptiveRunner, inputs: Tensor, *, earlyon: str | None, with_int8: bool
+    scratch: Path,
+    runner: AdaptiveRunner,
+    inputs: Tensor,
+    *,
+    earlyon: str | None,
+    with_int8: bool,
+    keep_memory: bool,
 ) -> dict[str, ProcessStopwatch]:
     """A process for every engine, after its answers have been checked."""
     samples = scratch / "inputs.npy"
@@ -141,15 +149,16 @@ def start_engines(
     check_early_answers(runner.run(inputs), runner, inputs)
     check_early_answers(Session(bundle).run(inputs), runner, inputs)
     common = {"inputs": str(samples), "threads": torch.get_num_threads()}
+    environment = KEEP_MEMORY if keep_memory else {}
 
     def of_bundle(folder: Path) -> ProcessStopwatch:
         spec = {**common, "backend": "onnxruntime", "folder": str(folder)}
         module = "offramp.inference.timing_worker"
-        return ProcessStopwatch([sys.executable, "-m", module, json.dumps(spec)])
+        return ProcessStopwatch([sys.executable, "-m", module, json.dumps(spec)], environment)
 
     def of_run(python: str, kind: str) -> ProcessStopwatch:
         spec = {**common, "kind": kind, "folder": str(scratch / "run")}
-        return ProcessStopwatch([python, str(WORKER), json.dumps(spec)])
+        return ProcessStopwatch([python, str(WORKER), json.dumps(spec)], environment)
 
     engines = {"torch": of_run(sys.executable, "torch"), "onnxruntime": of_bundle(bundle.folder)}
     if with_int8:
@@ -243,6 +252,9 @@ def main(
     batch_size: Annotated[str, typer.Option(metavar="B,...")] = "1,32,256",
     rounds: Annotated[int, typer.Option(min=2, help="Rounds of every contender.")] = 9,
     threads: Annotated[int | None, typer.Option(min=1, help="That compute.")] = None,
+    keep_memory: Annotated[
+        bool, typer.Option(help="Let glibc keep freed memory, in every engine alike.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
 ) -> None:
     if threads is not None:
@@ -254,7 +266,12 @@ def main(
             scratch = Path(folder)
             runner, inputs = prepare(name, scratch, runs, None)
             engines = start_engines(
-                scratch, runner, inputs, earlyon=earlyon, with_int8=name == "emnist-mlp"
+                scratch,
+                runner,
+                inputs,
+                earlyon=earlyon,
+                with_int8=name == "emnist-mlp",
+                keep_memory=keep_memory,
             )
             for engine in engines.values():
                 stack.callback(engine.close)

@@ -213,7 +213,7 @@ RECIPES = {
         Recipe(
             name="cifar10-resnet",
             summary="a residual network for small colour images, four exits",
-            expected="to be measured",
+            expected="62, 83, 89, 89 % per exit, 88.0 % at 24 M of 40 M MACs; trains in an hour",
             data="cifar10",
             network="resnet",
             network_options={
