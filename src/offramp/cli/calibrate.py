@@ -58,10 +58,7 @@ def calibrate(
     device: DeviceOption = None,
 ) -> None:
     """Choose when to stop, on data set aside from training, and write policy.json."""
-    if sum(target is not None for target in (thresholds, max_drop, budget_macs)) != 1:
-        raise InvalidArgumentError(
-            "Give exactly one of --thresholds, --max-drop and --budget-macs."
-        )
+    _require_one_target(thresholds, max_drop, budget_macs)
     _check_aim(aim, max_drop, batch_size=batch_size, backend=backend)
     from offramp.training.run import load
 
@@ -84,6 +81,13 @@ def calibrate(
 
         chosen = choose(prepared.logits, max_drop=max_drop, budget_macs=budget_macs, rule=rule)
     prepared.write(chosen, target)
+
+
+def _require_one_target(*targets: object) -> None:
+    if sum(target is not None for target in targets) != 1:
+        raise InvalidArgumentError(
+            "Give exactly one of --thresholds, --max-drop and --budget-macs."
+        )
 
 
 def _check_aim(
