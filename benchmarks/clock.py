@@ -164,8 +164,7 @@ def start_engines(
     if with_int8:
         quantize(bundle, scratch / "int8", parity.numpy())
         engines["int8"] = of_bundle(scratch / "int8")
-    has_off = any(runner.policy.is_off(k) for k in range(runner.policy.num_exits))
-    if earlyon is not None and not has_off:  # earlyon knows no exit that is off
+    if earlyon is not None and not runner.policy.off_exits:  # earlyon knows no exit that is off
         engines["earlyon"] = of_run(earlyon, "earlyon")
     return engines
 

@@ -4,11 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 import offramp
-from offramp.inference.agreement import compare_with_all_exits
-from offramp.results import AdaptiveResult
+from offramp.inference.agreement import answer_in_batches, compare_with_all_exits
 from offramp.training.run import load_batches
 
 RUNS = Path(__file__).parents[2] / "benchmarks" / "runs"
@@ -28,21 +26,13 @@ def compared(request, tmp_path_factory):
     return run, offramp.Session(bundle), inputs
 
 
-def joined(results) -> AdaptiveResult:
-    parts = {
-        name: torch.cat([torch.as_tensor(getattr(result, name)) for result in results])
-        for name in ("output", "exit_index", "confidence", "macs")
-    }
-    return AdaptiveResult(**parts)
-
-
 @pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.parametrize("batch_size", [1, 7, 256])
 def test_session_and_runner_agree_on_all_test_images(compared, batch_size):
     run, session, inputs = compared
     assert len(inputs) >= 10_000
-    answers = joined([session.run(batch) for batch in inputs.split(batch_size)])
+    answers = answer_in_batches(session, inputs, batch_size=batch_size)
     agreement = compare_with_all_exits(answers, run.network, run.policy, inputs)
     print(f"batch {batch_size}: {agreement}")
     assert agreement.holds

@@ -9,7 +9,6 @@ Shapes: ``K`` exits, ``N`` samples.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,35 +81,32 @@ def calibrate_for_latency(
         ShapeError: If the profile is of a network with another number of exits.
     """
     num_exits = logits.costs.num_exits
-    if len(profile.stage_ms) != num_exits:
-        raise ShapeError(
-            f"Expected a profile of {num_exits} stages. Got one of {len(profile.stage_ms)}."
-        )
-    if not 1 <= batch_size <= profile.sizes[-1]:
-        raise InvalidArgumentError(
-            f"The 'batch_size' parameter must be an int in [1, {profile.sizes[-1]}], the sizes "
-            f"that were timed. Got {batch_size}."
-        )
+    _check_fits(profile, num_exits=num_exits, batch_size=batch_size)
+    confidence_KN = confidences(logits, rule)
+
+    def reaching(policy: ThresholdPolicy) -> list[float]:
+        """How many samples of a batch reach each stage, a mean."""
+        exit_N = exits_left_by(confidence_KN, policy.thresholds)
+        return [batch_size * float(np.mean(exit_N >= k)) for k in range(num_exits)]
 
     def choose(off: frozenset[int]) -> tuple[float, Calibration]:
         chosen = calibrate(logits, max_drop=max_drop, rule=rule, off=off)
-        return _predict_ms(logits, chosen.policy, profile, batch_size), chosen
+        return profile.batch_ms(reaching(chosen.policy), chosen.policy.off_exits), chosen
 
     off: frozenset[int] = frozenset()
     batch_ms, chosen = choose(off)
     switched_off = []
-    while on := [k for k, t in enumerate(chosen.policy.thresholds) if t != math.inf]:
+    while on := [k for k in range(num_exits - 1) if not chosen.policy.is_off(k)]:
         trials = {k: choose(off | {k}) for k in on}
         k = min(on, key=lambda k: trials[k][0])
         if trials[k][0] > batch_ms * (1 - _LEAST_GAIN):
             break
-        reaching_K = _reaching(logits, chosen.policy, batch_size)
         switched_off.append(
             SwitchedOff(
                 exit_index=k,
                 ms_with=batch_ms,
                 ms_without=trials[k][0],
-                asking_ms=profile.asking_ms(k, reaching_K[k]),
+                asking_ms=profile.asking_ms(k, reaching(chosen.policy)[k]),
             )
         )
         off, (batch_ms, chosen) = off | {k}, trials[k]
@@ -120,14 +116,13 @@ def calibrate_for_latency(
     )
 
 
-def _predict_ms(
-    logits: ExitLogits, policy: ThresholdPolicy, profile: Profile, batch_size: int
-) -> float:
-    off = {k for k, threshold in enumerate(policy.thresholds) if threshold == math.inf}
-    return profile.batch_ms(_reaching(logits, policy, batch_size), off)
-
-
-def _reaching(logits: ExitLogits, policy: ThresholdPolicy, batch_size: int) -> list[float]:
-    """How many samples of a batch reach each stage, a mean."""
-    exit_N = exits_left_by(confidences(logits, policy.rule), policy.thresholds)
-    return [batch_size * float(np.mean(exit_N >= k)) for k in range(policy.num_exits)]
+def _check_fits(profile: Profile, *, num_exits: int, batch_size: int) -> None:
+    if len(profile.stage_ms) != num_exits:
+        raise ShapeError(
+            f"Expected a profile of {num_exits} stages. Got one of {len(profile.stage_ms)}."
+        )
+    if not 1 <= batch_size <= profile.sizes[-1]:
+        raise InvalidArgumentError(
+            f"The 'batch_size' parameter must be an int in [1, {profile.sizes[-1]}], the sizes "
+            f"that were timed. Got {batch_size}."
+        )

@@ -100,6 +100,7 @@ def calibrate(
         score = _within_budget(budget_macs, plain_macs=logits.costs.plain_macs)
         worth_KN = expected_correctness(logits)
     else:
+        assert max_drop is not None  # exactly one is given
         score = _within_drop(max_drop, final_accuracy=float(correct_KN[-1].mean()))
     search = _Search(confidence_KN, worth_KN, logits.costs, score, off=off)
     thresholds = search.run()
@@ -209,9 +210,20 @@ def _within_budget(budget_macs: float, *, plain_macs: int) -> Score:
     )
 
 
-def _within_drop(max_drop: float | None, *, final_accuracy: float) -> Score:
-    if max_drop is None or not 0 <= max_drop < 1:
+def check_max_drop(max_drop: float) -> None:
+    """Refuse an accuracy target that is no fraction.
+
+    Args:
+        max_drop: As for :func:`calibrate`.
+    Raises:
+        InvalidArgumentError: If it is not in [0, 1).
+    """
+    if not 0 <= max_drop < 1:
         raise InvalidArgumentError(f"The 'max_drop' parameter must be in [0, 1). Got {max_drop}.")
+
+
+def _within_drop(max_drop: float, *, final_accuracy: float) -> Score:
+    check_max_drop(max_drop)
     floor = final_accuracy - max_drop - 1e-12
     return lambda accuracy_J, macs_J: np.where(accuracy_J >= floor, -macs_J, -np.inf)
 

@@ -173,15 +173,16 @@ def _choose_for_latency(
     """Time the parts, keep the times in profile.json, and say what was switched off and why."""
     from offramp.artifacts import write_json
     from offramp.calibration.latency import calibrate_for_latency
-    from offramp.calibration.thresholds import calibrate as choose
+    from offramp.calibration.thresholds import check_max_drop
     from offramp.exporting.profiling import profile_exported
-    from offramp.inference.profiling import profile_network, profile_sizes
+    from offramp.inference.profiling import profile_network
+    from offramp.inference.timing import check_batch_sizes
     from offramp.policy.policies import never_leave
 
     network, samples = prepared.run.network, prepared.batches
     # What cannot be asked or timed is refused before the parts are.
-    choose(prepared.logits, max_drop=max_drop, rule=rule)
-    profile_sizes(batch_size, num_samples=len(samples))
+    check_max_drop(max_drop)
+    check_batch_sizes([batch_size], num_samples=len(samples))
     inputs, _ = samples.__getitems__(list(range(batch_size)))
     asks = replace(never_leave(network.num_exits), rule=rule)
     print(f"timing stages, exits and compaction in {backend}")
@@ -200,8 +201,8 @@ def _choose_for_latency(
             f"without it, {gone.ms_with:.3f} with it; asking there takes {gone.asking_ms:.3f}"
         )
     if not found.switched_off:
-        is_any_on = any(t != math.inf for t in found.chosen.policy.thresholds)
-        print("every exit that is on pays" if is_any_on else "the target leaves no exit on")
+        has_exits = len(found.chosen.policy.off_exits) < network.num_exits - 1
+        print("every exit that is on pays" if has_exits else "the target leaves no exit on")
     print(
         f"expected {found.batch_ms:.3f} ms a batch of {batch_size}, plain network "
         f"{found.plain_ms:.3f} ({profile.hardware}, {profile.threads} threads)"

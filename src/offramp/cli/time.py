@@ -60,7 +60,7 @@ def time(
     if not isinstance(runner, AdaptiveRunner):
         from offramp.inference.timing_processes import time_bundle
 
-        timing = time_bundle(runner.bundle, inputs, batch_sizes=sizes)
+        timing = time_bundle(runner, inputs, batch_sizes=sizes)
     elif backends == ["torch"]:
         timing = time_runner(runner, inputs.to(asked.device), batch_sizes=sizes)
     else:

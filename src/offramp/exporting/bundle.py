@@ -21,8 +21,9 @@ from offramp.errors import ArtifactError, ExportMismatchError, InvalidArgumentEr
 from offramp.exporting.onnx import StepModule, plan_steps, write_onnx
 from offramp.exporting.single import write_single
 from offramp.inference.agreement import (
+    SINGLE_SAMPLES,
     Agreement,
-    answer_one_by_one,
+    answer_in_batches,
     compare_with_all_exits,
 )
 from offramp.measure.cost import ExitCosts, parameter_bytes, payload_bytes
@@ -33,8 +34,6 @@ from offramp.runtime.bundle import BUNDLE_FILE, TensorSpec, file_sha256, write_b
 
 PLAIN_FILE = "plain.onnx"
 SINGLE_FILE = "single.onnx"
-_SINGLE_SAMPLES = 64
-"""Samples that the file for single samples is checked on, at most."""
 
 
 @torch.no_grad()
@@ -129,12 +128,13 @@ def check_parity(
     Raises:
         ExportMismatchError: If they differ by more than DESIGN's rule for two engines allows.
     """
-    few = samples[:_SINGLE_SAMPLES]
-    _check(compare_with_all_exits(answer_one_by_one(session, few), network, policy, few))
+    few = samples[:SINGLE_SAMPLES]
+    ones = answer_in_batches(session, few, batch_size=1)
+    _check(compare_with_all_exits(ones, network, policy, few))
     # Nobody leaves: so every branch of the file for single samples is run.
     nobody = with_thresholds(session.bundle, [math.inf] * (len(session.bundle.steps) - 1))
-    stay = never_leave(network.num_exits)
-    _check(compare_with_all_exits(answer_one_by_one(Session(nobody), few), network, stay, few))
+    ones = answer_in_batches(Session(nobody), few, batch_size=1)
+    _check(compare_with_all_exits(ones, network, never_leave(network.num_exits), few))
     return _check(compare_with_all_exits(session.run(samples.numpy()), network, policy, samples))
 
 
@@ -153,7 +153,7 @@ def _check(agreement: Agreement) -> Agreement:
 def _write_steps(
     network: MultiExitNetwork, policy: Policy, samples: Tensor, costs: ExitCosts, folder: Path
 ) -> tuple[Step, ...]:
-    exit_macs = costs.exit_macs(frozenset(k for k in range(policy.num_exits) if policy.is_off(k)))
+    exit_macs = costs.exit_macs(policy.off_exits)
     features: Features = (samples[:1],)
     state: State = ()
     steps = []

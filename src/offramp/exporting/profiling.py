@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.exporting.onnx import write_onnx
-from offramp.inference.profiling import Parts, profile_sizes, time_parts, times_of
-from offramp.inference.timing import hardware_name
+from offramp.inference.profiling import Parts, make_profile, profile_sizes, time_parts
 from offramp.measure.profile import Profile
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
 from offramp.policy.policies import Policy, Setting, State
@@ -50,18 +49,11 @@ def profile_exported(
     sizes, num_exits = profile_sizes(batch_size, num_samples=len(samples)), network.num_exits
     with tempfile.TemporaryDirectory() as folder:
         calls = _export_parts(network, policy, samples, Path(folder))
-        laps = [time_parts(_parts(calls, samples[:size].numpy())) for size in sizes]
-    laps = [as_in_a_bundle(ms, num_exits, one_graph=batch_size == 1) for ms in laps]
-    return Profile(
-        backend="onnxruntime",
-        versions={"onnxruntime": onnxruntime.__version__},
-        hardware=hardware_name(samples.device),
-        threads=torch.get_num_threads(),
-        sizes=sizes,
-        stage_ms=times_of("stage", laps, num_exits=num_exits),
-        exit_ms=times_of("exit", laps, num_exits=num_exits),
-        compaction_ms=times_of("compaction", laps, num_exits=num_exits),
-    )
+        timed = {size: time_parts(_parts(calls, samples[:size].numpy())) for size in sizes}
+    laps = {
+        size: as_in_a_bundle(ms, num_exits, one_graph=batch_size == 1) for size, ms in timed.items()
+    }
+    return make_profile("onnxruntime", laps, num_exits=num_exits, device=samples.device)
 
 
 def as_in_a_bundle(ms: Mapping[str, float], num_exits: int, *, one_graph: bool) -> dict[str, float]:

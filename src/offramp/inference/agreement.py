@@ -21,6 +21,9 @@ from offramp.results import AdaptiveResult
 DECISION_TOLERANCE = 1e-4
 """Samples whose confidence lies this near a threshold may leave at another exit."""
 
+SINGLE_SAMPLES = 64
+"""Samples that are also compared one by one, which a bundle answers by another file; at most."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
@@ -142,16 +145,19 @@ def require_agreement(agreement: Agreement) -> None:
         )
 
 
-def answer_one_by_one(runner: Runner, samples: Tensor) -> AdaptiveResult[Tensor]:
-    """Answers to batches of one, which engines compute in other ways than larger batches.
+def answer_in_batches(
+    runner: Runner, samples: Tensor, *, batch_size: int
+) -> AdaptiveResult[Tensor]:
+    """Answers to batches of some size; engines compute one sample in other ways than several.
 
     Args:
         runner: Any runner.
         samples: Inputs, shape (N, ...), on its device.
+        batch_size: Samples a batch.
     Returns:
         The answers, in order.
     """
-    results = [runner.run(sample) for sample in torch.split(samples, 1)]
+    results = [runner.run(batch) for batch in torch.split(samples, batch_size)]
 
     def joined(name: str) -> Tensor:
         return torch.cat([torch.as_tensor(getattr(result, name)) for result in results])

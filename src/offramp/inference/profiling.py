@@ -13,8 +13,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from offramp.errors import InvalidArgumentError
-from offramp.inference.timing import hardware_name
+from offramp.inference.timing import check_batch_sizes, engine_versions, hardware_name
 from offramp.measure.profile import Profile, Times
 from offramp.model.multi_exit import Features, MultiExitNetwork, take_samples
 from offramp.policy.policies import Policy, State
@@ -43,11 +42,7 @@ def profile_sizes(batch_size: int, *, num_samples: int) -> tuple[int, ...]:
         >>> profile_sizes(32, num_samples=100)
         (1, 4, 16, 32)
     """
-    if not 1 <= batch_size <= num_samples:
-        raise InvalidArgumentError(
-            f"A batch size must be an int in [1, {num_samples}], the samples there are. "
-            f"Got {batch_size}."
-        )
+    check_batch_sizes([batch_size], num_samples=num_samples)
     return (*(size for size in _SIZES if size < batch_size), batch_size)
 
 
@@ -68,17 +63,8 @@ def profile_network(
     """
     sizes = profile_sizes(batch_size, num_samples=len(samples))
     wait = torch.cuda.synchronize if samples.is_cuda else lambda: None
-    laps = [time_parts(torch_parts(network, policy, samples[:size]), wait) for size in sizes]
-    return Profile(
-        backend="torch",
-        versions={"torch": str(torch.__version__)},
-        hardware=hardware_name(samples.device),
-        threads=torch.get_num_threads(),
-        sizes=sizes,
-        stage_ms=times_of("stage", laps, num_exits=network.num_exits),
-        exit_ms=times_of("exit", laps, num_exits=network.num_exits),
-        compaction_ms=times_of("compaction", laps, num_exits=network.num_exits),
-    )
+    laps = {size: time_parts(torch_parts(network, policy, samples[:size]), wait) for size in sizes}
+    return make_profile("torch", laps, num_exits=network.num_exits, device=samples.device)
 
 
 def time_parts(parts: Parts, wait: Callable[[], None] = lambda: None) -> dict[str, float]:
@@ -104,17 +90,39 @@ def time_parts(parts: Parts, wait: Callable[[], None] = lambda: None) -> dict[st
     return {name: median(values[_WARM_UP_ROUNDS:]) for name, values in laps.items()}
 
 
-def times_of(kind: str, laps: Sequence[Mapping[str, float]], *, num_exits: int) -> Times:
-    """Gather one kind of part.
+def make_profile(
+    backend: str,
+    laps: Mapping[int, Mapping[str, float]],
+    *,
+    num_exits: int,
+    device: torch.device,
+) -> Profile:
+    """Gather what was timed, with as many threads as torch has.
 
     Args:
-        kind: Parts are named ``kind_0``, ``kind_1``, ...; one that is not there takes no time.
-        laps: Milliseconds by part, for each batch size.
+        backend: The engine.
+        laps: Milliseconds of the parts ``stage_k``, ``exit_k`` and ``compaction_k``, by batch size,
+            growing; a part that is not there takes no time.
         num_exits: Exits of the network.
+        device: Where it ran.
     Returns:
-        Milliseconds of each part, by batch size.
+        The profile.
     """
-    return tuple(tuple(ms.get(f"{kind}_{k}", 0.0) for ms in laps) for k in range(num_exits))
+
+    def times(kind: str) -> Times:
+        names = [f"{kind}_{k}" for k in range(num_exits)]
+        return tuple(tuple(ms.get(name, 0.0) for ms in laps.values()) for name in names)
+
+    return Profile(
+        backend=backend,
+        versions=engine_versions([backend]),
+        hardware=hardware_name(device),
+        threads=torch.get_num_threads(),
+        sizes=tuple(laps),
+        stage_ms=times("stage"),
+        exit_ms=times("exit"),
+        compaction_ms=times("compaction"),
+    )
 
 
 @torch.inference_mode()

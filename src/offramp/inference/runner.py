@@ -47,7 +47,7 @@ class AdaptiveRunner:
             )
         self.network = network.eval()
         self.policy = policy
-        self._off = frozenset(k for k in range(network.num_exits) if policy.is_off(k))
+        self._off = policy.off_exits
         self._macs_by_shape: dict[tuple[torch.Size, ...], Tensor] = {}
 
     @torch.inference_mode()

@@ -163,7 +163,7 @@ def time_engines(
     return Timing(
         hardware=hardware,
         threads=torch.get_num_threads(),
-        versions={"python": platform.python_version(), **_versions(stopwatches)},
+        versions={"python": platform.python_version(), **engine_versions(stopwatches)},
         shares=tuple(shares_K.tolist()),
         mean_macs=float(macs_N.mean()),
         stage_ms={row.batch_size: row.stage_ms for row in results if row.backend == last_backend},
@@ -229,7 +229,14 @@ def _summary(
     )
 
 
-def _versions(engines: Iterable[str]) -> dict[str, str]:
+def engine_versions(engines: Iterable[str]) -> dict[str, str]:
+    """Look up the versions of engines.
+
+    Args:
+        engines: Names of packages: torch, onnxruntime.
+    Returns:
+        Version by name.
+    """
     return {name: str(import_module(name).__version__) for name in engines}
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from offramp.errors import ArtifactError
 from offramp.inference.agreement import (
+    SINGLE_SAMPLES,
     Agreement,
-    answer_one_by_one,
+    answer_in_batches,
     check_early_answers,
     compare_answers,
     is_near,
@@ -30,9 +31,6 @@ from offramp.inference.timing import Timing, check_batch_sizes, hardware_name, t
 from offramp.policy.policies import policy_to_dict
 from offramp.results import AdaptiveResult
 from offramp.runtime import Bundle, Session, read_bundle
-
-_SINGLE_SAMPLES = 64
-"""Samples that are also compared one by one, which a bundle answers by another file."""
 
 
 def time_in_processes(
@@ -78,7 +76,7 @@ def time_in_processes(
 
 
 def time_bundle(
-    bundle: Bundle,
+    session: Session,
     inputs: Tensor,
     *,
     batch_sizes: Sequence[int] = (1, 32, 256),
@@ -90,7 +88,7 @@ def time_bundle(
     sample; not those of an int8 bundle, whose rounding depends on the batch.
 
     Args:
-        bundle: The bundle.
+        session: Runs the bundle here, to be checked.
         inputs: Real samples, shape (N, ...), on the CPU.
         batch_sizes: Samples a batch; each at most N.
         rounds: How often every contender runs all batches.
@@ -103,13 +101,13 @@ def time_bundle(
         ShapeError: If the inputs are not of the shape that the bundle was exported for.
     """
     check_batch_sizes(batch_sizes, num_samples=len(inputs))
+    bundle = session.bundle
     _require_plain(bundle)
-    session = Session(bundle)
     result = session.run(inputs)
     if bundle.quantized is None:
         require_agreement(_compare_with_all_steps(result, session, inputs))
-        few = inputs[:_SINGLE_SAMPLES]
-        ones = answer_one_by_one(session, few)
+        few = inputs[:SINGLE_SAMPLES]
+        ones = answer_in_batches(session, few, batch_size=1)
         require_agreement(_compare_with_all_steps(ones, session, few))
     with _stopwatches({"onnxruntime": bundle.folder}, inputs) as stopwatches:
         return time_engines(
@@ -152,9 +150,9 @@ def _check_bundle(folder: Path, runner: AdaptiveRunner, inputs: Tensor) -> None:
         )
     _require_plain(bundle)
     if bundle.quantized is None:
-        session, few = Session(bundle), inputs[:_SINGLE_SAMPLES]
+        session, few = Session(bundle), inputs[:SINGLE_SAMPLES]
         check_early_answers(session.run(inputs), runner, inputs)
-        check_early_answers(answer_one_by_one(session, few), runner, few)
+        check_early_answers(answer_in_batches(session, few, batch_size=1), runner, few)
 
 
 def _require_plain(bundle: Bundle) -> None:

@@ -97,6 +97,11 @@ class Policy(ABC):
         """
         return float(self.setting(exit_index).threshold) == math.inf
 
+    @property
+    def off_exits(self) -> frozenset[int]:
+        """Numbers of the exits that are off."""
+        return frozenset(k for k in range(self.num_exits) if self.is_off(k))
+
 
 @dataclass(frozen=True)
 class ThresholdPolicy(Policy):

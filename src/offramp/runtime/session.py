@@ -56,7 +56,7 @@ class Session:
             self._single = _LazySingle(self.bundle, self.bundle.single_file, threads, providers)
         options = options or session_options(threads)
         self._steps = [
-            _LoadedStep(path, step, _load(path, options, providers, path))
+            _LoadedStep(path, step, _load(path, options, providers))
             for step in self.bundle.steps
             for path in (self.bundle.folder / step.file,)
         ]
@@ -142,8 +142,11 @@ class PlainSession:
                 f"The bundle {self.bundle.folder} holds no plain network. "
                 "Export the run again with --plain."
             )
-        path = self.bundle.folder / self.bundle.plain_file
-        self._session = _load(path, session_options(threads), ("CPUExecutionProvider",), path)
+        self._session = _load(
+            self.bundle.folder / self.bundle.plain_file,
+            session_options(threads),
+            ("CPUExecutionProvider",),
+        )
 
     def run(self, *inputs: npt.ArrayLike) -> Array:
         """Compute the final exit's logits.
@@ -271,15 +274,15 @@ class _LazySingle:
                         f"{self._path} is not the file that was there when the bundle was opened: "
                         "it was exported anew or removed since. Open the bundle again."
                     )
-                self._session = _load(content, self._options, self._providers, self._path)
+                self._session = _load(self._path, self._options, self._providers, content)
             return self._session
 
 
 def _load(
-    model: Path | bytes,
+    path: Path,
     options: onnxruntime.SessionOptions,
     providers: Sequence[str],
-    path: Path,
+    content: bytes | None = None,
 ) -> onnxruntime.InferenceSession:
     unknown = set(providers) - set(onnxruntime.get_available_providers())
     if unknown:
@@ -288,6 +291,6 @@ def _load(
             f"It has {', '.join(onnxruntime.get_available_providers())}."
         )
     try:
-        return onnxruntime.InferenceSession(model, options, providers=list(providers))
+        return onnxruntime.InferenceSession(content or path, options, providers=list(providers))
     except Exception as error:  # onnxruntime's own exceptions have no common base but this one
         raise ArtifactError(f"onnxruntime cannot load {path}: {reason(error)}") from error

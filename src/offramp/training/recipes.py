@@ -145,6 +145,9 @@ _TUTORIAL = FitConfig(
     detach=True,
 )
 
+_CIFAR10_PIXELS = Normalisation(mean=0.473, deviation=0.251)
+_SHIFT_AND_MIRROR = RandomWarp(degrees=0.0, scale=0.0, shear=0.0, shift=4.0, mirror=True)
+
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -224,8 +227,8 @@ RECIPES = {
                 "num_classes": 10,
             },
             static_options={"widths": (12, 24, 48, 96)},
-            normalisation=Normalisation(mean=0.473, deviation=0.251),
-            augment=RandomWarp(degrees=0.0, scale=0.0, shear=0.0, shift=4.0, mirror=True),
+            normalisation=_CIFAR10_PIXELS,
+            augment=_SHIFT_AND_MIRROR,
             calibration_share=0.05,
             fit=FitConfig(
                 epochs=26,
@@ -251,8 +254,8 @@ RECIPES = {
                 "num_classes": 10,
             },
             static_options={"widths": (48, 96, 192, 384)},
-            normalisation=Normalisation(mean=0.473, deviation=0.251),
-            augment=RandomWarp(degrees=0.0, scale=0.0, shear=0.0, shift=4.0, mirror=True),
+            normalisation=_CIFAR10_PIXELS,
+            augment=_SHIFT_AND_MIRROR,
             calibration_share=0.1,
             fit=FitConfig(epochs=60, optimizer="sgd", learning_rate=0.1, weight_decay=5e-4),
         ),

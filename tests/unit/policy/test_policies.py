@@ -94,6 +94,7 @@ def test_unknown_rule_is_refused_with_the_known_ones(build):
 def test_never_leave_switches_off_all_but_the_final_exit():
     policy = never_leave(3)
     assert [policy.is_off(k) for k in range(3)] == [True, True, False]
+    assert policy.off_exits == {0, 1}
     assert never_leave(1).num_exits == 1
 
 
