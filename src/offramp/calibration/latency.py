@@ -1,26 +1,36 @@
-"""Switching off exits that cost more time than they save, by measured times of the parts.
+"""Choosing by measured times of the parts: exits that do not pay go, budgets hold in milliseconds.
 
 MACs do not know what it takes to stop and ask: a head that is small in MACs may be slow, and
-copying the survivors takes time. So thresholds are chosen for the accuracy target as ever, and
-then an exit is switched off, and the others are chosen anew, as long as that makes a batch faster.
+copying the survivors takes time. For an accuracy target, thresholds are chosen as ever, and then an
+exit is switched off, and the others are chosen anew, as long as that makes a batch faster. For a
+budget, time stands in for MACs in the search.
 
 Shapes: ``K`` exits, ``N`` samples.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from offramp.calibration.collect import ExitLogits
-from offramp.calibration.thresholds import Calibration, calibrate, confidences, exits_left_by
-from offramp.errors import InvalidArgumentError, ShapeError
+from offramp.calibration.search import exits_left_by
+from offramp.calibration.thresholds import Calibration, calibrate, confidences, measure_policy
+from offramp.errors import InfeasibleTargetError, InvalidArgumentError, ShapeError
+from offramp.measure.cost import ExitCosts
 from offramp.measure.profile import Profile
-from offramp.policy.policies import ThresholdPolicy
+from offramp.policy.policies import ThresholdedPolicy
 
 _LEAST_GAIN = 0.005
 """An exit goes if a batch is faster by more than this fraction without it: less is noise."""
+
+_MAX_CORRECTIONS = 6
+"""Of a budget that is allowed to the search, by what its thresholds are predicted to take."""
+
+_CLOSE_ENOUGH = 0.01
+"""Of a budget in milliseconds, what may be left over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +73,7 @@ def calibrate_for_latency(
     *,
     batch_size: int,
     max_drop: float,
-    rule: str = "entropy",
+    rule: str | ThresholdedPolicy = "entropy",
 ) -> LatencyCalibration:
     """Choose thresholds for an accuracy target, and switch off exits that do not pay.
 
@@ -82,12 +92,9 @@ def calibrate_for_latency(
     """
     num_exits = logits.costs.num_exits
     _check_fits(profile, num_exits=num_exits, batch_size=batch_size)
-    confidence_KN = confidences(logits, rule)
 
-    def reaching(policy: ThresholdPolicy) -> list[float]:
-        """How many samples of a batch reach each stage, a mean."""
-        exit_N = exits_left_by(confidence_KN, policy.thresholds)
-        return [batch_size * float(np.mean(exit_N >= k)) for k in range(num_exits)]
+    def reaching(policy: ThresholdedPolicy) -> list[float]:
+        return _reaching(logits, policy, batch_size)
 
     def choose(off: frozenset[int]) -> tuple[float, Calibration]:
         chosen = calibrate(logits, max_drop=max_drop, rule=rule, off=off)
@@ -114,6 +121,94 @@ def calibrate_for_latency(
     return LatencyCalibration(
         chosen=chosen, switched_off=tuple(switched_off), batch_ms=batch_ms, plain_ms=plain_ms
     )
+
+
+def calibrate_to_milliseconds(
+    logits: ExitLogits,
+    profile: Profile,
+    *,
+    budget_ms: float,
+    batch_size: int,
+    rule: str | ThresholdedPolicy = "entropy",
+) -> LatencyCalibration:
+    """Choose thresholds for a mean time per sample, by measured times of the parts.
+
+    Args:
+        logits: Every exit's logits on held-out data.
+        profile: Measured times of the same network's parts.
+        budget_ms: Be most accurate at no more than so many mean milliseconds per sample, a batch's
+            time shared out evenly among its samples.
+        batch_size: As for :func:`calibrate_for_latency`.
+        rule: As for :func:`~offramp.calibrate`.
+    Returns:
+        The policy; exits that it switches off are not listed.
+    Raises:
+        InvalidArgumentError: If the budget is not above 0 and finite, or the batch size was not
+            timed.
+        InfeasibleTargetError: If no thresholds are predicted to be so fast on this data.
+        ShapeError: If the profile is of a network with another number of exits.
+    """
+    if not 0 < budget_ms < math.inf:
+        raise InvalidArgumentError(
+            f"The 'budget_ms' parameter must be a number of milliseconds above 0. Got {budget_ms}."
+        )
+    num_exits = logits.costs.num_exits
+    _check_fits(profile, num_exits=num_exits, batch_size=batch_size)
+    timed = replace(logits, costs=_costs_in_ns(profile, batch_size))
+    budget_batch_ms = budget_ms * batch_size
+    allowed_ns = 1e6 * budget_ms
+    found: tuple[float, Calibration] | None = None
+    for _ in range(_MAX_CORRECTIONS):
+        policy = _fastest_within(timed, allowed_ns, rule).policy
+        taken_ms = profile.batch_ms(_reaching(logits, policy, batch_size), policy.off_exits)
+        if taken_ms <= budget_batch_ms:
+            candidate = measure_policy(logits, policy)
+            if found is None or candidate.accuracy > found[1].accuracy:
+                found = taken_ms, candidate
+            if taken_ms > budget_batch_ms * (1 - _CLOSE_ENOUGH):
+                break
+        # A batch's time does not grow evenly with its survivors: allow by as much more, or less.
+        allowed_ns *= budget_batch_ms / taken_ms
+    if found is None:
+        raise InfeasibleTargetError(
+            f"The 'budget_ms' parameter must be at least {taken_ms / batch_size:.4f}, the fastest "
+            f"there is on these samples in batches of {batch_size}. Got {budget_ms}.",
+            best_achievable=taken_ms / batch_size,
+        )
+    plain_ms = profile.batch_ms([batch_size] * num_exits, off=range(num_exits - 1))
+    return LatencyCalibration(
+        chosen=found[1], switched_off=(), batch_ms=found[0], plain_ms=plain_ms
+    )
+
+
+def _fastest_within(
+    timed: ExitLogits, allowed_ns: float, rule: str | ThresholdedPolicy
+) -> Calibration:
+    """The most accurate thresholds at a cost, or the cheapest where none costs so little."""
+    try:
+        return calibrate(timed, budget_macs=allowed_ns, rule=rule)
+    except InfeasibleTargetError as error:
+        return calibrate(timed, budget_macs=error.best_achievable * (1 + 1e-9), rule=rule)
+
+
+def _costs_in_ns(profile: Profile, batch_size: int) -> ExitCosts:
+    """Nanoseconds per sample in place of MACs, if whole batches reached every part."""
+    per_sample = 1e6 / batch_size
+    parts = range(len(profile.stage_ms))
+    return ExitCosts(
+        stage_macs=tuple(round(per_sample * profile.running_ms(k, batch_size)) for k in parts),
+        head_macs=tuple(round(per_sample * profile.asking_ms(k, batch_size)) for k in parts),
+    )
+
+
+def _reaching(logits: ExitLogits, policy: ThresholdedPolicy, batch_size: int) -> list[float]:
+    """How many samples of a batch reach each stage, a mean over the population."""
+    exit_N = exits_left_by(confidences(logits, policy, policy.off_exits), policy.thresholds)
+    weights_N = logits.weights_N
+    return [
+        batch_size * float(np.average(exit_N >= k, weights=weights_N))
+        for k in range(policy.num_exits)
+    ]
 
 
 def _check_fits(profile: Profile, *, num_exits: int, batch_size: int) -> None:

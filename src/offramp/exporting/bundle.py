@@ -28,7 +28,8 @@ from offramp.inference.agreement import (
 )
 from offramp.measure.cost import ExitCosts, parameter_bytes, payload_bytes
 from offramp.model.multi_exit import Features, MultiExitNetwork
-from offramp.policy.policies import Policy, State, never_leave, policy_to_dict
+from offramp.policy.as_dict import policy_to_dict
+from offramp.policy.policies import Policy, State, never_leave
 from offramp.runtime import Bundle, Session, Step, with_thresholds
 from offramp.runtime.bundle import BUNDLE_FILE, TensorSpec, file_sha256, write_bundle
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from offramp.errors import OfframpError
 from offramp.inference.runner import AdaptiveRunner, Runner
 from offramp.model.multi_exit import MultiExitNetwork
-from offramp.policy.policies import Policy, State, ThresholdPolicy
+from offramp.policy.policies import Policy, State, ThresholdedPolicy
 from offramp.results import AdaptiveResult
 
 DECISION_TOLERANCE = 1e-4
@@ -66,7 +66,7 @@ def compare_with_all_exits(
         How the two compare.
     """
     output, chosen, confidence_KB = all_exits_loop(network, policy, inputs)
-    thresholds = policy.thresholds if isinstance(policy, ThresholdPolicy) else ()
+    thresholds = policy.thresholds if isinstance(policy, ThresholdedPolicy) else ()
     return compare_answers(
         result,
         output,

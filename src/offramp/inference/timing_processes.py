@@ -28,7 +28,7 @@ from offramp.inference.bundle_contenders import all_steps_loop
 from offramp.inference.runner import AdaptiveRunner
 from offramp.inference.stopwatch import ProcessStopwatch, Stopwatch
 from offramp.inference.timing import Timing, check_batch_sizes, hardware_name, time_engines
-from offramp.policy.policies import policy_to_dict
+from offramp.policy.as_dict import policy_to_dict
 from offramp.results import AdaptiveResult
 from offramp.runtime import Bundle, Session, read_bundle
 

@@ -62,10 +62,20 @@ class Profile:
             (21.1, 30.5)
         """
         return sum(
-            self._at(self.stage_ms[k], reaching)
-            + (0.0 if k in off else self.asking_ms(k, reaching))
+            self.running_ms(k, reaching) + (0.0 if k in off else self.asking_ms(k, reaching))
             for k, reaching in enumerate(reaching_K)
         )
+
+    def running_ms(self, stage: int, reaching: float) -> float:
+        """What a stage takes, without what follows it.
+
+        Args:
+            stage: Its number, from 0.
+            reaching: How many samples of the batch reach it, a mean.
+        Returns:
+            Milliseconds.
+        """
+        return self._at(self.stage_ms[stage], reaching)
 
     def asking_ms(self, exit_index: int, reaching: float) -> float:
         """What an exit costs that is on.

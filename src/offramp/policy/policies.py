@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from offramp.errors import ArtifactError, InvalidArgumentError
+from offramp.errors import InvalidArgumentError
 from offramp.policy.confidence import CONFIDENCE_RULES, confidence_from_entropy_nats
 
 State = tuple[Tensor, ...]
@@ -103,8 +104,33 @@ class Policy(ABC):
         return frozenset(k for k in range(self.num_exits) if self.is_off(k))
 
 
+class ThresholdedPolicy(Policy):
+    """Decides by a confidence and one threshold per exit, which calibration chooses.
+
+    A sample that is allowed to leave leaves where its confidence reaches the threshold. Policies of
+    this kind are frozen dataclasses with a field ``thresholds``.
+
+    Attributes:
+        thresholds: One per exit but the final one, each in [0, 1], or +inf to switch the exit off.
+    """
+
+    thresholds: tuple[float, ...]
+
+    def with_thresholds(self, thresholds: Sequence[float]) -> Self:
+        """The same policy with other thresholds.
+
+        Args:
+            thresholds: One per exit but the final one.
+        Returns:
+            A new policy; what else it holds is shared.
+        Raises:
+            InvalidArgumentError: If a threshold is NaN or outside [0, 1] and not +inf.
+        """
+        return replace(self, thresholds=tuple(thresholds))  # type: ignore[type-var]
+
+
 @dataclass(frozen=True)
-class ThresholdPolicy(Policy):
+class ThresholdPolicy(ThresholdedPolicy):
     """Leave at exit k as soon as the confidence reaches ``thresholds[k]``.
 
     Args:
@@ -126,17 +152,8 @@ class ThresholdPolicy(Policy):
     temperatures: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "thresholds", tuple(float(t) for t in self.thresholds))
-        for threshold in self.thresholds:
-            if not (0 <= threshold <= 1 or threshold == math.inf):
-                raise InvalidArgumentError(
-                    "A threshold must be in [0, 1], or inf to switch its exit off. "
-                    f"Got {threshold}."
-                )
-        if self.rule not in CONFIDENCE_RULES:
-            raise InvalidArgumentError(
-                f"The rule must be one of {', '.join(CONFIDENCE_RULES)}. Got {self.rule!r}."
-            )
+        object.__setattr__(self, "thresholds", checked_thresholds(self.thresholds))
+        check_rule(self.rule)
         if self.temperatures is None:
             return
         object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
@@ -183,31 +200,41 @@ class ThresholdPolicy(Policy):
 
 
 @dataclass(frozen=True)
-class PatiencePolicy(Policy):
-    """Leave as soon as ``patience`` exits in a row predict the same class.
+class PatiencePolicy(ThresholdedPolicy):
+    """Leave as soon as ``patience`` exits in a row predict the same class, the last one surely.
+
+    Exits that are off do not predict, and break no row.
 
     Args:
         patience: How many exits in a row must agree, at least 2.
         num_exits: Exits of the network it is for.
-        rule: Confidence function to report; it does not decide.
+        rule: Confidence function: entropy, max_probability or margin.
+        thresholds: How sure the last of the row must be, one per exit but the final one; all 0,
+            so that agreeing is enough, if None.
     Raises:
-        InvalidArgumentError: If ``patience`` is below 2 or the rule is unknown.
+        InvalidArgumentError: If ``patience`` is below 2, the rule is unknown, or there is not one
+            threshold per exit, each in [0, 1] or +inf.
     Reference: Zhou et al. (2020), BERT Loses Patience; they count agreements, so that their
-        patience is one less than ours.
+        patience is one less than ours, and have no thresholds.
     """
 
     patience: int
     num_exits: int
     rule: str = "max_probability"
+    thresholds: tuple[float, ...] | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if self.patience < 2:
             raise InvalidArgumentError(
                 f"The 'patience' parameter must be an int of at least 2. Got {self.patience}."
             )
-        if self.rule not in CONFIDENCE_RULES:
+        check_rule(self.rule)
+        given = (0.0,) * (self.num_exits - 1) if self.thresholds is None else self.thresholds
+        object.__setattr__(self, "thresholds", checked_thresholds(given))
+        if len(given) != self.num_exits - 1:
             raise InvalidArgumentError(
-                f"The rule must be one of {', '.join(CONFIDENCE_RULES)}. Got {self.rule!r}."
+                f"The 'thresholds' parameter must hold {self.num_exits - 1} numbers, one per exit "
+                f"but the final one. Got {len(given)}."
             )
 
     def decide(self, exit_index: int, output: Tensor, state: State, setting: Setting) -> Decision:
@@ -219,14 +246,15 @@ class PatiencePolicy(Policy):
         if state:
             last_label_B, last_streak_B = state
             streak_B = torch.where(label_B == last_label_B, last_streak_B + 1, streak_B)
-        leave_B = (streak_B >= setting.threshold) & ~confidence_B.isnan()
+        leave_B = (streak_B >= self.patience) & (confidence_B >= setting.threshold)
         if exit_index == self.num_exits - 1:
             leave_B = torch.ones_like(leave_B)
         return leave_B, confidence_B, (label_B, streak_B)
 
     def setting(self, exit_index: int) -> Setting:
-        """See :meth:`Policy.setting`; the threshold is the patience, at every exit."""
-        return Setting(threshold=float(self.patience))
+        """See :meth:`Policy.setting`; the final exit's threshold is 0."""
+        assert self.thresholds is not None  # __post_init__ filled it
+        return Setting(threshold=(*self.thresholds, 0.0)[exit_index])
 
 
 def never_leave(num_exits: int) -> ThresholdPolicy:
@@ -260,60 +288,37 @@ def always_leave_at(exit_index: int, *, num_exits: int) -> ThresholdPolicy:
     )
 
 
-def policy_to_dict(policy: Policy) -> dict[str, Any]:
-    """Describe a policy in values that JSON can hold (+inf becomes None).
+def checked_thresholds(thresholds: Sequence[float]) -> tuple[float, ...]:
+    """Thresholds as floats, each of them allowed.
 
     Args:
-        policy: A policy that Offramp ships.
+        thresholds: Numbers.
     Returns:
-        A dictionary that :func:`policy_from_dict` reads.
+        The same numbers.
     Raises:
-        InvalidArgumentError: If the policy is of a class that Offramp does not know.
+        InvalidArgumentError: If one is NaN or outside [0, 1] and not +inf.
     """
-    if isinstance(policy, ThresholdPolicy):
-        thresholds = [None if t == math.inf else t for t in policy.thresholds]
-        return {
-            "kind": "threshold",
-            "rule": policy.rule,
-            "thresholds": thresholds,
-            "temperatures": None if policy.temperatures is None else list(policy.temperatures),
-        }
-    if isinstance(policy, PatiencePolicy):
-        return {
-            "kind": "patience",
-            "rule": policy.rule,
-            "patience": policy.patience,
-            "num_exits": policy.num_exits,
-        }
-    raise InvalidArgumentError(
-        f"Expected a ThresholdPolicy or a PatiencePolicy. Got {type(policy).__name__}."
-    )
-
-
-def policy_from_dict(content: dict[str, Any]) -> Policy:
-    """Rebuild a policy from :func:`policy_to_dict`.
-
-    Args:
-        content: The dictionary.
-    Returns:
-        The policy.
-    Raises:
-        ArtifactError: If the dictionary is no policy or names a kind this version does not know.
-    """
-    try:
-        if content["kind"] == "threshold":
-            thresholds = (math.inf if t is None else t for t in content["thresholds"])
-            temperatures = content.get("temperatures")
-            return ThresholdPolicy(
-                tuple(thresholds),
-                rule=content["rule"],
-                temperatures=None if temperatures is None else tuple(temperatures),
+    numbers = tuple(float(t) for t in thresholds)
+    for threshold in numbers:
+        if not (0 <= threshold <= 1 or threshold == math.inf):
+            raise InvalidArgumentError(
+                f"A threshold must be in [0, 1], or inf to switch its exit off. Got {threshold}."
             )
-        if content["kind"] == "patience":
-            return PatiencePolicy(content["patience"], content["num_exits"], rule=content["rule"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"Expected a policy, got a damaged one ({error}).") from error
-    raise ArtifactError(f"Expected a threshold or patience policy. Got kind {content['kind']!r}.")
+    return numbers
+
+
+def check_rule(rule: str) -> None:
+    """Refuse a confidence function that there is not.
+
+    Args:
+        rule: Its name.
+    Raises:
+        InvalidArgumentError: If there is none of that name.
+    """
+    if rule not in CONFIDENCE_RULES:
+        raise InvalidArgumentError(
+            f"The rule must be one of {', '.join(CONFIDENCE_RULES)}. Got {rule!r}."
+        )
 
 
 def _tempered(output: Tensor, setting: Setting) -> Tensor:

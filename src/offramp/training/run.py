@@ -12,7 +12,8 @@ from offramp.artifacts import read_json, write_json
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.model.checkpoint import load_weights, save_weights
 from offramp.model.multi_exit import MultiExitNetwork
-from offramp.policy.policies import Policy, never_leave, policy_from_dict, policy_to_dict
+from offramp.policy.as_dict import policy_from_dict, policy_to_dict
+from offramp.policy.policies import Policy, never_leave
 from offramp.training.data import ImageBatches, check_labels, split_off_calibration
 from offramp.training.recipes import Recipe
 from offramp.training.sources import Split, load_split

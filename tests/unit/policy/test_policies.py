@@ -6,6 +6,7 @@ import torch
 
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.policy.confidence import confidence_from_entropy_nats
+from offramp.policy.as_dict import policy_from_dict, policy_to_dict
 from offramp.policy.policies import (
     PatiencePolicy,
     Policy,
@@ -13,8 +14,6 @@ from offramp.policy.policies import (
     ThresholdPolicy,
     always_leave_at,
     never_leave,
-    policy_from_dict,
-    policy_to_dict,
 )
 
 INF, NAN = math.inf, math.nan

@@ -1,0 +1,365 @@
+"""Thresholds with a promise: the true risk is within a target, with a stated probability.
+
+Part of the samples finds a front of policies from dear to cheap (Pareto testing); the others test
+them one after the other, each at the full level, until the first fails (fixed sequence): the last
+that passed is chosen. Since the order was fixed without the samples that test, the chance of
+choosing any policy whose true risk is above the target is at most one minus the guarantee.
+
+References: Angelopoulos et al. (2021), Learn then Test; Laufer-Goldshtein et al. (2023),
+Efficiently controlling multiple risks with Pareto testing; Angelopoulos et al. (2022), Conformal
+risk control; Jazbec et al. (2024), Fast yet Safe, for one shared threshold.
+
+Shapes: ``K`` exits, ``N`` samples, ``P`` policies on the front.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import binom
+
+from offramp.calibration.collect import ExitLogits
+from offramp.calibration.risk import (
+    RISKS,
+    betting_p_value,
+    binomial_p_value,
+    check_risk,
+    fixed_bet_p_value,
+)
+from offramp.calibration.search import Floats, ThresholdSearch, exits_left_by
+from offramp.calibration.thresholds import (
+    Calibration,
+    confidences,
+    measure_policy,
+    plausibility,
+    policy_like,
+)
+from offramp.errors import InfeasibleTargetError, InvalidArgumentError
+from offramp.policy.policies import ThresholdedPolicy
+
+_FRONT_SHARE = 0.3
+"""Of the samples, those that find the front; the others test."""
+
+_LARGEST_SAMPLE = 10**8
+"""Up to here it is looked how many samples would do."""
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guarantee:
+    """What is promised of a policy, and what it rests on.
+
+    Attributes:
+        risk: The risk that is bounded, as ``calibrate`` names it.
+        max_risk: The target.
+        probability: With which it holds, over the draw of the samples; None where the promise is
+            about the mean over many draws.
+        method: How it was tested.
+        value: The last passing p-value, or what conformal risk control compared with the target.
+        num_samples: Samples in all.
+        num_tested: Of them, those that tested.
+        effective_num_samples: What the testing ones amount to after weighting.
+        num_candidates: Policies on the front.
+        num_passed: Of them, those that passed before the first that did not.
+    """
+
+    risk: str
+    max_risk: float
+    probability: float | None
+    method: str
+    value: float
+    num_samples: int
+    num_tested: int
+    effective_num_samples: float
+    num_candidates: int
+    num_passed: int
+
+    def sentence(self, population: str) -> str:
+        """The promise in one sentence that a person can quote.
+
+        Args:
+            population: What the samples were drawn from, as it follows "of".
+        Returns:
+            The sentence.
+        """
+        what = RISKS[self.risk].words.format(target=f"{100 * self.max_risk:g} %")
+        drawn = f"over the draw of {self.num_samples:,} calibration samples of {population}"
+        if self.probability is None:
+            return f"On average {drawn}, on new samples of the same kind {what}."
+        return (
+            f"With probability at least {100 * self.probability:g} % {drawn}, on new samples of "
+            f"the same kind {what}."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuaranteedCalibration(Calibration):
+    """A policy with a promise.
+
+    Attributes:
+        guarantee: The promise.
+    """
+
+    guarantee: Guarantee
+
+
+def calibrate_with_guarantee(
+    logits: ExitLogits,
+    *,
+    max_risk: float,
+    risk: str = "accuracy_gap",
+    guarantee: float | str = 0.95,
+    rule: str | ThresholdedPolicy = "entropy",
+    seed: int = 0,
+) -> GuaranteedCalibration:
+    """Choose thresholds so that the true risk is within a target, and say with what probability.
+
+    The promise holds for samples drawn independently from where these were drawn from; it breaks
+    when the inputs, or the shares of the classes, change. With a prior, the samples of each class
+    count as much as it says, and the promise is about a population with that prior; it is then
+    conditional on how many samples of each class there are.
+
+    Args:
+        logits: Every exit's logits on held-out data.
+        max_risk: The target, a fraction in (0, 1), e.g. 0.01.
+        risk: What it bounds: accuracy_gap (against the final exit), disagreement (with it), error
+            or brier_gap.
+        guarantee: Probability in (0, 1) with which it shall hold; or "mean": the risk is within
+            the target on average over many draws of the samples (conformal risk control).
+        rule: As for :func:`~offramp.calibrate`.
+        seed: Parts the samples into those that find the front and those that test.
+    Returns:
+        The policy, what it reached on all samples, and the promise.
+    Raises:
+        InvalidArgumentError: If an argument is out of range, or a promise on average is asked for
+            with a prior that weights samples unevenly.
+        InfeasibleTargetError: If not even the safest policy passes; says how many samples would
+            do, and carries the lowest target that these would allow.
+    """
+    check_risk(risk, max_risk)
+    _check_guarantee(max_risk, guarantee)
+    num_samples = len(logits.labels_N)
+    policy = policy_like(rule, num_exits=logits.costs.num_exits)
+    finding, testing = (logits.take(rows) for rows in _split(logits, seed))
+    candidates = _front(finding, policy, risk)
+    test = _choose_test(risk, testing, guarantee=guarantee)
+    passed: list[float] = []
+    for found_N, tested_N in _losses_in_sequence(test, finding, testing, candidates, risk):
+        value = test.value(found_N, tested_N, max_risk, len(tested_N))
+        if value > test.limit:
+            break
+        passed.append(value)
+    if not passed:
+        raise _infeasible(test, found_N, tested_N, max_risk=max_risk, num_samples=num_samples)
+    chosen = measure_policy(logits, candidates[len(passed) - 1])
+    return GuaranteedCalibration(
+        policy=chosen.policy,
+        accuracy=chosen.accuracy,
+        mean_macs=chosen.mean_macs,
+        guarantee=Guarantee(
+            risk=risk,
+            max_risk=max_risk,
+            probability=None if isinstance(guarantee, str) else guarantee,
+            method=test.method,
+            value=passed[-1],
+            num_samples=num_samples,
+            num_tested=len(testing.labels_N),
+            effective_num_samples=testing.effective_num_samples,
+            num_candidates=len(candidates),
+            num_passed=len(passed),
+        ),
+    )
+
+
+def _check_guarantee(max_risk: float, guarantee: float | str) -> None:
+    if max_risk == 0:
+        raise InvalidArgumentError(
+            "A guarantee needs a target above 0: no number of samples shows that nothing is lost."
+        )
+    if guarantee != "mean" and (isinstance(guarantee, str) or not 0 < guarantee < 1):
+        raise InvalidArgumentError(
+            "The 'guarantee' parameter must be a probability in (0, 1), e.g. 0.95, or 'mean'. "
+            f"Got {guarantee!r}."
+        )
+
+
+def _split(logits: ExitLogits, seed: int) -> tuple[Rows, Rows]:
+    """Part the samples at random into those that find and those that test.
+
+    With a prior, each class is parted for itself. The order that the samples come in does not
+    matter: they are put in an order of their own before they are drawn.
+    """
+    keys = [*logits.correct_KN.numpy(), *logits.logits_KNC.amax(-1).numpy()]
+    in_order = np.lexsort(keys)
+    drawn = np.random.default_rng(seed).permutation(in_order)
+    if logits.prior is None:
+        groups = [drawn]
+    else:
+        labels = logits.labels_N.numpy()[drawn]
+        groups = [drawn[labels == c] for c in np.unique(labels)]
+    cuts = [_front_size(len(group)) for group in groups]
+    finding = np.concatenate([group[:cut] for group, cut in zip(groups, cuts, strict=True)])
+    testing = np.concatenate([group[cut:] for group, cut in zip(groups, cuts, strict=True)])
+    return finding, testing
+
+
+def _front_size(num_samples: int) -> int:
+    if num_samples < 2:
+        raise InvalidArgumentError(
+            "A guarantee needs at least 2 samples (with a prior, 2 of each class): some find the "
+            f"candidates, others test them. Got {num_samples}."
+        )
+    return max(1, round(_FRONT_SHARE * num_samples))
+
+
+def _front(finding: ExitLogits, policy: ThresholdedPolicy, risk: str) -> list[ThresholdedPolicy]:
+    """Policies on the way from the safest, where nobody leaves, to the cheapest.
+
+    Of right and wrong, a few hundred samples tell little: there, answers are judged by how likely
+    the final exit finds them.
+    """
+    counted = RISKS[risk]
+    worth_KN = plausibility(finding) if counted.counts_errors else -counted.losses(finding)
+    search = ThresholdSearch(
+        confidences(finding, policy), worth_KN, finding.costs, weights_N=finding.weights_N
+    )
+    return [policy.with_thresholds(thresholds) for thresholds in search.front()]
+
+
+def _losses_in_sequence(
+    test: _Test,
+    finding: ExitLogits,
+    testing: ExitLogits,
+    policies: Sequence[ThresholdedPolicy],
+    risk: str,
+) -> Iterator[tuple[Floats, Floats]]:
+    """Loss of every finding and testing sample under one policy after the other."""
+    worst_N: Floats | None = None
+    of_both = zip(_losses(finding, policies, risk), _losses(testing, policies, risk), strict=True)
+    for found_N, tested_N in of_both:
+        if test.keeps_worst:
+            worst_N = tested_N if worst_N is None else np.maximum(worst_N, tested_N)
+            yield found_N, worst_N
+        else:
+            yield found_N, tested_N
+
+
+def _losses(
+    logits: ExitLogits, policies: Sequence[ThresholdedPolicy], risk: str
+) -> Iterator[Floats]:
+    """Loss of every sample under one policy after the other, weights multiplied in."""
+    losses_KN = RISKS[risk].losses(logits) * logits.weights_N
+    for policy, confidence_KN in _with_confidences(logits, policies):
+        exit_N = exits_left_by(confidence_KN, policy.thresholds)
+        yield losses_KN[exit_N, np.arange(len(exit_N))]
+
+
+def _with_confidences(
+    logits: ExitLogits, policies: Sequence[ThresholdedPolicy]
+) -> Iterator[tuple[ThresholdedPolicy, Floats]]:
+    """Each policy with its confidences, which policies with the same exits off share."""
+    known: dict[frozenset[int], Floats] = {}
+    for policy in policies:
+        off = policy.off_exits
+        if off not in known:
+            known[off] = confidences(logits, policy, off)
+        yield policy, known[off]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Test:
+    """Decides whether policies pass, one after the other.
+
+    Attributes:
+        method: Its name.
+        limit: A policy passes whose value is at most this.
+        value: From losses on the finding and on the testing samples, target, and a number of
+            testing samples (more than there are asks what more of the same would give).
+        keeps_worst: Whether a sample's loss counts at its worst so far, so that it only grows.
+    """
+
+    method: str
+    limit: float
+    value: Callable[[Floats, Floats, float, int], float]
+    keeps_worst: bool = False
+
+
+def _choose_test(risk: str, testing: ExitLogits, *, guarantee: float | str) -> _Test:
+    weights_N = testing.weights_N
+    is_even = bool(np.allclose(weights_N, 1))
+    if isinstance(guarantee, str):
+        if not is_even:
+            raise InvalidArgumentError(
+                "A promise on average needs samples that all weigh the same. These are weighted "
+                "to a prior: give a probability as the guarantee."
+            )
+        return _Test(
+            method="conformal risk control", limit=0, value=_conformal_value, keeps_worst=True
+        )
+    delta = 1 - guarantee
+    if RISKS[risk].is_binary and is_even:
+        return _Test(method="exact binomial", limit=delta, value=_binomial_value)
+    if testing.prior is None:
+        bet = partial(betting_p_value, delta=delta)
+    else:
+        bet = partial(fixed_bet_p_value, delta=delta, highest=max(1.0, float(weights_N.max())))
+
+    def betting_value(found_N: Floats, tested_N: Floats, max_risk: float, n: int) -> float:
+        p_value = bet(tested_N, max_risk, before=found_N, num_samples=n)
+        return float(p_value ** (n / len(tested_N)))
+
+    return _Test(method="betting", limit=delta, value=betting_value)
+
+
+def _binomial_value(found_N: Floats, tested_N: Floats, max_risk: float, n: int) -> float:
+    if n == len(tested_N):
+        return binomial_p_value(tested_N, max_risk)
+    lost = math.ceil(n * float(tested_N.mean()) - 1e-6)
+    return float(binom.cdf(lost, n, max_risk))
+
+
+def _conformal_value(found_N: Floats, tested_N: Floats, max_risk: float, n: int) -> float:
+    """How far the bound on the mean risk is above the target; no loss is above 1."""
+    return (n * float(tested_N.mean()) + 1) / (n + 1) - max_risk
+
+
+def _infeasible(
+    test: _Test, found_N: Floats, tested_N: Floats, *, max_risk: float, num_samples: int
+) -> InfeasibleTargetError:
+    """Say how many samples would do for the safest policy, and which target these allow."""
+
+    def passes(target: float, n: float) -> bool:
+        return test.value(found_N, tested_N, target, math.ceil(n)) <= test.limit
+
+    enough = _first_true(lambda n: passes(max_risk, n), len(tested_N), _LARGEST_SAMPLE)
+    allowed = _first_true(lambda target: passes(target, len(tested_N)), max_risk, 1 - 1e-6)
+    if enough is None:
+        remedy = (
+            f"no number of them would do, since even the safest policy loses {tested_N.mean():.4f} "
+            "on them"
+        )
+    else:
+        needed = math.ceil(math.ceil(enough) * num_samples / len(tested_N))
+        remedy = f"about {needed:,} would do, if they are like these"
+    best = 1.0 if allowed is None else allowed
+    return InfeasibleTargetError(
+        f"{num_samples:,} calibration samples cannot promise a target of {max_risk:g}: {remedy}. "
+        + (f"These can promise {best:.4f}." if best < 1 else "These can promise nothing."),
+        best_achievable=best,
+    )
+
+
+def _first_true(is_true: Callable[[float], bool], low: float, high: float) -> float | None:
+    """The smallest number at which a condition holds that holds from some number on."""
+    if not is_true(high):
+        return None
+    while high - low > max(1e-5 * high, 1e-7):
+        middle = (low + high) / 2
+        low, high = (low, middle) if is_true(middle) else (middle, high)
+    return high

@@ -1,0 +1,234 @@
+"""What early exit can get wrong, and how sure one can be that it seldom does.
+
+A risk is the mean of a loss over the population. A p-value says how likely losses as low as those
+seen would be if the risk were above the target: below delta, the target holds with probability
+1 - delta over the draw of the samples.
+
+Shapes: ``K`` exits, ``N`` samples, ``C`` classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import binom
+from torch import Tensor
+
+from offramp.calibration.collect import ExitLogits
+from offramp.calibration.search import Floats
+from offramp.errors import InvalidArgumentError
+
+_ROUNDING = 1e-9
+"""By how much a sum of whole losses may be off one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Risk:
+    """A loss per exit and sample.
+
+    Attributes:
+        losses: From logits to the loss of each sample that leaves by each exit, shape (K, N).
+        is_binary: Whether every loss is 0 or 1.
+        counts_errors: Whether it differs between exits by right and wrong answers only.
+        words: What is promised of it, with the target as ``{target}``.
+    """
+
+    losses: Callable[[ExitLogits], Floats]
+    is_binary: bool
+    counts_errors: bool
+    words: str
+
+
+def _accuracy_gap(logits: ExitLogits) -> Floats:
+    correct_KN = logits.correct_KN.numpy().astype(np.float64)
+    gap_KN: Floats = correct_KN[-1] - correct_KN
+    return gap_KN
+
+
+def _disagreement(logits: ExitLogits) -> Floats:
+    predicted_KN = logits.logits_KNC.argmax(-1)
+    disagrees_KN: Floats = (predicted_KN != predicted_KN[-1]).numpy().astype(np.float64)
+    return disagrees_KN
+
+
+def _error(logits: ExitLogits) -> Floats:
+    wrong_KN: Floats = (~logits.correct_KN).numpy().astype(np.float64)
+    return wrong_KN
+
+
+def _brier_gap(logits: ExitLogits) -> Floats:
+    scores = [_brier(logits_NC, logits.labels_N) for logits_NC in logits.logits_KNC]
+    brier_KN = np.stack(scores)
+    gap_KN: Floats = brier_KN - brier_KN[-1]
+    return gap_KN
+
+
+def _brier(logits_NC: Tensor, labels_N: Tensor) -> Floats:
+    """Half the squared distance of the probabilities from the label, in [0, 1]; 1 for NaN."""
+    p_NC = logits_NC.double().softmax(-1)
+    of_label_N = p_NC.gather(1, labels_N[:, None])[:, 0]
+    score_N: Floats = ((p_NC**2).sum(-1) - 2 * of_label_N + 1).div(2).nan_to_num(1.0).numpy()
+    return score_N
+
+
+RISKS = {
+    "accuracy_gap": Risk(
+        losses=_accuracy_gap,
+        is_binary=False,
+        counts_errors=True,
+        words="the accuracy is at most {target} below the final exit's",
+    ),
+    "disagreement": Risk(
+        losses=_disagreement,
+        is_binary=True,
+        counts_errors=False,
+        words="at most {target} of the answers differ from the final exit's",
+    ),
+    "error": Risk(
+        losses=_error,
+        is_binary=True,
+        counts_errors=True,
+        words="at most {target} of the answers are wrong",
+    ),
+    "brier_gap": Risk(
+        losses=_brier_gap,
+        is_binary=False,
+        counts_errors=False,
+        words="the Brier score (in [0, 1]) is at most {target} above the final exit's",
+    ),
+}
+"""The risks by the name that files and the command line use; no loss is above 1."""
+
+
+def check_risk(risk: str, max_risk: float) -> None:
+    """Refuse a risk that there is not, or a target that is no fraction.
+
+    Args:
+        risk: Its name.
+        max_risk: The target.
+    Raises:
+        InvalidArgumentError: If there is none of that name, or the target is not in [0, 1).
+    """
+    if risk not in RISKS:
+        raise InvalidArgumentError(f"The risk must be one of {', '.join(RISKS)}. Got {risk!r}.")
+    if not 0 <= max_risk < 1:
+        raise InvalidArgumentError(
+            f"The most that may be lost must be a fraction in [0, 1). Got {max_risk}."
+        )
+
+
+def binomial_p_value(losses_N: Floats, max_risk: float) -> float:
+    """Exact p-value of "the risk is above the target" for losses that are 0 or 1.
+
+    Args:
+        losses_N: Losses of N samples, drawn independently; from one population, or so many from
+            each class.
+        max_risk: The target, in (0, 1).
+    Returns:
+        The chance of so few losses at the target itself.
+    Reference: the binomial distribution; for a set number from each class, Hoeffding (1956), On the
+        distribution of the number of successes in independent trials.
+    """
+    return float(binom.cdf(np.ceil(losses_N.sum() - _ROUNDING), len(losses_N), max_risk))
+
+
+def hoeffding_bentkus_p_value(losses_N: Floats, max_risk: float) -> float:
+    """P-value of "the risk is above the target" for losses in [0, 1].
+
+    Args:
+        losses_N: Losses of N samples, drawn independently.
+        max_risk: The target, in (0, 1).
+    Returns:
+        The smaller of Hoeffding's and Bentkus's bounds, at most 1.
+    Reference: Bates et al. (2021), Distribution-free, risk-controlling prediction sets;
+        Angelopoulos et al. (2021), Learn then Test.
+    """
+    num_samples, mean = len(losses_N), float(np.mean(losses_N))
+    below = min(mean, max_risk)
+    divergence = (below * math.log(below / max_risk) if below > 0 else 0.0) + (
+        1 - below
+    ) * math.log((1 - below) / (1 - max_risk))
+    whole = np.ceil(losses_N.sum() - _ROUNDING)
+    bentkus = math.e * float(binom.cdf(whole, num_samples, max_risk))
+    return min(1.0, math.exp(-num_samples * divergence), bentkus)
+
+
+def betting_p_value(
+    losses_N: Floats,
+    max_risk: float,
+    *,
+    delta: float,
+    before: Floats,
+    num_samples: int | None = None,
+) -> float:
+    """P-value of "the risk is above the target" for losses of at most 1, by betting on low ones.
+
+    Capital 1 is staked: each sample multiplies it by ``1 + bet * (target - loss)``, the bet chosen
+    by the samples before it. Were the risk above the target, nobody could expect to gain, so that
+    the inverse of the most that the capital ever was is a p-value.
+
+    Args:
+        losses_N: Losses of N samples, drawn independently from one population, in random order.
+        max_risk: The target.
+        delta: The level that the p-value shall fall below; bets are sized for it.
+        before: Losses of other samples of the population, at least one: the first bets go by them.
+        num_samples: Samples that bets are sized for; N if None.
+    Returns:
+        At most 1.
+    Reference: Waudby-Smith and Ramdas (2024), Estimating means of bounded random variables by
+        betting: predictable plug-in bets (their section 4), with Ville's inequality.
+    """
+    seen = np.concatenate([before, losses_N])
+    count = np.arange(1, len(seen) + 1)
+    variance = (0.25 + np.cumsum(seen**2)) / (count + 1) - (np.cumsum(seen) / count) ** 2
+    until_then_N = np.maximum(variance, 1 / (count + 1))[len(before) - 1 : -1]
+    bets_N = _stakes(until_then_N, delta=delta, num_samples=num_samples or len(losses_N))
+    log_capital_N = np.cumsum(np.log1p(bets_N * (max_risk - losses_N)))
+    return math.exp(-max(0.0, float(log_capital_N.max())))
+
+
+def fixed_bet_p_value(
+    losses_N: Floats,
+    max_risk: float,
+    *,
+    delta: float,
+    before: Floats,
+    highest: float = 1.0,
+    num_samples: int | None = None,
+) -> float:
+    """The same where a set number is drawn from each class, weighted or not.
+
+    The bet is the same for all samples, and only the final capital counts. So the order does not
+    matter, and it is enough that the mean of what the samples lose on average is the risk: by the
+    inequality of means, the capital then gains nothing on average.
+
+    Args:
+        losses_N: Losses of N samples, weights multiplied in, drawn independently.
+        max_risk: As for :func:`betting_p_value`.
+        delta: As for :func:`betting_p_value`.
+        before: As for :func:`betting_p_value`, weights multiplied in.
+        highest: The most that a sample can lose, weights multiplied in, at least 1.
+        num_samples: As for :func:`betting_p_value`.
+    Returns:
+        At most 1.
+    """
+    variance = np.array(max(float(np.var(before)), 1 / len(before)))
+    stake = _stakes(variance, delta=delta, num_samples=num_samples or len(losses_N))
+    bet = min(float(stake), _LARGEST_STAKE / highest)
+    return min(1.0, math.exp(-float(np.log1p(bet * (max_risk - losses_N)).sum())))
+
+
+def _stakes(variance: Floats, *, delta: float, num_samples: int) -> Floats:
+    """What would be best to bet if the mean were where it just suffices, and safe whatever comes.
+
+    It does not depend on the target, so that a looser one never fails where a tighter one passes.
+    """
+    wanted: Floats = np.sqrt(2 * math.log(1 / delta) / (num_samples * variance))
+    return np.minimum(wanted, _LARGEST_STAKE)
+
+
+_LARGEST_STAKE = 0.9
+"""Of the capital, what one sample may take at the most."""

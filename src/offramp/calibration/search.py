@@ -1,0 +1,226 @@
+"""Searching one threshold per exit, jointly.
+
+For fixed thresholds elsewhere, every possible threshold of one exit is scored at once: its samples
+are sorted by confidence, and running sums give worth and cost of letting the surest j leave. Rounds
+of this over the exits climb a price for compute (worth minus price times cost); a sweep over prices
+walks along the trade-off.
+
+Shapes: ``K`` exits, ``N`` samples, ``J`` candidate thresholds of one exit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from offramp.measure.cost import ExitCosts
+
+Floats = npt.NDArray[np.float64]
+Score = Callable[[Floats, Floats], Floats]
+"""From mean worths and mean MACs of candidates to how good each is; -inf where not allowed."""
+
+_PRICES = np.geomspace(1e-3, 3.0, 24)
+"""Worth that a plain network's worth of MACs has, from cheap to dear."""
+
+_FRONT_PRICES = np.geomspace(1e-3, 1.0, 40)
+"""As above, for walking along the front; those beyond 1 would only repeat its cheap end."""
+
+_BETWEEN = (0.25, 0.5, 0.75)
+"""Where candidates are put between two neighbours on the front."""
+
+_MAX_ROUNDS = 8
+"""Rounds over the exits for one price; most settle in three."""
+
+
+def evaluate_thresholds(
+    confidence_KN: Floats,
+    correct_KN: Floats,
+    costs: ExitCosts,
+    thresholds: Sequence[float],
+    weights_N: Floats | None = None,
+) -> tuple[float, float]:
+    """Accuracy and mean MACs of given thresholds on collected samples.
+
+    Args:
+        confidence_KN: Confidence of each exit, shape (K, N).
+        correct_KN: Whether each exit is right, or how likely, shape (K, N).
+        costs: MACs of stages and heads.
+        thresholds: K - 1 thresholds; the head of an exit at +inf does not run.
+        weights_N: How much each sample counts, shape (N,); all alike if None.
+    Returns:
+        Adaptive accuracy and mean MACs per sample.
+    """
+    off = frozenset(k for k, threshold in enumerate(thresholds) if threshold == math.inf)
+    exit_N = exits_left_by(confidence_KN, thresholds)
+    correct_N = correct_KN[exit_N, np.arange(len(exit_N))]
+    macs_K = np.asarray(costs.exit_macs(off), dtype=np.float64)
+    accuracy = np.average(correct_N, weights=weights_N)
+    return float(accuracy), float(np.average(macs_K[exit_N], weights=weights_N))
+
+
+def exits_left_by(confidence_KN: Floats, thresholds: Sequence[float]) -> npt.NDArray[np.int64]:
+    """The exit that each sample leaves by.
+
+    Args:
+        confidence_KN: Confidence of each exit, shape (K, N).
+        thresholds: K - 1 thresholds; +inf and NaN confidence let nobody go.
+    Returns:
+        Exit numbers, shape (N,), int64.
+    """
+    num_exits, num_samples = confidence_KN.shape
+    exit_N = np.full(num_samples, num_exits - 1)
+    for k in reversed(range(num_exits - 1)):
+        exit_N[confidence_KN[k] >= thresholds[k]] = k
+    return exit_N
+
+
+class ThresholdSearch:
+    """Coordinate search over one threshold per exit.
+
+    Args:
+        confidence_KN: Confidence of each exit, shape (K, N); NaN where a sample may not leave.
+        worth_KN: How good it is that a sample leaves by an exit, shape (K, N).
+        costs: MACs of stages and heads.
+        weights_N: How much each sample counts, shape (N,), 1 on average.
+        off: Exits that stay off.
+    """
+
+    def __init__(
+        self,
+        confidence_KN: Floats,
+        worth_KN: Floats,
+        costs: ExitCosts,
+        *,
+        weights_N: Floats,
+        off: frozenset[int] = frozenset(),
+    ) -> None:
+        # NaN sorts and compares as less sure than anything.
+        self.confidence_KN = np.nan_to_num(confidence_KN, nan=-1.0)
+        self.worth_KN = worth_KN
+        self.costs = costs
+        self.weights_N = weights_N
+        self.num_exits, self.num_samples = worth_KN.shape
+        self.searched = [k for k in range(self.num_exits - 1) if k not in off]
+        self.order_KN = np.argsort(-self.confidence_KN, axis=1, kind="stable")
+        self._score: Score | None = None
+        self._best: tuple[float, tuple[float, ...]]
+        self.cheapest_macs = math.inf
+
+    def best(self, score: Score) -> tuple[tuple[float, ...], float]:
+        """Sweep the prices both ways, then climb the target itself from the best point.
+
+        Args:
+            score: How good a point is.
+        Returns:
+            The thresholds, and their score: -inf where nothing that was seen is allowed.
+        """
+        self._score = score
+        nobody = (math.inf,) * (self.num_exits - 1)
+        worth, self.cheapest_macs = evaluate_thresholds(
+            self.confidence_KN, self.worth_KN, self.costs, nobody, self.weights_N
+        )
+        self._best = float(score(np.array(worth), np.array(self.cheapest_macs))), nobody
+        for prices, start in ((_PRICES, math.inf), (_PRICES[::-1], 0.0)):
+            thresholds = list(nobody)
+            for k in self.searched:
+                thresholds[k] = start
+            for price in prices:
+                self._climb(thresholds, self._at_price(price))
+        self._climb(list(self._best[1]), score)
+        return self._best[1], self._best[0]
+
+    def front(self) -> list[tuple[float, ...]]:
+        """Walk along the trade-off of worth and cost, from where nobody leaves to the cheap end.
+
+        Returns:
+            Thresholds, each point once, with steps between neighbours so that little is skipped.
+        """
+        self._score = None
+        thresholds = [math.inf] * (self.num_exits - 1)
+        points = [tuple(thresholds)]
+        for price in _FRONT_PRICES:
+            dear = points[-1]
+            self._climb(thresholds, self._at_price(price))
+            points += [self._between(dear, thresholds, part) for part in _BETWEEN]
+            points.append(tuple(thresholds))
+        return list(dict.fromkeys(points))
+
+    def _between(
+        self, dear: Sequence[float], cheap: Sequence[float], part: float
+    ) -> tuple[float, ...]:
+        """Thresholds at which a part of those leave early who leave by the one and not the other.
+
+        As if each exit were the first; where an exit is switched on, its surest samples go first.
+        """
+        between = []
+        for k, pair in enumerate(zip(dear, cheap, strict=True)):
+            at_dear, at_cheap = (int((self.confidence_KN[k] >= t).sum()) for t in pair)
+            rank = round((1 - part) * at_dear + part * at_cheap)
+            least_sure = self.confidence_KN[k][self.order_KN[k][rank - 1]] if rank else math.inf
+            between.append(max(0.0, float(least_sure)))
+        return tuple(between)
+
+    def _at_price(self, price: float) -> Score:
+        plain_macs = self.costs.plain_macs
+        return lambda worth_J, macs_J: worth_J - price * macs_J / plain_macs
+
+    def _climb(self, thresholds: list[float], objective: Score) -> None:
+        """Improve ``thresholds`` in place, an exit at a time, until none changes."""
+        for _ in range(_MAX_ROUNDS):
+            before = list(thresholds)
+            for k in self.searched:
+                candidates_J, worth_J, macs_J = self._scan(k, thresholds)
+                self.cheapest_macs = min(self.cheapest_macs, float(macs_J.min()))
+                if self._score is not None:
+                    self._remember(k, thresholds, candidates_J, self._score(worth_J, macs_J))
+                values_J = objective(worth_J, macs_J)
+                if np.isfinite(values_J).any():
+                    thresholds[k] = float(candidates_J[values_J.argmax()])
+            if thresholds == before:
+                return
+
+    def _remember(
+        self, k: int, thresholds: list[float], candidates_J: Floats, scores_J: Floats
+    ) -> None:
+        j = int(scores_J.argmax())
+        if scores_J[j] > self._best[0]:
+            point = (*thresholds[:k], float(candidates_J[j]), *thresholds[k + 1 :])
+            self._best = float(scores_J[j]), point
+
+    def _scan(self, k: int, thresholds: list[float]) -> tuple[Floats, Floats, Floats]:
+        """Mean worth and MACs for every threshold of exit k, the others held fixed."""
+        others_off = {j for j, t in enumerate(thresholds) if t == math.inf} - {k}
+        exit_macs = self.costs.exit_macs(frozenset(others_off))
+        without_k = [*thresholds[:k], math.inf, *thresholds[k + 1 :]]
+        exit_N = exits_left_by(self.confidence_KN, without_k)
+        worth_N = self.weights_N * self.worth_KN[exit_N, np.arange(self.num_samples)]
+        macs_N = self.weights_N * np.asarray(exit_macs, dtype=np.float64)[exit_N]
+
+        order = self.order_KN[k]
+        order = order[exit_N[order] > k]  # whoever reaches exit k, surest first
+        weights = self.weights_N[order]
+        gain = np.cumsum(weights * self.worth_KN[k][order] - worth_N[order])
+        saving = np.cumsum(weights * exit_macs[k] - macs_N[order])
+        ends, cuts = _cuts(self.confidence_KN[k][order])
+        off_macs = macs_N.sum() - self.costs.head_macs[k] * weights.sum()
+        worth_J = (worth_N.sum() + np.append(0.0, gain[ends])) / self.num_samples
+        macs_J = np.append(off_macs, macs_N.sum() + saving[ends]) / self.num_samples
+        return np.append(math.inf, cuts), worth_J, macs_J
+
+
+def _cuts(descending: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
+    """Where a threshold can part samples sorted by confidence, and the thresholds that do.
+
+    A cut is possible where the confidence changes, and after everyone who may leave (at least 0).
+    """
+    following = np.append(descending[1:], -1.0)
+    ends = np.flatnonzero((descending > following) & (descending >= 0))
+    surest_left, next_sure = descending[ends], following[ends]
+    # Halfway, unless float32, which confidences are, has no number in between.
+    cuts = ((surest_left + next_sure) / 2).astype(np.float32).astype(np.float64)
+    cuts = np.where(cuts > next_sure, cuts, surest_left)
+    cuts[next_sure < 0] = 0.0
+    return ends, cuts

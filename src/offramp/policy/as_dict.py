@@ -1,0 +1,79 @@
+"""Policies as values that JSON can hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from offramp.errors import ArtifactError, InvalidArgumentError
+from offramp.policy.policies import PatiencePolicy, Policy, ThresholdPolicy
+
+
+def policy_to_dict(policy: Policy) -> dict[str, Any]:
+    """Describe a policy in values that JSON can hold (+inf becomes None).
+
+    Args:
+        policy: A policy that Offramp ships.
+    Returns:
+        A dictionary that :func:`policy_from_dict` reads.
+    Raises:
+        InvalidArgumentError: If the policy is of a class that Offramp does not know.
+    """
+    if isinstance(policy, ThresholdPolicy):
+        return {
+            "kind": "threshold",
+            "rule": policy.rule,
+            "thresholds": _without_inf(policy.thresholds),
+            "temperatures": None if policy.temperatures is None else list(policy.temperatures),
+        }
+    if isinstance(policy, PatiencePolicy):
+        return {
+            "kind": "patience",
+            "rule": policy.rule,
+            "patience": policy.patience,
+            "num_exits": policy.num_exits,
+            "thresholds": _without_inf(policy.thresholds or ()),
+        }
+    raise InvalidArgumentError(
+        f"Expected a ThresholdPolicy or a PatiencePolicy. Got {type(policy).__name__}."
+    )
+
+
+def policy_from_dict(content: dict[str, Any]) -> Policy:
+    """Rebuild a policy from :func:`policy_to_dict`.
+
+    Args:
+        content: The dictionary.
+    Returns:
+        The policy.
+    Raises:
+        ArtifactError: If the dictionary is no policy or names a kind this version does not know.
+    """
+    try:
+        if content["kind"] == "threshold":
+            temperatures = content.get("temperatures")
+            return ThresholdPolicy(
+                _with_inf(content["thresholds"]),
+                rule=content["rule"],
+                temperatures=None if temperatures is None else tuple(temperatures),
+            )
+        if content["kind"] == "patience":
+            thresholds = content.get("thresholds")  # schema 2 knew none
+            return PatiencePolicy(
+                content["patience"],
+                content["num_exits"],
+                rule=content["rule"],
+                thresholds=None if thresholds is None else _with_inf(thresholds),
+            )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"Expected a policy, got a damaged one ({error}).") from error
+    raise ArtifactError(f"Expected a threshold or patience policy. Got kind {content['kind']!r}.")
+
+
+def _without_inf(thresholds: Sequence[float]) -> list[float | None]:
+    return [None if t == math.inf else t for t in thresholds]
+
+
+def _with_inf(thresholds: Sequence[float | None]) -> tuple[float, ...]:
+    return tuple(math.inf if t is None else t for t in thresholds)
