@@ -27,6 +27,7 @@ from offramp.results import AdaptiveResult
 
 if TYPE_CHECKING:
     from offramp.calibration.collect import ExitLogits, collect
+    from offramp.calibration.frontier import Frontier, frontier
     from offramp.calibration.thresholds import Calibration, calibrate
     from offramp.exporting.bundle import export
     from offramp.inference.evaluate import Evaluation, evaluate
@@ -58,6 +59,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "ExitLogits": "offramp.calibration.collect",
     "collect": "offramp.calibration.collect",
+    "Frontier": "offramp.calibration.frontier",
+    "frontier": "offramp.calibration.frontier",
     "Calibration": "offramp.calibration.thresholds",
     "calibrate": "offramp.calibration.thresholds",
     "export": "offramp.exporting.bundle",
@@ -100,6 +103,7 @@ __all__ = [
     "ExitLogits",
     "ExportMismatchError",
     "FitConfig",
+    "Frontier",
     "InSampleError",
     "InfeasibleTargetError",
     "InvalidArgumentError",
@@ -124,6 +128,7 @@ __all__ = [
     "evaluate",
     "export",
     "fit",
+    "frontier",
     "load",
     "margin_confidence",
     "max_probability_confidence",

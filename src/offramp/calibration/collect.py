@@ -5,20 +5,28 @@ Shapes: ``K`` exits, ``N`` samples, ``C`` classes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from offramp.errors import DataError, InvalidArgumentError, ShapeError
+from offramp.artifacts import atomic_path
+from offramp.errors import ArtifactError, DataError, InvalidArgumentError, ShapeError
 from offramp.measure.cost import ExitCosts, evaluation_mode
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.runtime import Session
 from offramp.runtime.session import check_inputs
+
+_ABOUT = "exits"
+"""Where a file of logits says what its exits cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,3 +188,49 @@ def collect_from_session(session: Session, loader: Iterable[tuple[Tensor, Tensor
         costs=costs,
         numbers=tuple(step.exit_index for step in steps),
     )
+
+
+def write_logits(path: Path | str, logits: ExitLogits) -> None:
+    """Keep logits in a file, at half precision, so that choosing need not run the network again.
+
+    Args:
+        path: The file to write, a safetensors file.
+        logits: Every exit's logits; a prior is not kept.
+    Raises:
+        ArtifactError: If the file cannot be written.
+    """
+    tensors = {"logits_KNC": logits.logits_KNC.half().contiguous(), "labels_N": logits.labels_N}
+    about = {
+        "stage_macs": logits.costs.stage_macs,
+        "head_macs": logits.costs.head_macs,
+        "numbers": logits.numbers,
+    }
+    with atomic_path(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata={_ABOUT: json.dumps(about)})
+
+
+def read_logits(path: Path | str) -> ExitLogits:
+    """Read logits that :func:`write_logits` kept.
+
+    Args:
+        path: The file.
+    Returns:
+        The logits, as far as half precision holds them.
+    Raises:
+        ArtifactError: If the file is missing, damaged, or holds something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()[_ABOUT])
+            return ExitLogits(
+                logits_KNC=file.get_tensor("logits_KNC").float(),
+                labels_N=file.get_tensor("labels_N"),
+                costs=ExitCosts(
+                    stage_macs=tuple(about["stage_macs"]), head_macs=tuple(about["head_macs"])
+                ),
+                numbers=tuple(about["numbers"]),
+            )
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"Expected logits of every exit in {path}, found none or damaged ones ({error})."
+        ) from error

@@ -34,6 +34,7 @@ from offramp.calibration.risk import (
 from offramp.calibration.search import Floats, ThresholdSearch, exits_left_by
 from offramp.calibration.thresholds import (
     Calibration,
+    Rule,
     confidences,
     measure_policy,
     plausibility,
@@ -84,17 +85,17 @@ class Guarantee:
         """The promise in one sentence that a person can quote.
 
         Args:
-            population: What the samples were drawn from, as it follows "of".
+            population: What the samples were drawn from.
         Returns:
             The sentence.
         """
-        what = RISKS[self.risk].words.format(target=f"{100 * self.max_risk:g} %")
-        drawn = f"over the draw of {self.num_samples:,} calibration samples of {population}"
+        what = RISKS[self.risk].in_words(self.max_risk)
+        drawn = f"{self.num_samples:,} calibration samples ({population})"
         if self.probability is None:
-            return f"On average {drawn}, on new samples of the same kind {what}."
+            return f"On average over draws of {drawn}, {what} on new samples drawn alike."
         return (
-            f"With probability at least {100 * self.probability:g} % {drawn}, on new samples of "
-            f"the same kind {what}."
+            f"With probability at least {100 * self.probability:g} % over the draw of {drawn}, "
+            f"{what} on new samples drawn alike."
         )
 
 
@@ -115,7 +116,7 @@ def calibrate_with_guarantee(
     max_risk: float,
     risk: str = "accuracy_gap",
     guarantee: float | str = 0.95,
-    rule: str | ThresholdedPolicy = "entropy",
+    rule: Rule = "entropy",
     seed: int = 0,
 ) -> GuaranteedCalibration:
     """Choose thresholds so that the true risk is within a target, and say with what probability.
@@ -132,7 +133,8 @@ def calibrate_with_guarantee(
             or brier_gap.
         guarantee: Probability in (0, 1) with which it shall hold; or "mean": the risk is within
             the target on average over many draws of the samples (conformal risk control).
-        rule: As for :func:`~offramp.calibrate`.
+        rule: As for :func:`~offramp.calibrate`; what makes a policy is given the samples that
+            find the front. A policy must not have been fitted on any of these samples.
         seed: Parts the samples into those that find the front and those that test.
     Returns:
         The policy, what it reached on all samples, and the promise.
@@ -144,37 +146,41 @@ def calibrate_with_guarantee(
     """
     check_risk(risk, max_risk)
     _check_guarantee(max_risk, guarantee)
-    num_samples = len(logits.labels_N)
-    policy = policy_like(rule, num_exits=logits.costs.num_exits)
     finding, testing = (logits.take(rows) for rows in _split(logits, seed))
-    candidates = _front(finding, policy, risk)
+    candidates = _front(finding, policy_like(rule, finding), risk)
     test = _choose_test(risk, testing, guarantee=guarantee)
+    passed = _test_in_sequence(
+        test, _losses_in_sequence(test, finding, testing, candidates, risk), max_risk
+    )
+    chosen = measure_policy(logits, candidates[len(passed) - 1])
+    promise = Guarantee(
+        risk=risk,
+        max_risk=max_risk,
+        probability=None if isinstance(guarantee, str) else guarantee,
+        method=test.method,
+        value=passed[-1],
+        num_samples=len(logits.labels_N),
+        num_tested=len(testing.labels_N),
+        effective_num_samples=testing.effective_num_samples,
+        num_candidates=len(candidates),
+        num_passed=len(passed),
+    )
+    return GuaranteedCalibration(**vars(chosen), guarantee=promise)
+
+
+def _test_in_sequence(
+    test: _Test, losses: Iterator[tuple[Floats, Floats]], max_risk: float
+) -> list[float]:
+    """Values of the policies that pass before the first that does not; at least one."""
     passed: list[float] = []
-    for found_N, tested_N in _losses_in_sequence(test, finding, testing, candidates, risk):
+    for found_N, tested_N in losses:
         value = test.value(found_N, tested_N, max_risk, len(tested_N))
         if value > test.limit:
             break
         passed.append(value)
     if not passed:
-        raise _infeasible(test, found_N, tested_N, max_risk=max_risk, num_samples=num_samples)
-    chosen = measure_policy(logits, candidates[len(passed) - 1])
-    return GuaranteedCalibration(
-        policy=chosen.policy,
-        accuracy=chosen.accuracy,
-        mean_macs=chosen.mean_macs,
-        guarantee=Guarantee(
-            risk=risk,
-            max_risk=max_risk,
-            probability=None if isinstance(guarantee, str) else guarantee,
-            method=test.method,
-            value=passed[-1],
-            num_samples=num_samples,
-            num_tested=len(testing.labels_N),
-            effective_num_samples=testing.effective_num_samples,
-            num_candidates=len(candidates),
-            num_passed=len(passed),
-        ),
-    )
+        raise _infeasible(test, found_N, tested_N, max_risk=max_risk)
+    return passed
 
 
 def _check_guarantee(max_risk: float, guarantee: float | str) -> None:
@@ -227,7 +233,11 @@ def _front(finding: ExitLogits, policy: ThresholdedPolicy, risk: str) -> list[Th
     counted = RISKS[risk]
     worth_KN = plausibility(finding) if counted.counts_errors else -counted.losses(finding)
     search = ThresholdSearch(
-        confidences(finding, policy), worth_KN, finding.costs, weights_N=finding.weights_N
+        confidences(finding, policy),
+        worth_KN,
+        finding.costs,
+        weights_N=finding.weights_N,
+        may_switch_off=not policy.needs_every_exit,
     )
     return [policy.with_thresholds(thresholds) for thresholds in search.front()]
 
@@ -330,7 +340,7 @@ def _conformal_value(found_N: Floats, tested_N: Floats, max_risk: float, n: int)
 
 
 def _infeasible(
-    test: _Test, found_N: Floats, tested_N: Floats, *, max_risk: float, num_samples: int
+    test: _Test, found_N: Floats, tested_N: Floats, *, max_risk: float
 ) -> InfeasibleTargetError:
     """Say how many samples would do for the safest policy, and which target these allow."""
 
@@ -339,6 +349,7 @@ def _infeasible(
 
     enough = _first_true(lambda n: passes(max_risk, n), len(tested_N), _LARGEST_SAMPLE)
     allowed = _first_true(lambda target: passes(target, len(tested_N)), max_risk, 1 - 1e-6)
+    num_samples = len(found_N) + len(tested_N)
     if enough is None:
         remedy = (
             f"no number of them would do, since even the safest policy loses {tested_N.mean():.4f} "

@@ -17,7 +17,13 @@ import numpy as np
 
 from offramp.calibration.collect import ExitLogits
 from offramp.calibration.search import exits_left_by
-from offramp.calibration.thresholds import Calibration, calibrate, confidences, measure_policy
+from offramp.calibration.thresholds import (
+    Calibration,
+    Rule,
+    calibrate,
+    confidences,
+    measure_policy,
+)
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError, ShapeError
 from offramp.measure.cost import ExitCosts
 from offramp.measure.profile import Profile
@@ -73,7 +79,7 @@ def calibrate_for_latency(
     *,
     batch_size: int,
     max_drop: float,
-    rule: str | ThresholdedPolicy = "entropy",
+    rule: Rule = "entropy",
 ) -> LatencyCalibration:
     """Choose thresholds for an accuracy target, and switch off exits that do not pay.
 
@@ -129,7 +135,7 @@ def calibrate_to_milliseconds(
     *,
     budget_ms: float,
     batch_size: int,
-    rule: str | ThresholdedPolicy = "entropy",
+    rule: Rule = "entropy",
 ) -> LatencyCalibration:
     """Choose thresholds for a mean time per sample, by measured times of the parts.
 
@@ -181,9 +187,7 @@ def calibrate_to_milliseconds(
     )
 
 
-def _fastest_within(
-    timed: ExitLogits, allowed_ns: float, rule: str | ThresholdedPolicy
-) -> Calibration:
+def _fastest_within(timed: ExitLogits, allowed_ns: float, rule: Rule) -> Calibration:
     """The most accurate thresholds at a cost, or the cheapest where none costs so little."""
     try:
         return calibrate(timed, budget_macs=allowed_ns, rule=rule)

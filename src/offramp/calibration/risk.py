@@ -33,13 +33,13 @@ class Risk:
         losses: From logits to the loss of each sample that leaves by each exit, shape (K, N).
         is_binary: Whether every loss is 0 or 1.
         counts_errors: Whether it differs between exits by right and wrong answers only.
-        words: What is promised of it, with the target as ``{target}``.
+        in_words: From a target to what is promised.
     """
 
     losses: Callable[[ExitLogits], Floats]
     is_binary: bool
     counts_errors: bool
-    words: str
+    in_words: Callable[[float], str]
 
 
 def _accuracy_gap(logits: ExitLogits) -> Floats:
@@ -79,36 +79,44 @@ RISKS = {
         losses=_accuracy_gap,
         is_binary=False,
         counts_errors=True,
-        words="the accuracy is at most {target} below the final exit's",
+        in_words=lambda target: (
+            f"early exit loses at most {100 * target:g} percentage points of accuracy against the "
+            "final exit"
+        ),
     ),
     "disagreement": Risk(
         losses=_disagreement,
         is_binary=True,
         counts_errors=False,
-        words="at most {target} of the answers differ from the final exit's",
+        in_words=lambda target: (
+            f"at most {100 * target:g} % of the answers differ from the final exit's"
+        ),
     ),
     "error": Risk(
         losses=_error,
         is_binary=True,
         counts_errors=True,
-        words="at most {target} of the answers are wrong",
+        in_words=lambda target: f"at most {100 * target:g} % of the answers are wrong",
     ),
     "brier_gap": Risk(
         losses=_brier_gap,
         is_binary=False,
         counts_errors=False,
-        words="the Brier score (in [0, 1]) is at most {target} above the final exit's",
+        in_words=lambda target: (
+            f"early exit's Brier score (in [0, 1]) is at most {target:g} above the final exit's"
+        ),
     ),
 }
 """The risks by the name that files and the command line use; no loss is above 1."""
 
 
-def check_risk(risk: str, max_risk: float) -> None:
+def check_risk(risk: str, max_risk: float, *, name: str = "max_risk") -> None:
     """Refuse a risk that there is not, or a target that is no fraction.
 
     Args:
         risk: Its name.
         max_risk: The target.
+        name: What the target is called.
     Raises:
         InvalidArgumentError: If there is none of that name, or the target is not in [0, 1).
     """
@@ -116,7 +124,7 @@ def check_risk(risk: str, max_risk: float) -> None:
         raise InvalidArgumentError(f"The risk must be one of {', '.join(RISKS)}. Got {risk!r}.")
     if not 0 <= max_risk < 1:
         raise InvalidArgumentError(
-            f"The most that may be lost must be a fraction in [0, 1). Got {max_risk}."
+            f"The {name!r} parameter must be a fraction in [0, 1). Got {max_risk}."
         )
 
 

@@ -86,6 +86,8 @@ class ThresholdSearch:
         costs: MACs of stages and heads.
         weights_N: How much each sample counts, shape (N,), 1 on average.
         off: Exits that stay off.
+        may_switch_off: Whether exits may be switched off one by one. If not, an exit that nobody
+            shall leave by gets a threshold of 1 and runs on.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class ThresholdSearch:
         *,
         weights_N: Floats,
         off: frozenset[int] = frozenset(),
+        may_switch_off: bool = True,
     ) -> None:
         # NaN sorts and compares as less sure than anything.
         self.confidence_KN = np.nan_to_num(confidence_KN, nan=-1.0)
@@ -104,6 +107,7 @@ class ThresholdSearch:
         self.weights_N = weights_N
         self.num_exits, self.num_samples = worth_KN.shape
         self.searched = [k for k in range(self.num_exits - 1) if k not in off]
+        self._may_switch_off = may_switch_off
         self.order_KN = np.argsort(-self.confidence_KN, axis=1, kind="stable")
         self._score: Score | None = None
         self._best: tuple[float, tuple[float, ...]]
@@ -123,10 +127,8 @@ class ThresholdSearch:
             self.confidence_KN, self.worth_KN, self.costs, nobody, self.weights_N
         )
         self._best = float(score(np.array(worth), np.array(self.cheapest_macs))), nobody
-        for prices, start in ((_PRICES, math.inf), (_PRICES[::-1], 0.0)):
-            thresholds = list(nobody)
-            for k in self.searched:
-                thresholds[k] = start
+        for prices, is_open in ((_PRICES, False), (_PRICES[::-1], True)):
+            thresholds = self._start(is_open=is_open)
             for price in prices:
                 self._climb(thresholds, self._at_price(price))
         self._climb(list(self._best[1]), score)
@@ -139,8 +141,8 @@ class ThresholdSearch:
             Thresholds, each point once, with steps between neighbours so that little is skipped.
         """
         self._score = None
-        thresholds = [math.inf] * (self.num_exits - 1)
-        points = [tuple(thresholds)]
+        thresholds = self._start(is_open=False)
+        points = [(math.inf,) * (self.num_exits - 1), tuple(thresholds)]
         for price in _FRONT_PRICES:
             dear = points[-1]
             self._climb(thresholds, self._at_price(price))
@@ -159,9 +161,17 @@ class ThresholdSearch:
         for k, pair in enumerate(zip(dear, cheap, strict=True)):
             at_dear, at_cheap = (int((self.confidence_KN[k] >= t).sum()) for t in pair)
             rank = round((1 - part) * at_dear + part * at_cheap)
-            least_sure = self.confidence_KN[k][self.order_KN[k][rank - 1]] if rank else math.inf
+            closed = math.inf if self._may_switch_off or k not in self.searched else 1.0
+            least_sure = self.confidence_KN[k][self.order_KN[k][rank - 1]] if rank else closed
             between.append(max(0.0, float(least_sure)))
         return tuple(between)
+
+    def _start(self, *, is_open: bool) -> list[float]:
+        """Everybody leaves at the first exit, or nobody leaves early."""
+        thresholds = [math.inf] * (self.num_exits - 1)
+        for k in self.searched:
+            thresholds[k] = 0.0 if is_open else math.inf if self._may_switch_off else 1.0
+        return thresholds
 
     def _at_price(self, price: float) -> Score:
         plain_macs = self.costs.plain_macs
@@ -205,10 +215,14 @@ class ThresholdSearch:
         gain = np.cumsum(weights * self.worth_KN[k][order] - worth_N[order])
         saving = np.cumsum(weights * exit_macs[k] - macs_N[order])
         ends, cuts = _cuts(self.confidence_KN[k][order])
-        off_macs = macs_N.sum() - self.costs.head_macs[k] * weights.sum()
         worth_J = (worth_N.sum() + np.append(0.0, gain[ends])) / self.num_samples
-        macs_J = np.append(off_macs, macs_N.sum() + saving[ends]) / self.num_samples
-        return np.append(math.inf, cuts), worth_J, macs_J
+        macs_J = np.append(macs_N.sum(), macs_N.sum() + saving[ends]) / self.num_samples
+        if self._may_switch_off:
+            macs_J[0] -= self.costs.head_macs[k] * weights.sum() / self.num_samples
+            return np.append(math.inf, cuts), worth_J, macs_J
+        # A threshold of 1 keeps everybody in, unless somebody is as sure as that.
+        first = 1 if len(cuts) and self.confidence_KN[k][order[0]] >= 1 else 0
+        return np.append(1.0, cuts)[first:], worth_J[first:], macs_J[first:]
 
 
 def _cuts(descending: Floats) -> tuple[npt.NDArray[np.int64], Floats]:

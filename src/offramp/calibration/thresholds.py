@@ -6,6 +6,7 @@ Shapes: ``K`` exits, ``N`` samples, ``C`` classes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +18,9 @@ from offramp.calibration.temperature import fit_temperatures
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError
 from offramp.measure.cost import ExitCosts
 from offramp.policy.policies import Setting, State, ThresholdedPolicy, never_leave
+
+Rule = str | ThresholdedPolicy | Callable[[ExitLogits], ThresholdedPolicy]
+"""The name of a confidence function, a policy, or a function that makes one from samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +46,7 @@ def calibrate(
     risk: str = "accuracy_gap",
     budget_macs: float | None = None,
     budget_share: float | None = None,
-    rule: str | ThresholdedPolicy = "entropy",
+    rule: Rule = "entropy",
     off: frozenset[int] = frozenset(),
 ) -> Calibration:
     """Choose thresholds for an accuracy target or for a budget.
@@ -61,7 +65,7 @@ def calibrate(
             are compared by :func:`expected_correctness`.
         budget_share: The same, as a share of the plain network's MACs, above 0.
         rule: Confidence function: entropy, max_probability or margin; or a policy, of which all
-            but the thresholds is kept.
+            but the thresholds is kept; or a function that makes one from the samples.
         off: Exits to switch off whatever they could do.
     Returns:
         The policy with accuracy and mean MACs on this data.
@@ -74,7 +78,7 @@ def calibrate(
         raise InvalidArgumentError(
             "Give exactly one target: 'max_drop', 'max_risk', 'budget_macs' or 'budget_share'."
         )
-    policy = policy_like(rule, num_exits=logits.costs.num_exits)
+    policy = policy_like(rule, logits)
     if not off <= set(range(policy.num_exits - 1)):
         raise InvalidArgumentError(
             f"The 'off' parameter must hold exits in [0, {policy.num_exits - 2}], the final one "
@@ -87,22 +91,26 @@ def calibrate(
     if max_drop is not None:
         max_risk, risk = max_drop, "accuracy_gap"
     assert max_risk is not None  # exactly one target is given
+    check_risk(risk, max_risk, name="max_risk" if max_drop is None else "max_drop")
     return _within_risk(logits, policy, max_risk, risk, off=off)
 
 
-def policy_like(rule: str | ThresholdedPolicy, *, num_exits: int) -> ThresholdedPolicy:
+def policy_like(rule: Rule, logits: ExitLogits) -> ThresholdedPolicy:
     """The policy whose thresholds are to be chosen.
 
     Args:
-        rule: Name of a confidence function, or the policy itself.
-        num_exits: Exits of the network.
+        rule: As for :func:`calibrate`.
+        logits: Every exit's logits.
     Returns:
         A policy; its own thresholds do not matter.
     Raises:
         InvalidArgumentError: If there is no such confidence function, or the policy is for another
             number of exits.
     """
-    policy = replace(never_leave(num_exits), rule=rule) if isinstance(rule, str) else rule
+    num_exits = logits.costs.num_exits
+    if isinstance(rule, str):
+        return replace(never_leave(num_exits), rule=rule)
+    policy = rule if isinstance(rule, ThresholdedPolicy) else rule(logits)
     if policy.num_exits != num_exits:
         raise InvalidArgumentError(
             f"Expected a policy for {num_exits} exits. Got one for {policy.num_exits}."
@@ -159,7 +167,12 @@ def search_thresholds(
     confidence_KN = confidences(logits, policy, off)
     while True:
         search = ThresholdSearch(
-            confidence_KN, worth_KN, logits.costs, weights_N=logits.weights_N, off=off
+            confidence_KN,
+            worth_KN,
+            logits.costs,
+            weights_N=logits.weights_N,
+            off=off,
+            may_switch_off=not policy.needs_every_exit,
         )
         thresholds, best_score = search.best(score)
         found = policy.with_thresholds(thresholds)
@@ -196,7 +209,6 @@ def _within_risk(
     *,
     off: frozenset[int],
 ) -> Calibration:
-    check_risk(risk, max_risk)
     losses_KN = RISKS[risk].losses(logits)
     floor = -max_risk - 1e-12
     found, best_score, _ = search_thresholds(
@@ -225,10 +237,11 @@ def _within_budget(
             "thresholds, give the plain network's MACs."
         )
     plain_macs = logits.costs.plain_macs
+    allowed_macs = budget_macs * (1 + 1e-12)  # a weighted mean may be off by its rounding
 
     # A trace of cost in the score prefers the cheaper of equally accurate candidates.
     def score(worth_J: Floats, macs_J: Floats) -> Floats:
-        return np.where(macs_J <= budget_macs, worth_J - 1e-9 * macs_J / plain_macs, -np.inf)
+        return np.where(macs_J <= allowed_macs, worth_J - 1e-9 * macs_J / plain_macs, -np.inf)
 
     found, best_score, cheapest = search_thresholds(
         logits, policy, expected_correctness(logits), score, off=off

@@ -9,7 +9,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from offramp import __version__
-from offramp.cli import calibrate, evaluate, export, place, predict, time, train
+from offramp.cli import calibrate, evaluate, export, frontier, place, predict, time, train
 from offramp.errors import OfframpError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("recipes")(train.recipes)
 app.command("train")(train.train)
 app.command("calibrate")(calibrate.calibrate)
 app.command("evaluate")(evaluate.evaluate)
+app.command("frontier")(frontier.frontier)
 app.command("time")(time.time)
 app.command("export")(export.export)
 app.command("place")(place.place)

@@ -22,6 +22,9 @@ _PARITY_SAMPLES = 512
 _BATCH_SIZE = 256
 _SHARE_TOLERANCE = 0.01
 """Thresholds are chosen anew where quantising moves the share of an exit by more than this."""
+_TARGETS = ("max_drop", "max_risk", "risk", "budget_macs", "budget_share")
+_BEYOND_THRESHOLDS = ("guarantee", "patience", "temperatures")
+"""Choices that thresholds alone, on the logits of the int8 network, do not make again."""
 
 
 def export(
@@ -101,9 +104,11 @@ def _write_int8(
     _report("float32", before, num_exits)
     after = answer(Session(folder), loader)
     _report("int8", after, num_exits)
-    if _moved(before, after, num_exits):
-        _choose_anew(folder, loader, (loaded.calibration or {}).get("asked") or {})
+    calibration = loaded.calibration or {}
+    if _moved(before, after, num_exits) and _choose_anew(folder, loader, calibration):
         _report("anew", answer(Session(folder), loader), num_exits)
+    if calibration.get("guarantee"):
+        print("the guarantee was tested in float32; it promises nothing about int8")
 
 
 def _moved(before: Answers, after: Answers, num_exits: int) -> bool:
@@ -111,24 +116,29 @@ def _moved(before: Answers, after: Answers, num_exits: int) -> bool:
     return any(abs(one - other) > _SHARE_TOLERANCE for one, other in shares)
 
 
-def _choose_anew(folder: Path, loader: DataLoader[Any], asked: dict[str, Any]) -> None:
-    """Choose thresholds for the int8 network, which other samples leave than before."""
+def _choose_anew(folder: Path, loader: DataLoader[Any], calibration: dict[str, Any]) -> bool:
+    """Choose thresholds for the int8 network, which other samples leave than before.
+
+    Returns:
+        Whether there was a target to choose for, and no more to it than thresholds.
+    """
     from offramp.calibration.collect import collect_from_session
     from offramp.calibration.thresholds import calibrate
     from offramp.runtime import Session, with_thresholds
     from offramp.runtime.bundle import write_bundle
 
-    if "thresholds" in asked or not asked:
-        print("shares moved by more than 0.01; the thresholds were set by hand and stay")
-        return
+    asked = calibration.get("asked") or {}
+    target = {name: asked[name] for name in _TARGETS if asked.get(name) is not None}
+    needs_more = any(asked.get(name) for name in _BEYOND_THRESHOLDS)
+    needs_more |= bool((calibration.get("data") or {}).get("weighted"))
+    if not target or needs_more:
+        how = "chosen for float32" if target else "set by hand"
+        print(f"shares moved by more than {_SHARE_TOLERANCE}; the thresholds were {how} and stay")
+        return False
     session = Session(folder)
-    chosen = calibrate(
-        collect_from_session(session, loader),
-        max_drop=asked["max_drop"],
-        budget_macs=asked["budget_macs"],
-        rule=asked["rule"],
-    )
+    chosen = calibrate(collect_from_session(session, loader), rule=asked["rule"], **target)
     write_bundle(with_thresholds(session.bundle, chosen.policy.thresholds))
+    return True
 
 
 def _report(name: str, answers: Answers, num_exits: int) -> None:

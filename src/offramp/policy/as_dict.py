@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from offramp.errors import ArtifactError, InvalidArgumentError
+from offramp.policy.controller import ControllerPolicy, scorers_from_dicts, scorers_to_dicts
 from offramp.policy.policies import PatiencePolicy, Policy, ThresholdPolicy
 
 
@@ -35,8 +36,15 @@ def policy_to_dict(policy: Policy) -> dict[str, Any]:
             "num_exits": policy.num_exits,
             "thresholds": _without_inf(policy.thresholds or ()),
         }
+    if isinstance(policy, ControllerPolicy):
+        return {
+            "kind": "controller",
+            "thresholds": _without_inf(policy.thresholds),
+            "scorers": scorers_to_dicts(policy.scorers),
+        }
     raise InvalidArgumentError(
-        f"Expected a ThresholdPolicy or a PatiencePolicy. Got {type(policy).__name__}."
+        "Expected a ThresholdPolicy, a PatiencePolicy or a ControllerPolicy. "
+        f"Got {type(policy).__name__}."
     )
 
 
@@ -66,9 +74,15 @@ def policy_from_dict(content: dict[str, Any]) -> Policy:
                 rule=content["rule"],
                 thresholds=None if thresholds is None else _with_inf(thresholds),
             )
-    except (KeyError, TypeError, ValueError) as error:
+        if content["kind"] == "controller":
+            return ControllerPolicy(
+                _with_inf(content["thresholds"]), scorers_from_dicts(content["scorers"])
+            )
+    except (KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ArtifactError(f"Expected a policy, got a damaged one ({error}).") from error
-    raise ArtifactError(f"Expected a threshold or patience policy. Got kind {content['kind']!r}.")
+    raise ArtifactError(
+        f"Expected a threshold, patience or controller policy. Got kind {content['kind']!r}."
+    )
 
 
 def _without_inf(thresholds: Sequence[float]) -> list[float | None]:

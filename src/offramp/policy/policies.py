@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,9 +112,12 @@ class ThresholdedPolicy(Policy):
 
     Attributes:
         thresholds: One per exit but the final one, each in [0, 1], or +inf to switch the exit off.
+        needs_every_exit: Whether an exit's decision suffers when an earlier exit is off; then
+            calibration switches off all exits or none.
     """
 
     thresholds: tuple[float, ...]
+    needs_every_exit: ClassVar[bool] = False
 
     def with_thresholds(self, thresholds: Sequence[float]) -> Self:
         """The same policy with other thresholds.
@@ -217,6 +220,8 @@ class PatiencePolicy(ThresholdedPolicy):
     Reference: Zhou et al. (2020), BERT Loses Patience; they count agreements, so that their
         patience is one less than ours, and have no thresholds.
     """
+
+    needs_every_exit: ClassVar[bool] = True
 
     patience: int
     num_exits: int

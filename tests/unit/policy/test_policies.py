@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from offramp.errors import ArtifactError, InvalidArgumentError
-from offramp.policy.confidence import confidence_from_entropy_nats
 from offramp.policy.as_dict import policy_from_dict, policy_to_dict
+from offramp.policy.confidence import confidence_from_entropy_nats
 from offramp.policy.policies import (
     PatiencePolicy,
     Policy,

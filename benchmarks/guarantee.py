@@ -1,0 +1,257 @@
+"""Guarantees tested by repeating them: how often is a promise broken, and what does it cost?
+
+The pool of cached logits is the population, so that the true risk of any policy is known.
+Calibration sets are drawn from it with replacement, again and again; on each, a policy is chosen
+with a guarantee, and it is a violation if its risk on the pool is above the target. A cell is a
+network, a risk, a size, a target and a level. Bar: in no cell are violations significantly more
+frequent than 1 - level (binomial test, Holm over all cells, 1 %). A draw that allows no promise
+counts as saving nothing. Conformal risk control is judged by its mean risk over the draws.
+
+At 5,000 samples, 1 % and 95 %, the mean saving is set against Learn then Test with one threshold
+for all exits and against the choice without a guarantee, on the same draws. Bars: at least that of
+the one, at least 60 % of that of the other.
+
+    python benchmarks/guarantee.py [--draws 1000] [--network NAME] [--json FILE]
+
+With --json, what is finished is kept: the same command goes on where it was stopped. About half an
+hour on one core for a network.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from scipy.stats import binom
+
+import offramp.calibration.guarantee as guarantee_module
+from offramp import ExitLogits, calibrate
+from offramp.calibration.collect import read_logits
+from offramp.calibration.guarantee import calibrate_with_guarantee
+from offramp.calibration.risk import RISKS
+from offramp.calibration.search import evaluate_thresholds
+from offramp.calibration.thresholds import confidences, policy_like
+from offramp.errors import InfeasibleTargetError
+from offramp.policy.policies import ThresholdedPolicy, ThresholdPolicy
+from record import circumstances, write_json
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "reference"))
+from rival_thresholds import learn_then_test
+
+FOLDER = Path(__file__).parent / "logits"
+NAMES = ("emnist-convnet", "cifar10-resnet")
+SIZES = (500, 2000, 5000)
+TARGETS = (0.005, 0.01, 0.02)
+GUARANTEES: tuple[float | str, ...] = (0.9, 0.95, "mean")
+RISK_NAMES = ("accuracy_gap", "disagreement")
+USE = {"size": 5000, "max_risk": 0.01, "guarantee": 0.95}
+FAMILY_LEVEL = 0.01
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A population: what is drawn from, and what any policy does on all of it."""
+
+    name: str
+    logits: ExitLogits
+
+    @cached_property
+    def confidence_KN(self) -> np.ndarray:
+        """Of every exit about every sample, by entropy."""
+        return confidences(self.logits, policy_like("entropy", self.logits))
+
+    @cached_property
+    def losses(self) -> dict[str, np.ndarray]:
+        """Of every exit and sample, by risk."""
+        return {risk: RISKS[risk].losses(self.logits) for risk in RISK_NAMES}
+
+    def draw(self, size: int, seed: int) -> ExitLogits:
+        """A calibration set, drawn with replacement."""
+        rows = np.random.default_rng([size, seed]).integers(0, len(self.logits.labels_N), size)
+        return self.logits.take(rows)
+
+    def outcome(self, policy: ThresholdedPolicy, risk: str) -> tuple[float, float]:
+        """True risk, and share of the plain network's MACs that is saved."""
+        loss, mean_macs = evaluate_thresholds(
+            self.confidence_KN, self.losses[risk], self.logits.costs, policy.thresholds
+        )
+        return loss, 1 - mean_macs / self.logits.costs.plain_macs
+
+
+@contextmanager
+def one_front_for_all_targets() -> Iterator[None]:
+    """Candidates depend on neither target nor level: find those of a draw and risk once."""
+    find, known = guarantee_module._front, {}
+
+    def front(finding: ExitLogits, policy: ThresholdedPolicy, risk: str) -> Any:
+        if risk not in known:
+            known[risk] = find(finding, policy, risk)
+        return known[risk]
+
+    guarantee_module._front = front
+    try:
+        yield
+    finally:
+        guarantee_module._front = find
+
+
+def one_draw(
+    pool: Pool, logits: ExitLogits, risk: str, max_risk: float, guarantee: float | str
+) -> tuple[float, float] | None:
+    """True risk and share of MACs saved; None where nothing can be promised."""
+    try:
+        found = calibrate_with_guarantee(logits, max_risk=max_risk, risk=risk, guarantee=guarantee)
+    except InfeasibleTargetError:
+        return None
+    return pool.outcome(found.policy, risk)
+
+
+def cells_of(pool: Pool, risk: str, size: int, draws: int) -> Iterator[dict[str, Any]]:
+    """Every target and level of a network, risk and size, on the same draws."""
+    asked = [(max_risk, guarantee) for max_risk in TARGETS for guarantee in GUARANTEES]
+    outcomes: dict[tuple[float, float | str], list[tuple[float, float] | None]] = {
+        key: [] for key in asked
+    }
+    for seed in track(range(draws), description=f"{pool.name} {risk} {size}"):
+        logits = pool.draw(size, seed)
+        with one_front_for_all_targets():
+            for key in asked:
+                outcomes[key].append(one_draw(pool, logits, risk, *key))
+    for (max_risk, guarantee), results in outcomes.items():
+        feasible = [result for result in results if result is not None]
+        risks = np.array([result[0] for result in feasible])
+        yield {
+            "network": pool.name,
+            "risk": risk,
+            "size": size,
+            "max_risk": max_risk,
+            "guarantee": guarantee,
+            "draws": draws,
+            "infeasible": draws - len(feasible),
+            "violations": int((risks > max_risk + 1e-12).sum()),
+            "mean_risk": float(risks.sum() / draws),
+            "risk_error": float(np.append(risks, np.zeros(draws - len(risks))).std() / draws**0.5),
+            "mean_saved": float(sum(result[1] for result in feasible) / draws),
+        }
+
+
+def judge(cells: list[dict[str, Any]]) -> None:
+    """Mark the cells: Holm's procedure over those with a level, the mean risk for the others."""
+    levelled = [cell for cell in cells if cell["guarantee"] != "mean"]
+    for cell in levelled:
+        delta = 1 - cell["guarantee"]
+        cell["p_value"] = float(binom.sf(cell["violations"] - 1, cell["draws"], delta))
+    holds = False
+    for rank, cell in enumerate(sorted(levelled, key=lambda cell: cell["p_value"])):
+        holds = holds or cell["p_value"] > FAMILY_LEVEL / (len(levelled) - rank)
+        cell["holds"] = holds
+    for cell in cells:
+        if cell["guarantee"] == "mean":
+            cell["holds"] = cell["mean_risk"] <= cell["max_risk"] + 2 * cell["risk_error"]
+
+
+def compare_use(pool: Pool, draws: int) -> dict[str, Any]:
+    """Mean share of MACs saved by each way of choosing, on the same draws."""
+    shares: dict[str, list[float]] = {"pareto": [], "single": [], "naive": []}
+    broken = dict.fromkeys(shares, 0)
+    size, max_risk, guarantee = int(USE["size"]), USE["max_risk"], USE["guarantee"]
+    for seed in track(range(draws), description=f"{pool.name} use"):
+        drawn = pool.draw(size, seed)
+        naive = calibrate(drawn, max_drop=max_risk).policy
+        gap_KN = RISKS["accuracy_gap"].losses(drawn)
+        single = learn_then_test(confidences(drawn, naive), gap_KN, max_risk, 1 - guarantee)
+        outcomes = {
+            "pareto": one_draw(pool, drawn, "accuracy_gap", max_risk, guarantee),
+            "single": single and pool.outcome(ThresholdPolicy(single), "accuracy_gap"),
+            "naive": pool.outcome(naive, "accuracy_gap"),
+        }
+        for way, outcome in outcomes.items():
+            true_risk, saved = outcome or (0.0, 0.0)
+            shares[way].append(saved)
+            broken[way] += true_risk > max_risk + 1e-12
+    means = {way: float(np.mean(values)) for way, values in shares.items()}
+    return {
+        "network": pool.name,
+        **USE,
+        "draws": draws,
+        "mean_saved": means,
+        "violations": broken,
+        "of_naive": means["pareto"] / means["naive"],
+        "bars_met": means["pareto"] >= max(means["single"], 0.6 * means["naive"]),
+    }
+
+
+def print_results(content: dict[str, Any]) -> None:
+    cells, draws = content["cells"], max((cell["draws"] for cell in content["cells"]), default=0)
+    table = Table(
+        title=f"violations in {draws} draws (infeasible ones), mean risk for promises on average"
+    )
+    columns = list(dict.fromkeys((cell["max_risk"], cell["guarantee"]) for cell in cells))
+    for name in ("", *(f"{100 * target:g} %, {level}" for target, level in columns)):
+        table.add_column(name)
+    rows: dict[str, list[str]] = {}
+    for cell in cells:
+        shown = str(cell["violations"]) + f" ({cell['infeasible']})" * (cell["infeasible"] > 0)
+        if cell["guarantee"] == "mean":
+            shown = f"{100 * cell['mean_risk']:.2f} %"
+        row = f"{cell['network']} {cell['risk']} {cell['size']:,}"
+        rows.setdefault(row, []).append(shown + " BROKEN" * (not cell["holds"]))
+    for row, shown_cells in rows.items():
+        table.add_row(row, *shown_cells)
+    Console(width=160).print(table)
+    for use in content["use"]:
+        ways = ", ".join(
+            f"{way} {100 * share:.1f} % ({use['violations'][way]} broken)"
+            for way, share in use["mean_saved"].items()
+        )
+        print(
+            f"{use['network']}, 5,000 samples, 1 %, 0.95: saved {ways}; "
+            f"{100 * use['of_naive']:.0f} % of naive: {'met' if use['bars_met'] else 'MISSED'}"
+        )
+
+
+def main(
+    draws: Annotated[int, typer.Option(min=2, help="Calibration sets of each size.")] = 1000,
+    network: Annotated[str | None, typer.Option(help="Only this one.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Keep the figures.")] = None,
+) -> None:
+    torch.set_num_threads(1)
+    content: dict[str, Any] = {"cells": [], "use": []}
+    if json_file is not None and json_file.exists():
+        content = json.loads(json_file.read_text(encoding="utf-8"))
+    done = {(cell["network"], cell["risk"], cell["size"]) for cell in content["cells"]}
+    done |= {(use["network"], "use", USE["size"]) for use in content["use"]}
+
+    def keep() -> None:
+        judge(content["cells"])
+        if json_file is not None:
+            write_json({**circumstances(), **content}, json_file)
+
+    for name in NAMES if network is None else (network,):
+        pool = Pool(name, read_logits(FOLDER / f"{name}.safetensors"))
+        if (name, "use", USE["size"]) not in done:
+            content["use"].append(compare_use(pool, draws))
+            keep()
+        for risk in RISK_NAMES:
+            for size in SIZES:
+                if (name, risk, size) not in done:
+                    content["cells"] += cells_of(pool, risk, size, draws)
+                    keep()
+    keep()
+    print_results(content)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,268 @@
+"""Accuracy against cost: policies chosen on calibration data for a row of budgets, judged on test.
+
+Shapes: ``K`` exits, ``N`` samples, ``C`` classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from offramp.calibration.collect import ExitLogits
+from offramp.calibration.thresholds import (
+    Calibration,
+    Rule,
+    calibrate,
+    measure_policy,
+    policy_like,
+)
+from offramp.errors import InfeasibleTargetError, InvalidArgumentError, ShapeError
+from offramp.policy.policies import ThresholdedPolicy, never_leave
+
+_MAX_NUM_POINTS = 1000
+
+_ROUNDING = 1e-12
+"""Share of a budget by which a mean of weighted costs may exceed it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontierPoint:
+    """A policy that a budget led to.
+
+    Attributes:
+        budget_macs: Mean MACs per sample that were allowed on the calibration data; the least of
+            them where several budgets led to the same thresholds.
+        thresholds: One per exit but the final one; +inf where an exit is off.
+        calibration_accuracy: Adaptive accuracy on the data that chose the thresholds; None for a
+            network of one exit, where there is nothing to choose, without such data.
+        accuracy: Adaptive accuracy on the test data, a fraction.
+        mean_macs: Mean MACs per sample on the test data; may exceed the budget a little.
+    """
+
+    budget_macs: float
+    thresholds: tuple[float, ...]
+    calibration_accuracy: float | None
+    accuracy: float
+    mean_macs: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain values for JSON; a threshold of +inf becomes None."""
+        thresholds = [None if t == math.inf else t for t in self.thresholds]
+        return asdict(self) | {"thresholds": thresholds}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitAlone:
+    """The network cut off at one exit, where every sample leaves; no head before it runs.
+
+    Attributes:
+        index: The exit's number in the network, from 0.
+        accuracy: On the test data, a fraction.
+        macs: MACs per sample.
+    """
+
+    index: int
+    accuracy: float
+    macs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frontier:
+    """Accuracy against cost of one network.
+
+    Attributes:
+        points: What each budget led to, from the least budget on; equal thresholds once.
+        exits: Each exit alone.
+        plain_macs: MACs per sample of the plain network.
+        area: Under the curve of the points, as a mean accuracy; see :func:`frontier`.
+    """
+
+    points: tuple[FrontierPoint, ...]
+    exits: tuple[ExitAlone, ...]
+    plain_macs: int
+    area: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain values for JSON."""
+        return {
+            "plain_macs": self.plain_macs,
+            "area": self.area,
+            "points": [point.to_dict() for point in self.points],
+            "exits": [asdict(alone) for alone in self.exits],
+        }
+
+
+def frontier(
+    calibration: ExitLogits | None,
+    test: ExitLogits,
+    *,
+    num_points: int = 10,
+    rule: Rule = "entropy",
+) -> Frontier:
+    """Follow the trade-off of accuracy and cost on data that chose none of its points.
+
+    The budgets grow by the same factor from the least that can be spent on the calibration data,
+    which is what the cheapest exit alone costs unless a sample may not leave there, to the plain
+    network's MACs. For each, thresholds are chosen on the calibration data; accuracy and mean MACs
+    are those on the test data. Points that chose the same thresholds appear once.
+
+    The area is that under a step curve of accuracy against the share of the plain network's MACs,
+    divided by the width of the curve: the mean accuracy over all costs from the cheapest point's
+    to the plain network's. At each cost stands the test accuracy of one of the points that cost no
+    more on the test data: the one that was most accurate on the calibration data, so that the test
+    data does not choose; of equal ones, the cheaper. Beyond the last point the curve is flat;
+    points that cost more than the plain network do not count. Where no point is cheaper than it,
+    as in a network of one exit, the area is the accuracy of the cheapest point. Each network is
+    measured by its own plain network: areas of networks of different sizes do not compare.
+
+    Args:
+        calibration: Every exit's logits on data that neither trained the network nor will judge
+            it; may be None for a network of one exit.
+        test: Every exit's logits on the data that judges.
+        num_points: How many budgets, in [2, 1000]: both ends are among them.
+        rule: As for :func:`~offramp.calibrate`; a function makes its policy from the calibration
+            data, once.
+    Returns:
+        The points, each exit alone, and the area.
+    Raises:
+        InvalidArgumentError: If ``num_points`` is out of range, there is no such rule, calibration
+            data is missing, or the two were collected from different networks.
+        ShapeError: If they differ in the number of exits or classes.
+    """
+    check_num_points(num_points)
+    plain_macs = test.costs.plain_macs
+    if calibration is None:
+        points = [_only_point(test)]
+    else:
+        _check_same_network(calibration, test)
+        policy = policy_like(rule, calibration)
+        least_macs = _least_macs(calibration, policy)
+        budgets = np.geomspace(least_macs, plain_macs, num_points).tolist()
+        points = _points(calibration, test, policy, budgets)
+    return Frontier(
+        points=tuple(points),
+        exits=_exits_alone(test),
+        plain_macs=plain_macs,
+        area=_area(points, plain_macs=plain_macs),
+    )
+
+
+def check_num_points(num_points: int) -> None:
+    """Refuse a curve without two ends, or an endless one.
+
+    Args:
+        num_points: How many budgets.
+    Raises:
+        InvalidArgumentError: If it is below 2 or above 1,000.
+    """
+    if not 2 <= num_points <= _MAX_NUM_POINTS:
+        raise InvalidArgumentError(
+            f"The 'num_points' parameter must be an int in [2, {_MAX_NUM_POINTS}]: the cheapest "
+            f"and the dearest budget are among them. Got {num_points}."
+        )
+
+
+def _check_same_network(calibration: ExitLogits, test: ExitLogits) -> None:
+    shapes = [(len(each.logits_KNC), each.logits_KNC.shape[2]) for each in (calibration, test)]
+    if shapes[0] != shapes[1]:
+        raise ShapeError(
+            "Expected calibration and test logits of the same exits and classes. "
+            f"Got {shapes[0][0]} exits and {shapes[0][1]} classes against {shapes[1][0]} and "
+            f"{shapes[1][1]}."
+        )
+    if (calibration.costs, calibration.numbers) != (test.costs, test.numbers):
+        raise InvalidArgumentError(
+            "Expected calibration and test logits of the same network. Got exits "
+            f"{calibration.numbers} that cost {calibration.costs.exit_macs()} MACs against "
+            f"{test.numbers} that cost {test.costs.exit_macs()}."
+        )
+
+
+def _only_point(test: ExitLogits) -> FrontierPoint:
+    """Of a network of one exit, for which nothing is chosen."""
+    if test.costs.num_exits != 1:
+        raise InvalidArgumentError(
+            "The 'calibration' parameter may be None for a network of one exit only. "
+            f"Got one of {test.costs.num_exits} exits: give data to choose its thresholds on."
+        )
+    reached = measure_policy(test, never_leave(1))
+    return FrontierPoint(
+        budget_macs=float(test.costs.plain_macs),
+        thresholds=(),
+        calibration_accuracy=None,
+        accuracy=reached.accuracy,
+        mean_macs=reached.mean_macs,
+    )
+
+
+def _least_macs(calibration: ExitLogits, policy: ThresholdedPolicy) -> float:
+    """The smallest budget that can be kept."""
+    cheapest_macs = float(min(_macs_alone(calibration)))
+    try:
+        _within(calibration, policy, cheapest_macs)
+    except InfeasibleTargetError as error:  # NaN, or a policy that waits, holds samples back
+        return error.best_achievable
+    return cheapest_macs
+
+
+def _within(calibration: ExitLogits, policy: ThresholdedPolicy, budget_macs: float) -> Calibration:
+    return calibrate(calibration, budget_macs=budget_macs * (1 + _ROUNDING), rule=policy)
+
+
+def _points(
+    calibration: ExitLogits, test: ExitLogits, policy: ThresholdedPolicy, budgets: Sequence[float]
+) -> list[FrontierPoint]:
+    """What each budget leads to; none for a budget that cannot be kept."""
+    points: dict[tuple[float, ...], FrontierPoint] = {}
+    for budget_macs in budgets:
+        with suppress(InfeasibleTargetError):
+            chosen = _within(calibration, policy, budget_macs)
+            if chosen.policy.thresholds in points:
+                continue
+            reached = measure_policy(test, chosen.policy)
+            points[chosen.policy.thresholds] = FrontierPoint(
+                budget_macs=budget_macs,
+                thresholds=chosen.policy.thresholds,
+                calibration_accuracy=chosen.accuracy,
+                accuracy=reached.accuracy,
+                mean_macs=reached.mean_macs,
+            )
+    return list(points.values())
+
+
+def _macs_alone(logits: ExitLogits) -> list[int]:
+    """What a sample costs that leaves at each exit, no head before it run."""
+    costs = logits.costs
+    return [costs.exit_macs(frozenset(range(k)))[k] for k in range(costs.num_exits)]
+
+
+def _exits_alone(test: ExitLogits) -> tuple[ExitAlone, ...]:
+    correct_KN = test.correct_KN.numpy().astype(np.float64)
+    accuracy_K = np.average(correct_KN, axis=1, weights=test.weights_N).tolist()
+    rows = zip(test.numbers, accuracy_K, _macs_alone(test), strict=True)
+    return tuple(ExitAlone(index=k, accuracy=accuracy, macs=macs) for k, accuracy, macs in rows)
+
+
+def _area(points: Sequence[FrontierPoint], *, plain_macs: int) -> float:
+    """Mean accuracy over all costs from the cheapest point's to the plain network's."""
+    by_cost = sorted(points, key=lambda point: point.mean_macs)
+    best, least_macs = by_cost[0], by_cost[0].mean_macs
+    if least_macs >= plain_macs:
+        return best.accuracy
+    total = 0.0
+    ends = [min(point.mean_macs, plain_macs) for point in by_cost] + [plain_macs]
+    for point, (start, end) in zip(by_cost, pairwise(ends), strict=True):
+        if _on_calibration(point) > _on_calibration(best):
+            best = point
+        total += best.accuracy * (end - start)
+    return total / (plain_macs - least_macs)
+
+
+def _on_calibration(point: FrontierPoint) -> float:
+    return -math.inf if point.calibration_accuracy is None else point.calibration_accuracy

@@ -1,0 +1,350 @@
+"""What ``offramp calibrate`` does once it knows what is wanted."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offramp.cli.options import percent, pick_device
+from offramp.errors import DataError, InvalidArgumentError
+
+if TYPE_CHECKING:
+    from offramp.calibration.collect import ExitLogits
+    from offramp.calibration.thresholds import Calibration
+    from offramp.measure.profile import Profile
+    from offramp.policy.policies import ThresholdedPolicy
+    from offramp.training.data import ImageBatches
+    from offramp.training.run import Run
+
+PROFILE_FILE = "profile.json"
+"""Where a run folder keeps the times of its parts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """How the parts of a network are timed.
+
+    Attributes:
+        batch_size: Samples a batch.
+        backend: torch or onnxruntime.
+    """
+
+    batch_size: int
+    backend: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a policy is asked for; one target is given, the others are None.
+
+    Attributes:
+        max_drop: Most accuracy to lose.
+        max_risk: Most of another risk.
+        risk: Which.
+        budget_macs: Mean MACs per sample.
+        budget_share: The same as a share of the plain network's.
+        budget_ms: Mean milliseconds per sample.
+        guarantee: Probability, or "mean"; None without a promise.
+        rule: Confidence function.
+        patience: Exits in a row that must agree; None for thresholds alone.
+        temperatures: all or survivors; None without temperatures.
+        timing: For targets that need the clock.
+    """
+
+    max_drop: float | None = None
+    max_risk: float | None = None
+    risk: str = "accuracy_gap"
+    budget_macs: float | None = None
+    budget_share: float | None = None
+    budget_ms: float | None = None
+    guarantee: float | str | None = None
+    rule: str = "entropy"
+    patience: int | None = None
+    temperatures: str | None = None
+    timing: Timing | None = None
+
+    @property
+    def target(self) -> dict[str, Any]:
+        """The target as ``calibrate`` of the library takes it."""
+        names = ("max_drop", "max_risk", "budget_macs", "budget_share")
+        target = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return target | ({"risk": self.risk} if "max_risk" in target else {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was asked, without what was not."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if self.max_risk is None:
+            del given["risk"]
+        if self.timing is not None:
+            given |= asdict(given.pop("timing"))
+            given |= {"for": "latency"} if self.budget_ms is None else {}
+        return given
+
+    def make_policy(self, logits: ExitLogits) -> ThresholdedPolicy:
+        """The policy whose thresholds are to be chosen, fitted on samples where it needs them.
+
+        Args:
+            logits: Every exit's logits on these samples.
+        Returns:
+            A policy; its own thresholds do not matter.
+        """
+        from offramp.calibration.thresholds import policy_like
+        from offramp.policy.policies import PatiencePolicy, ThresholdPolicy
+
+        if self.patience is not None:
+            return PatiencePolicy(self.patience, logits.costs.num_exits, rule=self.rule)
+        policy = policy_like(self.rule, logits)
+        if self.temperatures is None:
+            return policy
+        assert isinstance(policy, ThresholdPolicy)
+        return replace(policy, temperatures=self._fit_temperatures(logits, policy))
+
+    def _fit_temperatures(self, logits: ExitLogits, policy: ThresholdedPolicy) -> tuple[float, ...]:
+        from offramp.calibration.temperature import fit_temperatures, reached
+        from offramp.calibration.thresholds import calibrate, confidences
+
+        of_all = fit_temperatures(logits)
+        if self.temperatures == "all":
+            return of_all
+        # Who survives depends on the thresholds, and those on the temperatures: one round of both.
+        tempered = replace(policy, temperatures=of_all)  # type: ignore[type-var]
+        chosen = calibrate(logits, rule=tempered, **self.target).policy
+        confidence_KN = confidences(logits, chosen, chosen.off_exits)
+        return fit_temperatures(logits, reached_KN=reached(confidence_KN, chosen.thresholds))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A run with what its exits say of the samples set aside.
+
+    Attributes:
+        run: The run.
+        device: Where its network is.
+        batches: The samples.
+        logits: What every exit says of them.
+        data: What the policy file says of them.
+    """
+
+    run: Run
+    device: str
+    batches: ImageBatches
+    logits: ExitLogits
+    data: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def population(self) -> str:
+        """What the samples stand for, in words."""
+        words = f"{self.data['name']}, classes {self.data['class_prior']}"
+        if not self.data["weighted"]:
+            return words
+        effective = self.data["effective_num_samples"]
+        return f"{words} by weights, effective number {effective:,.0f}"
+
+
+def prepare(loaded: Run, *, data: str | None, device: str | None, prior: str | None) -> Prepared:
+    """Run every exit on the samples set aside.
+
+    Args:
+        loaded: The run.
+        data: Where its data is.
+        device: Where to compute.
+        prior: uniform, a JSON file with the share of each class, or None: as they were drawn.
+    Returns:
+        What choosing needs.
+    Raises:
+        InvalidArgumentError: If the prior is neither, or no shares of these classes.
+        DataError: If a class of the prior has no sample.
+    """
+    from offramp.calibration.collect import collect
+    from offramp.training.data import make_loader
+    from offramp.training.run import CALIBRATION_SPLIT, load_batches
+
+    where = pick_device(device)
+    recipe = loaded.require_recipe()
+    batches, names, fingerprint = load_batches(recipe, CALIBRATION_SPLIT, data or loaded.data)
+    shares = None if prior is None else _read_prior(prior, names)
+    logits = collect(loaded.network.to(where), make_loader(batches, batch_size=256))
+    # So many of each class were drawn: a promise is about a population of these shares.
+    drawn = tuple((logits.class_counts / len(batches)).tolist())
+    logits = replace(logits, prior=shares or drawn)
+    drawn_prior = "uniform" if recipe.uniform_prior else "as in train"
+    about = {
+        "name": recipe.data,
+        "split": CALIBRATION_SPLIT,
+        "num_samples": len(batches),
+        "class_prior": drawn_prior if prior is None else prior,
+        "weighted": bool(abs(logits.weights_N - 1).max() > 1e-9),
+        "effective_num_samples": logits.effective_num_samples,
+        "sha256": fingerprint,
+    }
+    return Prepared(run=loaded, device=where, batches=batches, logits=logits, data=about)
+
+
+def _read_prior(prior: str, class_names: tuple[str, ...]) -> tuple[float, ...]:
+    if prior == "uniform":
+        return (1 / len(class_names),) * len(class_names)
+    try:
+        shares = json.loads(Path(prior).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(
+            "Expected --prior to be uniform, or a JSON file that gives the share of each class by "
+            f"its name. Cannot read {prior!r}: {error}."
+        ) from error
+    known = isinstance(shares, dict) and set(shares) <= set(class_names)
+    if not known or not all(isinstance(share, int | float) for share in shares.values()):
+        raise InvalidArgumentError(
+            f"Expected {prior} to give shares by class name, such as "
+            f'{{"{class_names[0]}": 0.2, ...}}; classes that are left out have 0. Names: '
+            f"{', '.join(class_names)}."
+        )
+    return tuple(float(shares.get(name, 0)) for name in class_names)
+
+
+def choose(prepared: Prepared, wanted: Wanted) -> None:
+    """Choose a policy, say what it promises and reaches, and write it into the run.
+
+    Args:
+        prepared: The run and its samples.
+        wanted: What is asked.
+    """
+    from offramp.calibration.guarantee import GuaranteedCalibration, calibrate_with_guarantee
+    from offramp.calibration.thresholds import calibrate
+
+    logits = prepared.logits
+    if wanted.timing is not None:
+        chosen = _choose_by_the_clock(prepared, wanted, wanted.timing)
+    elif wanted.guarantee is not None:
+        chosen = calibrate_with_guarantee(
+            logits,
+            max_risk=wanted.max_drop if wanted.max_risk is None else wanted.max_risk,  # type: ignore[arg-type]
+            risk=wanted.risk,
+            guarantee=wanted.guarantee,
+            rule=wanted.make_policy,
+        )
+    else:
+        chosen = calibrate(logits, rule=wanted.make_policy, **wanted.target)
+    promise = None
+    if isinstance(chosen, GuaranteedCalibration):
+        sentence = chosen.guarantee.sentence(prepared.population)
+        promise = asdict(chosen.guarantee) | {"sentence": sentence}
+    _write(prepared, wanted, chosen, promise)
+    _print_choice(prepared, chosen, promise)
+
+
+def _write(
+    prepared: Prepared, wanted: Wanted, chosen: Calibration, promise: dict[str, Any] | None
+) -> None:
+    from offramp.training.run import write_policy
+
+    about = {
+        "asked": wanted.to_dict(),
+        "data": prepared.data,
+        "reached": {"accuracy": chosen.accuracy, "mean_macs": chosen.mean_macs},
+        "guarantee": promise,
+    }
+    write_policy(prepared.run.folder, chosen.policy, calibration=about)
+
+
+def _print_choice(prepared: Prepared, chosen: Calibration, promise: dict[str, Any] | None) -> None:
+    from offramp.policy.as_dict import policy_to_dict
+
+    policy, plain_macs = chosen.policy, prepared.logits.costs.plain_macs
+    shown = ", ".join("off" if t == math.inf else f"{t:.4f}" for t in policy.thresholds)
+    described = policy_to_dict(policy)
+    how = described.get("rule", described["kind"])
+    if "patience" in described:
+        how = f"{how}, {described['patience']} exits in a row"
+    print(
+        f"thresholds {shown} (rule {how}), chosen on {len(prepared.batches):,} calibration samples"
+    )
+    if described.get("temperatures"):
+        _print_temperatures(prepared.logits, described["temperatures"])
+    print(
+        f"there: accuracy {percent(chosen.accuracy)} at {chosen.mean_macs:,.0f} mean MACs, "
+        f"{percent(chosen.mean_macs / plain_macs)} of the plain network's"
+    )
+    if promise is not None:
+        print(
+            f"{promise['num_passed']} of {promise['num_candidates']} candidates passed "
+            f"({promise['method']} on {promise['num_tested']:,} of the samples)"
+        )
+        print(promise["sentence"])
+
+
+def _print_temperatures(logits: ExitLogits, temperatures: list[float]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from offramp.calibration.temperature import describe_temperatures
+
+    table = Table(title="temperatures, in sample")
+    for column in ("exit", "temperature", "ECE", "with it", "Brier", "with it", "AUROC"):
+        table.add_column(column, justify="right")
+    for row in describe_temperatures(logits, temperatures):
+        figures = (
+            row.temperature,
+            row.ece_before,
+            row.ece_after,
+            row.brier_before,
+            row.brier_after,
+            row.auroc,
+        )
+        shown = ("-" if figure is None else f"{figure:.3f}" for figure in figures)
+        table.add_row(str(row.index), *shown)
+    Console().print(table)
+
+
+def _choose_by_the_clock(prepared: Prepared, wanted: Wanted, timing: Timing) -> Calibration:
+    """Time the parts, keep the times in profile.json, and choose by them."""
+    from offramp.artifacts import write_json
+    from offramp.calibration.latency import calibrate_for_latency, calibrate_to_milliseconds
+    from offramp.calibration.risk import check_risk
+
+    if wanted.max_drop is not None:
+        check_risk(
+            "accuracy_gap", wanted.max_drop, name="max_drop"
+        )  # refused before the parts are timed
+    profile = _time_parts(prepared, wanted.make_policy(prepared.logits), timing)
+    how: dict[str, Any] = {"batch_size": timing.batch_size, "rule": wanted.make_policy}
+    if wanted.budget_ms is not None:
+        found = calibrate_to_milliseconds(
+            prepared.logits, profile, budget_ms=wanted.budget_ms, **how
+        )
+    else:
+        assert wanted.max_drop is not None  # the command asked for one of the two
+        found = calibrate_for_latency(prepared.logits, profile, max_drop=wanted.max_drop, **how)
+    write_json(prepared.run.folder / PROFILE_FILE, profile.to_dict())
+    for gone in found.switched_off:
+        print(
+            f"exit {gone.exit_index} off: a batch of {timing.batch_size} takes "
+            f"{gone.ms_without:.3f} ms without it, {gone.ms_with:.3f} with it; asking there takes "
+            f"{gone.asking_ms:.3f}"
+        )
+    if wanted.budget_ms is None and not found.switched_off:
+        policy = found.chosen.policy
+        has_exits = len(policy.off_exits) < policy.num_exits - 1
+        print("every exit that is on pays" if has_exits else "the target leaves no exit on")
+    print(
+        f"expected {found.batch_ms:.3f} ms a batch of {timing.batch_size}, plain network "
+        f"{found.plain_ms:.3f} ({profile.hardware}, {profile.threads} threads)"
+    )
+    return found.chosen
+
+
+def _time_parts(prepared: Prepared, policy: ThresholdedPolicy, timing: Timing) -> Profile:
+    from offramp.exporting.profiling import profile_exported
+    from offramp.inference.profiling import profile_network
+    from offramp.inference.timing import check_batch_sizes
+
+    network, batch_size = prepared.run.network, timing.batch_size
+    check_batch_sizes([batch_size], num_samples=len(prepared.batches))
+    inputs, _ = prepared.batches.__getitems__(list(range(batch_size)))
+    print(f"timing stages, exits and compaction in {timing.backend}")
+    asks = policy.with_thresholds((math.inf,) * (policy.num_exits - 1))
+    if timing.backend == "torch":
+        on_device = inputs.to(prepared.device)
+        return profile_network(network, asks, on_device, batch_size=batch_size)
+    return profile_exported(network.cpu(), asks, inputs, batch_size=batch_size)

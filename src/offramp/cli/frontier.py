@@ -1,0 +1,249 @@
+"""``offramp frontier``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from offramp.cli.artifact import is_bundle, open_artifact
+from offramp.cli.options import (
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    percent,
+    pick_device,
+    write_figures,
+)
+from offramp.errors import InSampleError, InvalidArgumentError
+
+if TYPE_CHECKING:
+    from offramp.calibration.collect import ExitLogits
+    from offramp.calibration.frontier import Frontier
+    from offramp.calibration.temperature import ExitCalibration
+    from offramp.cli.artifact import Loader
+    from offramp.training.recipes import Recipe
+
+
+def frontier(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders, or bundles, of one data.")
+    ],
+    split: Annotated[str, typer.Option(help="The split of the data that judges.")] = "test",
+    data: DataOption = None,
+    points: Annotated[
+        int, typer.Option(help="Budgets, from the cheapest exit to the plain network.")
+    ] = 10,
+    rule: Annotated[str, typer.Option(help="entropy, max_probability or margin.")] = "entropy",
+    json_file: JsonOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Draw accuracy against mean MACs: thresholds from calibration data, figures from test."""
+    _check_asked(split, points, rule)
+    opened = [_open(folder, device) for folder in runs]
+    _require_one_data_set(opened)
+    curves: list[_Curve] = []
+    for run in opened:
+        curve = _follow(run, split, data, num_points=points, rule=rule)
+        _require_same_samples([*curves, curve], split)
+        curves.append(curve)
+        if json_file != "-":
+            _print_curve(curve, split)
+    if json_file != "-" and len(curves) > 1:
+        _print_areas(curves)
+    if json_file is not None:
+        about = {"split": split, "data": opened[0].recipe.data, "rule": rule}
+        write_figures(about | {"runs": [curve.to_dict() for curve in curves]}, json_file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """A run or a bundle, calibrated or not.
+
+    Attributes:
+        name: As it was given.
+        recipe: How it was trained.
+        data: What ``--data`` was then; None for the default.
+        num_exits: Exits of the network, those that are off in a bundle counted.
+        collect: From a loader to the logits of every exit; of those that are on, for a bundle.
+    """
+
+    name: str
+    recipe: Recipe
+    data: str | None
+    num_exits: int
+    collect: Callable[[Loader], ExitLogits]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Curve:
+    """What one run adds to the plot.
+
+    Attributes:
+        run: The run.
+        frontier: Its points.
+        reliability: Of each exit, temperatures fitted on calibration data and judged on test;
+            None without calibration data.
+        num_samples: That judged.
+        num_calibration_samples: That chose the thresholds.
+        fingerprint: Identifies the samples that judged.
+    """
+
+    run: _Opened
+    frontier: Frontier
+    reliability: tuple[ExitCalibration, ...] | None
+    num_samples: int
+    num_calibration_samples: int
+    fingerprint: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain values for JSON."""
+        reliability = None if self.reliability is None else [r.to_dict() for r in self.reliability]
+        return {
+            "run": self.run.name,
+            "recipe": self.run.recipe.name,
+            "num_samples": self.num_samples,
+            "num_calibration_samples": self.num_calibration_samples,
+            **self.frontier.to_dict(),
+            "reliability": reliability,
+        }
+
+
+def _check_asked(split: str, num_points: int, rule: str) -> None:
+    """Refuse what needs no data to be refused."""
+    from offramp.calibration.frontier import check_num_points
+    from offramp.policy.policies import check_rule
+    from offramp.training.run import CALIBRATION_SPLIT
+
+    if split in ("train", CALIBRATION_SPLIT):
+        raise InSampleError(
+            f"The samples of {split} train the runs or choose their thresholds: a curve on them "
+            "would be too good. Use --split test."
+        )
+    check_num_points(num_points)
+    check_rule(rule)
+
+
+def _open(folder: Path, device: str | None) -> _Opened:
+    from offramp.calibration.collect import collect
+    from offramp.training.run import load
+
+    if is_bundle(folder):
+        bundle = open_artifact(folder, device)
+        return _Opened(
+            name=str(folder),
+            recipe=bundle.recipe,
+            data=bundle.data,
+            num_exits=bundle.num_exits,
+            collect=bundle.collect,
+        )
+    loaded = load(folder)
+    network = loaded.network.to(pick_device(device))
+    return _Opened(
+        name=str(folder),
+        recipe=loaded.require_recipe(),
+        data=loaded.data,
+        num_exits=network.num_exits,
+        collect=partial(collect, network),
+    )
+
+
+def _require_one_data_set(opened: Sequence[_Opened]) -> None:
+    first, *others = opened
+    for run in others:
+        if run.recipe.data != first.recipe.data:
+            raise InvalidArgumentError(
+                "Expected runs of one data set: curves on different data do not belong in one "
+                f"plot. Got {first.name} on {first.recipe.data} and {run.name} on "
+                f"{run.recipe.data}."
+            )
+
+
+def _require_same_samples(curves: Sequence[_Curve], split: str) -> None:
+    first, last = curves[0], curves[-1]
+    if last.fingerprint != first.fingerprint:
+        raise InvalidArgumentError(
+            f"Expected one {split} split for all runs. Got {first.num_samples:,} samples for "
+            f"{first.run.name} and {last.num_samples:,} others for {last.run.name}: give all runs "
+            "the same with --data DIR."
+        )
+
+
+def _follow(run: _Opened, split: str, data: str | None, *, num_points: int, rule: str) -> _Curve:
+    """Collect what the exits say on both splits, and choose on the one for the other."""
+    from offramp.calibration.frontier import frontier as measure
+    from offramp.calibration.temperature import describe_temperatures, fit_temperatures
+    from offramp.training.run import CALIBRATION_SPLIT
+
+    calibration, reliability = None, None
+    if run.num_exits > 1 or run.recipe.calibration_share > 0:
+        calibration, _ = _collect(run, CALIBRATION_SPLIT, data)
+    test, fingerprint = _collect(run, split, data)
+    if calibration is not None:
+        reliability = describe_temperatures(test, fit_temperatures(calibration))
+    return _Curve(
+        run=run,
+        frontier=measure(calibration, test, num_points=num_points, rule=rule),
+        reliability=reliability,
+        num_samples=len(test.labels_N),
+        num_calibration_samples=0 if calibration is None else len(calibration.labels_N),
+        fingerprint=fingerprint,
+    )
+
+
+def _collect(run: _Opened, split: str, data: str | None) -> tuple[ExitLogits, str]:
+    from offramp.training.data import make_loader
+    from offramp.training.run import load_batches
+
+    batches, _, fingerprint = load_batches(run.recipe, split, data or run.data)
+    return run.collect(make_loader(batches, batch_size=256)), fingerprint
+
+
+def _print_curve(curve: _Curve, split: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    found = curve.frontier
+    table = Table(title=f"{curve.run.name}, {split}, {curve.num_samples:,} samples")
+    for column in ("budget", "thresholds", "accuracy", "mean MACs", "of plain"):
+        table.add_column(column, justify="right")
+    for point in found.points:
+        table.add_row(
+            percent(point.budget_macs / found.plain_macs),
+            ", ".join("off" if t == math.inf else f"{t:.3f}" for t in point.thresholds) or "-",
+            percent(point.accuracy),
+            f"{point.mean_macs:,.0f}",
+            percent(point.mean_macs / found.plain_macs),
+        )
+    Console().print(table)
+    for alone in found.exits:
+        print(
+            f"exit {alone.index} alone  {percent(alone.accuracy)} at {alone.macs:,} MACs, "
+            f"{percent(alone.macs / found.plain_macs)} of the plain network's"
+        )
+    print(
+        f"area          {percent(found.area)} mean accuracy over costs up to the plain "
+        f"network's {found.plain_macs:,} MACs"
+    )
+    if len(found.exits) > 1:
+        print(f"thresholds chosen on {curve.num_calibration_samples:,} calibration samples")
+
+
+def _print_areas(curves: Sequence[_Curve]) -> None:
+    """Beside the cost that each area goes up to: only areas of equal ones compare."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="areas, each up to its own plain network's MACs")
+    table.add_column("run")
+    for column in ("area", "plain MACs"):
+        table.add_column(column, justify="right")
+    for curve in curves:
+        found = curve.frontier
+        table.add_row(curve.run.name, percent(found.area), f"{found.plain_macs:,}")
+    Console().print(table)

@@ -1,0 +1,227 @@
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from offramp.calibration.collect import ExitLogits
+from offramp.calibration.frontier import frontier
+from offramp.calibration.thresholds import calibrate, measure_policy
+from offramp.errors import InvalidArgumentError, ShapeError
+from offramp.measure.cost import ExitCosts
+from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, always_leave_at
+
+INF, NAN = math.inf, math.nan
+COSTS = ExitCosts(stage_macs=(100, 100), head_macs=(10, 10))
+"""Leaving at exit 0 costs 110; at the final exit 220, or 210 where exit 0 is off."""
+
+
+def two_exits(*rows: tuple[float, bool, bool]) -> ExitLogits:
+    """Rows of: probability that exit 0 gives its class, whether it is right, and the final exit.
+
+    Two classes; every label is 0.
+    """
+    probability = torch.tensor([row[0] for row in rows])
+    odds = (probability / (1 - probability)).log()
+    first = torch.stack([odds, torch.zeros_like(odds)], 1)
+    is_right = torch.tensor([row[1] for row in rows])[:, None]
+    first = torch.where(is_right, first, first.flip(1))
+    final = torch.tensor([[9.0, 0.0] if row[2] else [0.0, 9.0] for row in rows])
+    labels = torch.zeros(len(rows), dtype=torch.int64)
+    return ExitLogits(logits_KNC=torch.stack([first, final]), labels_N=labels, costs=COSTS)
+
+
+CALIBRATION = two_exits(
+    (0.9, True, True), (0.6, False, True), (0.95, True, True), (0.8, False, True)
+)
+"""Let the surest 0 to 4 leave: accuracy 1, 1, 1, 3/4, 1/2; MACs 210, 192.5, 165, 137.5, 110."""
+
+TEST = two_exits((0.9, True, True), (0.75, True, False), (0.8, False, False), (0.6, False, True))
+"""Thresholds 0, 0.7, 0.85: accuracy 1/2, 3/4, 1/2; MACs 110, 137.5, 192.5."""
+
+
+def three_exits(seed: int, *, num_samples: int = 200) -> ExitLogits:
+    """Three exits over four classes, each better than the one before."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 4, (num_samples,), generator=generator)
+    noise = 1.2 * torch.randn(3, num_samples, 4, generator=generator)
+    signal = torch.nn.functional.one_hot(labels, 4) * torch.tensor([1.0, 1.6, 2.2])[:, None, None]
+    costs = ExitCosts(stage_macs=(100, 150, 200), head_macs=(20, 5, 10))
+    return ExitLogits(logits_KNC=noise + signal, labels_N=labels, costs=costs)
+
+
+def one_exit() -> ExitLogits:
+    costs = ExitCosts(stage_macs=(100,), head_macs=(10,))
+    logits = torch.tensor([[[2.0, 0.0]] * 4])
+    return ExitLogits(logits_KNC=logits, labels_N=torch.tensor([0, 0, 0, 1]), costs=costs)
+
+
+# By hand
+
+
+def test_thresholds_are_chosen_on_calibration_data_and_judged_on_test():
+    found = frontier(CALIBRATION, TEST, num_points=3, rule="max_probability")
+    assert found.plain_macs == 210
+    assert [point.budget_macs for point in found.points] == pytest.approx(
+        [110, (110 * 210) ** 0.5, 210]
+    )
+    for point, threshold in zip(found.points, (0, 0.7, 0.85), strict=True):
+        assert point.thresholds == pytest.approx((threshold,))
+    assert [point.calibration_accuracy for point in found.points] == [1 / 2, 3 / 4, 1]
+    assert [point.accuracy for point in found.points] == [1 / 2, 3 / 4, 1 / 2]
+    assert [point.mean_macs for point in found.points] == [110, 137.5, 192.5]
+
+
+def test_area_is_under_steps_that_the_test_data_does_not_choose():
+    found = frontier(CALIBRATION, TEST, num_points=3, rule="max_probability")
+    # From 192.5 on stands the point that calibration prefers, though another did better on test.
+    expected = (27.5 * 1 / 2 + 55 * 3 / 4 + 17.5 * 1 / 2) / 100
+    assert found.area == pytest.approx(expected)
+
+
+def test_points_that_cost_more_than_the_plain_network_do_not_count_in_the_area():
+    # Nobody on test is sure enough for 0.7 or 0.85: everybody pays both heads, 220.
+    unsure = two_exits((0.6, False, True), (0.55, True, True))
+    found = frontier(CALIBRATION, unsure, num_points=3, rule="max_probability")
+    assert [point.mean_macs for point in found.points] == [110, 220, 220]
+    assert found.area == 1 / 2
+
+
+def test_equal_thresholds_appear_once_with_the_least_budget():
+    found = frontier(CALIBRATION, TEST, num_points=21, rule="max_probability")
+    # 137.5 and 165 are what letting the surest three and two leave costs; more buys nothing.
+    budgets = np.geomspace(110, 210, 21)
+    least = [110, budgets[budgets >= 137.5][0], budgets[budgets >= 165][0]]
+    assert [point.budget_macs for point in found.points] == pytest.approx(least)
+    assert len({point.thresholds for point in found.points}) == 3
+
+
+def test_each_exit_alone_runs_no_head_before_it():
+    found = frontier(CALIBRATION, TEST)
+    assert [(e.index, e.accuracy, e.macs) for e in found.exits] == [(0, 0.5, 110), (1, 0.5, 210)]
+
+
+@pytest.mark.parametrize("calibration", [None, one_exit()])
+def test_network_of_one_exit_is_one_point(calibration):
+    found = frontier(calibration, one_exit())
+    (point,) = found.points
+    assert (point.thresholds, point.accuracy, point.mean_macs) == ((), 3 / 4, 110)
+    assert (point.budget_macs, found.area) == (110, 3 / 4)
+    assert point.calibration_accuracy == (None if calibration is None else 3 / 4)
+
+
+# On random answers
+
+
+def test_points_keep_their_budgets_on_calibration_data_and_are_what_the_policy_reaches():
+    calibration, test = three_exits(0), three_exits(1)
+    found = frontier(calibration, test, num_points=6)
+    assert len(found.points) > 3
+    assert found.points[0].budget_macs == 120
+    for point in found.points:
+        there, here = (
+            measure_policy(logits, ThresholdPolicy(point.thresholds))
+            for logits in (calibration, test)
+        )
+        assert there.mean_macs <= point.budget_macs
+        assert there.accuracy == point.calibration_accuracy
+        assert (here.accuracy, here.mean_macs) == (point.accuracy, point.mean_macs)
+
+
+def test_area_agrees_with_a_fine_sum():
+    falls = 0
+    for seed in range(4):
+        found = frontier(three_exits(seed), three_exits(seed + 50), num_points=8)
+        points = sorted(found.points, key=lambda point: point.mean_macs)
+        on_calibration = [point.calibration_accuracy for point in points]
+        falls += on_calibration != sorted(on_calibration)
+        heights = [
+            max(
+                (point for point in points if point.mean_macs <= macs),
+                key=lambda point: point.calibration_accuracy,
+            ).accuracy
+            for macs in np.linspace(points[0].mean_macs, found.plain_macs, 4001)
+        ]
+        assert found.area == pytest.approx(np.mean(heights), abs=2e-4)
+    assert falls  # somewhere a dearer point is worse on the calibration data
+
+
+def test_exits_alone_are_what_always_leaving_there_reaches():
+    test = three_exits(1)
+    for alone in frontier(three_exits(0), test, num_points=2).exits:
+        reached = measure_policy(test, always_leave_at(alone.index, num_exits=3))
+        assert (reached.accuracy, reached.mean_macs) == (alone.accuracy, alone.macs)
+
+
+def test_is_the_same_again():
+    assert frontier(three_exits(0), three_exits(1)) == frontier(three_exits(0), three_exits(1))
+
+
+def test_rounding_of_weighted_costs_does_not_move_the_cheap_end():
+    # With this prior, everybody leaving at exit 0 costs 120.00000000000003 on average.
+    prior = (0.22, 0.14, 0.2, 0.44)
+    calibration = replace(three_exits(0, num_samples=60), prior=prior)
+    assert calibrate(calibration, budget_macs=120).mean_macs == pytest.approx(120)
+    found = frontier(calibration, replace(three_exits(1), prior=prior), num_points=3)
+    assert found.points[0].budget_macs == 120
+    assert found.points[0].mean_macs == pytest.approx(120)
+
+
+def test_starts_at_what_a_sample_that_may_not_leave_costs():
+    calibration = two_exits((NAN, True, True), (0.9, True, True))
+    found = frontier(calibration, TEST, rule="max_probability")
+    # One of two leaves at exit 0.
+    assert found.points[0].budget_macs == (110 + 220) / 2
+
+
+def test_a_policy_that_waits_starts_where_it_may_leave():
+    policy = PatiencePolicy(2, 3)
+    found = frontier(three_exits(0), three_exits(1), rule=policy, num_points=4)
+    # Nobody may leave at exit 0, so everybody pays its head and two stages at least.
+    assert found.points[0].budget_macs > 120 + 155
+    for point in found.points:
+        there = measure_policy(three_exits(0), policy.with_thresholds(point.thresholds))
+        assert there.mean_macs <= point.budget_macs * (1 + 1e-9)
+
+
+def test_json_has_null_for_an_exit_that_is_off():
+    harmful = two_exits((0.9, False, True), (0.8, False, True))
+    content = frontier(harmful, TEST, num_points=2).to_dict()
+    assert json.loads(json.dumps(content, allow_nan=False)) == content
+    assert content.keys() == {"plain_macs", "area", "points", "exits"}
+    assert content["points"][-1]["thresholds"] == [None]
+    assert content["exits"][0] == {"index": 0, "accuracy": 0.5, "macs": 110}
+
+
+# Wrong input
+
+
+def test_logits_of_other_networks_are_refused():
+    dearer = replace(TEST, costs=ExitCosts(stage_macs=(100, 200), head_macs=(10, 10)))
+    with pytest.raises(InvalidArgumentError, match=r"same network.*\(110, 220\).*\(110, 320\)"):
+        frontier(CALIBRATION, dearer)
+    with pytest.raises(InvalidArgumentError, match=r"same network.*\(0, 1\).*\(0, 3\)"):
+        frontier(CALIBRATION, replace(TEST, numbers=(0, 3)))
+    with pytest.raises(ShapeError, match="2 exits and 2 classes against 3 and 4"):
+        frontier(CALIBRATION, three_exits(0))
+    with pytest.raises(ShapeError, match="2 exits and 2 classes against 2 and 1"):
+        frontier(CALIBRATION, replace(TEST, logits_KNC=TEST.logits_KNC[..., :1]))
+
+
+def test_several_exits_need_calibration_data():
+    with pytest.raises(InvalidArgumentError, match=r"'calibration'.*2 exits"):
+        frontier(None, TEST)
+
+
+@pytest.mark.parametrize("num_points", [-1, 0, 1, 1001])
+def test_number_of_points_out_of_range_is_refused(num_points):
+    with pytest.raises(InvalidArgumentError, match=rf"'num_points'.*\[2, 1000\].*{num_points}"):
+        frontier(CALIBRATION, TEST, num_points=num_points)
+
+
+@pytest.mark.parametrize("rule", ["gini", PatiencePolicy(2, 4)])
+def test_rule_that_does_not_fit_is_refused(rule):
+    with pytest.raises(InvalidArgumentError):
+        frontier(CALIBRATION, TEST, rule=rule)
