@@ -1,10 +1,15 @@
 import math
+from dataclasses import replace
 
+import numpy as np
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offramp.calibration.collect import ExitLogits
+from offramp.calibration.guarantee import calibrate_with_guarantee
+from offramp.calibration.risk import RISKS
 from offramp.calibration.thresholds import calibrate
 from offramp.errors import InfeasibleTargetError
 from offramp.measure.cost import ExitCosts
@@ -66,3 +71,115 @@ def test_more_budget_than_the_plain_network_needs_loses_nothing(logits, factor):
     found = calibrate(logits, budget_macs=factor * logits.costs.plain_macs)
     final = float(logits.correct_KN[-1].double().mean())
     assert found.accuracy >= final - 1e-9
+
+
+# Targets, order and names
+
+
+def looser_pairs(low, high):
+    return st.tuples(st.floats(low, high), st.floats(low, high)).map(sorted)
+
+
+@given(answers(with_nan=True), looser_pairs(0, 0.99), st.sampled_from(sorted(RISKS)))
+def test_a_looser_target_never_costs_more(logits, targets, risk):
+    costs = []
+    for target in targets:
+        try:
+            costs.append(calibrate(logits, max_risk=target, risk=risk).mean_macs)
+        except InfeasibleTargetError:
+            costs.append(math.inf)
+    tight, loose = costs
+    # The search is no proof: it may miss a little at either target.
+    assert loose <= tight * 1.05
+
+
+def shuffled(logits: ExitLogits, seed: int) -> ExitLogits:
+    return logits.take(np.random.default_rng(seed).permutation(len(logits.labels_N)))
+
+
+def relabelled(logits: ExitLogits, seed: int) -> ExitLogits:
+    """The same answers with the classes in another order."""
+    new_names = torch.tensor(np.random.default_rng(seed).permutation(logits.logits_KNC.shape[2]))
+    return replace(
+        logits,
+        logits_KNC=logits.logits_KNC[:, :, new_names.argsort()],
+        labels_N=new_names[logits.labels_N],
+    )
+
+
+TARGETS = st.sampled_from(
+    [{"max_drop": 0.1}, {"max_risk": 0.3, "risk": "disagreement"}, {"budget_share": 0.8}]
+)
+
+
+@given(answers(with_nan=True), TARGETS, st.integers(0, 100))
+def test_order_of_the_samples_does_not_matter(logits, target, seed):
+    assert outcome(logits, target) == outcome(shuffled(logits, seed), target)
+
+
+@given(answers(with_nan=False), TARGETS, st.integers(0, 100))
+def test_names_of_the_classes_do_not_matter(logits, target, seed):
+    assert outcome(logits, target) == pytest.approx(outcome(relabelled(logits, seed), target))
+
+
+def outcome(logits: ExitLogits, target) -> tuple[float, ...]:
+    try:
+        found = calibrate(logits, rule="max_probability", **target)
+    except InfeasibleTargetError as error:
+        return (error.best_achievable,)
+    return (*found.policy.thresholds, found.accuracy, found.mean_macs)
+
+
+@st.composite
+def many_answers(draw):
+    """Answers good enough to promise something about."""
+    seed, num_samples = draw(st.integers(0, 2**16)), draw(st.integers(60, 200))
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 3, (num_samples,), generator=generator)
+    signal = torch.nn.functional.one_hot(labels, 3) * torch.tensor([2.0, 4.0])[:, None, None]
+    logits = signal + torch.randn(2, num_samples, 3, generator=generator)
+    prior = draw(st.sampled_from([None, (0.5, 0.25, 0.25)]))
+    costs = ExitCosts(stage_macs=(10, 20), head_macs=(1, 2))
+    return ExitLogits(logits_KNC=logits, labels_N=labels, costs=costs, prior=prior)
+
+
+def promised(logits: ExitLogits, target: float, risk: str) -> float:
+    """Mean MACs that a promise takes; infinite where none can be given."""
+    try:
+        found = calibrate_with_guarantee(
+            logits, max_risk=target, risk=risk, guarantee=0.8, rule="max_probability"
+        )
+    except InfeasibleTargetError:
+        return math.inf
+    return found.mean_macs
+
+
+@settings(max_examples=40)
+@given(many_answers(), looser_pairs(0.01, 0.5), st.sampled_from(sorted(RISKS)))
+def test_a_looser_promise_never_costs_more(logits, targets, risk):
+    tight, loose = (promised(logits, target, risk) for target in targets)
+    # Further along the same candidates; on all samples, a next candidate may cost a little more.
+    assert loose <= tight * 1.1 or tight == math.inf
+
+
+@settings(max_examples=40)
+@given(many_answers(), st.integers(0, 100), st.sampled_from(sorted(RISKS)))
+def test_order_does_not_matter_for_a_promise(logits, seed, risk):
+    assert promised(logits, 0.2, risk) == pytest.approx(promised(shuffled(logits, seed), 0.2, risk))
+
+
+@settings(max_examples=40)
+@given(answers(with_nan=False), st.lists(st.integers(0, 3), min_size=3, max_size=3))
+def test_a_prior_is_as_good_as_repeating_samples(logits, times):
+    """Weights by class decide as if the samples of a class were there several times."""
+    counts = np.bincount(logits.labels_N, minlength=3)
+    wanted = counts * times
+    if not wanted.sum():
+        return
+    weighted = replace(logits, prior=tuple((wanted / wanted.sum()).tolist()))
+    repeated = logits.take(
+        np.repeat(np.arange(len(logits.labels_N)), np.array(times)[logits.labels_N])
+    )
+    target = {"max_risk": 0.25, "risk": "error"}
+    found = [outcome(each, target)[-1] for each in (weighted, repeated)]
+    assert found[0] == pytest.approx(found[1], rel=0.05)

@@ -214,6 +214,8 @@ def choose(prepared: Prepared, wanted: Wanted) -> None:
     from offramp.calibration.thresholds import calibrate
 
     logits = prepared.logits
+    if wanted.guarantee == "mean" and not prepared.data["weighted"]:
+        logits = replace(logits, prior=None)  # its samples stand for one population, unweighted
     if wanted.timing is not None:
         chosen = _choose_by_the_clock(prepared, wanted, wanted.timing)
     elif wanted.guarantee is not None:

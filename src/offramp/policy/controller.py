@@ -116,7 +116,9 @@ class ExitScorer:
         z_BF = (inputs_BF - own["mean_F"]) / own["scale_F"]
         z_BF = z_BF.masked_fill(z_BF.isnan(), 0.0)
         hidden_BH = (z_BF @ own["hidden_FH"] + own["hidden_bias_H"]).tanh()
-        return hidden_BH @ own["score_H"] + z_BF @ own["direct_F"] + own["score_bias"]
+        # Sums, not products with a vector, which onnxruntime's int8 weights per channel break.
+        by_hidden_B = (hidden_BH * own["score_H"]).sum(-1)
+        return by_hidden_B + (z_BF * own["direct_F"]).sum(-1) + own["score_bias"]
 
 
 @dataclass(frozen=True)
