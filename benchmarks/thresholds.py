@@ -2,16 +2,18 @@
 
 The pool of cached logits is split into calibration and test data again and again. For ten budgets
 between the first exit's cost and the plain network's, thresholds are chosen on calibration data and
-judged on test data, against
+judged on test data:
 
+- search: Offramp's thresholds;
 - geometric: MSDNet's search, exit shares that grow or fall by a constant factor;
 - shared: one threshold for all exits;
-- controller: Offramp's learned controller, its thresholds searched alike.
+- controller: Offramp's learned controller, its thresholds searched alike; the MACs of its scorers
+  are counted.
 
-Rivals are judged at the same realised MACs on test data: their curve of accuracy against mean MACs,
-over a dense set of settings, is read there. A row is the mean difference over the re-splits, in
-points, with two standard errors. Bars: better than geometric and shared on average, and at no
-budget worse by more than 0.1 points plus two standard errors.
+One is judged against another at the MACs that it spent on test data: the other's curve of accuracy
+against mean MACs, over a dense set of settings, is read there. Mean differences over the re-splits,
+in points, with two standard errors. Bars: better on average, and at no budget worse by more than
+0.1 points plus two standard errors.
 
     python benchmarks/thresholds.py [--splits 20] [--calibration 5000] [--json FILE]
 """
@@ -34,8 +36,15 @@ from rich.table import Table
 
 from offramp import ExitLogits, calibrate
 from offramp.calibration.collect import read_logits
+from offramp.calibration.controller import fit_controller
 from offramp.calibration.search import evaluate_thresholds
-from offramp.calibration.thresholds import confidences, measure_policy, policy_like
+from offramp.calibration.thresholds import (
+    Calibration,
+    Rule,
+    confidences,
+    measure_policy,
+    policy_like,
+)
 from record import circumstances, write_json
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "reference"))
@@ -46,6 +55,9 @@ NAMES = ("emnist-convnet", "cifar10-resnet")
 NUM_BUDGETS = 10
 FACTORS = np.geomspace(0.02, 20, 60)
 """Of MSDNet's exit shares; its own search bisects for the budget, a curve serves as well."""
+
+CURVE_POINTS = 40
+"""Budgets of the search's curve, which the controller is set against."""
 
 WORST_POINTS = 0.1
 Floats = npt.NDArray[np.float64]
@@ -65,26 +77,36 @@ def curve(logits: ExitLogits, rule: str, candidates: Sequence[tuple[float, ...]]
 def compare(
     calibration: ExitLogits, test: ExitLogits, budgets: Sequence[float], rule: str
 ) -> dict[str, list[float]]:
-    """Realised MACs and accuracy at each budget, and by how much each rival is beaten there."""
+    """What the search reaches at each budget, and who is better by how much at the same MACs."""
     confidence_KN = confidences(calibration, policy_like(rule, calibration))
-    rivals = {
+    dense = np.geomspace(budgets[0], budgets[-1], CURVE_POINTS).tolist()
+    searched = [calibrate(calibration, budget_macs=macs, rule=rule).policy for macs in dense]
+    curves = {
         "geometric": curve(test, rule, [geometric_shares(confidence_KN, q) for q in FACTORS]),
         "shared": curve(test, rule, shared_thresholds(confidence_KN)),
+        "search": curve(test, rule, [policy.thresholds for policy in searched]),
     }
-    found = [
-        measure_policy(test, calibrate(calibration, budget_macs=budget, rule=rule).policy)
-        for budget in budgets
-    ]
-    columns = {"mean_macs": [f.mean_macs for f in found], "accuracy": [f.accuracy for f in found]}
-    for name, (macs_J, accuracy_J) in rivals.items():
-        columns[name] = [
-            f.accuracy - float(np.interp(f.mean_macs, macs_J, accuracy_J)) for f in found
-        ]
-    return columns
+
+    def reach(how: Rule) -> list[Calibration]:
+        policies = [calibrate(calibration, budget_macs=macs, rule=how).policy for macs in budgets]
+        return [measure_policy(test, policy) for policy in policies]
+
+    def gains(found: list[Calibration], over: str) -> list[float]:
+        macs_J, accuracy_J = curves[over]
+        return [f.accuracy - float(np.interp(f.mean_macs, macs_J, accuracy_J)) for f in found]
+
+    search, controller = reach(rule), reach(fit_controller(calibration))
+    return {
+        "mean_macs": [found.mean_macs for found in search],
+        "accuracy": [found.accuracy for found in search],
+        "search over geometric": gains(search, "geometric"),
+        "search over shared": gains(search, "shared"),
+        "controller over search": gains(controller, "search"),
+    }
 
 
 def summarise(splits: Sequence[dict[str, list[float]]], name: str) -> dict[str, Any]:
-    """Mean and two standard errors, in points, of how much better the search is than a rival."""
+    """Mean and two standard errors, in points, of how much better the one is than the other."""
     points = 100 * np.array([split[name] for split in splits])
     two_errors = 2 * points.std(0, ddof=1) / np.sqrt(len(points))
     worst = float((points.mean(0) + two_errors).min())
@@ -112,13 +134,13 @@ def measure(name: str, *, num_splits: int, num_calibration: int, rule: str) -> d
         "budget_shares": [budget / plain_macs for budget in budgets],
         "realised_shares": (np.mean([s["mean_macs"] for s in splits], 0) / plain_macs).tolist(),
         "accuracy": np.mean([s["accuracy"] for s in splits], 0).tolist(),
-        "against": {rival: summarise(splits, rival) for rival in ("geometric", "shared")},
+        "gains": {name: summarise(splits, name) for name in splits[0] if " over " in name},
     }
 
 
 def print_result(result: dict[str, Any]) -> None:
     table = Table(title=f"{result['network']}: points better on test", box=box.SIMPLE_HEAD)
-    for column in ("budget", "realised", "accuracy", *result["against"]):
+    for column in ("budget", "realised", "accuracy", *result["gains"]):
         table.add_column(column, justify="right")
     for i, budget in enumerate(result["budget_shares"]):
         table.add_row(
@@ -127,13 +149,13 @@ def print_result(result: dict[str, Any]) -> None:
             f"{100 * result['accuracy'][i]:.2f} %",
             *(
                 f"{r['points'][i]:+.2f} ± {r['two_errors'][i]:.2f}"
-                for r in result["against"].values()
+                for r in result["gains"].values()
             ),
         )
     verdicts = {True: "met", False: "MISSED"}
     means = (
         f"{r['mean_points']:+.2f} ± {r['mean_two_errors']:.2f} {verdicts[r['bar_met']]}"
-        for r in result["against"].values()
+        for r in result["gains"].values()
     )
     table.add_row("mean", "", "", *means)
     Console().print(table)

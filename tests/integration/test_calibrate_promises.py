@@ -86,8 +86,10 @@ def test_milliseconds_are_kept_by_prediction(run, offramp, backend):
     assert (outcome.code, outcome.stderr) == (0, "")
     assert "ms a batch of 4, plain network" in outcome.stdout
     assert policy_of(run)["asked"] == {
-        "budget_ms": 1000, "rule": "entropy",
-        "batch_size": 4, "backend": backend,
+        "budget_ms": 1000,
+        "rule": "entropy",
+        "batch_size": 4,
+        "backend": backend,
     }
     outcome = offramp("calibrate", run, "--budget-ms", "0.000001", *asked)
     assert outcome.code == 2
@@ -114,6 +116,21 @@ def test_patience_is_kept_and_runs(run, offramp):
     policy = policy_of(run)["policy"]
     assert (policy["kind"], policy["patience"]) == ("patience", 2)
     assert offramp("evaluate", run).code == 0
+
+
+def test_learned_controller_is_kept_runs_and_is_exported(run, offramp):
+    outcome = offramp("calibrate", run, "--budget-share", "0.8", "--rule", "learned")
+    assert (outcome.code, outcome.stderr) == (0, "")
+    assert policy_of(run)["policy"]["kind"] == "controller"
+    assert policy_of(run)["asked"] == {"budget_share": 0.8, "rule": "learned"}
+    evaluations = []
+    for artifact in (run, run / "bundle"):
+        evaluations.append(offramp("evaluate", artifact, "--json", "-"))
+        assert offramp("export", run).code == 0
+    in_torch, in_onnxruntime = (json.loads(each.stdout) for each in evaluations)
+    assert in_torch["accuracy"] == pytest.approx(in_onnxruntime["accuracy"], abs=0.01)
+    assert in_torch["mean_macs"] == pytest.approx(in_onnxruntime["mean_macs"], rel=0.01)
+    assert offramp("export", run, "--quantize", "int8", "--out", "int8").code == 0
 
 
 def test_prior_weights_the_samples(run, offramp, workplace):
@@ -166,7 +183,8 @@ def test_wrong_priors_are_refused(run, refuses, workplace, content, words):
         ("--max-drop 0.01 --temperatures hot", ("all or survivors", "'hot'")),
         ("--max-drop 0.01 --temperatures all --patience 2", ("--patience and --temperatures",)),
         ("--budget-ms 1 --temperatures survivors", ("survivors", "--temperatures all")),
-        ("--thresholds 0.5,0.5 --patience 2", ("not with --thresholds",)),
+        ("--thresholds 0.5,0.5 --patience 2", ("--patience and --thresholds",)),
+        ("--max-drop 0.01 --rule learned --patience 2", ("--patience and --rule learned",)),
         ("--max-drop 0.01 --patience 1", ("'patience'", "at least 2")),
         ("--max-drop 0.01 --prior nowhere.json", ("--prior", "nowhere.json")),
     ],

@@ -235,7 +235,7 @@ def _front(finding: ExitLogits, policy: ThresholdedPolicy, risk: str) -> list[Th
     search = ThresholdSearch(
         confidences(finding, policy),
         worth_KN,
-        finding.costs,
+        finding.costs.with_decisions(policy.decision_macs),
         weights_N=finding.weights_N,
         may_switch_off=not policy.needs_every_exit,
     )

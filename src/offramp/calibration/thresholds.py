@@ -169,7 +169,7 @@ def search_thresholds(
         search = ThresholdSearch(
             confidence_KN,
             worth_KN,
-            logits.costs,
+            logits.costs.with_decisions(policy.decision_macs),
             weights_N=logits.weights_N,
             off=off,
             may_switch_off=not policy.needs_every_exit,
@@ -195,8 +195,9 @@ def measure_policy(logits: ExitLogits, policy: ThresholdedPolicy) -> Calibration
     """
     confidence_KN = confidences(logits, policy, policy.off_exits)
     correct_KN = logits.correct_KN.numpy().astype(np.float64)
+    costs = logits.costs.with_decisions(policy.decision_macs)
     accuracy, mean_macs = evaluate_thresholds(
-        confidence_KN, correct_KN, logits.costs, policy.thresholds, logits.weights_N
+        confidence_KN, correct_KN, costs, policy.thresholds, logits.weights_N
     )
     return Calibration(policy=policy, accuracy=accuracy, mean_macs=mean_macs)
 

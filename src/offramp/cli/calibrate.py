@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from offramp.cli.choosing import Timing, Wanted, choose, prepare
+from offramp.cli.choosing import LEARNED, Timing, Wanted, choose, prepare
 from offramp.cli.options import DataOption, DeviceOption, RunFolder
 from offramp.errors import InvalidArgumentError
 
@@ -52,7 +52,7 @@ BudgetMsOption = Annotated[
     typer.Option(help="Be most accurate at this mean time per sample; times the parts."),
 ]
 RuleOption = Annotated[
-    str, typer.Option(help="entropy, max_probability, margin; entropy_nats with --thresholds.")
+    str, typer.Option(help="entropy, max_probability, margin, learned; by hand also entropy_nats.")
 ]
 PatienceOption = Annotated[
     int | None,
@@ -205,12 +205,15 @@ def _check_combination(wanted: Wanted, *, risk_given: bool, by_hand: bool) -> No
             "--temperatures survivors needs a target that is no time: give --budget-macs, or "
             "--temperatures all."
         )
-    if wanted.patience is not None and wanted.temperatures is not None:
-        raise InvalidArgumentError("--patience and --temperatures do not go together yet.")
-    if by_hand and (wanted.patience is not None or wanted.temperatures is not None):
-        raise InvalidArgumentError(
-            "--patience and --temperatures go with a target, not with --thresholds."
-        )
+    ways = {
+        "--patience": wanted.patience is not None,
+        "--temperatures": wanted.temperatures is not None,
+        "--rule learned": wanted.rule == LEARNED,
+        "--thresholds": by_hand,
+    }
+    given = [name for name, is_given in ways.items() if is_given]
+    if len(given) > 1:
+        raise InvalidArgumentError(f"{given[0]} and {given[1]} do not go together: give one.")
 
 
 def _set_by_hand(loaded: Run, thresholds: str, rule: str) -> None:

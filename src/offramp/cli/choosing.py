@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from offramp.training.data import ImageBatches
     from offramp.training.run import Run
 
+LEARNED = "learned"
+"""The rule that is no confidence function: scorers are fitted on the calibration data."""
+
 PROFILE_FILE = "profile.json"
 """Where a run folder keeps the times of its parts."""
 
@@ -48,7 +51,7 @@ class Wanted:
         budget_share: The same as a share of the plain network's.
         budget_ms: Mean milliseconds per sample.
         guarantee: Probability, or "mean"; None without a promise.
-        rule: Confidence function.
+        rule: Confidence function, or ``LEARNED``.
         patience: Exits in a row that must agree; None for thresholds alone.
         temperatures: all or survivors; None without temperatures.
         timing: For targets that need the clock.
@@ -91,11 +94,14 @@ class Wanted:
         Returns:
             A policy; its own thresholds do not matter.
         """
+        from offramp.calibration.controller import fit_controller
         from offramp.calibration.thresholds import policy_like
         from offramp.policy.policies import PatiencePolicy, ThresholdPolicy
 
         if self.patience is not None:
             return PatiencePolicy(self.patience, logits.costs.num_exits, rule=self.rule)
+        if self.rule == LEARNED:
+            return fit_controller(logits)
         policy = policy_like(self.rule, logits)
         if self.temperatures is None:
             return policy

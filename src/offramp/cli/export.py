@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from offramp.cli.choosing import LEARNED
 from offramp.cli.options import BUNDLE_FOLDER, DataOption, RunFolder, percent
 from offramp.errors import InvalidArgumentError, NotCalibratedError
 
@@ -131,6 +132,7 @@ def _choose_anew(folder: Path, loader: DataLoader[Any], calibration: dict[str, A
     target = {name: asked[name] for name in _TARGETS if asked.get(name) is not None}
     needs_more = any(asked.get(name) for name in _BEYOND_THRESHOLDS)
     needs_more |= bool((calibration.get("data") or {}).get("weighted"))
+    needs_more |= asked.get("rule") == LEARNED
     if not target or needs_more:
         how = "chosen for float32" if target else "set by hand"
         print(f"shares moved by more than {_SHARE_TOLERANCE}; the thresholds were {how} and stay")

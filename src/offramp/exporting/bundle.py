@@ -101,7 +101,7 @@ def _write_files(
     network: MultiExitNetwork, policy: Policy, samples: Tensor, folder: Path, *, plain: bool
 ) -> dict[str, Any]:
     """Write the ONNX files; what the bundle says of them."""
-    costs = network.costs(samples)
+    costs = network.costs(samples).with_decisions(policy.decision_macs)
     steps = _write_steps(network, policy, samples, costs, folder)
     write_single(folder, steps, folder / SINGLE_FILE)
     return {

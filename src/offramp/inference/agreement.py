@@ -5,6 +5,7 @@ Shapes: ``B`` batch, ``C`` classes, ``K`` exits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -189,10 +190,12 @@ def all_exits_loop(
     chosen = torch.full((len(inputs),), -1, device=inputs.device)
     confidences = []
     for k, output in enumerate(outputs):
+        if policy.is_off(k):  # its head does not run, and the policy never hears of it
+            confidences.append(torch.full_like(output[:, 0], math.nan))
+            continue
         leave_B, confidence_B, state = policy.step(k, output, state)
         confidences.append(confidence_B)
-        if not policy.is_off(k):
-            chosen = torch.where((chosen < 0) & leave_B, k, chosen)
+        chosen = torch.where((chosen < 0) & leave_B, k, chosen)
     stacked = torch.stack(outputs)
     rows = torch.arange(len(inputs), device=inputs.device)
     return stacked[chosen, rows], chosen, torch.stack(confidences)

@@ -128,6 +128,7 @@ class AdaptiveRunner:
         shapes = tuple(tensor.shape[1:] for tensor in inputs)
         if shapes not in self._macs_by_shape:
             sample = tuple(tensor.new_zeros((1, *tensor.shape[1:])) for tensor in inputs)
-            exit_macs = self.network.costs(*sample).exit_macs(self._off)
+            costs = self.network.costs(*sample).with_decisions(self.policy.decision_macs)
+            exit_macs = costs.exit_macs(self._off)
             self._macs_by_shape[shapes] = torch.tensor(exit_macs, device=inputs[0].device)
         return self._macs_by_shape[shapes]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -36,6 +36,18 @@ class ExitCosts:
     def plain_macs(self) -> int:
         """The plain network: every stage and the final head only."""
         return sum(self.stage_macs) + self.head_macs[-1]
+
+    def with_decisions(self, macs: Sequence[int]) -> ExitCosts:
+        """The same network under a policy that computes: what it does counts to the heads.
+
+        Args:
+            macs: MACs per sample of deciding at each exit; the final one's must be 0, since the
+                plain network decides nothing.
+        Returns:
+            Other costs, of the same plain network.
+        """
+        heads = zip(self.head_macs, macs, strict=True)
+        return replace(self, head_macs=tuple(head + decision for head, decision in heads))
 
     def exit_macs(self, off: frozenset[int] = frozenset()) -> tuple[int, ...]:
         """MACs of a sample that leaves at each exit: the stages and the heads it ran through.

@@ -191,6 +191,10 @@ class ControllerPolicy(ThresholdedPolicy):
         confidence_B = ((1 + advantage_B.tanh()) / 2).masked_fill(_is_nan(output), math.nan)
         return confidence_B >= setting.threshold, confidence_B, state
 
+    def macs(self, exit_index: int) -> int:
+        """See :meth:`Policy.macs`; those of the exit's scorer."""
+        return 0 if exit_index == len(self.scorers) else self.scorers[exit_index].macs
+
     def setting(self, exit_index: int) -> Setting:
         """See :meth:`Policy.setting`; the final exit's threshold is 0."""
         return Setting(threshold=(*self.thresholds, 0.0)[exit_index])

@@ -98,6 +98,21 @@ class Policy(ABC):
         """
         return float(self.setting(exit_index).threshold) == math.inf
 
+    def macs(self, exit_index: int) -> int:
+        """Multiply-accumulates that deciding about one sample takes; element-wise work is free.
+
+        Args:
+            exit_index: Number of the exit, from 0; the final one decides nothing.
+        Returns:
+            0 by default.
+        """
+        return 0
+
+    @property
+    def decision_macs(self) -> tuple[int, ...]:
+        """What :meth:`macs` says of each exit."""
+        return tuple(self.macs(k) for k in range(self.num_exits))
+
     @property
     def off_exits(self) -> frozenset[int]:
         """Numbers of the exits that are off."""

@@ -156,3 +156,10 @@ def test_payload_is_of_one_sample_in_the_bytes_of_its_type():
     assert payload_bytes(features) == 16 * 49 * 4
     assert payload_bytes(features.half(), torch.zeros(3, dtype=torch.int64)) == 16 * 49 * 2 + 8
     assert payload_bytes(torch.zeros(5)) == 4
+
+
+def test_decisions_count_to_the_heads_and_not_to_the_plain_network():
+    costs = ExitCosts(stage_macs=(10, 20), head_macs=(1, 2)).with_decisions((5, 0))
+    assert costs.exit_macs() == (16, 38)
+    assert costs.exit_macs(frozenset({0})) == (10, 32)
+    assert costs.plain_macs == 32
