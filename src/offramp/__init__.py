@@ -27,7 +27,10 @@ from offramp.results import AdaptiveResult
 
 if TYPE_CHECKING:
     from offramp.calibration.collect import ExitLogits, collect
+    from offramp.calibration.controller import fit_controller
     from offramp.calibration.frontier import Frontier, frontier
+    from offramp.calibration.guarantee import Guarantee, calibrate_with_guarantee
+    from offramp.calibration.temperature import fit_temperatures
     from offramp.calibration.thresholds import Calibration, calibrate
     from offramp.exporting.bundle import export
     from offramp.inference.evaluate import Evaluation, evaluate
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
         margin_confidence,
         max_probability_confidence,
     )
+    from offramp.policy.controller import ControllerPolicy
     from offramp.policy.policies import (
         PatiencePolicy,
         Policy,
@@ -61,6 +65,11 @@ _HOMES = {
     "collect": "offramp.calibration.collect",
     "Frontier": "offramp.calibration.frontier",
     "frontier": "offramp.calibration.frontier",
+    "Guarantee": "offramp.calibration.guarantee",
+    "calibrate_with_guarantee": "offramp.calibration.guarantee",
+    "fit_controller": "offramp.calibration.controller",
+    "fit_temperatures": "offramp.calibration.temperature",
+    "ControllerPolicy": "offramp.policy.controller",
     "Calibration": "offramp.calibration.thresholds",
     "calibrate": "offramp.calibration.thresholds",
     "export": "offramp.exporting.bundle",
@@ -96,6 +105,7 @@ __all__ = [
     "ArtifactError",
     "BackboneCutError",
     "Calibration",
+    "ControllerPolicy",
     "DataError",
     "DataNotFoundError",
     "Evaluation",
@@ -104,6 +114,7 @@ __all__ = [
     "ExportMismatchError",
     "FitConfig",
     "Frontier",
+    "Guarantee",
     "InSampleError",
     "InfeasibleTargetError",
     "InvalidArgumentError",
@@ -122,12 +133,15 @@ __all__ = [
     "add_exits",
     "always_leave_at",
     "calibrate",
+    "calibrate_with_guarantee",
     "collect",
     "count_macs",
     "entropy_confidence",
     "evaluate",
     "export",
     "fit",
+    "fit_controller",
+    "fit_temperatures",
     "frontier",
     "load",
     "margin_confidence",
