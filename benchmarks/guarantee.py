@@ -5,7 +5,8 @@ Calibration sets are drawn from it with replacement, again and again; on each, a
 with a guarantee, and it is a violation if its risk on the pool is above the target. A cell is a
 network, a risk, a size, a target and a level. Bar: in no cell are violations significantly more
 frequent than 1 - level (binomial test, Holm over all cells, 1 %). A draw that allows no promise
-counts as saving nothing. Conformal risk control is judged by its mean risk over the draws.
+counts as saving nothing. In some cells a set number is drawn from each class, as recipes cut
+calibration data from train. Conformal risk control is judged by its mean risk over the draws.
 
 At 5,000 samples, 1 % and 95 %, the mean saving is set against Learn then Test with one threshold
 for all exits and against the choice without a guarantee, on the same draws. Bars: at least that of
@@ -23,7 +24,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,6 +57,14 @@ SIZES = (500, 2000, 5000)
 TARGETS = (0.005, 0.01, 0.02)
 GUARANTEES: tuple[float | str, ...] = (0.9, 0.95, "mean")
 RISK_NAMES = ("accuracy_gap", "disagreement")
+BLOCKS = (
+    *(("accuracy_gap", size, False) for size in SIZES),
+    ("accuracy_gap", 2000, True),
+    *(("disagreement", size, False) for size in SIZES),
+)
+"""Risk, size, and whether a set number is drawn from each class."""
+
+BLOCK_KEYS = ("network", "risk", "size", "by_class")
 USE = {"size": 5000, "max_risk": 0.01, "guarantee": 0.95}
 FAMILY_LEVEL = 0.01
 
@@ -77,10 +86,19 @@ class Pool:
         """Of every exit and sample, by risk."""
         return {risk: RISKS[risk].losses(self.logits) for risk in RISK_NAMES}
 
-    def draw(self, size: int, seed: int) -> ExitLogits:
-        """A calibration set, drawn with replacement."""
-        rows = np.random.default_rng([size, seed]).integers(0, len(self.logits.labels_N), size)
-        return self.logits.take(rows)
+    def draw(self, size: int, seed: int, *, by_class: bool = False) -> ExitLogits:
+        """A calibration set, drawn with replacement; by class, as recipes cut it from train."""
+        generator = np.random.default_rng([size, seed])
+        if not by_class:
+            return self.logits.take(generator.integers(0, len(self.logits.labels_N), size))
+        counts = self.logits.class_counts
+        of_class = np.split(np.argsort(self.logits.labels_N, kind="stable"), counts.cumsum()[:-1])
+        shares = counts / counts.sum()
+        rows = [
+            generator.choice(rows, max(2, round(size * share)))
+            for rows, share in zip(of_class, shares, strict=True)
+        ]
+        return replace(self.logits.take(np.concatenate(rows)), prior=tuple(shares.tolist()))
 
     def outcome(self, policy: ThresholdedPolicy, risk: str) -> tuple[float, float]:
         """True risk, and share of the plain network's MACs that is saved."""
@@ -118,14 +136,17 @@ def one_draw(
     return pool.outcome(found.policy, risk)
 
 
-def cells_of(pool: Pool, risk: str, size: int, draws: int) -> Iterator[dict[str, Any]]:
+def cells_of(
+    pool: Pool, risk: str, size: int, draws: int, *, by_class: bool = False
+) -> Iterator[dict[str, Any]]:
     """Every target and level of a network, risk and size, on the same draws."""
-    asked = [(max_risk, guarantee) for max_risk in TARGETS for guarantee in GUARANTEES]
+    guarantees = [level for level in GUARANTEES if not (by_class and level == "mean")]
+    asked = [(max_risk, guarantee) for max_risk in TARGETS for guarantee in guarantees]
     outcomes: dict[tuple[float, float | str], list[tuple[float, float] | None]] = {
         key: [] for key in asked
     }
     for seed in track(range(draws), description=f"{pool.name} {risk} {size}"):
-        logits = pool.draw(size, seed)
+        logits = pool.draw(size, seed, by_class=by_class)
         with one_front_for_all_targets():
             for key in asked:
                 outcomes[key].append(one_draw(pool, logits, risk, *key))
@@ -136,6 +157,7 @@ def cells_of(pool: Pool, risk: str, size: int, draws: int) -> Iterator[dict[str,
             "network": pool.name,
             "risk": risk,
             "size": size,
+            "by_class": by_class,
             "max_risk": max_risk,
             "guarantee": guarantee,
             "draws": draws,
@@ -201,15 +223,17 @@ def print_results(content: dict[str, Any]) -> None:
     columns = list(dict.fromkeys((cell["max_risk"], cell["guarantee"]) for cell in cells))
     for name in ("", *(f"{100 * target:g} %, {level}" for target, level in columns)):
         table.add_column(name)
-    rows: dict[str, list[str]] = {}
+    rows: dict[str, dict[Any, str]] = {}
     for cell in cells:
         shown = str(cell["violations"]) + f" ({cell['infeasible']})" * (cell["infeasible"] > 0)
         if cell["guarantee"] == "mean":
             shown = f"{100 * cell['mean_risk']:.2f} %"
-        row = f"{cell['network']} {cell['risk']} {cell['size']:,}"
-        rows.setdefault(row, []).append(shown + " BROKEN" * (not cell["holds"]))
-    for row, shown_cells in rows.items():
-        table.add_row(row, *shown_cells)
+        how = " by class" * cell["by_class"]
+        row = f"{cell['network']} {cell['risk']} {cell['size']:,}{how}"
+        key = cell["max_risk"], cell["guarantee"]
+        rows.setdefault(row, {})[key] = shown + " BROKEN" * (not cell["holds"])
+    for row, by_column in rows.items():
+        table.add_row(row, *(by_column.get(column, "") for column in columns))
     Console(width=160).print(table)
     for use in content["use"]:
         ways = ", ".join(
@@ -231,8 +255,8 @@ def main(
     content: dict[str, Any] = {"cells": [], "use": []}
     if json_file is not None and json_file.exists():
         content = json.loads(json_file.read_text(encoding="utf-8"))
-    done = {(cell["network"], cell["risk"], cell["size"]) for cell in content["cells"]}
-    done |= {(use["network"], "use", USE["size"]) for use in content["use"]}
+    done = {tuple(cell[key] for key in BLOCK_KEYS) for cell in content["cells"]}
+    done |= {(use["network"], "use") for use in content["use"]}
 
     def keep() -> None:
         judge(content["cells"])
@@ -241,14 +265,13 @@ def main(
 
     for name in NAMES if network is None else (network,):
         pool = Pool(name, read_logits(FOLDER / f"{name}.safetensors"))
-        if (name, "use", USE["size"]) not in done:
+        if (name, "use") not in done:
             content["use"].append(compare_use(pool, draws))
             keep()
-        for risk in RISK_NAMES:
-            for size in SIZES:
-                if (name, risk, size) not in done:
-                    content["cells"] += cells_of(pool, risk, size, draws)
-                    keep()
+        for risk, size, by_class in BLOCKS:
+            if (name, risk, size, by_class) not in done:
+                content["cells"] += cells_of(pool, risk, size, draws, by_class=by_class)
+                keep()
     keep()
     print_results(content)
 

@@ -14,6 +14,7 @@ Shapes: ``K`` exits, ``N`` samples, ``P`` policies on the front.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from scipy.stats import binom
 
 from offramp.calibration.collect import ExitLogits
@@ -199,11 +201,20 @@ def _split(logits: ExitLogits, seed: int) -> tuple[Rows, Rows]:
     """Part the samples at random into those that find and those that test.
 
     With a prior, each class is parted for itself. The order that the samples come in does not
-    matter: they are put in an order of their own before they are drawn.
+    matter: they are put in an order of their own, and what they say seeds the draw. A draw by the
+    seed alone would pick the same places of that order from every set of samples, and so, say,
+    those that the exits are surest of.
     """
-    keys = [*logits.correct_KN.numpy(), *logits.logits_KNC.amax(-1).numpy()]
-    in_order = np.lexsort(keys)
-    drawn = np.random.default_rng(seed).permutation(in_order)
+    said = torch.cat(
+        [
+            logits.logits_KNC.sort(-1).values[..., -2:].movedim(-1, 0).flatten(0, 1),
+            logits.correct_KN.float(),
+        ]
+    ).numpy()
+    in_order = np.lexsort(said)
+    digest = hashlib.sha256(np.ascontiguousarray(said[:, in_order]).tobytes()).digest()
+    generator = np.random.default_rng([seed, *np.frombuffer(digest, dtype=np.uint32).tolist()])
+    drawn = generator.permutation(in_order)
     if logits.prior is None:
         groups = [drawn]
     else:
@@ -314,7 +325,9 @@ def _choose_test(risk: str, testing: ExitLogits, *, guarantee: float | str) -> _
         )
     delta = 1 - guarantee
     if RISKS[risk].is_binary and is_even:
-        return _Test(method="exact binomial", limit=delta, value=_binomial_value)
+        is_drawn_by_class = testing.prior is not None
+        value = partial(_binomial_value, is_drawn_by_class=is_drawn_by_class)
+        return _Test(method="exact binomial", limit=delta, value=value)
     if testing.prior is None:
         bet = partial(betting_p_value, delta=delta)
     else:
@@ -327,7 +340,11 @@ def _choose_test(risk: str, testing: ExitLogits, *, guarantee: float | str) -> _
     return _Test(method="betting", limit=delta, value=betting_value)
 
 
-def _binomial_value(found_N: Floats, tested_N: Floats, max_risk: float, n: int) -> float:
+def _binomial_value(
+    found_N: Floats, tested_N: Floats, max_risk: float, n: int, *, is_drawn_by_class: bool
+) -> float:
+    if is_drawn_by_class and n * float(tested_N.mean()) > n * max_risk - 1:
+        return 1.0  # Hoeffding's theorem is about fewer losses than that
     if n == len(tested_N):
         return binomial_p_value(tested_N, max_risk)
     lost = math.ceil(n * float(tested_N.mean()) - 1e-6)

@@ -137,8 +137,9 @@ def binomial_p_value(losses_N: Floats, max_risk: float) -> float:
         max_risk: The target, in (0, 1).
     Returns:
         The chance of so few losses at the target itself.
-    Reference: the binomial distribution; for a set number from each class, Hoeffding (1956), On the
-        distribution of the number of successes in independent trials.
+    Reference: the binomial distribution; for a set number from each class, and fewer losses than
+        one below the target's, Hoeffding (1956), On the distribution of the number of successes in
+        independent trials.
     """
     return float(binom.cdf(np.ceil(losses_N.sum() - _ROUNDING), len(losses_N), max_risk))
 
@@ -226,7 +227,8 @@ def fixed_bet_p_value(
     variance = np.array(max(float(np.var(before)), 1 / len(before)))
     stake = _stakes(variance, delta=delta, num_samples=num_samples or len(losses_N))
     bet = min(float(stake), _LARGEST_STAKE / highest)
-    return min(1.0, math.exp(-float(np.log1p(bet * (max_risk - losses_N)).sum())))
+    log_capital = float(np.log1p(bet * (max_risk - losses_N)).sum())
+    return math.exp(-max(0.0, log_capital))
 
 
 def _stakes(variance: Floats, *, delta: float, num_samples: int) -> Floats:
