@@ -143,9 +143,12 @@ def test_prior_weights_the_samples(run, offramp, workplace):
     outcome = offramp("calibrate", run, *asked)
     assert (outcome.code, outcome.stderr) == (0, "")
     data = policy_of(run)["data"]
-    assert data["class_prior"] == "prior.json"
+    assert {name: share for name, share in data["class_prior"].items() if share} == {
+        "0": 0.9,
+        "1": 0.1,
+    }
     assert data["effective_num_samples"] < data["num_samples"] / 3
-    assert "classes prior.json by weights, effective number" in outcome.stdout
+    assert "classes as given by weights, effective number" in outcome.stdout
 
 
 @pytest.mark.parametrize(
@@ -176,7 +179,7 @@ def test_wrong_priors_are_refused(run, refuses, workplace, content, words):
         ("--max-drop 0.01 --guarantee 0.9 --for latency", ("--guarantee and --for latency",)),
         ("--max-drop 0.01 --risk error", ("--risk", "--max-risk")),
         ("--max-risk 0.01 --risk luck", ("disagreement", "'luck'")),
-        ("--max-risk 0.0001 --risk error", ("risk", "at least")),
+        ("--max-risk 0.0001 --risk error", ("must be allowed to reach",)),
         ("--budget-share 0", ("share of the plain network's", "Got 0")),
         ("--budget-share nan", ("share of the plain network's", "nan")),
         ("--budget-ms -1 --backend torch", ("'budget_ms'", "-1")),
@@ -186,6 +189,9 @@ def test_wrong_priors_are_refused(run, refuses, workplace, content, words):
         ("--thresholds 0.5,0.5 --patience 2", ("--patience and --thresholds",)),
         ("--max-drop 0.01 --rule learned --patience 2", ("--patience and --rule learned",)),
         ("--max-drop 0.01 --patience 1", ("'patience'", "at least 2")),
+        ("--max-drop 0.01 --patience 3", ("--patience", "3 exits", "Got 3")),
+        ("--max-drop 0.01 --rule entropy_nats", ("rule must be", "'entropy_nats'")),
+        ("--thresholds 0.5,0.5 --prior uniform", ("--prior", "--thresholds")),
         ("--max-drop 0.01 --prior nowhere.json", ("--prior", "nowhere.json")),
     ],
 )

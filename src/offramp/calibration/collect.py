@@ -39,7 +39,7 @@ class ExitLogits:
         costs: MACs per sample of each stage and head.
         numbers: Of each exit in the network, ascending; 0 to K - 1 if left out.
         prior: Share of each class in the population that figures are about, C numbers that sum
-            to 1; None where the samples are drawn from it as they are.
+            to 1, none negative; None where the samples are drawn from it as they are.
     """
 
     logits_KNC: Tensor
@@ -116,8 +116,9 @@ class ExitLogits:
         is_share = shares_C.shape == (num_classes,) and (shares_C >= 0).all()
         if not is_share or abs(shares_C.sum() - 1) > 1e-6:
             raise InvalidArgumentError(
-                f"The 'prior' parameter must hold {num_classes} shares, one per class, that sum to "
-                f"1. Got {len(prior)} that sum to {shares_C.sum():.6g}."
+                f"The 'prior' parameter must hold {num_classes} shares, one per class, none "
+                f"negative, that sum to 1. Got {len(prior)} that sum to {shares_C.sum():.6g}, the "
+                f"lowest {shares_C.min():.6g}."
             )
         missing = np.flatnonzero((shares_C > 0) & (self.class_counts == 0))
         if len(missing):

@@ -41,6 +41,7 @@ from offramp.calibration.thresholds import (
     measure_policy,
     plausibility,
     policy_like,
+    rounded_up,
 )
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError
 from offramp.policy.policies import ThresholdedPolicy
@@ -64,7 +65,8 @@ class Guarantee:
         probability: With which it holds, over the draw of the samples; None where the promise is
             about the mean over many draws.
         method: How it was tested.
-        value: The last passing p-value, or what conformal risk control compared with the target.
+        value: The p-value of the policy; for conformal risk control, how far its bound on the mean
+            risk is above the target, at most 0.
         num_samples: Samples in all.
         num_tested: Of them, those that tested.
         effective_num_samples: What the testing ones amount to after weighting.
@@ -134,7 +136,9 @@ def calibrate_with_guarantee(
         risk: What it bounds: accuracy_gap (against the final exit), disagreement (with it), error
             or brier_gap.
         guarantee: Probability in (0, 1) with which it shall hold; or "mean": the risk is within
-            the target on average over many draws of the samples (conformal risk control).
+            the target on average over many draws of the samples (conformal risk control). Where a
+            set number was drawn from each class, that is so but approximately: a new sample is
+            then not exchangeable with these.
         rule: As for :func:`~offramp.calibrate`; what makes a policy is given the samples that
             find the front. A policy must not have been fitted on any of these samples.
         seed: Parts the samples into those that find the front and those that test.
@@ -147,7 +151,7 @@ def calibrate_with_guarantee(
             do, and carries the lowest target that these would allow.
     """
     check_risk(risk, max_risk)
-    _check_guarantee(max_risk, guarantee)
+    check_guarantee(max_risk, guarantee)
     finding, testing = (logits.take(rows) for rows in _split(logits, seed))
     candidates = _front(finding, policy_like(rule, finding), risk)
     test = _choose_test(risk, testing, guarantee=guarantee)
@@ -185,7 +189,15 @@ def _test_in_sequence(
     return passed
 
 
-def _check_guarantee(max_risk: float, guarantee: float | str) -> None:
+def check_guarantee(max_risk: float, guarantee: float | str) -> None:
+    """Refuse a promise that cannot be meant.
+
+    Args:
+        max_risk: The target.
+        guarantee: As for :func:`calibrate_with_guarantee`.
+    Raises:
+        InvalidArgumentError: If the target is 0, or the guarantee no probability and not "mean".
+    """
     if max_risk == 0:
         raise InvalidArgumentError(
             "A guarantee needs a target above 0: no number of samples shows that nothing is lost."
@@ -219,7 +231,7 @@ def _split(logits: ExitLogits, seed: int) -> tuple[Rows, Rows]:
         groups = [drawn]
     else:
         labels = logits.labels_N.numpy()[drawn]
-        groups = [drawn[labels == c] for c in np.unique(labels)]
+        groups = [drawn[labels == c] for c in np.flatnonzero(logits.prior)]
     cuts = [_front_size(len(group)) for group in groups]
     finding = np.concatenate([group[:cut] for group, cut in zip(groups, cuts, strict=True)])
     testing = np.concatenate([group[cut:] for group, cut in zip(groups, cuts, strict=True)])
@@ -229,8 +241,8 @@ def _split(logits: ExitLogits, seed: int) -> tuple[Rows, Rows]:
 def _front_size(num_samples: int) -> int:
     if num_samples < 2:
         raise InvalidArgumentError(
-            "A guarantee needs at least 2 samples (with a prior, 2 of each class): some find the "
-            f"candidates, others test them. Got {num_samples}."
+            "A guarantee needs at least 2 samples (with a prior, 2 of each class that it holds): "
+            f"some find the candidates, others test them. Got {num_samples}."
         )
     return max(1, round(_FRONT_SHARE * num_samples))
 
@@ -378,7 +390,7 @@ def _infeasible(
     best = 1.0 if allowed is None else allowed
     return InfeasibleTargetError(
         f"{num_samples:,} calibration samples cannot promise a target of {max_risk:g}: {remedy}. "
-        + (f"These can promise {best:.4f}." if best < 1 else "These can promise nothing."),
+        + (f"These can promise {rounded_up(best)}." if best < 1 else "These can promise nothing."),
         best_achievable=best,
     )
 

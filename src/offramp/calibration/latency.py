@@ -11,7 +11,7 @@ Shapes: ``K`` exits, ``N`` samples.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,8 +21,9 @@ from offramp.calibration.thresholds import (
     Calibration,
     Rule,
     calibrate,
+    calibrate_within,
     confidences,
-    measure_policy,
+    policy_like,
 )
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError, ShapeError
 from offramp.measure.cost import ExitCosts
@@ -32,11 +33,8 @@ from offramp.policy.policies import ThresholdedPolicy
 _LEAST_GAIN = 0.005
 """An exit goes if a batch is faster by more than this fraction without it: less is noise."""
 
-_MAX_CORRECTIONS = 6
-"""Of a budget that is allowed to the search, by what its thresholds are predicted to take."""
-
-_CLOSE_ENOUGH = 0.01
-"""Of a budget in milliseconds, what may be left over."""
+_HALVINGS = 8
+"""Of the interval in which the cost lies that a budget in milliseconds allows: to 0.4 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +87,7 @@ def calibrate_for_latency(
         batch_size: Samples a batch, as the network will be used; at most the largest that was
             timed.
         max_drop: As for :func:`~offramp.calibrate`.
-        rule: As for :func:`~offramp.calibrate`.
+        rule: As for :func:`~offramp.calibrate`; a policy that needs every exit keeps or loses all.
     Returns:
         The policy, with what was switched off and why.
     Raises:
@@ -98,19 +96,23 @@ def calibrate_for_latency(
     """
     num_exits = logits.costs.num_exits
     _check_fits(profile, num_exits=num_exits, batch_size=batch_size)
+    policy = policy_like(rule, logits)
 
     def reaching(policy: ThresholdedPolicy) -> list[float]:
         return _reaching(logits, policy, batch_size)
 
     def choose(off: frozenset[int]) -> tuple[float, Calibration]:
-        chosen = calibrate(logits, max_drop=max_drop, rule=rule, off=off)
+        chosen = calibrate(logits, max_drop=max_drop, rule=policy, off=off)
         return profile.batch_ms(reaching(chosen.policy), chosen.policy.off_exits), chosen
+
+    def without(k: int) -> frozenset[int]:
+        return frozenset(range(num_exits - 1)) if policy.needs_every_exit else off | {k}
 
     off: frozenset[int] = frozenset()
     batch_ms, chosen = choose(off)
     switched_off = []
     while on := [k for k in range(num_exits - 1) if not chosen.policy.is_off(k)]:
-        trials = {k: choose(off | {k}) for k in on}
+        trials = {k: choose(without(k)) for k in on}
         k = min(on, key=lambda k: trials[k][0])
         if trials[k][0] > batch_ms * (1 - _LEAST_GAIN):
             break
@@ -122,7 +124,7 @@ def calibrate_for_latency(
                 asking_ms=profile.asking_ms(k, reaching(chosen.policy)[k]),
             )
         )
-        off, (batch_ms, chosen) = off | {k}, trials[k]
+        off, (batch_ms, chosen) = without(k), trials[k]
     plain_ms = profile.batch_ms([batch_size] * num_exits, off=range(num_exits - 1))
     return LatencyCalibration(
         chosen=chosen, switched_off=tuple(switched_off), batch_ms=batch_ms, plain_ms=plain_ms
@@ -160,39 +162,43 @@ def calibrate_to_milliseconds(
         )
     num_exits = logits.costs.num_exits
     _check_fits(profile, num_exits=num_exits, batch_size=batch_size)
-    timed = replace(logits, costs=_costs_in_ns(profile, batch_size))
-    budget_batch_ms = budget_ms * batch_size
-    allowed_ns = 1e6 * budget_ms
-    found: tuple[float, Calibration] | None = None
-    for _ in range(_MAX_CORRECTIONS):
-        policy = _fastest_within(timed, allowed_ns, rule).policy
-        taken_ms = profile.batch_ms(_reaching(logits, policy, batch_size), policy.off_exits)
-        if taken_ms <= budget_batch_ms:
-            candidate = measure_policy(logits, policy)
-            if found is None or candidate.accuracy > found[1].accuracy:
-                found = taken_ms, candidate
-            if taken_ms > budget_batch_ms * (1 - _CLOSE_ENOUGH):
-                break
-        # A batch's time does not grow evenly with its survivors: allow by as much more, or less.
-        allowed_ns *= budget_batch_ms / taken_ms
-    if found is None:
+    policy = policy_like(rule, logits)
+    costs = _costs_in_ns(profile, batch_size)
+
+    def within(allowed_ns: float) -> tuple[float, Calibration]:
+        """Milliseconds of a batch, predicted, with the most accurate thresholds for a cost."""
+        chosen = calibrate_within(logits, policy, allowed_ns, costs=costs)
+        reaching = _reaching(logits, chosen.policy, batch_size)
+        return profile.batch_ms(reaching, chosen.policy.off_exits), chosen
+
+    fastest_ns = _least_cost(logits, policy, costs)
+    best = within(fastest_ns)
+    if best[0] > budget_ms * batch_size:
+        fastest_ms = best[0] / batch_size
         raise InfeasibleTargetError(
-            f"The 'budget_ms' parameter must be at least {taken_ms / batch_size:.4f}, the fastest "
-            f"there is on these samples in batches of {batch_size}. Got {budget_ms}.",
-            best_achievable=taken_ms / batch_size,
+            f"The 'budget_ms' parameter must be at least {fastest_ms:.4g}, the fastest there is on "
+            f"these samples in batches of {batch_size}. Got {budget_ms}.",
+            best_achievable=fastest_ms,
         )
+    # A batch's time does not grow evenly with its survivors: halve what may be allowed too much.
+    low_ns, high_ns = fastest_ns, float(sum(costs.stage_macs) + sum(costs.head_macs))
+    for _ in range(_HALVINGS):
+        middle_ns = (low_ns + high_ns) / 2
+        found = within(middle_ns)
+        if found[0] <= budget_ms * batch_size:
+            low_ns, best = middle_ns, max(best, found, key=lambda each: each[1].accuracy)
+        else:
+            high_ns = middle_ns
     plain_ms = profile.batch_ms([batch_size] * num_exits, off=range(num_exits - 1))
-    return LatencyCalibration(
-        chosen=found[1], switched_off=(), batch_ms=found[0], plain_ms=plain_ms
-    )
+    return LatencyCalibration(chosen=best[1], switched_off=(), batch_ms=best[0], plain_ms=plain_ms)
 
 
-def _fastest_within(timed: ExitLogits, allowed_ns: float, rule: Rule) -> Calibration:
-    """The most accurate thresholds at a cost, or the cheapest where none costs so little."""
+def _least_cost(logits: ExitLogits, policy: ThresholdedPolicy, costs: ExitCosts) -> float:
     try:
-        return calibrate(timed, budget_macs=allowed_ns, rule=rule)
+        calibrate_within(logits, policy, 0.0, costs=costs)
     except InfeasibleTargetError as error:
-        return calibrate(timed, budget_macs=error.best_achievable * (1 + 1e-9), rule=rule)
+        return error.best_achievable
+    return 0.0  # a network that takes no time at all
 
 
 def _costs_in_ns(profile: Profile, batch_size: int) -> ExitCosts:

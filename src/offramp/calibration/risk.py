@@ -80,8 +80,8 @@ RISKS = {
         is_binary=False,
         counts_errors=True,
         in_words=lambda target: (
-            f"early exit loses at most {100 * target:g} percentage points of accuracy against the "
-            "final exit"
+            f"early exit loses at most {100 * target:g} percentage "
+            f"{'point' if target == 0.01 else 'points'} of accuracy against the final exit"
         ),
     ),
     "disagreement": Risk(
@@ -188,7 +188,8 @@ def betting_p_value(
     Returns:
         At most 1.
     Reference: Waudby-Smith and Ramdas (2024), Estimating means of bounded random variables by
-        betting: predictable plug-in bets (their section 4), with Ville's inequality.
+        betting: predictable plug-in bets (their section 4), with Ville's inequality; the variance
+            that sizes them is here the mean square less the squared mean of the samples so far.
     """
     seen = np.concatenate([before, losses_N])
     count = np.arange(1, len(seen) + 1)

@@ -87,7 +87,8 @@ def calibrate(
     if budget_share is not None:
         budget_macs = _macs_of_share(budget_share, plain_macs=logits.costs.plain_macs)
     if budget_macs is not None:
-        return _within_budget(logits, policy, budget_macs, off=off)
+        costs = logits.costs.with_decisions(policy.decision_macs)
+        return calibrate_within(logits, policy, budget_macs, costs=costs, off=off)
     if max_drop is not None:
         max_risk, risk = max_drop, "accuracy_gap"
     assert max_risk is not None  # exactly one target is given
@@ -147,6 +148,7 @@ def search_thresholds(
     worth_KN: Floats,
     score: Score,
     *,
+    costs: ExitCosts,
     off: frozenset[int],
 ) -> tuple[ThresholdedPolicy, float, float]:
     """Search the thresholds of a policy, which may remember earlier exits.
@@ -159,6 +161,7 @@ def search_thresholds(
         policy: The policy; its thresholds do not matter.
         worth_KN: How good it is that a sample leaves by an exit, shape (K, N).
         score: How good a point is.
+        costs: Of each stage, and of each exit with its decision.
         off: Exits that stay off.
     Returns:
         The policy with thresholds; their score, -inf where nothing is allowed; the least mean MACs
@@ -169,7 +172,7 @@ def search_thresholds(
         search = ThresholdSearch(
             confidence_KN,
             worth_KN,
-            logits.costs.with_decisions(policy.decision_macs),
+            costs,
             weights_N=logits.weights_N,
             off=off,
             may_switch_off=not policy.needs_every_exit,
@@ -217,43 +220,73 @@ def _within_risk(
         policy,
         -losses_KN,
         lambda worth_J, macs_J: np.where(worth_J >= floor, -macs_J, -np.inf),
+        costs=logits.costs.with_decisions(policy.decision_macs),
         off=off,
     )
     if best_score == -math.inf:
         lowest = float(np.average(losses_KN, axis=1, weights=logits.weights_N).min())
         raise InfeasibleTargetError(
-            f"The risk {risk!r} must be allowed to reach at least {lowest:.4f}, the lowest of any "
+            f"The risk {risk!r} must be allowed to reach {rounded_up(lowest)}, the lowest of any "
             f"exit on these samples. Got {max_risk}.",
             best_achievable=lowest,
         )
     return measure_policy(logits, found)
 
 
-def _within_budget(
-    logits: ExitLogits, policy: ThresholdedPolicy, budget_macs: float, *, off: frozenset[int]
+def calibrate_within(
+    logits: ExitLogits,
+    policy: ThresholdedPolicy,
+    budget: float,
+    *,
+    costs: ExitCosts,
+    off: frozenset[int] = frozenset(),
 ) -> Calibration:
-    if budget_macs == math.inf:
+    """The most accurate thresholds within a budget, in the unit of given costs.
+
+    Args:
+        logits: Every exit's logits on held-out data.
+        policy: The policy; its thresholds do not matter.
+        budget: Mean cost per sample.
+        costs: Of each stage, and of each exit with its decision: MACs, or something else.
+        off: Exits that stay off.
+    Returns:
+        The policy with accuracy and mean MACs on this data.
+    Raises:
+        InvalidArgumentError: If the budget is infinite.
+        InfeasibleTargetError: If no thresholds cost so little on this data.
+    """
+    if budget == math.inf:
         raise InvalidArgumentError(
             "The 'budget_macs' parameter must be finite. Got inf: for the most accurate "
             "thresholds, give the plain network's MACs."
         )
-    plain_macs = logits.costs.plain_macs
-    allowed_macs = budget_macs * (1 + 1e-12)  # a weighted mean may be off by its rounding
+    allowed = budget * (1 + 1e-12)  # a weighted mean may be off by its rounding
 
     # A trace of cost in the score prefers the cheaper of equally accurate candidates.
-    def score(worth_J: Floats, macs_J: Floats) -> Floats:
-        return np.where(macs_J <= allowed_macs, worth_J - 1e-9 * macs_J / plain_macs, -np.inf)
+    def score(worth_J: Floats, cost_J: Floats) -> Floats:
+        return np.where(cost_J <= allowed, worth_J - 1e-9 * cost_J / costs.plain_macs, -np.inf)
 
     found, best_score, cheapest = search_thresholds(
-        logits, policy, expected_correctness(logits), score, off=off
+        logits, policy, expected_correctness(logits), score, costs=costs, off=off
     )
     if best_score == -math.inf:
         raise InfeasibleTargetError(
-            f"The 'budget_macs' parameter must be at least {cheapest:,.0f}, the "
-            f"cheapest there is on these samples. Got {budget_macs:,.0f}.",
+            f"The 'budget_macs' parameter must be at least {math.ceil(cheapest):,}, the "
+            f"cheapest there is on these samples. Got {budget:,.0f}.",
             best_achievable=cheapest,
         )
     return measure_policy(logits, found)
+
+
+def rounded_up(target: float) -> str:
+    """A target with four digits that is not below the given one, so that it can be asked for.
+
+    Args:
+        target: A fraction.
+    Returns:
+        For example "0.0257" for 0.02561.
+    """
+    return f"{math.ceil(target * 1e4) / 1e4:.4f}"
 
 
 def _macs_of_share(budget_share: float, *, plain_macs: int) -> float:

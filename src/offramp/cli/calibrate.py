@@ -124,7 +124,12 @@ def calibrate(
         temperatures=temperatures,
         timing=_read_timing(aim, max_drop, budget_ms, batch_size=batch_size, backend=backend),
     )
-    _check_combination(wanted, risk_given=risk is not None, by_hand=thresholds is not None)
+    by_hand = thresholds is not None
+    _check_combination(wanted, risk_given=risk is not None, by_hand=by_hand)
+    if by_hand and prior is not None:
+        raise InvalidArgumentError("--prior weights calibration data, which --thresholds need not.")
+    if not by_hand:
+        wanted.check()
     from offramp.training.run import load
 
     loaded = load(run)

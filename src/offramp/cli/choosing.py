@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 LEARNED = "learned"
 """The rule that is no confidence function: scorers are fitted on the calibration data."""
 
+_LEAST_SURVIVORS = 100
+"""Where fewer samples reach an exit, its temperature is the one fitted on all."""
+
 PROFILE_FILE = "profile.json"
 """Where a run folder keeps the times of its parts."""
 
@@ -69,6 +72,26 @@ class Wanted:
     temperatures: str | None = None
     timing: Timing | None = None
 
+    def check(self) -> None:
+        """Refuse values that no data can make good, before any is read.
+
+        Raises:
+            InvalidArgumentError: If a number is out of range or a name unknown.
+        """
+        from offramp.calibration.guarantee import check_guarantee
+        from offramp.calibration.risk import check_risk
+        from offramp.policy.policies import PatiencePolicy, check_rule
+
+        for name, value in (("max_drop", self.max_drop), ("max_risk", self.max_risk)):
+            if value is not None:
+                check_risk(self.risk, value, name=name)
+                if self.guarantee is not None:
+                    check_guarantee(value, self.guarantee)
+        if self.rule != LEARNED:
+            check_rule(self.rule)
+        if self.patience is not None:
+            PatiencePolicy(self.patience, num_exits=self.patience + 1)
+
     @property
     def target(self) -> dict[str, Any]:
         """The target as ``calibrate`` of the library takes it."""
@@ -99,6 +122,11 @@ class Wanted:
         from offramp.policy.policies import PatiencePolicy, ThresholdPolicy
 
         if self.patience is not None:
+            if self.patience >= logits.costs.num_exits:
+                raise InvalidArgumentError(
+                    f"--patience must be below the network's {logits.costs.num_exits} exits, or "
+                    f"nobody can leave early. Got {self.patience}."
+                )
             return PatiencePolicy(self.patience, logits.costs.num_exits, rule=self.rule)
         if self.rule == LEARNED:
             return fit_controller(logits)
@@ -118,8 +146,12 @@ class Wanted:
         # Who survives depends on the thresholds, and those on the temperatures: one round of both.
         tempered = replace(policy, temperatures=of_all)  # type: ignore[type-var]
         chosen = calibrate(logits, rule=tempered, **self.target).policy
-        confidence_KN = confidences(logits, chosen, chosen.off_exits)
-        return fit_temperatures(logits, reached_KN=reached(confidence_KN, chosen.thresholds))
+        reached_KN = reached(confidences(logits, chosen, chosen.off_exits), chosen.thresholds)
+        of_survivors = fit_temperatures(logits, reached_KN=reached_KN)
+        return tuple(
+            own if count >= _LEAST_SURVIVORS else common
+            for own, common, count in zip(of_survivors, of_all, reached_KN.sum(1), strict=True)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +175,8 @@ class Prepared:
     @property
     def population(self) -> str:
         """What the samples stand for, in words."""
-        words = f"{self.data['name']}, classes {self.data['class_prior']}"
+        prior = self.data["class_prior"]
+        words = f"{self.data['name']}, classes {'as given' if isinstance(prior, dict) else prior}"
         if not self.data["weighted"]:
             return words
         effective = self.data["effective_num_samples"]
@@ -176,12 +209,14 @@ def prepare(loaded: Run, *, data: str | None, device: str | None, prior: str | N
     # So many of each class were drawn: a promise is about a population of these shares.
     drawn = tuple((logits.class_counts / len(batches)).tolist())
     logits = replace(logits, prior=shares or drawn)
-    drawn_prior = "uniform" if recipe.uniform_prior else "as in train"
+    named: str | dict[str, float] = "uniform" if recipe.uniform_prior else "as in train"
+    if shares is not None:
+        named = prior if prior == "uniform" else dict(zip(names, shares, strict=True))
     about = {
         "name": recipe.data,
         "split": CALIBRATION_SPLIT,
         "num_samples": len(batches),
-        "class_prior": drawn_prior if prior is None else prior,
+        "class_prior": named,
         "weighted": bool(abs(logits.weights_N - 1).max() > 1e-9),
         "effective_num_samples": logits.effective_num_samples,
         "sha256": fingerprint,
@@ -221,7 +256,8 @@ def choose(prepared: Prepared, wanted: Wanted) -> None:
 
     logits = prepared.logits
     if wanted.guarantee == "mean" and not prepared.data["weighted"]:
-        logits = replace(logits, prior=None)  # its samples stand for one population, unweighted
+        # Drawn class by class, which conformal risk control does not know: approximately, then.
+        logits = replace(logits, prior=None)
     if wanted.timing is not None:
         chosen = _choose_by_the_clock(prepared, wanted, wanted.timing)
     elif wanted.guarantee is not None:
@@ -269,7 +305,7 @@ def _print_choice(prepared: Prepared, chosen: Calibration, promise: dict[str, An
         f"thresholds {shown} (rule {how}), chosen on {len(prepared.batches):,} calibration samples"
     )
     if described.get("temperatures"):
-        _print_temperatures(prepared.logits, described["temperatures"])
+        _print_temperatures(prepared.logits, policy, described["temperatures"])
     print(
         f"there: accuracy {percent(chosen.accuracy)} at {chosen.mean_macs:,.0f} mean MACs, "
         f"{percent(chosen.mean_macs / plain_macs)} of the plain network's"
@@ -282,16 +318,21 @@ def _print_choice(prepared: Prepared, chosen: Calibration, promise: dict[str, An
         print(promise["sentence"])
 
 
-def _print_temperatures(logits: ExitLogits, temperatures: list[float]) -> None:
+def _print_temperatures(
+    logits: ExitLogits, policy: ThresholdedPolicy, temperatures: list[float]
+) -> None:
+    """What they do, on those who reach each exit."""
     from rich.console import Console
     from rich.table import Table
 
-    from offramp.calibration.temperature import describe_temperatures
+    from offramp.calibration.temperature import describe_temperatures, reached
+    from offramp.calibration.thresholds import confidences
 
-    table = Table(title="temperatures, in sample")
-    for column in ("exit", "temperature", "ECE", "with it", "Brier", "with it", "AUROC"):
+    reached_KN = reached(confidences(logits, policy, policy.off_exits), policy.thresholds)
+    table = Table(title="temperatures, in sample, on those who reach the exit")
+    for column in ("exit", "samples", "temperature", "ECE", "with it", "Brier", "with it", "AUROC"):
         table.add_column(column, justify="right")
-    for row in describe_temperatures(logits, temperatures):
+    for row in describe_temperatures(logits, temperatures, reached_KN=reached_KN):
         figures = (
             row.temperature,
             row.ece_before,
@@ -301,7 +342,7 @@ def _print_temperatures(logits: ExitLogits, temperatures: list[float]) -> None:
             row.auroc,
         )
         shown = ("-" if figure is None else f"{figure:.3f}" for figure in figures)
-        table.add_row(str(row.index), *shown)
+        table.add_row(str(row.index), f"{row.num_samples:,}", *shown)
     Console().print(table)
 
 

@@ -134,7 +134,7 @@ def _choose_anew(folder: Path, loader: DataLoader[Any], calibration: dict[str, A
     needs_more |= bool((calibration.get("data") or {}).get("weighted"))
     needs_more |= asked.get("rule") == LEARNED
     if not target or needs_more:
-        how = "chosen for float32" if target else "set by hand"
+        how = "set by hand" if "thresholds" in asked or not asked else "chosen for float32"
         print(f"shares moved by more than {_SHARE_TOLERANCE}; the thresholds were {how} and stay")
         return False
     session = Session(folder)

@@ -301,6 +301,28 @@ def test_one_sample_and_one_of_a_class_are_refused():
 # Edge cases
 
 
+def test_nothing_right_is_refused_however_many_samples_there_are():
+    wrong = replace(POOL, labels_N=(POOL.logits_KNC[-1].argmax(-1) + 1) % 4, prior=(0.25,) * 4)
+    with pytest.raises(InfeasibleTargetError, match="no number of them"):
+        calibrate_with_guarantee(wrong, max_risk=0.01, risk="error")
+
+
+def test_samples_that_weigh_nothing_take_no_part():
+    without_class_0 = replace(POOL, prior=(0.0, 0.4, 0.3, 0.3))
+    found = calibrate_with_guarantee(without_class_0, max_risk=0.1, risk="disagreement")
+    counts = POOL.class_counts
+    assert found.guarantee.num_tested == pytest.approx(0.7 * counts[1:].sum(), abs=3)
+
+
+@pytest.mark.parametrize("num_samples", [40, 73, 150])
+def test_the_target_that_is_offered_can_be_promised(num_samples):
+    few = POOL.take(range(num_samples))
+    with pytest.raises(InfeasibleTargetError) as caught:
+        calibrate_with_guarantee(few, max_risk=0.001, risk="error")
+    offered = re.search(r"can promise ([\d.]+)\.$", str(caught.value))[1]
+    calibrate_with_guarantee(few, max_risk=float(offered), risk="error")
+
+
 def test_one_exit_has_nothing_to_lose():
     costs = ExitCosts(stage_macs=(100,), head_macs=(10,))
     logits = ExitLogits(logits_KNC=POOL.logits_KNC[-1:], labels_N=POOL.labels_N, costs=costs)

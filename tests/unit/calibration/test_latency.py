@@ -1,5 +1,6 @@
 """Three exits on eight samples: exits 0 and 1 are sure, and right, about half of them."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -7,11 +8,12 @@ import pytest
 import torch
 
 from offramp.calibration.collect import ExitLogits
-from offramp.calibration.latency import calibrate_for_latency
+from offramp.calibration.latency import calibrate_for_latency, calibrate_to_milliseconds
 from offramp.calibration.thresholds import calibrate
-from offramp.errors import InvalidArgumentError, ShapeError
+from offramp.errors import InfeasibleTargetError, InvalidArgumentError, ShapeError
 from offramp.measure.cost import ExitCosts
 from offramp.measure.profile import Profile
+from offramp.policy.policies import PatiencePolicy
 
 LABELS = torch.zeros(8, dtype=torch.int64)
 
@@ -102,3 +104,77 @@ def test_exits_can_be_kept_off(logits):
 def test_only_exits_that_there_are_can_be_kept_off(logits, off):
     with pytest.raises(InvalidArgumentError, match=r"exits in \[0, 1\], the final one never"):
         calibrate(logits, max_drop=0.0, off=frozenset(off))
+
+
+# A budget in milliseconds
+
+
+def real_answers(num_samples: int = 1500) -> ExitLogits:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (num_samples,), generator=generator)
+    signal = torch.nn.functional.one_hot(labels, 4) * torch.tensor([1.5, 2.5, 4.0])[:, None, None]
+    logits = signal + torch.randn(3, num_samples, 4, generator=generator)
+    return ExitLogits(
+        logits_KNC=logits,
+        labels_N=labels,
+        costs=ExitCosts(stage_macs=(100,) * 3, head_macs=(1,) * 3),
+    )
+
+
+UNEVEN = replace(
+    profile((0.05, 0.05, 0.05), compaction_ms=0.02),
+    # The first sample takes half of what eight take.
+    stage_ms=((0.5, 1.0),) * 3,
+)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_every_budget_from_the_fastest_on_is_kept(batch_size):
+    answers = real_answers()
+
+    def within(budget_ms):
+        return calibrate_to_milliseconds(
+            answers, UNEVEN, budget_ms=budget_ms, batch_size=batch_size
+        )
+
+    with pytest.raises(InfeasibleTargetError, match="'budget_ms' parameter must be at") as caught:
+        within(1e-6)
+    fastest_ms = caught.value.best_achievable
+    plain_ms = UNEVEN.batch_ms([batch_size] * 3, off=(0, 1)) / batch_size
+    assert 0 < fastest_ms < plain_ms / 2
+    accuracies = []
+    for share in (0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0):
+        budget_ms = fastest_ms + share * (plain_ms - fastest_ms) + 1e-9
+        found = within(budget_ms)
+        assert found.batch_ms / batch_size <= budget_ms
+        accuracies.append(found.chosen.accuracy)
+    assert accuracies[0] < accuracies[3] < accuracies[-1]
+    falls = [before - after for before, after in itertools.pairwise(accuracies)]
+    assert max(falls) < 0.01
+
+
+def test_a_large_budget_is_no_error():
+    found = calibrate_to_milliseconds(real_answers(), UNEVEN, budget_ms=1e60, batch_size=8)
+    assert found.chosen.accuracy >= float(real_answers().correct_KN[-1].double().mean()) - 0.005
+
+
+def test_an_exit_that_takes_too_long_is_off():
+    slow = replace(UNEVEN, exit_ms=((5.0, 5.0), (0.05, 0.05), (0.05, 0.05)))
+    found = calibrate_to_milliseconds(real_answers(), slow, budget_ms=0.3, batch_size=8)
+    assert found.chosen.policy.is_off(0)
+
+
+@pytest.mark.parametrize("budget_ms", [0.0, -1.0, math.inf, math.nan])
+def test_budget_out_of_range_is_refused(budget_ms):
+    with pytest.raises(InvalidArgumentError, match="'budget_ms'"):
+        calibrate_to_milliseconds(real_answers(), UNEVEN, budget_ms=budget_ms, batch_size=8)
+
+
+def test_policy_that_needs_every_exit_keeps_all_or_loses_all():
+    answers = real_answers()
+    for exit_ms, is_off in (((0.01,) * 3, [False, False]), ((9.0,) * 3, [True, True])):
+        found = calibrate_for_latency(
+            answers, profile(exit_ms), batch_size=8, max_drop=0.05, rule=PatiencePolicy(2, 3)
+        )
+        policy = found.chosen.policy
+        assert [policy.is_off(k) for k in range(2)] == is_off

@@ -184,6 +184,10 @@ def test_one_sample_never_ruins_the_player(name):
     assert 0 < BETS[name](np.ones(5), 0.01) <= 1
 
 
+def test_hopeless_losses_are_no_overflow():
+    assert [BETS[name](np.ones(20_000), 0.01) for name in BETS] == [1.0, 1.0]
+
+
 def test_fixed_bet_is_safe_for_heavy_samples():
     heavy = 3.0 * losses(2, 50)
     assert 0 < fixed_bet_p_value(heavy, 0.1, delta=DELTA, before=BEFORE, highest=3.0) <= 1
