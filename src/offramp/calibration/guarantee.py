@@ -15,25 +15,17 @@ Shapes: ``K`` exits, ``N`` samples, ``P`` policies on the front.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.stats import binom
 
 from offramp.calibration.collect import ExitLogits
-from offramp.calibration.risk import (
-    RISKS,
-    betting_p_value,
-    binomial_p_value,
-    check_risk,
-    fixed_bet_p_value,
-)
+from offramp.calibration.risk import RISKS, check_risk
 from offramp.calibration.search import Floats, ThresholdSearch, exits_left_by
+from offramp.calibration.sequence import SequenceTest, choose_test, infeasible
 from offramp.calibration.thresholds import (
     Calibration,
     Rule,
@@ -41,16 +33,12 @@ from offramp.calibration.thresholds import (
     measure_policy,
     plausibility,
     policy_like,
-    rounded_up,
 )
-from offramp.errors import InfeasibleTargetError, InvalidArgumentError
+from offramp.errors import InvalidArgumentError
 from offramp.policy.policies import ThresholdedPolicy
 
 _FRONT_SHARE = 0.3
 """Of the samples, those that find the front; the others test."""
-
-_LARGEST_SAMPLE = 10**8
-"""Up to here it is looked how many samples would do."""
 
 Rows = npt.NDArray[np.int64]
 
@@ -154,7 +142,7 @@ def calibrate_with_guarantee(
     check_guarantee(max_risk, guarantee)
     finding, testing = (logits.take(rows) for rows in _split(logits, seed))
     candidates = _front(finding, policy_like(rule, finding), risk)
-    test = _choose_test(risk, testing, guarantee=guarantee)
+    test = choose_test(risk, testing, guarantee=guarantee)
     passed = _test_in_sequence(
         test, _losses_in_sequence(test, finding, testing, candidates, risk), max_risk
     )
@@ -175,7 +163,7 @@ def calibrate_with_guarantee(
 
 
 def _test_in_sequence(
-    test: _Test, losses: Iterator[tuple[Floats, Floats]], max_risk: float
+    test: SequenceTest, losses: Iterator[tuple[Floats, Floats]], max_risk: float
 ) -> list[float]:
     """Values of the policies that pass before the first that does not; at least one."""
     passed: list[float] = []
@@ -185,7 +173,7 @@ def _test_in_sequence(
             break
         passed.append(value)
     if not passed:
-        raise _infeasible(test, found_N, tested_N, max_risk=max_risk)
+        raise infeasible(test, found_N, tested_N, max_risk=max_risk)
     return passed
 
 
@@ -266,7 +254,7 @@ def _front(finding: ExitLogits, policy: ThresholdedPolicy, risk: str) -> list[Th
 
 
 def _losses_in_sequence(
-    test: _Test,
+    test: SequenceTest,
     finding: ExitLogits,
     testing: ExitLogits,
     policies: Sequence[ThresholdedPolicy],
@@ -303,103 +291,3 @@ def _with_confidences(
         if off not in known:
             known[off] = confidences(logits, policy, off)
         yield policy, known[off]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Test:
-    """Decides whether policies pass, one after the other.
-
-    Attributes:
-        method: Its name.
-        limit: A policy passes whose value is at most this.
-        value: From losses on the finding and on the testing samples, target, and a number of
-            testing samples (more than there are asks what more of the same would give).
-        keeps_worst: Whether a sample's loss counts at its worst so far, so that it only grows.
-    """
-
-    method: str
-    limit: float
-    value: Callable[[Floats, Floats, float, int], float]
-    keeps_worst: bool = False
-
-
-def _choose_test(risk: str, testing: ExitLogits, *, guarantee: float | str) -> _Test:
-    weights_N = testing.weights_N
-    is_even = bool(np.allclose(weights_N, 1))
-    if isinstance(guarantee, str):
-        if not is_even:
-            raise InvalidArgumentError(
-                "A promise on average needs samples that all weigh the same. These are weighted "
-                "to a prior: give a probability as the guarantee."
-            )
-        return _Test(
-            method="conformal risk control", limit=0, value=_conformal_value, keeps_worst=True
-        )
-    delta = 1 - guarantee
-    if RISKS[risk].is_binary and is_even:
-        is_drawn_by_class = testing.prior is not None
-        value = partial(_binomial_value, is_drawn_by_class=is_drawn_by_class)
-        return _Test(method="exact binomial", limit=delta, value=value)
-    if testing.prior is None:
-        bet = partial(betting_p_value, delta=delta)
-    else:
-        bet = partial(fixed_bet_p_value, delta=delta, highest=max(1.0, float(weights_N.max())))
-
-    def betting_value(found_N: Floats, tested_N: Floats, max_risk: float, n: int) -> float:
-        p_value = bet(tested_N, max_risk, before=found_N, num_samples=n)
-        return float(p_value ** (n / len(tested_N)))
-
-    return _Test(method="betting", limit=delta, value=betting_value)
-
-
-def _binomial_value(
-    found_N: Floats, tested_N: Floats, max_risk: float, n: int, *, is_drawn_by_class: bool
-) -> float:
-    if is_drawn_by_class and n * float(tested_N.mean()) > n * max_risk - 1:
-        return 1.0  # Hoeffding's theorem is about fewer losses than that
-    if n == len(tested_N):
-        return binomial_p_value(tested_N, max_risk)
-    lost = math.ceil(n * float(tested_N.mean()) - 1e-6)
-    return float(binom.cdf(lost, n, max_risk))
-
-
-def _conformal_value(found_N: Floats, tested_N: Floats, max_risk: float, n: int) -> float:
-    """How far the bound on the mean risk is above the target; no loss is above 1."""
-    return (n * float(tested_N.mean()) + 1) / (n + 1) - max_risk
-
-
-def _infeasible(
-    test: _Test, found_N: Floats, tested_N: Floats, *, max_risk: float
-) -> InfeasibleTargetError:
-    """Say how many samples would do for the safest policy, and which target these allow."""
-
-    def passes(target: float, n: float) -> bool:
-        return test.value(found_N, tested_N, target, math.ceil(n)) <= test.limit
-
-    enough = _first_true(lambda n: passes(max_risk, n), len(tested_N), _LARGEST_SAMPLE)
-    allowed = _first_true(lambda target: passes(target, len(tested_N)), max_risk, 1 - 1e-6)
-    num_samples = len(found_N) + len(tested_N)
-    if enough is None:
-        remedy = (
-            f"no number of them would do, since even the safest policy loses {tested_N.mean():.4f} "
-            "on them"
-        )
-    else:
-        needed = math.ceil(math.ceil(enough) * num_samples / len(tested_N))
-        remedy = f"about {needed:,} would do, if they are like these"
-    best = 1.0 if allowed is None else allowed
-    return InfeasibleTargetError(
-        f"{num_samples:,} calibration samples cannot promise a target of {max_risk:g}: {remedy}. "
-        + (f"These can promise {rounded_up(best)}." if best < 1 else "These can promise nothing."),
-        best_achievable=best,
-    )
-
-
-def _first_true(is_true: Callable[[float], bool], low: float, high: float) -> float | None:
-    """The smallest number at which a condition holds that holds from some number on."""
-    if not is_true(high):
-        return None
-    while high - low > max(1e-5 * high, 1e-7):
-        middle = (low + high) / 2
-        low, high = (low, middle) if is_true(middle) else (middle, high)
-    return high

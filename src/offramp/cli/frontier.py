@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offramp.cli.artifact import is_bundle, open_artifact
+from offramp.cli.choosing import LEARNED
 from offramp.cli.options import (
     DataOption,
     DeviceOption,
@@ -39,11 +40,16 @@ def frontier(
     points: Annotated[
         int, typer.Option(help="Budgets, from the cheapest exit to the plain network.")
     ] = 10,
-    rule: Annotated[str, typer.Option(help="entropy, max_probability or margin.")] = "entropy",
+    rule: Annotated[
+        str, typer.Option(help="entropy, max_probability, margin, learned.")
+    ] = "entropy",
     json_file: JsonOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Draw accuracy against mean MACs: thresholds from calibration data, figures from test."""
+    """Draw accuracy against mean MACs: thresholds from calibration data, figures from test.
+
+    A run's own policy plays no part.
+    """
     _check_asked(split, points, rule)
     opened = [_open(folder, device) for folder in runs]
     _require_one_data_set(opened)
@@ -86,6 +92,7 @@ class _Curve:
 
     Attributes:
         run: The run.
+        rule: How sure an exit is.
         frontier: Its points.
         reliability: Of each exit, temperatures fitted on calibration data and judged on test;
             None without calibration data.
@@ -95,6 +102,7 @@ class _Curve:
     """
 
     run: _Opened
+    rule: str
     frontier: Frontier
     reliability: tuple[ExitCalibration, ...] | None
     num_samples: int
@@ -126,7 +134,8 @@ def _check_asked(split: str, num_points: int, rule: str) -> None:
             "would be too good. Use --split test."
         )
     check_num_points(num_points)
-    check_rule(rule)
+    if rule != LEARNED:
+        check_rule(rule)
 
 
 def _open(folder: Path, device: str | None) -> _Opened:
@@ -176,6 +185,7 @@ def _require_same_samples(curves: Sequence[_Curve], split: str) -> None:
 
 def _follow(run: _Opened, split: str, data: str | None, *, num_points: int, rule: str) -> _Curve:
     """Collect what the exits say on both splits, and choose on the one for the other."""
+    from offramp.calibration.controller import fit_controller
     from offramp.calibration.frontier import frontier as measure
     from offramp.calibration.temperature import describe_temperatures, fit_temperatures
     from offramp.training.run import CALIBRATION_SPLIT
@@ -186,9 +196,11 @@ def _follow(run: _Opened, split: str, data: str | None, *, num_points: int, rule
     test, fingerprint = _collect(run, split, data)
     if calibration is not None:
         reliability = describe_temperatures(test, fit_temperatures(calibration))
+    how = fit_controller if rule == LEARNED else rule
     return _Curve(
         run=run,
-        frontier=measure(calibration, test, num_points=num_points, rule=rule),
+        rule=rule,
+        frontier=measure(calibration, test, num_points=num_points, rule=how),
         reliability=reliability,
         num_samples=len(test.labels_N),
         num_calibration_samples=0 if calibration is None else len(calibration.labels_N),
@@ -231,7 +243,10 @@ def _print_curve(curve: _Curve, split: str) -> None:
         f"network's {found.plain_macs:,} MACs"
     )
     if len(found.exits) > 1:
-        print(f"thresholds chosen on {curve.num_calibration_samples:,} calibration samples")
+        print(
+            f"thresholds chosen on {curve.num_calibration_samples:,} calibration samples, rule "
+            f"{curve.rule}"
+        )
 
 
 def _print_areas(curves: Sequence[_Curve]) -> None:

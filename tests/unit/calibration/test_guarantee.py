@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import binom
 
-import offramp.calibration.guarantee as guarantee_module
+import offramp.calibration.sequence as sequence_module
 from offramp.calibration.collect import ExitLogits
 from offramp.calibration.guarantee import calibrate_with_guarantee
 from offramp.calibration.risk import RISKS
@@ -123,7 +123,7 @@ def test_a_broken_bound_is_caught(monkeypatch):
     def mean_is_enough(losses_N, max_risk, **_):
         return 0.0 if losses_N.mean() <= max_risk else 1.0
 
-    monkeypatch.setattr(guarantee_module, "betting_p_value", mean_is_enough)
+    monkeypatch.setattr(sequence_module, "betting_p_value", mean_is_enough)
     violations, _ = count_violations(
         POOL, size=400, risk="accuracy_gap", target=0.02, level=0.95, count=100
     )
