@@ -67,7 +67,7 @@ def policy_from_dict(content: dict[str, Any]) -> Policy:
                 temperatures=None if temperatures is None else tuple(temperatures),
             )
         if content["kind"] == "patience":
-            thresholds = content.get("thresholds")  # schema 2 knew none
+            thresholds = content.get("thresholds")  # older files hold none
             return PatiencePolicy(
                 content["patience"],
                 content["num_exits"],
