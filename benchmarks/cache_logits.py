@@ -19,8 +19,8 @@ from offramp import collect, load
 from offramp.calibration.collect import write_logits
 from offramp.training.data import make_loader
 from offramp.training.run import load_batches
+from pools import pool_file
 
-FOLDER = Path(__file__).parent / "logits"
 SEED = 0
 
 
@@ -34,7 +34,7 @@ def main(
     batches, _, _ = load_batches(loaded.require_recipe(), "test", data or loaded.data)
     logits = collect(loaded.network, make_loader(batches, batch_size=256))
     chosen = np.random.default_rng(SEED).permutation(len(batches))[:num_samples]
-    path = out or FOLDER / f"{run.name}.safetensors"
+    path = out or pool_file(run.name)
     write_logits(path, logits.take(np.sort(chosen)))
     print(f"{len(chosen):,} of {len(batches):,} test images: {path}")
 

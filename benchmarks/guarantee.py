@@ -21,7 +21,6 @@ hour on one core for a network.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,20 +38,15 @@ from scipy.stats import binom
 
 import offramp.calibration.guarantee as guarantee_module
 from offramp import ExitLogits, calibrate
-from offramp.calibration.collect import read_logits
 from offramp.calibration.guarantee import calibrate_with_guarantee
 from offramp.calibration.risk import RISKS
 from offramp.calibration.search import evaluate_thresholds
 from offramp.calibration.thresholds import confidences, policy_like
 from offramp.errors import InfeasibleTargetError
 from offramp.policy.policies import ThresholdedPolicy, ThresholdPolicy
+from pools import NAMES, read_pool, rivals
 from record import circumstances, write_json
 
-sys.path.append(str(Path(__file__).parents[1] / "tests" / "reference"))
-from rival_thresholds import learn_then_test
-
-FOLDER = Path(__file__).parent / "logits"
-NAMES = ("emnist-convnet", "cifar10-resnet")
 SIZES = (500, 2000, 5000)
 TARGETS = (0.005, 0.01, 0.02)
 GUARANTEES: tuple[float | str, ...] = (0.9, 0.95, "mean")
@@ -193,7 +187,7 @@ def compare_use(pool: Pool, draws: int) -> dict[str, Any]:
         drawn = pool.draw(size, seed)
         naive = calibrate(drawn, max_drop=max_risk).policy
         gap_KN = RISKS["accuracy_gap"].losses(drawn)
-        single = learn_then_test(confidences(drawn, naive), gap_KN, max_risk, 1 - guarantee)
+        single = rivals.learn_then_test(confidences(drawn, naive), gap_KN, max_risk, 1 - guarantee)
         outcomes = {
             "pareto": one_draw(pool, drawn, "accuracy_gap", max_risk, guarantee),
             "single": single and pool.outcome(ThresholdPolicy(single), "accuracy_gap"),
@@ -264,7 +258,7 @@ def main(
             write_json({**circumstances(), **content}, json_file)
 
     for name in NAMES if network is None else (network,):
-        pool = Pool(name, read_logits(FOLDER / f"{name}.safetensors"))
+        pool = Pool(name, read_pool(name))
         if (name, "use") not in done:
             content["use"].append(compare_use(pool, draws))
             keep()

@@ -20,7 +20,6 @@ in points, with two standard errors. Bars: better on average, and at no budget w
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,7 +34,6 @@ from rich.progress import track
 from rich.table import Table
 
 from offramp import ExitLogits, calibrate
-from offramp.calibration.collect import read_logits
 from offramp.calibration.controller import fit_controller
 from offramp.calibration.search import evaluate_thresholds
 from offramp.calibration.thresholds import (
@@ -45,13 +43,9 @@ from offramp.calibration.thresholds import (
     measure_policy,
     policy_like,
 )
+from pools import NAMES, read_pool, rivals
 from record import circumstances, write_json
 
-sys.path.append(str(Path(__file__).parents[1] / "tests" / "reference"))
-from rival_thresholds import geometric_shares, shared_thresholds
-
-FOLDER = Path(__file__).parent / "logits"
-NAMES = ("emnist-convnet", "cifar10-resnet")
 NUM_BUDGETS = 10
 FACTORS = np.geomspace(0.02, 20, 60)
 """Of MSDNet's exit shares; its own search bisects for the budget, a curve serves as well."""
@@ -81,9 +75,10 @@ def compare(
     confidence_KN = confidences(calibration, policy_like(rule, calibration))
     dense = np.geomspace(budgets[0], budgets[-1], CURVE_POINTS).tolist()
     searched = [calibrate(calibration, budget_macs=macs, rule=rule).policy for macs in dense]
+    geometric = [rivals.geometric_shares(confidence_KN, factor) for factor in FACTORS]
     curves = {
-        "geometric": curve(test, rule, [geometric_shares(confidence_KN, q) for q in FACTORS]),
-        "shared": curve(test, rule, shared_thresholds(confidence_KN)),
+        "geometric": curve(test, rule, geometric),
+        "shared": curve(test, rule, rivals.shared_thresholds(confidence_KN)),
         "search": curve(test, rule, [policy.thresholds for policy in searched]),
     }
 
@@ -121,7 +116,7 @@ def summarise(splits: Sequence[dict[str, list[float]]], name: str) -> dict[str, 
 
 def measure(name: str, *, num_splits: int, num_calibration: int, rule: str) -> dict[str, Any]:
     """Compare on every re-split of one network's logits."""
-    pool = read_logits(FOLDER / f"{name}.safetensors")
+    pool = read_pool(name)
     plain_macs, num_samples = pool.costs.plain_macs, len(pool.labels_N)
     budgets = np.linspace(pool.costs.exit_macs()[0], plain_macs, NUM_BUDGETS + 2)[1:-1].tolist()
     splits = []

@@ -62,7 +62,7 @@ def test_learn_then_test_stops_at_the_first_failure():
 def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("thresholds", "guarantee", "record"):
+    for name in ("thresholds", "guarantee", "pools", "record"):
         sys.modules.pop(name, None)
 
 
@@ -83,7 +83,7 @@ def test_guarantees_hold_and_save_on_real_logits(benchmarks, name):
     """The benchmark's bars, on fewer draws."""
     import guarantee
 
-    pool = guarantee.Pool(name, guarantee.read_logits(guarantee.FOLDER / f"{name}.safetensors"))
+    pool = guarantee.Pool(name, guarantee.read_pool(name))
     cells = [
         cell
         for risk in guarantee.RISK_NAMES

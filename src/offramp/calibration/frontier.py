@@ -16,19 +16,16 @@ import numpy as np
 
 from offramp.calibration.collect import ExitLogits
 from offramp.calibration.thresholds import (
-    Calibration,
     Rule,
     calibrate,
     measure_policy,
     policy_like,
 )
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError, ShapeError
+from offramp.policy.as_dict import without_inf
 from offramp.policy.policies import ThresholdedPolicy, never_leave
 
 _MAX_NUM_POINTS = 1000
-
-_ROUNDING = 1e-12
-"""Share of a budget by which a mean of weighted costs may exceed it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +50,7 @@ class FrontierPoint:
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain values for JSON; a threshold of +inf becomes None."""
-        thresholds = [None if t == math.inf else t for t in self.thresholds]
-        return asdict(self) | {"thresholds": thresholds}
+        return asdict(self) | {"thresholds": without_inf(self.thresholds)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,14 +201,10 @@ def _least_macs(calibration: ExitLogits, policy: ThresholdedPolicy) -> float:
     """The smallest budget that can be kept."""
     cheapest_macs = float(min(_macs_alone(calibration)))
     try:
-        _within(calibration, policy, cheapest_macs)
+        calibrate(calibration, budget_macs=cheapest_macs, rule=policy)
     except InfeasibleTargetError as error:  # NaN, or a policy that waits, holds samples back
         return error.best_achievable
     return cheapest_macs
-
-
-def _within(calibration: ExitLogits, policy: ThresholdedPolicy, budget_macs: float) -> Calibration:
-    return calibrate(calibration, budget_macs=budget_macs * (1 + _ROUNDING), rule=policy)
 
 
 def _points(
@@ -222,7 +214,7 @@ def _points(
     points: dict[tuple[float, ...], FrontierPoint] = {}
     for budget_macs in budgets:
         with suppress(InfeasibleTargetError):
-            chosen = _within(calibration, policy, budget_macs)
+            chosen = calibrate(calibration, budget_macs=budget_macs, rule=policy)
             if chosen.policy.thresholds in points:
                 continue
             reached = measure_policy(test, chosen.policy)

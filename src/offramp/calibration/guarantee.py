@@ -24,15 +24,17 @@ import torch
 
 from offramp.calibration.collect import ExitLogits
 from offramp.calibration.risk import RISKS, check_risk
-from offramp.calibration.search import Floats, ThresholdSearch, exits_left_by
+from offramp.calibration.search import Floats, exits_left_by
 from offramp.calibration.sequence import SequenceTest, choose_test, infeasible
 from offramp.calibration.thresholds import (
     Calibration,
     Rule,
     confidences,
+    costs_under,
     measure_policy,
     plausibility,
     policy_like,
+    search_for,
 )
 from offramp.errors import InvalidArgumentError
 from offramp.policy.policies import ThresholdedPolicy
@@ -243,12 +245,12 @@ def _front(finding: ExitLogits, policy: ThresholdedPolicy, risk: str) -> list[Th
     """
     counted = RISKS[risk]
     worth_KN = plausibility(finding) if counted.counts_errors else -counted.losses(finding)
-    search = ThresholdSearch(
-        confidences(finding, policy),
+    search = search_for(
+        finding,
+        policy,
         worth_KN,
-        finding.costs.with_decisions(policy.decision_macs),
-        weights_N=finding.weights_N,
-        may_switch_off=not policy.needs_every_exit,
+        confidences(finding, policy),
+        costs=costs_under(finding, policy),
     )
     return [policy.with_thresholds(thresholds) for thresholds in search.front()]
 

@@ -16,14 +16,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from offramp.calibration.collect import ExitLogits
-from offramp.calibration.search import exits_left_by
+from offramp.calibration.search import Floats
 from offramp.calibration.thresholds import (
     Calibration,
     Rule,
     calibrate,
     calibrate_within,
-    confidences,
+    expected_correctness,
     policy_like,
+    reached_under,
+    search_thresholds,
 )
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError, ShapeError
 from offramp.measure.cost import ExitCosts
@@ -163,15 +165,15 @@ def calibrate_to_milliseconds(
     num_exits = logits.costs.num_exits
     _check_fits(profile, num_exits=num_exits, batch_size=batch_size)
     policy = policy_like(rule, logits)
-    costs = _costs_in_ns(profile, batch_size)
+    costs, worth_KN = _costs_in_ns(profile, batch_size), expected_correctness(logits)
 
     def within(allowed_ns: float) -> tuple[float, Calibration]:
         """Milliseconds of a batch, predicted, with the most accurate thresholds for a cost."""
-        chosen = calibrate_within(logits, policy, allowed_ns, costs=costs)
+        chosen = calibrate_within(logits, policy, allowed_ns, worth_KN=worth_KN, costs=costs)
         reaching = _reaching(logits, chosen.policy, batch_size)
         return profile.batch_ms(reaching, chosen.policy.off_exits), chosen
 
-    fastest_ns = _least_cost(logits, policy, costs)
+    fastest_ns = search_thresholds(logits, policy, worth_KN, _nothing_is_allowed, costs=costs)[2]
     best = within(fastest_ns)
     if best[0] > budget_ms * batch_size:
         fastest_ms = best[0] / batch_size
@@ -193,12 +195,9 @@ def calibrate_to_milliseconds(
     return LatencyCalibration(chosen=best[1], switched_off=(), batch_ms=best[0], plain_ms=plain_ms)
 
 
-def _least_cost(logits: ExitLogits, policy: ThresholdedPolicy, costs: ExitCosts) -> float:
-    try:
-        calibrate_within(logits, policy, 0.0, costs=costs)
-    except InfeasibleTargetError as error:
-        return error.best_achievable
-    return 0.0  # a network that takes no time at all
+def _nothing_is_allowed(worth_J: Floats, cost_J: Floats) -> Floats:
+    """A score for a search that only looks for the cheapest."""
+    return np.full_like(cost_J, -np.inf)
 
 
 def _costs_in_ns(profile: Profile, batch_size: int) -> ExitCosts:
@@ -213,12 +212,9 @@ def _costs_in_ns(profile: Profile, batch_size: int) -> ExitCosts:
 
 def _reaching(logits: ExitLogits, policy: ThresholdedPolicy, batch_size: int) -> list[float]:
     """How many samples of a batch reach each stage, a mean over the population."""
-    exit_N = exits_left_by(confidences(logits, policy, policy.off_exits), policy.thresholds)
-    weights_N = logits.weights_N
-    return [
-        batch_size * float(np.average(exit_N >= k, weights=weights_N))
-        for k in range(policy.num_exits)
-    ]
+    reached_KN = reached_under(logits, policy)
+    shares_K = np.average(reached_KN, axis=1, weights=logits.weights_N)
+    return [batch_size * float(share) for share in shares_K]
 
 
 def _check_fits(profile: Profile, *, num_exits: int, batch_size: int) -> None:

@@ -22,12 +22,11 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from offramp.calibration.collect import ExitLogits
-from offramp.calibration.search import exits_left_by
+from offramp.calibration.search import Floats, exits_left_by
 from offramp.errors import InvalidArgumentError, ShapeError
 from offramp.measure.metrics import Reliability, auroc, brier_score, reliability
 
 BoolArray = npt.NDArray[np.bool_]
-Floats = npt.NDArray[np.float64]
 
 _LOWEST, _HIGHEST = 0.05, 20.0
 """Temperatures that are searched lie between these."""
@@ -115,7 +114,23 @@ def fit_temperatures(
         [2.0]
     """
     _check_reached(logits, reached_KN)
-    return tuple(_fit(*_samples_of(logits, k, reached_KN)) for k in range(logits.costs.num_exits))
+    exits = range(logits.costs.num_exits)
+    return tuple(fit_temperature(logits, k, reached_KN=reached_KN) for k in exits)
+
+
+def fit_temperature(
+    logits: ExitLogits, exit_index: int, *, reached_KN: BoolArray | None = None
+) -> float:
+    """Choose the temperature of one exit, as :func:`fit_temperatures` does for all.
+
+    Args:
+        logits: Every exit's logits on held-out data.
+        exit_index: Which exit, counted in these logits; -1 is the final one.
+        reached_KN: As for :func:`fit_temperatures`.
+    Returns:
+        The temperature.
+    """
+    return _fit(*_samples_of(logits, exit_index, reached_KN))
 
 
 def reached(confidence_KN: Floats, thresholds: Sequence[float]) -> BoolArray:

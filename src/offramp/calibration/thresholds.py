@@ -14,7 +14,7 @@ import numpy as np
 from offramp.calibration.collect import ExitLogits
 from offramp.calibration.risk import RISKS, check_risk
 from offramp.calibration.search import Floats, Score, ThresholdSearch, evaluate_thresholds
-from offramp.calibration.temperature import fit_temperatures
+from offramp.calibration.temperature import BoolArray, fit_temperature, reached
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError
 from offramp.measure.cost import ExitCosts
 from offramp.policy.policies import Setting, State, ThresholdedPolicy, never_leave
@@ -73,27 +73,36 @@ def calibrate(
         InvalidArgumentError: If not exactly one target is given, or it is out of range.
         InfeasibleTargetError: If no thresholds cost so little, or risk so little, on this data.
     """
-    targets = (max_drop, max_risk, budget_macs, budget_share)
-    if sum(target is not None for target in targets) != 1:
-        raise InvalidArgumentError(
-            "Give exactly one target: 'max_drop', 'max_risk', 'budget_macs' or 'budget_share'."
-        )
+    _require_one_target(max_drop, max_risk, budget_macs, budget_share)
     policy = policy_like(rule, logits)
-    if not off <= set(range(policy.num_exits - 1)):
-        raise InvalidArgumentError(
-            f"The 'off' parameter must hold exits in [0, {policy.num_exits - 2}], the final one "
-            f"never. Got {sorted(off)}."
-        )
+    _check_off(off, num_exits=policy.num_exits)
     if budget_share is not None:
         budget_macs = _macs_of_share(budget_share, plain_macs=logits.costs.plain_macs)
     if budget_macs is not None:
-        costs = logits.costs.with_decisions(policy.decision_macs)
-        return calibrate_within(logits, policy, budget_macs, costs=costs, off=off)
+        worth_KN, costs = expected_correctness(logits), costs_under(logits, policy)
+        return calibrate_within(
+            logits, policy, budget_macs, worth_KN=worth_KN, costs=costs, off=off
+        )
     if max_drop is not None:
         max_risk, risk = max_drop, "accuracy_gap"
     assert max_risk is not None  # exactly one target is given
     check_risk(risk, max_risk, name="max_risk" if max_drop is None else "max_drop")
     return _within_risk(logits, policy, max_risk, risk, off=off)
+
+
+def _require_one_target(*targets: float | None) -> None:
+    if sum(target is not None for target in targets) != 1:
+        raise InvalidArgumentError(
+            "Give exactly one target: 'max_drop', 'max_risk', 'budget_macs' or 'budget_share'."
+        )
+
+
+def _check_off(off: frozenset[int], *, num_exits: int) -> None:
+    if not off <= set(range(num_exits - 1)):
+        raise InvalidArgumentError(
+            f"The 'off' parameter must hold exits in [0, {num_exits - 2}], the final one never. "
+            f"Got {sorted(off)}."
+        )
 
 
 def policy_like(rule: Rule, logits: ExitLogits) -> ThresholdedPolicy:
@@ -142,6 +151,61 @@ def confidences(
     return confidence_KN
 
 
+def reached_under(logits: ExitLogits, policy: ThresholdedPolicy) -> BoolArray:
+    """Which samples reach each exit under a policy.
+
+    Args:
+        logits: Every exit's logits.
+        policy: The policy.
+    Returns:
+        Shape (K, N), bool.
+    """
+    return reached(confidences(logits, policy, policy.off_exits), policy.thresholds)
+
+
+def costs_under(logits: ExitLogits, policy: ThresholdedPolicy) -> ExitCosts:
+    """What stages and exits cost with the decisions of a policy.
+
+    Args:
+        logits: Every exit's logits.
+        policy: The policy; its thresholds do not matter.
+    Returns:
+        MACs, those of deciding counted to the heads.
+    """
+    return logits.costs.with_decisions(policy.decision_macs)
+
+
+def search_for(
+    logits: ExitLogits,
+    policy: ThresholdedPolicy,
+    worth_KN: Floats,
+    confidence_KN: Floats,
+    *,
+    costs: ExitCosts,
+    off: frozenset[int] = frozenset(),
+) -> ThresholdSearch:
+    """A search over thresholds that keeps to what a policy can do.
+
+    Args:
+        logits: Every exit's logits.
+        policy: The policy; its thresholds do not matter.
+        worth_KN: How good it is that a sample leaves by an exit, shape (K, N).
+        confidence_KN: What :func:`confidences` says with these exits off.
+        costs: Of each stage, and of each exit with its decision.
+        off: Exits that stay off.
+    Returns:
+        The search.
+    """
+    return ThresholdSearch(
+        confidence_KN,
+        worth_KN,
+        costs,
+        weights_N=logits.weights_N,
+        off=off,
+        may_switch_off=not policy.needs_every_exit,
+    )
+
+
 def search_thresholds(
     logits: ExitLogits,
     policy: ThresholdedPolicy,
@@ -149,7 +213,7 @@ def search_thresholds(
     score: Score,
     *,
     costs: ExitCosts,
-    off: frozenset[int],
+    off: frozenset[int] = frozenset(),
 ) -> tuple[ThresholdedPolicy, float, float]:
     """Search the thresholds of a policy, which may remember earlier exits.
 
@@ -169,14 +233,7 @@ def search_thresholds(
     """
     confidence_KN = confidences(logits, policy, off)
     while True:
-        search = ThresholdSearch(
-            confidence_KN,
-            worth_KN,
-            costs,
-            weights_N=logits.weights_N,
-            off=off,
-            may_switch_off=not policy.needs_every_exit,
-        )
+        search = search_for(logits, policy, worth_KN, confidence_KN, costs=costs, off=off)
         thresholds, best_score = search.best(score)
         found = policy.with_thresholds(thresholds)
         off = found.off_exits
@@ -198,9 +255,12 @@ def measure_policy(logits: ExitLogits, policy: ThresholdedPolicy) -> Calibration
     """
     confidence_KN = confidences(logits, policy, policy.off_exits)
     correct_KN = logits.correct_KN.numpy().astype(np.float64)
-    costs = logits.costs.with_decisions(policy.decision_macs)
     accuracy, mean_macs = evaluate_thresholds(
-        confidence_KN, correct_KN, costs, policy.thresholds, logits.weights_N
+        confidence_KN,
+        correct_KN,
+        costs_under(logits, policy),
+        policy.thresholds,
+        logits.weights_N,
     )
     return Calibration(policy=policy, accuracy=accuracy, mean_macs=mean_macs)
 
@@ -220,7 +280,7 @@ def _within_risk(
         policy,
         -losses_KN,
         lambda worth_J, macs_J: np.where(worth_J >= floor, -macs_J, -np.inf),
-        costs=logits.costs.with_decisions(policy.decision_macs),
+        costs=costs_under(logits, policy),
         off=off,
     )
     if best_score == -math.inf:
@@ -238,6 +298,7 @@ def calibrate_within(
     policy: ThresholdedPolicy,
     budget: float,
     *,
+    worth_KN: Floats,
     costs: ExitCosts,
     off: frozenset[int] = frozenset(),
 ) -> Calibration:
@@ -247,6 +308,7 @@ def calibrate_within(
         logits: Every exit's logits on held-out data.
         policy: The policy; its thresholds do not matter.
         budget: Mean cost per sample.
+        worth_KN: What :func:`expected_correctness` says.
         costs: Of each stage, and of each exit with its decision: MACs, or something else.
         off: Exits that stay off.
     Returns:
@@ -267,7 +329,7 @@ def calibrate_within(
         return np.where(cost_J <= allowed, worth_J - 1e-9 * cost_J / costs.plain_macs, -np.inf)
 
     found, best_score, cheapest = search_thresholds(
-        logits, policy, expected_correctness(logits), score, costs=costs, off=off
+        logits, policy, worth_KN, score, costs=costs, off=off
     )
     if best_score == -math.inf:
         raise InfeasibleTargetError(
@@ -329,14 +391,7 @@ def plausibility(logits: ExitLogits) -> Floats:
         Shape (K, N), in [0, 1]. Right or wrong stands in where the final exit's logits are NaN.
     """
     final_NC = logits.logits_KNC[-1].double()
-    final = ExitLogits(
-        logits_KNC=logits.logits_KNC[-1:],
-        labels_N=logits.labels_N,
-        costs=ExitCosts(stage_macs=(0,), head_macs=(0,)),
-        prior=logits.prior,
-    )
-    (temperature,) = fit_temperatures(final)
-    p_NC = (final_NC / temperature).softmax(-1)
+    p_NC = (final_NC / fit_temperature(logits, -1)).softmax(-1)
     p_KN = p_NC.gather(1, logits.logits_KNC.argmax(-1).T).T.numpy()
     filled: Floats = np.where(np.isnan(p_KN), logits.correct_KN.numpy(), p_KN)
     return filled

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from offramp.cli.choosing import LEARNED, Timing, Wanted, choose, prepare
+from offramp.cli.calibration_data import prepare
+from offramp.cli.choosing import LEARNED, Timing, Wanted, choose
 from offramp.cli.options import DataOption, DeviceOption, RunFolder
 from offramp.errors import InvalidArgumentError
 

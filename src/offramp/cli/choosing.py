@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from offramp.cli.options import percent, pick_device
-from offramp.errors import DataError, InvalidArgumentError
+from offramp.cli.calibration_data import Prepared
+from offramp.cli.options import percent
+from offramp.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from offramp.calibration.collect import ExitLogits
-    from offramp.calibration.thresholds import Calibration
+    from offramp.calibration.thresholds import Calibration, Rule
     from offramp.measure.profile import Profile
     from offramp.policy.policies import ThresholdedPolicy
-    from offramp.training.data import ImageBatches
-    from offramp.training.run import Run
 
 LEARNED = "learned"
 """The rule that is no confidence function: scorers are fitted on the calibration data."""
+
+TARGETS = ("max_drop", "max_risk", "budget_macs", "budget_share")
+"""What ``calibrate`` of the library aims at, without a clock."""
 
 _LEAST_SURVIVORS = 100
 """Where fewer samples reach an exit, its temperature is the one fitted on all."""
 
 PROFILE_FILE = "profile.json"
 """Where a run folder keeps the times of its parts."""
+
+
+def rule_named(name: str) -> Rule:
+    """The rule that ``--rule`` names.
+
+    Args:
+        name: A confidence function, or ``LEARNED``.
+    Returns:
+        As the library takes it.
+    Raises:
+        InvalidArgumentError: If there is none of that name.
+    """
+    from offramp.calibration.controller import fit_controller
+    from offramp.policy.policies import check_rule
+
+    if name == LEARNED:
+        return fit_controller
+    check_rule(name)
+    return name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,23 +99,22 @@ class Wanted:
         """
         from offramp.calibration.guarantee import check_guarantee
         from offramp.calibration.risk import check_risk
-        from offramp.policy.policies import PatiencePolicy, check_rule
+        from offramp.policy.policies import PatiencePolicy
 
         for name, value in (("max_drop", self.max_drop), ("max_risk", self.max_risk)):
             if value is not None:
                 check_risk(self.risk, value, name=name)
                 if self.guarantee is not None:
                     check_guarantee(value, self.guarantee)
-        if self.rule != LEARNED:
-            check_rule(self.rule)
+        rule_named(self.rule)
         if self.patience is not None:
             PatiencePolicy(self.patience, num_exits=self.patience + 1)
 
     @property
     def target(self) -> dict[str, Any]:
         """The target as ``calibrate`` of the library takes it."""
-        names = ("max_drop", "max_risk", "budget_macs", "budget_share")
-        target = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        values = {name: getattr(self, name) for name in TARGETS}
+        target = {name: value for name, value in values.items() if value is not None}
         return target | ({"risk": self.risk} if "max_risk" in target else {})
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,7 +135,6 @@ class Wanted:
         Returns:
             A policy; its own thresholds do not matter.
         """
-        from offramp.calibration.controller import fit_controller
         from offramp.calibration.thresholds import policy_like
         from offramp.policy.policies import PatiencePolicy, ThresholdPolicy
 
@@ -128,17 +145,15 @@ class Wanted:
                     f"nobody can leave early. Got {self.patience}."
                 )
             return PatiencePolicy(self.patience, logits.costs.num_exits, rule=self.rule)
-        if self.rule == LEARNED:
-            return fit_controller(logits)
-        policy = policy_like(self.rule, logits)
+        policy = policy_like(rule_named(self.rule), logits)
         if self.temperatures is None:
             return policy
         assert isinstance(policy, ThresholdPolicy)
         return replace(policy, temperatures=self._fit_temperatures(logits, policy))
 
     def _fit_temperatures(self, logits: ExitLogits, policy: ThresholdedPolicy) -> tuple[float, ...]:
-        from offramp.calibration.temperature import fit_temperatures, reached
-        from offramp.calibration.thresholds import calibrate, confidences
+        from offramp.calibration.temperature import fit_temperatures
+        from offramp.calibration.thresholds import calibrate, reached_under
 
         of_all = fit_temperatures(logits)
         if self.temperatures == "all":
@@ -146,102 +161,12 @@ class Wanted:
         # Who survives depends on the thresholds, and those on the temperatures: one round of both.
         tempered = replace(policy, temperatures=of_all)  # type: ignore[type-var]
         chosen = calibrate(logits, rule=tempered, **self.target).policy
-        reached_KN = reached(confidences(logits, chosen, chosen.off_exits), chosen.thresholds)
+        reached_KN = reached_under(logits, chosen)
         of_survivors = fit_temperatures(logits, reached_KN=reached_KN)
         return tuple(
             own if count >= _LEAST_SURVIVORS else common
             for own, common, count in zip(of_survivors, of_all, reached_KN.sum(1), strict=True)
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A run with what its exits say of the samples set aside.
-
-    Attributes:
-        run: The run.
-        device: Where its network is.
-        batches: The samples.
-        logits: What every exit says of them.
-        data: What the policy file says of them.
-    """
-
-    run: Run
-    device: str
-    batches: ImageBatches
-    logits: ExitLogits
-    data: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def population(self) -> str:
-        """What the samples stand for, in words."""
-        prior = self.data["class_prior"]
-        words = f"{self.data['name']}, classes {'as given' if isinstance(prior, dict) else prior}"
-        if not self.data["weighted"]:
-            return words
-        effective = self.data["effective_num_samples"]
-        return f"{words} by weights, effective number {effective:,.0f}"
-
-
-def prepare(loaded: Run, *, data: str | None, device: str | None, prior: str | None) -> Prepared:
-    """Run every exit on the samples set aside.
-
-    Args:
-        loaded: The run.
-        data: Where its data is.
-        device: Where to compute.
-        prior: uniform, a JSON file with the share of each class, or None: as they were drawn.
-    Returns:
-        What choosing needs.
-    Raises:
-        InvalidArgumentError: If the prior is neither, or no shares of these classes.
-        DataError: If a class of the prior has no sample.
-    """
-    from offramp.calibration.collect import collect
-    from offramp.training.data import make_loader
-    from offramp.training.run import CALIBRATION_SPLIT, load_batches
-
-    where = pick_device(device)
-    recipe = loaded.require_recipe()
-    batches, names, fingerprint = load_batches(recipe, CALIBRATION_SPLIT, data or loaded.data)
-    shares = None if prior is None else _read_prior(prior, names)
-    logits = collect(loaded.network.to(where), make_loader(batches, batch_size=256))
-    # So many of each class were drawn: a promise is about a population of these shares.
-    drawn = tuple((logits.class_counts / len(batches)).tolist())
-    logits = replace(logits, prior=shares or drawn)
-    named: str | dict[str, float] = "uniform" if recipe.uniform_prior else "as in train"
-    if shares is not None:
-        named = prior if prior == "uniform" else dict(zip(names, shares, strict=True))
-    about = {
-        "name": recipe.data,
-        "split": CALIBRATION_SPLIT,
-        "num_samples": len(batches),
-        "class_prior": named,
-        "weighted": bool(abs(logits.weights_N - 1).max() > 1e-9),
-        "effective_num_samples": logits.effective_num_samples,
-        "sha256": fingerprint,
-    }
-    return Prepared(run=loaded, device=where, batches=batches, logits=logits, data=about)
-
-
-def _read_prior(prior: str, class_names: tuple[str, ...]) -> tuple[float, ...]:
-    if prior == "uniform":
-        return (1 / len(class_names),) * len(class_names)
-    try:
-        shares = json.loads(Path(prior).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(
-            "Expected --prior to be uniform, or a JSON file that gives the share of each class by "
-            f"its name. Cannot read {prior!r}: {error}."
-        ) from error
-    known = isinstance(shares, dict) and set(shares) <= set(class_names)
-    if not known or not all(isinstance(share, int | float) for share in shares.values()):
-        raise InvalidArgumentError(
-            f"Expected {prior} to give shares by class name, such as "
-            f'{{"{class_names[0]}": 0.2, ...}}; classes that are left out have 0. Names: '
-            f"{', '.join(class_names)}."
-        )
-    return tuple(float(shares.get(name, 0)) for name in class_names)
 
 
 def choose(prepared: Prepared, wanted: Wanted) -> None:
@@ -325,10 +250,10 @@ def _print_temperatures(
     from rich.console import Console
     from rich.table import Table
 
-    from offramp.calibration.temperature import describe_temperatures, reached
-    from offramp.calibration.thresholds import confidences
+    from offramp.calibration.temperature import describe_temperatures
+    from offramp.calibration.thresholds import reached_under
 
-    reached_KN = reached(confidences(logits, policy, policy.off_exits), policy.thresholds)
+    reached_KN = reached_under(logits, policy)
     table = Table(title="temperatures, in sample, on those who reach the exit")
     for column in ("exit", "samples", "temperature", "ECE", "with it", "Brier", "with it", "AUROC"):
         table.add_column(column, justify="right")
@@ -356,8 +281,9 @@ def _choose_by_the_clock(prepared: Prepared, wanted: Wanted, timing: Timing) -> 
         check_risk(
             "accuracy_gap", wanted.max_drop, name="max_drop"
         )  # refused before the parts are timed
-    profile = _time_parts(prepared, wanted.make_policy(prepared.logits), timing)
-    how: dict[str, Any] = {"batch_size": timing.batch_size, "rule": wanted.make_policy}
+    policy = wanted.make_policy(prepared.logits)
+    profile = _time_parts(prepared, policy, timing)
+    how: dict[str, Any] = {"batch_size": timing.batch_size, "rule": policy}
     if wanted.budget_ms is not None:
         found = calibrate_to_milliseconds(
             prepared.logits, profile, budget_ms=wanted.budget_ms, **how

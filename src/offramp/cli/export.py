@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from offramp.cli.choosing import LEARNED
+from offramp.cli.choosing import LEARNED, TARGETS
 from offramp.cli.options import BUNDLE_FOLDER, DataOption, RunFolder, percent
 from offramp.errors import InvalidArgumentError, NotCalibratedError
 
@@ -23,7 +23,6 @@ _PARITY_SAMPLES = 512
 _BATCH_SIZE = 256
 _SHARE_TOLERANCE = 0.01
 """Thresholds are chosen anew where quantising moves the share of an exit by more than this."""
-_TARGETS = ("max_drop", "max_risk", "risk", "budget_macs", "budget_share")
 _BEYOND_THRESHOLDS = ("guarantee", "patience", "temperatures")
 """Choices that thresholds alone, on the logits of the int8 network, do not make again."""
 
@@ -129,7 +128,7 @@ def _choose_anew(folder: Path, loader: DataLoader[Any], calibration: dict[str, A
     from offramp.runtime.bundle import write_bundle
 
     asked = calibration.get("asked") or {}
-    target = {name: asked[name] for name in _TARGETS if asked.get(name) is not None}
+    target = {name: asked[name] for name in (*TARGETS, "risk") if asked.get(name) is not None}
     needs_more = any(asked.get(name) for name in _BEYOND_THRESHOLDS)
     needs_more |= bool((calibration.get("data") or {}).get("weighted"))
     needs_more |= asked.get("rule") == LEARNED

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offramp.cli.artifact import is_bundle, open_artifact
-from offramp.cli.choosing import LEARNED
+from offramp.cli.choosing import rule_named
 from offramp.cli.options import (
     DataOption,
     DeviceOption,
@@ -125,7 +125,6 @@ class _Curve:
 def _check_asked(split: str, num_points: int, rule: str) -> None:
     """Refuse what needs no data to be refused."""
     from offramp.calibration.frontier import check_num_points
-    from offramp.policy.policies import check_rule
     from offramp.training.run import CALIBRATION_SPLIT
 
     if split in ("train", CALIBRATION_SPLIT):
@@ -134,8 +133,7 @@ def _check_asked(split: str, num_points: int, rule: str) -> None:
             "would be too good. Use --split test."
         )
     check_num_points(num_points)
-    if rule != LEARNED:
-        check_rule(rule)
+    rule_named(rule)
 
 
 def _open(folder: Path, device: str | None) -> _Opened:
@@ -185,7 +183,6 @@ def _require_same_samples(curves: Sequence[_Curve], split: str) -> None:
 
 def _follow(run: _Opened, split: str, data: str | None, *, num_points: int, rule: str) -> _Curve:
     """Collect what the exits say on both splits, and choose on the one for the other."""
-    from offramp.calibration.controller import fit_controller
     from offramp.calibration.frontier import frontier as measure
     from offramp.calibration.temperature import describe_temperatures, fit_temperatures
     from offramp.training.run import CALIBRATION_SPLIT
@@ -196,11 +193,10 @@ def _follow(run: _Opened, split: str, data: str | None, *, num_points: int, rule
     test, fingerprint = _collect(run, split, data)
     if calibration is not None:
         reliability = describe_temperatures(test, fit_temperatures(calibration))
-    how = fit_controller if rule == LEARNED else rule
     return _Curve(
         run=run,
         rule=rule,
-        frontier=measure(calibration, test, num_points=num_points, rule=how),
+        frontier=measure(calibration, test, num_points=num_points, rule=rule_named(rule)),
         reliability=reliability,
         num_samples=len(test.labels_N),
         num_calibration_samples=0 if calibration is None else len(calibration.labels_N),

@@ -25,7 +25,7 @@ def policy_to_dict(policy: Policy) -> dict[str, Any]:
         return {
             "kind": "threshold",
             "rule": policy.rule,
-            "thresholds": _without_inf(policy.thresholds),
+            "thresholds": without_inf(policy.thresholds),
             "temperatures": None if policy.temperatures is None else list(policy.temperatures),
         }
     if isinstance(policy, PatiencePolicy):
@@ -34,12 +34,12 @@ def policy_to_dict(policy: Policy) -> dict[str, Any]:
             "rule": policy.rule,
             "patience": policy.patience,
             "num_exits": policy.num_exits,
-            "thresholds": _without_inf(policy.thresholds or ()),
+            "thresholds": without_inf(policy.thresholds or ()),
         }
     if isinstance(policy, ControllerPolicy):
         return {
             "kind": "controller",
-            "thresholds": _without_inf(policy.thresholds),
+            "thresholds": without_inf(policy.thresholds),
             "scorers": scorers_to_dicts(policy.scorers),
         }
     raise InvalidArgumentError(
@@ -85,7 +85,14 @@ def policy_from_dict(content: dict[str, Any]) -> Policy:
     )
 
 
-def _without_inf(thresholds: Sequence[float]) -> list[float | None]:
+def without_inf(thresholds: Sequence[float]) -> list[float | None]:
+    """Thresholds in values that JSON can hold.
+
+    Args:
+        thresholds: Numbers.
+    Returns:
+        The same, None for +inf.
+    """
     return [None if t == math.inf else t for t in thresholds]
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from made_up_logits import three_exits, two_exits
 
 from offramp.calibration.collect import ExitLogits
 from offramp.calibration.frontier import frontier
@@ -14,25 +15,6 @@ from offramp.measure.cost import ExitCosts
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, always_leave_at
 
 INF, NAN = math.inf, math.nan
-COSTS = ExitCosts(stage_macs=(100, 100), head_macs=(10, 10))
-"""Leaving at exit 0 costs 110; at the final exit 220, or 210 where exit 0 is off."""
-
-
-def two_exits(*rows: tuple[float, bool, bool]) -> ExitLogits:
-    """Rows of: probability that exit 0 gives its class, whether it is right, and the final exit.
-
-    Two classes; every label is 0.
-    """
-    probability = torch.tensor([row[0] for row in rows])
-    odds = (probability / (1 - probability)).log()
-    first = torch.stack([odds, torch.zeros_like(odds)], 1)
-    is_right = torch.tensor([row[1] for row in rows])[:, None]
-    first = torch.where(is_right, first, first.flip(1))
-    final = torch.tensor([[9.0, 0.0] if row[2] else [0.0, 9.0] for row in rows])
-    labels = torch.zeros(len(rows), dtype=torch.int64)
-    return ExitLogits(logits_KNC=torch.stack([first, final]), labels_N=labels, costs=COSTS)
-
-
 CALIBRATION = two_exits(
     (0.9, True, True), (0.6, False, True), (0.95, True, True), (0.8, False, True)
 )
@@ -40,16 +22,6 @@ CALIBRATION = two_exits(
 
 TEST = two_exits((0.9, True, True), (0.75, True, False), (0.8, False, False), (0.6, False, True))
 """Thresholds 0, 0.7, 0.85: accuracy 1/2, 3/4, 1/2; MACs 110, 137.5, 192.5."""
-
-
-def three_exits(seed: int, *, num_samples: int = 200) -> ExitLogits:
-    """Three exits over four classes, each better than the one before."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, 4, (num_samples,), generator=generator)
-    noise = 1.2 * torch.randn(3, num_samples, 4, generator=generator)
-    signal = torch.nn.functional.one_hot(labels, 4) * torch.tensor([1.0, 1.6, 2.2])[:, None, None]
-    costs = ExitCosts(stage_macs=(100, 150, 200), head_macs=(20, 5, 10))
-    return ExitLogits(logits_KNC=noise + signal, labels_N=labels, costs=costs)
 
 
 def one_exit() -> ExitLogits:
@@ -116,7 +88,7 @@ def test_network_of_one_exit_is_one_point(calibration):
 
 
 def test_points_keep_their_budgets_on_calibration_data_and_are_what_the_policy_reaches():
-    calibration, test = three_exits(0), three_exits(1)
+    calibration, test = three_exits(0, 200), three_exits(1, 200)
     found = frontier(calibration, test, num_points=6)
     assert len(found.points) > 3
     assert found.points[0].budget_macs == 120
@@ -133,7 +105,7 @@ def test_points_keep_their_budgets_on_calibration_data_and_are_what_the_policy_r
 def test_area_agrees_with_a_fine_sum():
     falls = 0
     for seed in range(4):
-        found = frontier(three_exits(seed), three_exits(seed + 50), num_points=8)
+        found = frontier(three_exits(seed, 200), three_exits(seed + 50, 200), num_points=8)
         points = sorted(found.points, key=lambda point: point.mean_macs)
         on_calibration = [point.calibration_accuracy for point in points]
         falls += on_calibration != sorted(on_calibration)
@@ -149,22 +121,24 @@ def test_area_agrees_with_a_fine_sum():
 
 
 def test_exits_alone_are_what_always_leaving_there_reaches():
-    test = three_exits(1)
-    for alone in frontier(three_exits(0), test, num_points=2).exits:
+    test = three_exits(1, 200)
+    for alone in frontier(three_exits(0, 200), test, num_points=2).exits:
         reached = measure_policy(test, always_leave_at(alone.index, num_exits=3))
         assert (reached.accuracy, reached.mean_macs) == (alone.accuracy, alone.macs)
 
 
 def test_is_the_same_again():
-    assert frontier(three_exits(0), three_exits(1)) == frontier(three_exits(0), three_exits(1))
+    assert frontier(three_exits(0, 200), three_exits(1, 200)) == frontier(
+        three_exits(0, 200), three_exits(1, 200)
+    )
 
 
 def test_rounding_of_weighted_costs_does_not_move_the_cheap_end():
     # With this prior, everybody leaving at exit 0 costs 120.00000000000003 on average.
     prior = (0.22, 0.14, 0.2, 0.44)
-    calibration = replace(three_exits(0, num_samples=60), prior=prior)
+    calibration = replace(three_exits(0, 60), prior=prior)
     assert calibrate(calibration, budget_macs=120).mean_macs == pytest.approx(120)
-    found = frontier(calibration, replace(three_exits(1), prior=prior), num_points=3)
+    found = frontier(calibration, replace(three_exits(1, 200), prior=prior), num_points=3)
     assert found.points[0].budget_macs == 120
     assert found.points[0].mean_macs == pytest.approx(120)
 
@@ -178,11 +152,11 @@ def test_starts_at_what_a_sample_that_may_not_leave_costs():
 
 def test_a_policy_that_waits_starts_where_it_may_leave():
     policy = PatiencePolicy(2, 3)
-    found = frontier(three_exits(0), three_exits(1), rule=policy, num_points=4)
+    found = frontier(three_exits(0, 200), three_exits(1, 200), rule=policy, num_points=4)
     # Nobody may leave at exit 0, so everybody pays its head and two stages at least.
     assert found.points[0].budget_macs > 120 + 155
     for point in found.points:
-        there = measure_policy(three_exits(0), policy.with_thresholds(point.thresholds))
+        there = measure_policy(three_exits(0, 200), policy.with_thresholds(point.thresholds))
         assert there.mean_macs <= point.budget_macs * (1 + 1e-9)
 
 
@@ -205,7 +179,7 @@ def test_logits_of_other_networks_are_refused():
     with pytest.raises(InvalidArgumentError, match=r"same network.*\(0, 1\).*\(0, 3\)"):
         frontier(CALIBRATION, replace(TEST, numbers=(0, 3)))
     with pytest.raises(ShapeError, match="2 exits and 2 classes against 3 and 4"):
-        frontier(CALIBRATION, three_exits(0))
+        frontier(CALIBRATION, three_exits(0, 200))
     with pytest.raises(ShapeError, match="2 exits and 2 classes against 2 and 1"):
         frontier(CALIBRATION, replace(TEST, logits_KNC=TEST.logits_KNC[..., :1]))
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from made_up_logits import THREE_COSTS, three_exits
 from scipy.stats import binom
 
 import offramp.calibration.sequence as sequence_module
@@ -17,18 +18,11 @@ from offramp.errors import DataError, InfeasibleTargetError, InvalidArgumentErro
 from offramp.measure.cost import ExitCosts
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy
 
-COSTS = ExitCosts(stage_macs=(100, 150, 200), head_macs=(20, 5, 10))
 DRAWS = 100
 
 
-def population(seed: int = 0, num_samples: int = 4000, signal=(1.5, 2.5, 4.0)) -> ExitLogits:
-    """Three exits over four classes, each better than the one before."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, 4, (num_samples,), generator=generator)
-    noise = torch.randn(3, num_samples, 4, generator=generator)
-    strength = torch.tensor(signal)[:, None, None]
-    logits = noise + torch.nn.functional.one_hot(labels, 4) * strength
-    return ExitLogits(logits_KNC=logits, labels_N=labels, costs=COSTS)
+def population(seed: int = 0, num_samples: int = 4000) -> ExitLogits:
+    return three_exits(seed, num_samples, signal=(1.5, 2.5, 4.0), noise=1.0)
 
 
 def true_risk(logits: ExitLogits, policy, risk: str) -> float:
@@ -184,7 +178,7 @@ def test_says_what_it_rests_on():
     )
     whole = measure_policy(POOL, found.policy)
     assert (found.accuracy, found.mean_macs) == (whole.accuracy, whole.mean_macs)
-    assert found.mean_macs < COSTS.plain_macs
+    assert found.mean_macs < THREE_COSTS.plain_macs
 
 
 @pytest.mark.parametrize(
@@ -345,7 +339,7 @@ def test_equal_confidences_leave_together_or_not_at_all():
     tied = torch.tensor([3.0, 0, 0, 0]).expand(3, 2000, 4).clone()
     tied[-1, :1000] = torch.tensor([0, 3.0, 0, 0])  # half of the tied ones would be lost
     logits = ExitLogits(
-        logits_KNC=tied, labels_N=tied[-1].argmax(-1), costs=COSTS, numbers=(0, 1, 2)
+        logits_KNC=tied, labels_N=tied[-1].argmax(-1), costs=THREE_COSTS, numbers=(0, 1, 2)
     )
     found = calibrate_with_guarantee(logits, max_risk=0.1)
     assert true_risk(logits, found.policy, "accuracy_gap") == 0

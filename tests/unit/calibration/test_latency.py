@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from made_up_logits import three_exits
 
 from offramp.calibration.collect import ExitLogits
 from offramp.calibration.latency import calibrate_for_latency, calibrate_to_milliseconds
@@ -109,16 +110,9 @@ def test_only_exits_that_there_are_can_be_kept_off(logits, off):
 # A budget in milliseconds
 
 
-def real_answers(num_samples: int = 1500) -> ExitLogits:
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 4, (num_samples,), generator=generator)
-    signal = torch.nn.functional.one_hot(labels, 4) * torch.tensor([1.5, 2.5, 4.0])[:, None, None]
-    logits = signal + torch.randn(3, num_samples, 4, generator=generator)
-    return ExitLogits(
-        logits_KNC=logits,
-        labels_N=labels,
-        costs=ExitCosts(stage_macs=(100,) * 3, head_macs=(1,) * 3),
-    )
+def three_even_exits() -> ExitLogits:
+    costs = ExitCosts(stage_macs=(100,) * 3, head_macs=(1,) * 3)
+    return three_exits(0, 1500, signal=(1.5, 2.5, 4.0), noise=1.0, costs=costs)
 
 
 UNEVEN = replace(
@@ -130,7 +124,7 @@ UNEVEN = replace(
 
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_every_budget_from_the_fastest_on_is_kept(batch_size):
-    answers = real_answers()
+    answers = three_even_exits()
 
     def within(budget_ms):
         return calibrate_to_milliseconds(
@@ -154,24 +148,24 @@ def test_every_budget_from_the_fastest_on_is_kept(batch_size):
 
 
 def test_a_large_budget_is_no_error():
-    found = calibrate_to_milliseconds(real_answers(), UNEVEN, budget_ms=1e60, batch_size=8)
-    assert found.chosen.accuracy >= float(real_answers().correct_KN[-1].double().mean()) - 0.005
+    found = calibrate_to_milliseconds(three_even_exits(), UNEVEN, budget_ms=1e60, batch_size=8)
+    assert found.chosen.accuracy >= float(three_even_exits().correct_KN[-1].double().mean()) - 0.005
 
 
 def test_an_exit_that_takes_too_long_is_off():
     slow = replace(UNEVEN, exit_ms=((5.0, 5.0), (0.05, 0.05), (0.05, 0.05)))
-    found = calibrate_to_milliseconds(real_answers(), slow, budget_ms=0.3, batch_size=8)
+    found = calibrate_to_milliseconds(three_even_exits(), slow, budget_ms=0.3, batch_size=8)
     assert found.chosen.policy.is_off(0)
 
 
 @pytest.mark.parametrize("budget_ms", [0.0, -1.0, math.inf, math.nan])
 def test_budget_out_of_range_is_refused(budget_ms):
     with pytest.raises(InvalidArgumentError, match="'budget_ms'"):
-        calibrate_to_milliseconds(real_answers(), UNEVEN, budget_ms=budget_ms, batch_size=8)
+        calibrate_to_milliseconds(three_even_exits(), UNEVEN, budget_ms=budget_ms, batch_size=8)
 
 
 def test_policy_that_needs_every_exit_keeps_all_or_loses_all():
-    answers = real_answers()
+    answers = three_even_exits()
     for exit_ms, is_off in (((0.01,) * 3, [False, False]), ((9.0,) * 3, [True, True])):
         found = calibrate_for_latency(
             answers, profile(exit_ms), batch_size=8, max_drop=0.05, rule=PatiencePolicy(2, 3)

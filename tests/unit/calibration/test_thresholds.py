@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from made_up_logits import TWO_COSTS, three_exits, two_exits
 
 from offramp.calibration.collect import ExitLogits
 from offramp.calibration.thresholds import (
@@ -16,25 +17,6 @@ from offramp.measure.cost import ExitCosts
 from offramp.policy.confidence import CONFIDENCE_RULES
 
 INF, NAN = math.inf, math.nan
-COSTS = ExitCosts(stage_macs=(100, 100), head_macs=(10, 10))
-"""Leaving at exit 0 costs 110; at the final exit 220, or 210 where exit 0 is off."""
-
-
-def two_exits(*rows: tuple[float, bool, bool]) -> ExitLogits:
-    """Rows of: probability that exit 0 gives its class, whether it is right, and the final exit.
-
-    Two classes; every label is 0. A NaN probability gives NaN logits.
-    """
-    probability = torch.tensor([row[0] for row in rows])
-    odds = (probability / (1 - probability)).log()
-    first = torch.stack([odds, torch.zeros_like(odds)], 1)
-    is_right = torch.tensor([row[1] for row in rows])[:, None]
-    first = torch.where(is_right, first, first.flip(1))
-    final = torch.tensor([[9.0, 0.0] if row[2] else [0.0, 9.0] for row in rows])
-    labels = torch.zeros(len(rows), dtype=torch.int64)
-    return ExitLogits(logits_KNC=torch.stack([first, final]), labels_N=labels, costs=COSTS)
-
-
 FOUR = two_exits((0.9, True, True), (0.6, False, True), (0.95, True, True), (0.8, False, True))
 """Let the surest 0 to 4 leave: accuracy 1, 1, 1, 3/4, 1/2; MACs 210, 192.5, 165, 137.5, 110."""
 
@@ -159,16 +141,6 @@ def test_thresholds_by_hand(thresholds, accuracy, mean_macs):
 # Against what is known or independently computed
 
 
-def random_answers(seed: int, *, num_samples: int = 24) -> ExitLogits:
-    """Three exits over four classes, each better than the one before."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, 4, (num_samples,), generator=generator)
-    noise = 1.2 * torch.randn(3, num_samples, 4, generator=generator)
-    signal = torch.nn.functional.one_hot(labels, 4) * torch.tensor([1.0, 1.6, 2.2])[:, None, None]
-    costs = ExitCosts(stage_macs=(100, 150, 200), head_macs=(20, 5, 10))
-    return ExitLogits(logits_KNC=noise + signal, labels_N=labels, costs=costs)
-
-
 def all_threshold_pairs(logits: ExitLogits, correct) -> tuple[np.ndarray, np.ndarray]:
     """Accuracy and mean MACs of every pair of thresholds that decides differently."""
     first, second, _ = (CONFIDENCE_RULES["entropy"](k).tolist() for k in logits.logits_KNC)
@@ -190,7 +162,7 @@ def all_threshold_pairs(logits: ExitLogits, correct) -> tuple[np.ndarray, np.nda
 
 
 def test_expected_correctness_has_each_exits_accuracy_as_its_mean():
-    logits = random_answers(0)
+    logits = three_exits(0, 24)
     worth = expected_correctness(logits)
     np.testing.assert_allclose(worth.mean(1), logits.correct_KN.double().mean(1))
     agree = logits.logits_KNC[0].argmax(-1) == logits.logits_KNC[2].argmax(-1)
@@ -201,7 +173,7 @@ def test_expected_correctness_has_each_exits_accuracy_as_its_mean():
 
 
 def test_expected_correctness_is_right_or_wrong_where_the_final_exit_is_nan():
-    logits = random_answers(1)
+    logits = three_exits(1, 24)
     logits.logits_KNC[-1, 3] = NAN
     worth = expected_correctness(logits)
     assert np.isfinite(worth).all()
@@ -211,7 +183,7 @@ def test_expected_correctness_is_right_or_wrong_where_the_final_exit_is_nan():
 def test_search_comes_near_the_best_of_all_threshold_pairs():
     excess_macs, lost_accuracy = [], []
     for seed in range(8):
-        logits = random_answers(seed)
+        logits = three_exits(seed, 24)
         accuracy, macs = all_threshold_pairs(logits, logits.correct_KN.tolist())
         final = float(logits.correct_KN[-1].double().mean())
         for max_drop in (0.0, 0.1):
@@ -248,7 +220,7 @@ def run_policy(logits: ExitLogits, policy) -> tuple[float, float]:
 @pytest.mark.parametrize("rule", CONFIDENCE_RULES)
 @pytest.mark.parametrize("target", [{"max_drop": 0.05}, {"budget_macs": 250}])
 def test_policy_does_what_calibration_says(rule, target):
-    logits = random_answers(0, num_samples=500)
+    logits = three_exits(0, 500)
     found = calibrate(logits, rule=rule, **target)
     assert run_policy(logits, found.policy) == pytest.approx((found.accuracy, found.mean_macs))
 
@@ -262,6 +234,8 @@ def test_policy_does_what_calibration_says_where_confidences_are_neighbouring_fl
         first = torch.stack([odds, torch.zeros(400)], 1)
         first = torch.where(right, first, first.flip(1))
         labels = torch.zeros(400, dtype=torch.int64)
-        logits = ExitLogits(logits_KNC=torch.stack([first, final]), labels_N=labels, costs=COSTS)
+        logits = ExitLogits(
+            logits_KNC=torch.stack([first, final]), labels_N=labels, costs=TWO_COSTS
+        )
         found = calibrate(logits, max_drop=0.0)
         assert run_policy(logits, found.policy) == (found.accuracy, found.mean_macs)

@@ -1,0 +1,106 @@
+"""The samples that a run set aside, and what its exits say of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offramp.cli.options import pick_device
+from offramp.errors import DataError, InvalidArgumentError
+
+if TYPE_CHECKING:
+    from offramp.calibration.collect import ExitLogits
+    from offramp.training.data import ImageBatches
+    from offramp.training.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A run with what its exits say of the samples set aside.
+
+    Attributes:
+        run: The run.
+        device: Where its network is.
+        batches: The samples.
+        logits: What every exit says of them.
+        data: What the policy file says of them.
+    """
+
+    run: Run
+    device: str
+    batches: ImageBatches
+    logits: ExitLogits
+    data: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def population(self) -> str:
+        """What the samples stand for, in words."""
+        prior = self.data["class_prior"]
+        words = f"{self.data['name']}, classes {'as given' if isinstance(prior, dict) else prior}"
+        if not self.data["weighted"]:
+            return words
+        effective = self.data["effective_num_samples"]
+        return f"{words} by weights, effective number {effective:,.0f}"
+
+
+def prepare(loaded: Run, *, data: str | None, device: str | None, prior: str | None) -> Prepared:
+    """Run every exit on the samples set aside.
+
+    Args:
+        loaded: The run.
+        data: Where its data is.
+        device: Where to compute.
+        prior: uniform, a JSON file with the share of each class, or None: as they were drawn.
+    Returns:
+        What choosing needs.
+    Raises:
+        InvalidArgumentError: If the prior is neither, or no shares of these classes.
+        DataError: If a class of the prior has no sample.
+    """
+    from offramp.calibration.collect import collect
+    from offramp.training.data import make_loader
+    from offramp.training.run import CALIBRATION_SPLIT, load_batches
+
+    where = pick_device(device)
+    recipe = loaded.require_recipe()
+    batches, names, fingerprint = load_batches(recipe, CALIBRATION_SPLIT, data or loaded.data)
+    shares = None if prior is None else _read_prior(prior, names)
+    logits = collect(loaded.network.to(where), make_loader(batches, batch_size=256))
+    # So many of each class were drawn: a promise is about a population of these shares.
+    drawn = tuple((logits.class_counts / len(batches)).tolist())
+    logits = replace(logits, prior=shares or drawn)
+    named: str | dict[str, float] = "uniform" if recipe.uniform_prior else "as in train"
+    if shares is not None:
+        named = prior if prior == "uniform" else dict(zip(names, shares, strict=True))
+    about = {
+        "name": recipe.data,
+        "split": CALIBRATION_SPLIT,
+        "num_samples": len(batches),
+        "class_prior": named,
+        "weighted": bool(abs(logits.weights_N - 1).max() > 1e-9),
+        "effective_num_samples": logits.effective_num_samples,
+        "sha256": fingerprint,
+    }
+    return Prepared(run=loaded, device=where, batches=batches, logits=logits, data=about)
+
+
+def _read_prior(prior: str, class_names: tuple[str, ...]) -> tuple[float, ...]:
+    if prior == "uniform":
+        return (1 / len(class_names),) * len(class_names)
+    try:
+        shares = json.loads(Path(prior).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(
+            "Expected --prior to be uniform, or a JSON file that gives the share of each class by "
+            f"its name. Cannot read {prior!r}: {error}."
+        ) from error
+    known = isinstance(shares, dict) and set(shares) <= set(class_names)
+    if not known or not all(isinstance(share, int | float) for share in shares.values()):
+        raise InvalidArgumentError(
+            f"Expected {prior} to give shares by class name, such as "
+            f'{{"{class_names[0]}": 0.2, ...}}; classes that are left out have 0. Names: '
+            f"{', '.join(class_names)}."
+        )
+    return tuple(float(shares.get(name, 0)) for name in class_names)
