@@ -19,7 +19,7 @@ RECIPE = "digits-mlp"
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
     """Every piece and head takes a millisecond: what is proposed must not hang on the machine."""
-    monkeypatch.setattr(placement_module, "_timed", lambda module, given: (module(given), 1.0))
+    monkeypatch.setattr(placement_module, "_timed", lambda module, given: (module(*given), 1.0))
 
 
 def plain_backbone():

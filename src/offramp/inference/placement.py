@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -18,8 +17,13 @@ from offramp.errors import InvalidArgumentError, ShapeError
 from offramp.measure.cost import evaluation_mode
 from offramp.model.cut import add_exits, cut_paths
 from offramp.model.heads import head_for
+from offramp.model.multi_exit import Features, as_features
+from offramp.model.spacing import choose_cuts
 
 _WARM_UP_ROUNDS = 2
+
+THE_END = "the end"
+"""Name of the last piece, which no exit follows but the final one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +70,7 @@ def place(
     backbone: nn.Module,
     *,
     num_exits: int,
-    example: Tensor,
+    example: Tensor | Features,
     num_classes: int,
     rounds: int = 15,
 ) -> Placement:
@@ -76,9 +80,10 @@ def place(
     exit is at its place is not looked at: that takes training.
 
     Args:
-        backbone: A module whose children run in order; nested ``nn.Sequential`` are opened.
+        backbone: As for :func:`~offramp.add_exits`.
         num_exits: Exits to place, at least 2; the final exit at the backbone's end counts.
-        example: A batch like those that will be run, shape (B, ...), on the backbone's device.
+        example: A batch like those that will be run, shape (B, ...), on the backbone's device; a
+            tuple where the backbone takes several inputs.
         num_classes: Number of classes C.
         rounds: How often the backbone is run; medians count.
     Returns:
@@ -87,29 +92,19 @@ def place(
         InvalidArgumentError: If there are fewer than two exits, more than there are places where
             one can pay, or no rounds, or the backbone does not end in ``num_classes`` outputs.
         ShapeError: If the example has no sample in it.
-        BackboneCutError: If the children do not run in order.
+        BackboneCutError: If the backbone cannot be cut.
     """
     _check_at_least("num_exits", num_exits, 2)
     _check_at_least("rounds", rounds, 1)
-    if example.ndim == 0 or len(example) == 0:
-        raise ShapeError(
-            "Expected an example with a batch axis of at least one sample. "
-            f"Got shape {tuple(example.shape)}."
-        )
-    paths = cut_paths(backbone)
-    no_heads = [nn.Identity() for _ in paths[:-1]]
-    add_exits(  # refuses a backbone that is not its pieces run in order
-        backbone,
-        at=paths[:-1],
-        num_classes=num_classes,
-        example=example,
-        heads=no_heads,
-    )
-    pieces = {path: backbone.get_submodule(path) for path in paths}
-    with evaluation_mode(backbone), torch.inference_mode():
-        heads = _fitting_heads(pieces, example, num_classes)
-        piece_ms, head_ms = _profile(pieces, heads, example, rounds)
-    return propose(piece_ms, head_ms, num_exits=num_exits, batch_size=len(example))
+    inputs = as_features(example)
+    paths = cut_paths(backbone, inputs)
+    no_heads = [nn.Identity() for _ in paths]
+    network = add_exits(backbone, at=paths, num_classes=num_classes, example=inputs, heads=no_heads)
+    pieces = dict(zip([*paths, THE_END], network.stages, strict=True))
+    with evaluation_mode(network), torch.inference_mode():
+        heads = _fitting_heads(pieces, inputs, num_classes)
+        piece_ms, head_ms = _profile(pieces, heads, inputs, rounds)
+    return propose(piece_ms, head_ms, num_exits=num_exits, batch_size=len(inputs[0]))
 
 
 def propose(
@@ -141,7 +136,7 @@ def propose(
             f"The 'num_exits' parameter must be an int of at most {len(paying) + 1}: this backbone "
             f"has {len(paying)} places where an exit can pay, and its end. Got {num_exits}."
         )
-    cuts = choose_cuts([until_ms[path] for path in paying], total_ms=total_ms, num_exits=num_exits)
+    cuts = choose_cuts([until_ms[path] for path in paying], total=total_ms, num_exits=num_exits)
     return Placement(
         at=tuple(paying[index] for index in cuts),
         candidates=tuple(
@@ -159,37 +154,6 @@ def propose(
     )
 
 
-def choose_cuts(
-    cumulative_ms: Sequence[float], *, total_ms: float, num_exits: int
-) -> tuple[int, ...]:
-    """Choose the cuts nearest to equal shares of the time.
-
-    Cut k of ``num_exits - 1`` should come after k / num_exits of the whole; the sum of squared
-    distances is as small as can be. Of equally good choices the earlier cuts are taken.
-
-    Args:
-        cumulative_ms: Milliseconds from the start to each candidate, growing; at least
-            ``num_exits - 1`` of them.
-        total_ms: Milliseconds of the whole.
-        num_exits: Exits, the final one at the end counted.
-    Returns:
-        Which candidates, in order, each once.
-    Example:
-        >>> choose_cuts([1.0, 4.0, 5.0, 9.0], total_ms=12.0, num_exits=3)
-        (1, 3)
-    """
-    num_cuts = num_exits - 1
-    nothing: tuple[float, tuple[int, ...]] = (math.inf, ())
-    # Entry k: the best choice of the first k cuts among the candidates seen so far.
-    best = [(0.0, ()), *[nothing] * num_cuts]
-    for index, ms in enumerate(cumulative_ms):
-        for k in range(num_cuts, 0, -1):
-            distance, cuts = best[k - 1]
-            distance += (ms - total_ms * k / num_exits) ** 2
-            best[k] = min(best[k], (distance, (*cuts, index)))
-    return best[-1][1]
-
-
 def _check_at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise InvalidArgumentError(
@@ -198,32 +162,33 @@ def _check_at_least(name: str, value: int, least: int) -> None:
 
 
 def _fitting_heads(
-    pieces: Mapping[str, nn.Module], example: Tensor, num_classes: int
+    pieces: Mapping[str, nn.Module], inputs: Features, num_classes: int
 ) -> dict[str, nn.Module]:
     """A head for the features after each piece but the last, where one fits."""
     heads = {}
-    features = example.clone()
+    features = _clones(inputs)
     for path in list(pieces)[:-1]:
-        features = pieces[path](features)
-        if features.is_floating_point():
+        features = as_features(pieces[path](*features))
+        if features[0].is_floating_point():
             with suppress(ShapeError):
-                heads[path] = head_for(features, num_classes).to(features)
+                heads[path] = head_for(features[0], num_classes).to(features[0])
     return heads
 
 
 def _profile(
     pieces: Mapping[str, nn.Module],
     heads: Mapping[str, nn.Module],
-    example: Tensor,
+    inputs: Features,
     rounds: int,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Milliseconds of each piece and head, run one after the other as the network would."""
     piece_laps: dict[str, list[float]] = {path: [] for path in pieces}
     head_laps: dict[str, list[float]] = {path: [] for path in heads}
     for _ in range(_WARM_UP_ROUNDS + rounds):
-        features = example.clone()
+        features = _clones(inputs)
         for path, piece in pieces.items():
-            features, elapsed_ms = _timed(piece, features)
+            output, elapsed_ms = _timed(piece, features)
+            features = as_features(output)
             piece_laps[path].append(elapsed_ms)
             if path in heads:
                 _, elapsed_ms = _timed(heads[path], features)
@@ -231,11 +196,18 @@ def _profile(
     return _medians(piece_laps), _medians(head_laps)
 
 
-def _timed(module: nn.Module, features: Tensor) -> tuple[Tensor, float]:
-    synchronise: Callable[[], None] = torch.cuda.synchronize if features.is_cuda else lambda: None
+def _clones(inputs: Features) -> Features:
+    """Copies, since the first module may work in place."""
+    return tuple(tensor.clone() for tensor in inputs)
+
+
+def _timed(module: nn.Module, features: Features) -> tuple[Tensor | Features, float]:
+    synchronise: Callable[[], None] = (
+        torch.cuda.synchronize if features[0].is_cuda else lambda: None
+    )
     synchronise()
     start = time.perf_counter()
-    output: Tensor = module(features)
+    output: Tensor | Features = module(*features)
     synchronise()
     return output, 1e3 * (time.perf_counter() - start)
 

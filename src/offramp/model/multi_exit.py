@@ -5,12 +5,12 @@ Shapes: ``B`` batch, ``C`` classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from offramp.errors import InvalidArgumentError, ShapeError
+from offramp.errors import ArtifactError, InvalidArgumentError, ShapeError
 from offramp.measure.cost import ExitCosts, count_macs, evaluation_mode
 
 Features = tuple[Tensor, ...]
@@ -46,11 +46,69 @@ class MultiExitNetwork(nn.Module):
             )
         self.stages = nn.ModuleList(stages)
         self.exits = nn.ModuleList(exits)
+        self.backbone_keys: dict[str, str] = {}
+        """The key here of each key in the backbone's state dict; empty without a backbone."""
 
     @property
     def num_exits(self) -> int:
         """Number of exits, the final one counted."""
         return len(self.exits)
+
+    def share_keys_with(self, backbone: nn.Module) -> None:
+        """Note which of a backbone's weights stands where in this network, which shares them.
+
+        Weights of the backbone that no stage uses are kept beside the stages.
+
+        Args:
+            backbone: The module that the stages were cut from.
+        """
+        own = {id(tensor): key for key, tensor in _tensors(self)}
+        unused = nn.Module()
+        keys = backbone.state_dict().keys()
+        for key, tensor in _tensors(backbone):
+            if key in keys and id(tensor) not in own:
+                name = key.replace(".", "_")
+                if isinstance(tensor, nn.Parameter):
+                    unused.register_parameter(name, tensor)
+                else:
+                    unused.register_buffer(name, tensor)
+                own[id(tensor)] = f"unused.{name}"
+        if unused.state_dict():
+            self.unused = unused
+        self.backbone_keys = {k: own[id(tensor)] for k, tensor in _tensors(backbone) if k in keys}
+
+    def backbone_state_dict(self) -> dict[str, Tensor]:
+        """The backbone's weights under the backbone's own keys, as its ``state_dict()`` has them.
+
+        Returns:
+            Tensors that share memory with the network's.
+        """
+        state = self.state_dict()
+        return {key: state[own] for key, own in self.backbone_keys.items()}
+
+    def load_backbone_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load a checkpoint of the backbone, key for key; exits before the final one stay.
+
+        Args:
+            state: As the backbone's own ``state_dict()``.
+        Raises:
+            ArtifactError: If a key is missing or unknown, or a tensor has another shape; nothing
+                is loaded then.
+        """
+        own = self.state_dict()
+        expected = {key: own[name].shape for key, name in self.backbone_keys.items()}
+        found = {key: tensor.shape for key, tensor in state.items()}
+        if expected != found:
+            keys = expected.keys() | found.keys()
+            different = sorted(key for key in keys if expected.get(key) != found.get(key))
+            raise ArtifactError(
+                f"Expected a checkpoint of the backbone, with {len(expected)} tensors. "
+                f"{len(different)} are missing, unknown or of another shape, first "
+                f"{different[0]!r}."
+            )
+        self.load_state_dict(
+            {name: state[key] for key, name in self.backbone_keys.items()}, strict=False
+        )
 
     def run_stage(self, stage_index: int, features: Features) -> Features:
         """Run one stage.
@@ -121,6 +179,12 @@ class MultiExitNetwork(nn.Module):
                 features = as_features(stage(*features))
                 head_macs.append(count_macs(head, *features))
         return ExitCosts(stage_macs=tuple(stage_macs), head_macs=tuple(head_macs))
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer by key, one that stands twice twice."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
 
 
 class PlainNetwork(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import InvalidArgumentError
-from offramp.model.heads import pooled_head
+from offramp.model.heads import conv_head, pooled_head
 from offramp.model.multi_exit import MultiExitNetwork
 
 
@@ -22,13 +22,12 @@ def resnet(
     """Build a residual network with a 3x3 stem, for images of about 32x32 pixels.
 
     Groups of basic blocks follow the stem; every group but the first halves height and width.
-    Exits before the final one pool the features, pass them through one linear layer with ReLU,
-    and classify: at a shallow exit a bare linear layer on pooled features would see little.
+    Exits before the final one have a convolution of their own.
 
     Args:
         in_channels: Channels of the images.
         widths: Channels of each group.
-        blocks: Blocks of each group.
+        blocks: Blocks of each group; 0 for the first halves the map right after the stem.
         exits_after: Numbers of the blocks, counted from 1 over all groups, after which there is
             an exit; the final exit comes by itself.
         num_classes: Number of classes.
@@ -58,7 +57,7 @@ def resnet(
             if number in ends:
                 stages.append(nn.Sequential(*parts))
                 is_final = number == ends[-1]
-                heads.append((pooled_head if is_final else _early_head)(channels, num_classes))
+                heads.append((pooled_head if is_final else conv_head)(channels, num_classes))
                 parts = []
     network = MultiExitNetwork(stages, heads)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -88,17 +87,6 @@ def _exit_ends(
             f"The 'num_exits' parameter must be an int in [1, {len(ends)}]. Got {num_exits}."
         )
     return ends[len(ends) - num_exits :]
-
-
-def _early_head(channels: int, num_classes: int) -> nn.Module:
-    hidden = 2 * channels
-    return nn.Sequential(
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(channels, hidden),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden, num_classes),
-    )
 
 
 class BasicBlock(nn.Module):

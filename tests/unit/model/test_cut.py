@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from offramp.errors import BackboneCutError, InvalidArgumentError
+from offramp.errors import ArtifactError, BackboneCutError, InvalidArgumentError
 from offramp.model.cut import add_exits
 
 CLASSES = 3
@@ -22,31 +22,6 @@ class InOrder(nn.Module):
 
     def forward(self, x):
         return self.classifier(self.flat(self.body(self.stem(x))))
-
-
-class Residual(nn.Module):
-    """Its children do not run one after the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(6, 6)
-        self.last = nn.Linear(6, CLASSES)
-
-    def forward(self, x):
-        return self.last(x + self.first(x))
-
-
-class OutOfOrder(Residual):
-    """Names its children in another order than they run, so that chaining them fails."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(6, 5)
-        self.last = nn.Linear(5, CLASSES)
-        self.first, self.last = self.last, self.first
-
-    def forward(self, x):
-        return self.first(self.last(x))
 
 
 def perceptron() -> nn.Sequential:
@@ -141,22 +116,75 @@ def test_backbone_without_children_has_no_path():
         add_exits(nn.Linear(6, 3), at=["0"], num_classes=CLASSES, example=torch.randn(VECTORS))
 
 
-@pytest.mark.parametrize("at", [["3", "1"], ["1", "1"], ["1", "4"]])
-def test_cuts_must_be_in_order_once_each_and_before_the_end(at):
-    with pytest.raises(BackboneCutError, match=f"before the last module .*{', '.join(at)}"):
+@pytest.mark.parametrize("at", [["3", "1"], ["1", "1"]])
+def test_cuts_must_be_in_order_once_each(at):
+    with pytest.raises(BackboneCutError, match=f"in the order .* once. Got {', '.join(at)}"):
         add_exits(perceptron(), at=at, num_classes=CLASSES, example=torch.randn(VECTORS))
 
 
-@pytest.mark.parametrize("backbone", [Residual(), OutOfOrder(), nn.LSTM(6, CLASSES)])
-def test_backbone_whose_children_do_not_run_in_order(backbone):
-    at = [] if isinstance(backbone, nn.LSTM) else ["first"]
-    with pytest.raises(BackboneCutError, match="do not run one after the other"):
-        add_exits(backbone, at=at, num_classes=CLASSES, example=torch.randn(VECTORS))
+def test_no_cut_after_the_end():
+    with pytest.raises(
+        BackboneCutError, match=r"after '4': the backbone ends there.*Nearest: 2, 3"
+    ):
+        add_exits(perceptron(), at=["1", "4"], num_classes=CLASSES, example=torch.randn(VECTORS))
+
+
+def test_backbone_that_returns_no_tensor():
+    with pytest.raises(BackboneCutError, match=r"tensor of logits\. LSTM returns tuple"):
+        add_exits(nn.LSTM(6, 3), at=[], num_classes=CLASSES, example=torch.randn(VECTORS))
 
 
 def test_backbone_with_another_number_of_outputs():
     with pytest.raises(InvalidArgumentError, match=r"4 outputs.*\(2, 3\)"):
         add_exits(perceptron(), at=["1"], num_classes=4, example=torch.randn(VECTORS))
+
+
+def test_checkpoint_of_the_backbone_loads_key_for_key_and_comes_back():
+    backbone, trained = InOrder(), InOrder()
+    x = torch.randn(IMAGES)
+    trained(torch.randn(IMAGES))  # moves its statistics
+    network = add_exits(backbone, at=["stem.1", "body"], num_classes=CLASSES, example=x)
+    network.load_backbone_state_dict(trained.state_dict())
+    assert torch.equal(network.eval()(x)[-1], trained.eval()(x))
+    back = network.backbone_state_dict()
+    assert back.keys() == trained.state_dict().keys()
+    assert all(torch.equal(back[key], tensor) for key, tensor in trained.state_dict().items())
+    InOrder().load_state_dict(back)
+
+
+def test_weights_that_no_stage_uses_are_kept():
+    backbone = InOrder()
+    backbone.register_parameter("spare", nn.Parameter(torch.ones(3)))
+    backbone.register_buffer("scale", torch.full((1,), 5.0))
+    network = add_exits(backbone, at=["body"], num_classes=CLASSES, example=torch.randn(IMAGES))
+    assert network.backbone_state_dict().keys() == backbone.state_dict().keys()
+    assert network.state_dict()["unused.spare"].tolist() == [1, 1, 1]
+
+
+def test_tied_weights_have_two_keys_and_one_place():
+    backbone = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    backbone[2].weight = backbone[0].weight
+    network = add_exits(backbone, at=["1"], num_classes=6, example=torch.randn(VECTORS))
+    back = network.backbone_state_dict()
+    assert torch.equal(back["0.weight"], back["2.weight"])
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+def test_checkpoint_of_another_backbone_changes_nothing(change):
+    network = add_exits(InOrder(), at=["body"], num_classes=CLASSES, example=torch.randn(IMAGES))
+    state = {key: tensor + 1 for key, tensor in network.backbone_state_dict().items()}
+    if change == "missing":
+        del state["body.bias"]
+    elif change == "unknown":
+        state["body.other"] = torch.ones(1)
+    else:
+        state["body.bias"] = torch.ones(2)
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    with pytest.raises(
+        ArtifactError, match=r"with 11 tensors. 1 are .*, first 'body\.(bias|other)'"
+    ):
+        network.load_backbone_state_dict(state)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
 
 
 def test_one_head_for_each_cut():

@@ -1,8 +1,16 @@
 import pytest
 import torch
 
-from offramp.errors import ShapeError
-from offramp.model.heads import grid_head, head_for, linear_head, pooled_head, token_head
+from offramp.errors import InvalidArgumentError, ShapeError
+from offramp.model.heads import (
+    MixedPool2d,
+    conv_head,
+    grid_head,
+    head_for,
+    linear_head,
+    pooled_head,
+    token_head,
+)
 
 
 @pytest.mark.parametrize(
@@ -44,3 +52,37 @@ def test_grid_head_has_a_weight_for_each_window(side, cells):
 def test_linear_and_token_heads_have_the_asked_shapes():
     assert linear_head(5, 3)(torch.zeros(2, 5)).shape == (2, 3)
     assert token_head(5, 3)(torch.zeros(2, 9, 5)).shape == (2, 3)
+
+
+def test_mixed_pool_starts_with_half_of_each_and_learns_the_mix():
+    maps = torch.tensor([[[[0.0, 2.0], [4.0, 10.0]]]])  # average 4, maximum 10
+    pool = MixedPool2d()
+    assert pool(maps).tolist() == [[7.0]]
+    pool.mix.data.fill_(20.0)
+    assert pool(maps).item() == pytest.approx(10.0)
+    pool(maps).sum().backward()
+    assert pool.mix.grad is not None
+
+
+def test_conv_head_halves_the_map_and_doubles_the_channels():
+    head = conv_head(4, 3).eval()
+    x = torch.randn(2, 4, 7, 7)
+    assert head(x).shape == (2, 3)
+    assert head[:2](x).shape == (2, 8, 4, 4)
+
+
+def test_token_head_leaves_padding_out_of_the_mean():
+    head = token_head(2, 3)
+    tokens = torch.randn(2, 4, 2)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    torch.testing.assert_close(head(tokens, mask)[1:], head(tokens[1:, :2]))
+    torch.testing.assert_close(head(tokens, mask)[:1], head(tokens[:1]))
+    assert head(tokens, torch.zeros(2, 4)).isfinite().all()
+
+
+def test_token_head_on_the_first_token():
+    head = token_head(2, 3, pool="first")
+    tokens = torch.randn(2, 4, 2)
+    torch.testing.assert_close(head(tokens, torch.ones(2, 4)), head.linear(tokens[:, 0]))
+    with pytest.raises(InvalidArgumentError, match="mean or first. Got 'last'"):
+        token_head(2, 3, pool="last")

@@ -1,0 +1,35 @@
+"""Cuts that share a backbone out evenly, by whatever its pieces cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def choose_cuts(cumulative: Sequence[float], *, total: float, num_exits: int) -> tuple[int, ...]:
+    """Choose the cuts nearest to equal shares of the whole.
+
+    Cut k of ``num_exits - 1`` should come after k / num_exits of the whole; the sum of squared
+    distances is as small as can be. Of equally good choices the earlier cuts are taken.
+
+    Args:
+        cumulative: Cost from the start to each candidate: MACs, milliseconds, growing; at least
+            ``num_exits - 1`` of them.
+        total: Cost of the whole.
+        num_exits: Exits, the final one at the end counted.
+    Returns:
+        Which candidates, in order, each once.
+    Example:
+        >>> choose_cuts([1.0, 4.0, 5.0, 9.0], total=12.0, num_exits=3)
+        (1, 3)
+    """
+    num_cuts = num_exits - 1
+    nothing: tuple[float, tuple[int, ...]] = (math.inf, ())
+    # Entry k: the best choice of the first k cuts among the candidates seen so far.
+    best = [(0.0, ()), *[nothing] * num_cuts]
+    for index, cost in enumerate(cumulative):
+        for k in range(num_cuts, 0, -1):
+            distance, cuts = best[k - 1]
+            distance += (cost - total * k / num_exits) ** 2
+            best[k] = min(best[k], (distance, (*cuts, index)))
+    return best[-1][1]

@@ -1,0 +1,196 @@
+"""Cutting backbones by the graph that torch.fx traces."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from backbones import BackboneOf, DropsInTraining, SmallResNet, SmallViT, tensors_of
+from torch import nn
+
+from offramp.errors import BackboneCutError, InvalidArgumentError, ShapeError
+from offramp.model.cut import add_exits, cut_paths
+from offramp.model.graph import Graph
+
+CLASSES = 3
+IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def every_cut(backbone, example):
+    return list(Graph(backbone, (example,)).places)
+
+
+def test_every_cut_that_is_called_valid_is_valid():
+    for make in (SmallResNet, SmallViT):
+        backbone = make(CLASSES).eval()
+        expected = backbone(IMAGES)
+        paths = every_cut(backbone, IMAGES)
+        assert len(paths) >= 15
+        for path in paths:
+            network = add_exits(
+                backbone, at=[path], num_classes=CLASSES, example=IMAGES, heads=[FlatSum()]
+            ).eval()
+            assert torch.equal(network(IMAGES)[-1], expected), path
+            rows = torch.tensor([1])
+            features = network.run_stage(0, (IMAGES,))
+            alone = network.stages[1](*(f.index_select(0, rows) for f in features))
+            assert torch.allclose(alone, expected[1:], atol=1e-5), path
+
+
+class FlatSum(nn.Module):
+    """A head for features of any shape."""
+
+    def forward(self, features):
+        return features.flatten(1).float().sum(1, keepdim=True).expand(-1, CLASSES)
+
+
+def test_all_cuts_at_once_with_shortcuts_crossing():
+    backbone = SmallResNet(CLASSES)
+    graph = Graph(backbone, (IMAGES,))
+    by_position = {position: path for path, position in graph.places.items()}
+    at = [by_position[position] for position in sorted(by_position)]
+    assert any(not graph.is_narrow(position) for position in by_position)
+    heads = [FlatSum() for _ in at]
+    network = add_exits(backbone, at=at, num_classes=CLASSES, example=IMAGES, heads=heads)
+    assert torch.equal(network.eval()(IMAGES)[-1], backbone.eval()(IMAGES))
+
+
+def test_an_exit_reads_the_output_of_its_module_whatever_else_crosses():
+    backbone = SmallResNet(CLASSES).eval()
+    network = add_exits(
+        backbone, at=["layer1.bn1"], num_classes=CLASSES, example=IMAGES, heads=[FlatSum()]
+    )
+    features = network.run_stage(0, (IMAGES,))
+    assert len(features) == 2
+    expected = backbone.layer1.bn1(backbone.layer1.conv1(backbone.stem(IMAGES)))
+    assert torch.equal(features[0], expected)
+    assert torch.equal(network.run_exit(0, features), FlatSum()(expected))
+
+
+@pytest.mark.parametrize("make", [SmallResNet, SmallViT, DropsInTraining])
+def test_training_is_the_backbones(make):
+    """Dropout, stochastic depth and statistics draw and move alike; gradients are equal."""
+    backbone = make(CLASSES).train()
+    alone = copy.deepcopy(backbone)
+    path = cut_paths(backbone, IMAGES)[1]
+    network = add_exits(backbone, at=[path], num_classes=CLASSES, example=IMAGES).train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        network.plain()(IMAGES).square().sum().backward()
+        torch.manual_seed(1)
+        alone(IMAGES).square().sum().backward()
+    for (name, ours), theirs in zip(
+        tensors_of(backbone), dict(tensors_of(alone)).values(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+        if theirs.requires_grad:
+            assert torch.equal(ours.grad, theirs.grad), name
+
+
+def test_the_mode_is_asked_for_each_time():
+    backbone = DropsInTraining(CLASSES)
+    network = add_exits(backbone, at=["first"], num_classes=CLASSES, example=IMAGES)
+    assert not torch.equal(network.train()(IMAGES)[-1], network(IMAGES)[-1])
+    assert torch.equal(network.eval()(IMAGES)[-1], backbone.eval()(IMAGES))
+
+
+def test_a_stage_that_starts_in_place_leaves_what_its_exit_read():
+    backbone = SmallResNet(CLASSES).train()
+    network = add_exits(backbone, at=["stem.1"], num_classes=CLASSES, example=IMAGES)
+    sum(output.square().sum() for output in network(IMAGES)).backward()
+    features = network.run_stage(0, (IMAGES,))
+    before = features[0].clone()
+    network.run_stage(1, features)
+    assert torch.equal(features[0], before)
+
+
+@pytest.mark.parametrize(
+    ("forward", "at", "message"),
+    [
+        (lambda m, x: m.b(m.a(x)) + m.b(x), "b", "it runs more than once"),
+        (lambda m, x: x.shape[0] * m.b(m.a(x)), "a", "no tensor, crosses"),
+        (lambda m, x: x.sum(0) + m.b(m.a(x)), "a", r"of shape \(6,\) crosses it without a batch"),
+        (lambda m, x: (m.a(x), m.b(x))[1], "a", "nothing after it reads its output"),
+        (lambda m, x: m.b(x), "a", "it is not called"),
+    ],
+)
+def test_a_cut_that_is_not_possible_says_why_and_where_one_is(forward, at, message):
+    backbone = BackboneOf(forward, a=nn.Linear(6, 6), b=nn.Linear(6, 6))
+    with pytest.raises(BackboneCutError, match=rf"after '{at}': .*{message}.*Nearest: ") as caught:
+        add_exits(backbone, at=[at], num_classes=6, example=torch.randn(2, 6))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_backbone_that_asks_for_values_cannot_be_traced():
+    backbone = BackboneOf(
+        lambda m, x: m.b(m.a(x)) if x.sum() > 0 else m.a(m.b(x)), a=nn.Linear(6, 6), b=nn.Tanh()
+    )
+    with pytest.raises(BackboneCutError, match=r"run one after the other .*torch.fx cannot trace"):
+        add_exits(backbone, at=["a"], num_classes=6, example=-torch.ones(2, 6))
+
+
+def test_what_stays_hidden_between_pieces_is_refused():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return x + self.calls
+
+    backbone = BackboneOf(lambda m, x: m.b(m.a(x)), a=Counts(), b=nn.Linear(6, 6))
+    with pytest.raises(BackboneCutError, match="another output than whole"):
+        add_exits(backbone, at=["a"], num_classes=6, example=torch.randn(2, 6))
+
+
+def test_several_inputs():
+    backbone = BackboneOf(lambda m, x, y: m.b(m.a(x) + y), inputs=2, a=nn.Linear(6, 6), b=nn.Tanh())
+    x, y = torch.randn(2, 2, 6)
+    network = add_exits(backbone, at=["a"], num_classes=6, example=(x, y))
+    assert torch.equal(network(x, y)[-1], backbone(x, y))
+    assert len(network.run_stage(0, (x, y))) == 2
+
+
+def test_inputs_that_are_not_given_keep_their_defaults():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x, mask=None, scale=2.0):
+            y = F.relu(self.a(x)) * scale
+            return self.b(y) if mask is None else self.b(y * mask)
+
+    backbone, x = Scaled(), torch.randn(2, 6)
+    network = add_exits(backbone, at=["a"], num_classes=6, example=x)
+    assert torch.equal(network(x)[-1], backbone(x))
+
+
+def test_auto_shares_the_macs_out():
+    backbone = nn.Sequential(*(nn.Linear(6, 6) for _ in range(6)))
+    network = add_exits(backbone, at="auto", num_exits=3, num_classes=6, example=torch.randn(2, 6))
+    assert network.costs(torch.randn(1, 6)).stage_macs == (72, 72, 72)
+    traced = add_exits(
+        SmallResNet(CLASSES), at="auto", num_exits=3, num_classes=CLASSES, example=IMAGES
+    )
+    assert [tuple(output.shape) for output in traced(IMAGES)] == [(2, CLASSES)] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"at": "auto"}, r"int in \[2, \d+\].*Got None"),
+        ({"at": "auto", "num_exits": 1}, "Got 1"),
+        ({"at": "auto", "num_exits": 99}, "Got 99"),
+        ({"at": ["stem"], "num_exits": 2}, "goes with at="),
+    ],
+)
+def test_num_exits_goes_with_auto(arguments, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        add_exits(SmallResNet(CLASSES), num_classes=CLASSES, example=IMAGES, **arguments)
+
+
+def test_an_example_without_samples():
+    with pytest.raises(ShapeError, match=r"at least one sample. Got shape \(0, 3, 16, 16\)"):
+        add_exits(SmallResNet(CLASSES), at=["stem"], num_classes=CLASSES, example=IMAGES[:0])
