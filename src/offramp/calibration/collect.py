@@ -141,16 +141,21 @@ def collect(network: MultiExitNetwork, loader: Iterable[tuple[Tensor, Tensor]]) 
         DataError: If the loader yields no sample.
     """
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
-    outputs, labels, costs = [], [], None
+    outputs, labels, lengths = [], [], []
+    inputs = None
     with evaluation_mode(network):
-        for inputs, labels_B in loader:
-            inputs = inputs.to(device)
-            if costs is None:
-                costs = network.costs(inputs)
+        for batch, labels_B in loader:
+            inputs = batch.to(device)
             outputs.append(torch.stack(network(inputs)).float().cpu())
             labels.append(labels_B.cpu())
-    if costs is None:
+            if network.ragged is not None:
+                lengths.append(network.ragged.lengths((inputs,)))
+    if inputs is None:
         raise DataError("Expected at least one batch of samples to collect logits from. Got none.")
+    if lengths:
+        costs = network.costs_of_lengths(torch.cat(lengths), (inputs,))
+    else:
+        costs = network.costs(inputs)
     return ExitLogits(logits_KNC=torch.cat(outputs, dim=1), labels_N=torch.cat(labels), costs=costs)
 
 

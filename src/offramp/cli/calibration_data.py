@@ -12,7 +12,7 @@ from offramp.errors import DataError, InvalidArgumentError
 
 if TYPE_CHECKING:
     from offramp.calibration.collect import ExitLogits
-    from offramp.training.data import ImageBatches
+    from offramp.training.data import Batches
     from offramp.training.run import Run
 
 
@@ -30,7 +30,7 @@ class Prepared:
 
     run: Run
     device: str
-    batches: ImageBatches
+    batches: Batches
     logits: ExitLogits
     data: dict[str, Any] = field(default_factory=dict)
 

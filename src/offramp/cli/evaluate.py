@@ -52,7 +52,7 @@ def evaluate(
         )
 
     def figures(of: Artifact, plain_accuracy: float | None = None) -> Evaluation:
-        loader = make_loader(batches.augmented(None), batch_size=256)
+        loader = make_loader(batches.unaugmented(), batch_size=256)
         on_device = ((inputs.to(of.device), labels) for inputs, labels in loader)
         return measure(of.runner, on_device, of.collect(loader), plain_accuracy=plain_accuracy)
 

@@ -53,7 +53,7 @@ def export(
             f"The run {run} has no policy to export. Choose one: offramp calibrate {run} ..."
         )
     split = CALIBRATION_SPLIT if recipe.calibration_share else "train"
-    batches = load_batches(recipe, split, data or loaded.data)[0].augmented(None)
+    batches = load_batches(recipe, split, data or loaded.data)[0].unaugmented()
     spread = range(0, len(batches), max(1, len(batches) // _PARITY_SAMPLES))
     samples, _ = batches.__getitems__(list(spread)[:_PARITY_SAMPLES])
     folder = out or run / BUNDLE_FOLDER

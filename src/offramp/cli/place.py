@@ -45,10 +45,16 @@ def place(
     use_threads(threads)
     backbone, recipe = _find_backbone(backbone_name)
     num_classes = recipe.network_options["num_classes"]
+    image_shape = SOURCES[recipe.data].image_shape
+    if image_shape is None:
+        raise InvalidArgumentError(
+            f"Expected a recipe on images. {backbone_name} is on texts, whose layers all cost the "
+            "same: put an exit after every layer, or every other."
+        )
     placement = measured.place(
         backbone,
         num_exits=num_exits,
-        example=torch.randn(batch_size, *SOURCES[recipe.data].image_shape),
+        example=torch.randn(batch_size, *image_shape),
         num_classes=num_classes,
         rounds=_ROUNDS,
     )

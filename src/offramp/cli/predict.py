@@ -2,37 +2,54 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from offramp.cli.artifact import open_artifact
 from offramp.cli.options import DeviceOption, RunOrBundle, percent
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from offramp.training.recipes import Recipe
+
 
 def predict(
     run: RunOrBundle,
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Upright images.")],
+    samples: Annotated[
+        list[str], typer.Argument(metavar="FILE|TEXT...", help="Upright images, or sentences.")
+    ],
     device: DeviceOption = None,
 ) -> None:
-    """Print label, confidence, exit and share of the plain network's MACs for image files."""
+    """Print label, confidence, exit and share of the plain network's MACs for images or texts."""
+    asked = open_artifact(run, device)
+    names = asked.class_names
+    inputs = _read_samples(samples, asked.recipe).to(asked.device)
+    result = asked.runner.run(inputs)
+    for position, sample in enumerate(samples):
+        index = int(result.output[position].argmax())
+        plain_macs = asked.plain_macs(inputs[position : position + 1])
+        label = names[index] if index < len(names) else str(index)
+        print(
+            f"{sample}: {label}  confidence {float(result.confidence[position]):.3f}  "
+            f"exit {int(result.exit_index[position])}  "
+            f"{percent(int(result.macs[position]) / plain_macs)} of the plain network's MACs"
+        )
+
+
+def _read_samples(samples: list[str], recipe: Recipe) -> Tensor:
+    """Bring image files, or sentences, into the form that the recipe's network takes."""
     import torch
 
     from offramp.inference.pictures import read_picture
     from offramp.training.sources import SOURCES
+    from offramp.training.text import encode_padded
+    from offramp.zoo.text import load_tokenizer, tokenizer_file
 
-    asked = open_artifact(run, device)
-    recipe, names = asked.recipe, asked.class_names
-    pixels = torch.stack([read_picture(file, SOURCES[recipe.data]) for file in files])
-    inputs = recipe.normalisation(pixels).to(asked.device)
-    result = asked.runner.run(inputs)
-    plain_macs = asked.plain_macs(inputs)
-    for position, file in enumerate(files):
-        index = int(result.output[position].argmax())
-        label = names[index] if index < len(names) else str(index)
-        print(
-            f"{file}: {label}  confidence {float(result.confidence[position]):.3f}  "
-            f"exit {int(result.exit_index[position])}  "
-            f"{percent(int(result.macs[position]) / plain_macs)} of the plain network's MACs"
-        )
+    source = SOURCES[recipe.data]
+    if source.image_shape is None:
+        return encode_padded(load_tokenizer(tokenizer_file()), samples)
+    return recipe.require_normalisation()(
+        torch.stack([read_picture(file, source) for file in samples])
+    )

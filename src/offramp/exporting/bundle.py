@@ -8,10 +8,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,11 @@ from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.policy.as_dict import policy_to_dict
 from offramp.policy.policies import Policy, State, never_leave
 from offramp.runtime import Bundle, Session, Step, with_thresholds
-from offramp.runtime.bundle import BUNDLE_FILE, TensorSpec, file_sha256, write_bundle
+from offramp.runtime.bundle import BUNDLE_FILE, Padding, TensorSpec, file_sha256, write_bundle
 
 PLAIN_FILE = "plain.onnx"
+_LENGTHS = (8, 16, 32)
+"""In tokens: where the MACs of samples of unequal length are counted."""
 SINGLE_FILE = "single.onnx"
 
 
@@ -111,6 +114,7 @@ def _write_files(
         "plain_macs": costs.plain_macs,
         "single_file": SINGLE_FILE,
         "single_sha256": file_sha256(folder / SINGLE_FILE),
+        "padding": None if network.ragged is None else Padding(**asdict(network.ragged)),
     }
 
 
@@ -155,7 +159,9 @@ def _write_steps(
     network: MultiExitNetwork, policy: Policy, samples: Tensor, costs: ExitCosts, folder: Path
 ) -> tuple[Step, ...]:
     exit_macs = costs.exit_macs(policy.off_exits)
-    features: Features = (samples[:1],)
+    by_length = _macs_by_length(network, policy, samples)
+    features = _first_sample(network, samples)
+    num_tokens = None if network.ragged is None else features[0].shape[1]
     state: State = ()
     steps = []
     for plan in plan_steps(policy):
@@ -166,15 +172,17 @@ def _write_steps(
         for stage in plan.stages:
             next_features = network.run_stage(stage, next_features)
         _, _, next_state = policy.step(k, network.run_exit(k, next_features), state)
-        handed_on = () if is_last else _specs(next_features, next_state)
+        specs = _specs(features, state, num_tokens)
+        handed_on = () if is_last else _specs(next_features, next_state, num_tokens)
         path = folder / f"step_{k}.onnx"
         write_onnx(
             module,
             (*features, *state),
             path,
             scalars=("temperature", "threshold"),
-            input_names=[spec.name for spec in _specs(features, state)],
+            input_names=[spec.name for spec in specs],
             output_names=["output", "confidence", "leave", *(f"next_{s.name}" for s in handed_on)],
+            free_tokens=[spec.has_tokens for spec in specs],
         )
         steps.append(
             Step(
@@ -183,37 +191,87 @@ def _write_steps(
                 exit_index=k,
                 temperature=float(setting.temperature),
                 threshold=float(setting.threshold),
-                features=_specs(features, ()),
-                state=_specs((), state),
+                features=specs[: len(features)],
+                state=specs[len(features) :],
                 stage_macs=sum(costs.stage_macs[stage] for stage in plan.stages),
                 head_macs=costs.head_macs[k],
                 exit_macs=exit_macs[k],
                 payload_bytes=0 if is_last else payload_bytes(*next_features, *next_state),
                 parameter_bytes=parameter_bytes(module),
+                exit_macs_by_length=None if by_length is None else by_length[k],
             )
         )
         features, state = next_features, next_state
     return tuple(steps)
 
 
-def _specs(features: Features, state: State) -> tuple[TensorSpec, ...]:
-    named = [(f"features_{i}", tensor) for i, tensor in enumerate(features)]
-    named += [(f"state_{i}", tensor) for i, tensor in enumerate(state)]
+def _first_sample(network: MultiExitNetwork, samples: Tensor) -> Features:
+    """A batch of one to export with; of two tokens at least, since one is special to the tracer."""
+    (sample,) = network.trimmed((samples[:1],))
+    if network.ragged is None or sample.shape[1] > 1:
+        return (sample,)
+    return (sample.repeat(1, 2),)
+
+
+def _specs(features: Features, state: State, num_tokens: int | None) -> tuple[TensorSpec, ...]:
+    """What describes the tensors; the axis of so many tokens is free."""
+    named = [(f"features_{i}", tensor, num_tokens) for i, tensor in enumerate(features)]
+    named += [(f"state_{i}", tensor, None) for i, tensor in enumerate(state)]
     return tuple(
         TensorSpec(
             name=name,
             dtype=str(tensor.dtype).removeprefix("torch."),
-            sample_shape=tuple(tensor.shape[1:]),
+            sample_shape=(
+                (None, *tensor.shape[2:])
+                if tokens is not None and tensor.shape[1:2] == (tokens,)
+                else tuple(tensor.shape[1:])
+            ),
         )
-        for name, tensor in named
+        for name, tensor, tokens in named
     )
+
+
+def _macs_by_length(
+    network: MultiExitNetwork, policy: Policy, samples: Tensor
+) -> tuple[tuple[int, ...], ...] | None:
+    """MACs up to each exit as a polynomial in a sample's tokens; None where all are of one size.
+
+    Layers cost so much a token, attention so much a pair of tokens: three lengths say it all.
+    """
+    if network.ragged is None:
+        return None
+    at_length = np.array(
+        [
+            network.costs_at(length, (samples,))
+            .with_decisions(policy.decision_macs)
+            .exit_macs(policy.off_exits)
+            for length in _LENGTHS
+        ]
+    )
+    powers = np.vander(_LENGTHS, 3, increasing=True)
+    numbers_3K = np.linalg.solve(powers, at_length).round().astype(np.int64)
+    if (powers @ numbers_3K != at_length).any():
+        raise ArtifactError(
+            "The MACs of this network are no polynomial of degree 2 in its tokens, which a bundle "
+            "could write down. Run it with torch."
+        )
+    return tuple(tuple(numbers.tolist()) for numbers in numbers_3K.T)
 
 
 def _write_plain(network: MultiExitNetwork, samples: Tensor, folder: Path) -> str:
     path = folder / PLAIN_FILE
     plain = network.plain().eval()
-    names = [spec.name for spec in _specs((samples,), ())]
-    write_onnx(plain, (samples[:1],), path, input_names=names, output_names=["output"])
+    example = _first_sample(network, samples)
+    num_tokens = None if network.ragged is None else example[0].shape[1]
+    specs = _specs(example, (), num_tokens)
+    write_onnx(
+        plain,
+        example,
+        path,
+        input_names=[spec.name for spec in specs],
+        output_names=["output"],
+        free_tokens=[spec.has_tokens for spec in specs],
+    )
     return file_sha256(path)
 
 

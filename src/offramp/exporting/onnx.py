@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from offramp.policy.policies import Policy, Setting
 
 _EXAMPLE_BATCH = 2
 """Samples that an export traces with; 1 and 0 are special to the tracer."""
+
+_MOST_TOKENS = 512
+"""Longest sample of a network of tokens; the table of positions of BERT is as long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +109,7 @@ def write_onnx(
     scalars: tuple[str, ...] = (),
     input_names: Sequence[str],
     output_names: Sequence[str],
+    free_tokens: Sequence[bool] | None = None,
 ) -> None:
     """Write a module as one ONNX file, its batch size free.
 
@@ -115,6 +120,8 @@ def write_onnx(
         scalars: Names of the scalar inputs that follow.
         input_names: Names of the inputs with a batch axis.
         output_names: Names of all outputs.
+        free_tokens: Whether the second axis of each input, its tokens, is free as well; none if
+            None.
     Raises:
         MissingExtraError: If the packages that write ONNX are not installed.
         ArtifactError: If torch cannot export the module.
@@ -122,7 +129,12 @@ def write_onnx(
     batch = torch.export.Dim("batch", min=1)
     inputs = tuple(_repeated(tensor, _EXAMPLE_BATCH) for tensor in example)
     inputs += tuple(torch.tensor(0.5) for _ in scalars)
-    shapes = tuple({0: batch} for _ in example) + (None,) * len(scalars)
+    tokens = torch.export.Dim("tokens", min=1, max=_MOST_TOKENS)
+    axes: list[dict[int, Any] | None] = [
+        {0: batch, 1: tokens} if is_free else {0: batch}
+        for is_free in free_tokens or [False] * len(example)
+    ]
+    shapes = (*axes, *(None for _ in scalars))
     try:
         with _quiet_export():
             program = torch.onnx.export(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from offramp.inference.agreement import all_exits_loop
 from offramp.inference.runner import AdaptiveRunner
-from offramp.model.multi_exit import Features, take_samples
+from offramp.model.multi_exit import Features
 from offramp.policy.policies import Decision, Policy, Setting, State
 
 Contenders = Mapping[str, Callable[[], object]]
@@ -33,6 +33,7 @@ def torch_contenders(runner: AdaptiveRunner, batches: Sequence[Tensor]) -> Conte
         Contenders by name.
     """
     network, policy = runner.network, runner.policy
+    batches = [network.trimmed((batch,))[0] for batch in batches]
     plain = network.plain().eval()
     never = AdaptiveRunner(network, _AskButStay(policy))
     survivors = [_features_of_survivors(runner, batch) for batch in batches]
@@ -76,7 +77,8 @@ def _features_of_survivors(runner: AdaptiveRunner, batch: Tensor) -> list[tuple[
         features = runner.network.run_stage(k, features)
         stay_B = (last_exit_B > k).nonzero()[:, 0]
         if len(stay_B) < len(last_exit_B):
-            features, last_exit_B = take_samples(features, stay_B), last_exit_B[stay_B]
+            features = runner.network.take(features, stay_B)
+            last_exit_B = last_exit_B[stay_B]
     return given
 
 

@@ -25,7 +25,7 @@ class ExitEvaluation:
         index: Its number in the network, from 0.
         accuracy: Over all samples at that exit, a fraction.
         share: Of the samples that left there, a fraction.
-        macs: MACs of a sample that left there; where none did, those of running every head.
+        macs: Of the samples that left there, the mean; where none did, that of running every head.
     """
 
     index: int
@@ -158,7 +158,7 @@ def evaluate(
         )
     macs = dict(zip(logits.numbers, logits.costs.exit_macs(), strict=True))
     for k in torch.unique(answers.exit_index_N).tolist():
-        macs[k] = int(answers.macs_N[answers.exit_index_N == k][0])
+        macs[k] = round(float(answers.macs_N[answers.exit_index_N == k].double().mean()))
     shares = answers.shares(logits.numbers[-1] + 1)
     accuracy_K = logits.correct_KN.double().mean(1).tolist()
     return Evaluation(

@@ -32,8 +32,11 @@ def read_picture(path: Path | str, source: DataSource) -> Tensor:
         Pixels, shape (C, H, W), uint8.
     Raises:
         DataNotFoundError: If there is no such file.
-        DataError: If it is no readable image, or has more than 64 million pixels.
+        DataError: If it is no readable image, has more than 64 million pixels, or the data set is
+            one of texts.
     """
+    if source.image_shape is None:
+        raise DataError(f"Expected data of images to read {path} for. Got data of texts.")
     channels, height, width = source.image_shape
     picture = _open(Path(path), mode="L" if channels == 1 else "RGB")
     if source.light_on_dark and _border_value(picture) > 127:

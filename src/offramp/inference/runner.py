@@ -5,6 +5,7 @@ Shapes: ``B`` batch, ``C`` classes.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, Protocol
 
 import torch
@@ -48,7 +49,7 @@ class AdaptiveRunner:
         self.network = network.eval()
         self.policy = policy
         self._off = policy.off_exits
-        self._macs_by_shape: dict[tuple[torch.Size, ...], Tensor] = {}
+        self._macs_by_size: dict[Hashable, Tensor] = {}
 
     @torch.inference_mode()
     def run(self, *inputs: Tensor) -> AdaptiveResult[Tensor]:
@@ -61,6 +62,7 @@ class AdaptiveRunner:
         """
         if self.network.training:  # a caller may have trained it since
             self.network.eval()
+        inputs = self.network.trimmed(inputs)
         if len(inputs[0]) == 1:
             output, confidence_B, exit_index = self._run_one(inputs)
             exit_index_B = torch.full((1,), exit_index, device=output.device)
@@ -70,7 +72,7 @@ class AdaptiveRunner:
             output=output,
             exit_index=exit_index_B,
             confidence=confidence_B,
-            macs=self._exit_macs(inputs).index_select(0, exit_index_B),
+            macs=self._macs(inputs, exit_index_B),
         )
 
     def _run_one(self, features: Features) -> tuple[Tensor, Tensor, int]:
@@ -112,7 +114,7 @@ class AdaptiveRunner:
                 break
             if len(stay_B) < len(rows_B):
                 rows_B = rows_B.index_select(0, stay_B)
-                features = take_samples(features, stay_B)
+                features = self.network.take(features, stay_B)
                 state = take_samples(state, stay_B)
         assert answers is not None  # the final exit is never off
         return answers
@@ -123,12 +125,25 @@ class AdaptiveRunner:
         output = self.network.run_exit(k, features)
         return output, self.policy.step(k, output, state)
 
-    def _exit_macs(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """MACs of a sample that leaves at each exit, shape (K,); counted once per input shape."""
-        shapes = tuple(tensor.shape[1:] for tensor in inputs)
-        if shapes not in self._macs_by_shape:
-            sample = tuple(tensor.new_zeros((1, *tensor.shape[1:])) for tensor in inputs)
-            costs = self.network.costs(*sample).with_decisions(self.policy.decision_macs)
-            exit_macs = costs.exit_macs(self._off)
-            self._macs_by_shape[shapes] = torch.tensor(exit_macs, device=inputs[0].device)
-        return self._macs_by_shape[shapes]
+    def _macs(self, inputs: Features, exit_index_B: Tensor) -> Tensor:
+        """MACs of each sample, by the exit it left by and, where it has one, its own length."""
+        if self.network.ragged is None:
+            size = tuple(tensor.shape[1:] for tensor in inputs)
+            return self._exit_macs(size, inputs).index_select(0, exit_index_B)
+        lengths_B = self.network.ragged.lengths(inputs)
+        macs_B = torch.empty_like(exit_index_B)
+        for length in torch.unique(lengths_B).tolist():
+            here_B = lengths_B == length
+            macs_B[here_B] = self._exit_macs(length, inputs)[exit_index_B[here_B]]
+        return macs_B
+
+    def _exit_macs(self, size: Hashable, inputs: Features) -> Tensor:
+        """MACs of a sample that leaves at each exit, shape (K,); counted once per size."""
+        if size not in self._macs_by_size:
+            if isinstance(size, int):
+                costs = self.network.costs_at(size, inputs)
+            else:
+                costs = self.network.costs(*(t.new_zeros((1, *t.shape[1:])) for t in inputs))
+            exit_macs = costs.with_decisions(self.policy.decision_macs).exit_macs(self._off)
+            self._macs_by_size[size] = torch.tensor(exit_macs, device=inputs[0].device)
+        return self._macs_by_size[size]

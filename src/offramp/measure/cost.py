@@ -66,6 +66,29 @@ class ExitCosts:
         )
 
 
+def mean_costs(costs: Sequence[ExitCosts], counts: Sequence[int]) -> ExitCosts:
+    """Costs of the mean sample, to the nearest MAC.
+
+    Args:
+        costs: Of samples of several sizes, with the same parts.
+        counts: How many samples are of each.
+    Returns:
+        The mean of each part.
+    """
+    total = sum(counts)
+
+    def mean(parts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        return tuple(
+            round(sum(macs * count for macs, count in zip(of_part, counts, strict=True)) / total)
+            for of_part in zip(*parts, strict=True)
+        )
+
+    return ExitCosts(
+        stage_macs=mean([each.stage_macs for each in costs]),
+        head_macs=mean([each.head_macs for each in costs]),
+    )
+
+
 def count_macs(module: nn.Module, *inputs: Tensor) -> int:
     """Count the multiply-accumulates that a module runs for one sample.
 

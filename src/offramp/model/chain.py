@@ -18,6 +18,7 @@ class Chain:
     """
 
     num_read = 1
+    ragged = None
 
     def __init__(self, backbone: nn.Module) -> None:
         self._steps = _steps(backbone)

@@ -23,6 +23,7 @@ from offramp.model.graph import Graph, NotTraceableError
 from offramp.model.heads import head_for
 from offramp.model.layer_lists import find_layer_list
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
+from offramp.model.ragged import Ragged
 from offramp.model.spacing import choose_cuts
 
 
@@ -45,6 +46,11 @@ class Cutter(Protocol):
     @property
     def num_read(self) -> int:
         """How many of the tensors that cross a cut its exit reads, from the first."""
+        ...
+
+    @property
+    def ragged(self) -> Ragged | None:
+        """Where padding is marked in what crosses; None where all samples are of one size."""
         ...
 
     def is_narrow(self, position: int) -> bool:
@@ -126,6 +132,7 @@ def add_exits(
     ]
     network = MultiExitNetwork(stages, [*seen, nn.Identity()])
     network.share_keys_with(backbone)
+    network.ragged = cutter.ragged
     return network
 
 

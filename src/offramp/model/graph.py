@@ -36,6 +36,7 @@ class Graph:
     """
 
     num_read = 1
+    ragged = None
 
     def __init__(self, backbone: nn.Module, inputs: Features) -> None:
         tracer = _trace(backbone, num_inputs=len(inputs))

@@ -100,14 +100,19 @@ class MixedPool2d(nn.Module):
 
 
 def token_head(
-    width: int, num_classes: int, *, pool: Literal["mean", "first"] = "mean"
+    width: int,
+    num_classes: int,
+    *,
+    pool: Literal["mean", "first"] = "mean",
+    hidden: int | None = None,
 ) -> nn.Module:
-    """One token for all, then one linear layer.
+    """One token for all, then one linear layer, or two.
 
     Args:
         width: Length of a token.
         num_classes: Number of classes.
         pool: mean, over the tokens that are no padding; or first, the class token.
+        hidden: Width of a layer with tanh before the last, as in BERT's pooler; None for none.
     Returns:
         A module from (B, T, width), and where there is one the mask (B, T) that is 0 on padding,
         to (B, num_classes).
@@ -116,15 +121,19 @@ def token_head(
     """
     if pool not in ("mean", "first"):
         raise InvalidArgumentError(f"The 'pool' parameter must be mean or first. Got {pool!r}.")
-    return TokenHead(width, num_classes, pool=pool)
+    return TokenHead(width, num_classes, pool=pool, hidden=hidden)
 
 
 class TokenHead(nn.Module):
     """See :func:`token_head`."""
 
-    def __init__(self, width: int, num_classes: int, *, pool: str) -> None:
+    def __init__(self, width: int, num_classes: int, *, pool: str, hidden: int | None) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, num_classes)
+        self.classify: nn.Module = nn.Linear(width, num_classes)
+        if hidden is not None:
+            self.classify = nn.Sequential(
+                nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, num_classes)
+            )
         self.pool = pool
 
     def forward(self, tokens_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
@@ -136,7 +145,7 @@ class TokenHead(nn.Module):
         else:
             weights_BT1 = mask_BT[:, :, None].to(tokens_BTD.dtype)
             pooled_BD = (tokens_BTD * weights_BT1).sum(1) / weights_BT1.sum(1).clamp(min=1)
-        logits_BC: Tensor = self.linear(pooled_BD)
+        logits_BC: Tensor = self.classify(pooled_BD)
         return logits_BC
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from offramp.model.multi_exit import Features, as_features
+from offramp.model.ragged import Ragged
 
 Step = tuple[str, nn.Module]
 """Path of the module after which it ends, and a module from features to features."""
@@ -27,14 +28,21 @@ class LayerList:
     Args:
         steps: In the order they run; the last one returns the logits.
         num_read: How many of the features an exit reads.
-        num_crossing: How many features each step returns.
+        num_crossing: How many features each step returns; as many as are read if None.
+        ragged: Where padding is marked in the features.
     """
 
     def __init__(
-        self, steps: Sequence[Step], *, num_read: int = 1, num_crossing: Sequence[int] | None = None
+        self,
+        steps: Sequence[Step],
+        *,
+        num_read: int = 1,
+        num_crossing: Sequence[int] | None = None,
+        ragged: Ragged | None = None,
     ) -> None:
         self._steps = steps
         self.num_read = num_read
+        self.ragged = ragged
         self._num_crossing = num_crossing
         paths = [path for path, _ in steps]
         self.places: Mapping[str, int] = {path: i for i, path in enumerate(paths[:-1], start=1)}
@@ -84,18 +92,30 @@ def find_layer_list(backbone: nn.Module) -> LayerList | None:
     return None if describe is None else describe(backbone)
 
 
-def _bert(model: Any) -> LayerList:
-    bert, config = model.bert, model.config
+def bert_steps(bert: Any, path: str = "bert") -> list[Step]:
+    """Write a ``BertModel`` down as steps: its embeddings, then each of its layers.
+
+    Args:
+        bert: The model; what comes after its last layer is left out.
+        path: What its paths start with.
+    Returns:
+        Steps whose features are the tokens, shape (B, T, D), and the attention mask, shape (B, T),
+        which is 0 on padding; those of the first are token ids and the mask, both (B, T).
+    """
     layers = [
-        (f"bert.encoder.layer.{i}", _BertLayer(layer, config))
+        (f"{path}.encoder.layer.{i}", BertLayerStep(layer, bert.config))
         for i, layer in enumerate(bert.encoder.layer)
     ]
-    start = ("bert.embeddings", _BertStart(bert.embeddings))
-    end = ("classifier", _BertEnd(bert.pooler, model.dropout, model.classifier))
-    return LayerList([start, *layers, end], num_read=2)
+    return [(f"{path}.embeddings", BertStartStep(bert.embeddings)), *layers]
 
 
-class _BertStart(nn.Module):
+class BertStartStep(nn.Module):
+    """BERT's embeddings; the mask goes along.
+
+    Args:
+        embeddings: The module of transformers.
+    """
+
     def __init__(self, embeddings: nn.Module) -> None:
         super().__init__()
         self.embeddings = embeddings
@@ -103,11 +123,17 @@ class _BertStart(nn.Module):
     def forward(
         self, input_ids_BT: Tensor, mask_BT: Tensor, token_type_ids_BT: Tensor | None = None
     ) -> Features:
+        """Map token ids to tokens and mask."""
         return self.embeddings(input_ids_BT, token_type_ids=token_type_ids_BT), mask_BT
 
 
-class _BertLayer(nn.Module):
-    """A layer; the mask that attention wants is made anew, a small thing beside the layer."""
+class BertLayerStep(nn.Module):
+    """A layer; the mask that attention wants is made anew, a small thing beside the layer.
+
+    Args:
+        layer: The module of transformers.
+        config: Of the model, which names the implementation of attention.
+    """
 
     def __init__(self, layer: nn.Module, config: Any) -> None:
         super().__init__()
@@ -115,12 +141,19 @@ class _BertLayer(nn.Module):
         self._config = config
 
     def forward(self, hidden_BTD: Tensor, mask_BT: Tensor) -> Features:
+        """Map tokens and mask to tokens and mask."""
         from transformers.masking_utils import create_bidirectional_mask
 
         mask = create_bidirectional_mask(
             config=self._config, inputs_embeds=hidden_BTD, attention_mask=mask_BT
         )
         return self.layer(hidden_BTD, mask), mask_BT
+
+
+def _bert(model: Any) -> LayerList:
+    end = ("classifier", _BertEnd(model.bert.pooler, model.dropout, model.classifier))
+    steps = [*bert_steps(model.bert), end]
+    return LayerList(steps, num_read=2, ragged=Ragged(mask_index=1))
 
 
 class _BertEnd(nn.Module):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import ArtifactError, InvalidArgumentError, ShapeError
-from offramp.measure.cost import ExitCosts, count_macs, evaluation_mode
+from offramp.measure.cost import ExitCosts, count_macs, evaluation_mode, mean_costs
+from offramp.model.ragged import Ragged
 
 Features = tuple[Tensor, ...]
 """What crosses from one stage to the next, each tensor with its batch axis first."""
@@ -48,6 +49,8 @@ class MultiExitNetwork(nn.Module):
         self.exits = nn.ModuleList(exits)
         self.backbone_keys: dict[str, str] = {}
         """The key here of each key in the backbone's state dict; empty without a backbone."""
+        self.ragged: Ragged | None = None
+        """Where padding is marked; None for a network whose samples are all of one size."""
 
     @property
     def num_exits(self) -> int:
@@ -64,9 +67,10 @@ class MultiExitNetwork(nn.Module):
         """
         own = {id(tensor): key for key, tensor in _tensors(self)}
         unused = nn.Module()
-        keys = backbone.state_dict().keys()
-        for key, tensor in _tensors(backbone):
-            if key in keys and id(tensor) not in own:
+        tensors = dict(_tensors(backbone))
+        shared = {key: tensors[key] for key in backbone.state_dict()}
+        for key, tensor in shared.items():
+            if id(tensor) not in own:
                 name = key.replace(".", "_")
                 if isinstance(tensor, nn.Parameter):
                     unused.register_parameter(name, tensor)
@@ -75,7 +79,7 @@ class MultiExitNetwork(nn.Module):
                 own[id(tensor)] = f"unused.{name}"
         if unused.state_dict():
             self.unused = unused
-        self.backbone_keys = {k: own[id(tensor)] for k, tensor in _tensors(backbone) if k in keys}
+        self.backbone_keys = {key: own[id(tensor)] for key, tensor in shared.items()}
 
     def backbone_state_dict(self) -> dict[str, Tensor]:
         """The backbone's weights under the backbone's own keys, as its ``state_dict()`` has them.
@@ -160,9 +164,33 @@ class MultiExitNetwork(nn.Module):
         """
         return PlainNetwork(self)
 
+    def trimmed(self, inputs: Features) -> Features:
+        """A batch of inputs as the stages shall see it: without padding that all samples have.
+
+        Args:
+            inputs: The network's inputs, each with the batch axis first.
+        Returns:
+            The same, or shorter ones.
+        """
+        return inputs if self.ragged is None else self.ragged.trim_inputs(inputs)
+
+    def take(self, features: Features, rows_B: Tensor) -> Features:
+        """Features of some samples of a batch, padded to the longest of those.
+
+        Args:
+            features: What a stage returned.
+            rows_B: Which samples, shape (B,), int64.
+        Returns:
+            As many tensors, of those samples only.
+        """
+        taken = take_samples(features, rows_B)
+        return taken if self.ragged is None else self.ragged.trim_features(taken)
+
     @torch.no_grad()
     def costs(self, *inputs: Tensor) -> ExitCosts:
         """Count the MACs per sample of every stage and head, by running them on one sample.
+
+        Where samples are of unequal length, the mean over the batch, padding left out.
 
         Args:
             inputs: A batch like those the network will see, at least one sample.
@@ -171,8 +199,38 @@ class MultiExitNetwork(nn.Module):
         Raises:
             ShapeError: If the batch is empty.
         """
+        if self.ragged is None:
+            return self._costs_of(tuple(tensor[:1] for tensor in inputs))
+        return self.costs_of_lengths(self.ragged.lengths(inputs), inputs)
+
+    def costs_of_lengths(self, lengths_N: Tensor, inputs: Features) -> ExitCosts:
+        """Count the MACs of the mean of samples of unequal length.
+
+        Args:
+            lengths_N: Tokens of each sample, shape (N,), int64.
+            inputs: As for :meth:`costs_at`.
+        Returns:
+            MACs of each part, the mean over the samples.
+        """
+        lengths, counts = torch.unique(lengths_N, return_counts=True)
+        costs = [self.costs_at(length, inputs) for length in lengths.tolist()]
+        return mean_costs(costs, counts.tolist())
+
+    @torch.no_grad()
+    def costs_at(self, num_tokens: int, inputs: Features) -> ExitCosts:
+        """Count the MACs of a sample of so many tokens.
+
+        Args:
+            num_tokens: Its length, at least 1.
+            inputs: The network's inputs, for their types; each has the shape (B, T).
+        Returns:
+            MACs of each part.
+        """
+        return self._costs_of(tuple(t.new_ones((1, max(num_tokens, 1))) for t in inputs))
+
+    def _costs_of(self, sample: Features) -> ExitCosts:
         stage_macs, head_macs = [], []
-        features = tuple(tensor[:1] for tensor in inputs)
+        features = sample
         with evaluation_mode(self):
             for stage, head in zip(self.stages, self.exits, strict=True):
                 stage_macs.append(count_macs(stage, *features))

@@ -32,12 +32,24 @@ class TensorSpec:
     Attributes:
         name: Its name in the ONNX file.
         dtype: Its numpy type, for example float32.
-        sample_shape: Its shape without the batch axis.
+        sample_shape: Its shape without the batch axis; None for the tokens of the longest sample.
     """
 
     name: str
     dtype: str
-    sample_shape: tuple[int, ...]
+    sample_shape: tuple[int | None, ...]
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether its first axis after the batch is as long as the longest sample."""
+        return None in self.sample_shape
+
+    def fits(self, sample_shape: Sequence[int]) -> bool:
+        """Whether a tensor has this shape, the batch axis left out; free axes at least 1."""
+        return len(sample_shape) == len(self.sample_shape) and all(
+            size == expected if expected is not None else size > 0
+            for size, expected in zip(sample_shape, self.sample_shape, strict=True)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +71,12 @@ class Step:
         state: What the policy remembers of each sample.
         stage_macs: MACs a sample of the stages in it.
         head_macs: MACs a sample of the exit head in it.
-        exit_macs: MACs of a sample that leaves here, all steps before counted.
+        exit_macs: MACs of a sample that leaves here, all steps before counted; of the mean sample,
+            where samples are of unequal length.
         payload_bytes: Bytes a sample that the step hands on.
         parameter_bytes: Bytes of weights in it.
+        exit_macs_by_length: For samples of unequal length, ``exit_macs`` of one of T tokens as
+            numbers c0, c1, c2: c0 + c1 T + c2 T^2.
     """
 
     file: str
@@ -76,6 +91,21 @@ class Step:
     exit_macs: int
     payload_bytes: int
     parameter_bytes: int
+    exit_macs_by_length: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Padding:
+    """Where a bundle for samples of unequal length marks what is no part of a sample.
+
+    Attributes:
+        mask_index: Number of the feature that crosses each cut and is 0 on padding, shape (B, T).
+        pad_id: Value of the padding in the only input, shape (B, T); None where the inputs hold
+            the mask, at the same number.
+    """
+
+    mask_index: int
+    pad_id: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +129,7 @@ class Bundle:
         versions: Of the packages that wrote it.
         single_file: All steps in one ONNX file for batches of one; None in bundles of schema 1.
         single_sha256: Hash of that file.
+        padding: For samples of unequal length, where padding is marked; else None.
     """
 
     folder: Path
@@ -116,6 +147,7 @@ class Bundle:
     versions: Mapping[str, str]
     single_file: str | None = None
     single_sha256: str | None = None
+    padding: Padding | None = None
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -205,7 +237,14 @@ def read_bundle(folder: Path | str) -> Bundle:
     try:
         steps = tuple(_read_step(step) for step in content.pop("steps"))
         class_names = tuple(content.pop("class_names"))
-        bundle = Bundle(folder=folder, steps=steps, class_names=class_names, **content)
+        padding = content.pop("padding", None)
+        bundle = Bundle(
+            folder=folder,
+            steps=steps,
+            class_names=class_names,
+            padding=None if padding is None else Padding(**padding),
+            **content,
+        )
         files = [(step.file, step.sha256) for step in steps]
         extra = [
             (bundle.plain_file, bundle.plain_sha256),
@@ -239,12 +278,14 @@ def file_sha256(path: Path) -> str:
 
 
 def _read_step(content: Mapping[str, Any]) -> Step:
-    parts = {
+    parts: dict[str, Any] = {
         "temperature": float(content["temperature"]),
         "threshold": float(content["threshold"]),
         "features": tuple(_read_spec(spec) for spec in content["features"]),
         "state": tuple(_read_spec(spec) for spec in content["state"]),
     }
+    by_length = content.get("exit_macs_by_length")
+    parts["exit_macs_by_length"] = None if by_length is None else tuple(map(int, by_length))
     return Step(**{**content, **parts})
 
 

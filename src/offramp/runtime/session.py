@@ -18,6 +18,7 @@ import onnxruntime
 from offramp.errors import ArtifactError, InvalidArgumentError, ShapeError, reason
 from offramp.results import AdaptiveResult
 from offramp.runtime.bundle import SINGLE_OUTPUTS, Bundle, Step, read_bundle, single_numbers
+from offramp.runtime.padding import mask_of_inputs, trim_tokens
 
 Array = npt.NDArray[Any]
 
@@ -76,6 +77,10 @@ class Session:
                 batch of one.
         """
         carried = check_inputs(self.bundle, inputs)
+        padding = self.bundle.padding
+        mask_BT = None if padding is None else mask_of_inputs(padding, carried)
+        if mask_BT is not None:
+            carried = trim_tokens(carried, self.bundle.inputs, mask_BT)
         if self._single is not None and len(carried[0]) == 1:
             output, confidence_B, step_B = self._single.run(carried)
         else:
@@ -84,7 +89,7 @@ class Session:
             output=output,
             exit_index=self._exits[step_B],
             confidence=confidence_B,
-            macs=self._exit_macs[step_B],
+            macs=self._exit_macs[step_B] if mask_BT is None else self._macs(step_B, mask_BT),
         )
 
     def _run_steps(self, carried: list[Array]) -> tuple[Array, Array, Array]:
@@ -105,8 +110,18 @@ class Session:
             if len(stay_B) < len(rows_B):
                 rows_B = rows_B[stay_B]
                 carried = [tensor.take(stay_B, axis=0) for tensor in carried]
+                if self.bundle.padding is not None:
+                    mask_BT = carried[self.bundle.padding.mask_index] != 0
+                    carried = trim_tokens(carried, self.bundle.steps[index + 1].features, mask_BT)
         assert answers is not None  # a bundle has at least one step
         return *answers, step_B
+
+    def _macs(self, step_B: Array, mask_BT: Array) -> Array:
+        """MACs of samples of unequal length, by the step that each left by."""
+        lengths_B = mask_BT.sum(1)
+        by_length_S3 = np.array([step.exit_macs_by_length for step in self.bundle.steps])
+        macs_B: Array = (by_length_S3[step_B] * lengths_B[:, None] ** np.arange(3)).sum(1)
+        return macs_B
 
     def run_step(
         self, index: int, carried: Sequence[Array]
@@ -157,6 +172,9 @@ class PlainSession:
             Raw logits, shape (B, C), float32.
         """
         features = check_inputs(self.bundle, inputs)
+        if self.bundle.padding is not None:
+            mask_BT = mask_of_inputs(self.bundle.padding, features)
+            features = trim_tokens(features, self.bundle.inputs, mask_BT)
         names = [spec.name for spec in self.bundle.inputs]
         logits: Array = self._session.run(None, dict(zip(names, features, strict=True)))[0]
         return logits
@@ -197,11 +215,12 @@ def check_inputs(bundle: Bundle, inputs: Sequence[npt.ArrayLike]) -> list[Array]
     specs = bundle.inputs
     arrays = [np.asarray(value) for value in inputs]
     fits = len(arrays) == len(specs) and all(
-        array.ndim and array.shape[1:] == spec.sample_shape and len(array) == len(arrays[0]) > 0
+        array.ndim and spec.fits(array.shape[1:]) and len(array) == len(arrays[0]) > 0
         for array, spec in zip(arrays, specs, strict=True)
     )
     if not fits:
-        expected = ", ".join(f"(B, {', '.join(map(str, spec.sample_shape))})" for spec in specs)
+        shown = [["T" if n is None else str(n) for n in spec.sample_shape] for spec in specs]
+        expected = ", ".join(f"(B, {', '.join(sizes)})" for sizes in shown)
         shapes = ", ".join(str(array.shape) for array in arrays)
         raise ShapeError(f"Expected inputs of shape {expected}, B at least 1. Got {shapes}.")
     return [

@@ -6,9 +6,10 @@ Shapes: ``N`` samples, ``B`` batch, ``C`` channels, ``H W`` pixels.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed
@@ -17,6 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from offramp.errors import DataError, InvalidArgumentError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class ImageStore(Protocol):
@@ -51,11 +55,45 @@ class Normalisation:
         return scaled.sub_(self.mean / self.deviation)
 
 
-class ImageBatches(Dataset[tuple[Tensor, Tensor]]):
-    """Labelled images, fetched a batch at a time.
+class Batches(Dataset[tuple[Tensor, Tensor]], ABC):
+    """Labelled samples, fetched a batch at a time.
 
     A ``DataLoader`` that finds ``__getitems__`` asks for a whole batch at once, so that a batch
-    costs one indexing operation and not one Python call per image. Use :func:`make_loader`.
+    need not cost a Python call per sample. Use :func:`make_loader`.
+
+    Attributes:
+        labels_N: Class of each sample, shape (N,), int64.
+        rows_N: Rows of what holds the samples, in order, shape (N,), int64.
+    """
+
+    labels_N: Tensor
+    rows_N: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        inputs, labels = self.__getitems__([index])
+        return inputs[0], labels[0]
+
+    @abstractmethod
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Fetch a batch of inputs and labels."""
+
+    @abstractmethod
+    def subset(self, index_B: Tensor) -> Self:
+        """The same samples, fewer of them, in the order of the positions given."""
+
+    @abstractmethod
+    def unaugmented(self) -> Self:
+        """The same samples as they are."""
+
+
+AnyBatches = TypeVar("AnyBatches", bound=Batches)
+
+
+class ImageBatches(Batches):
+    """Labelled images, decoded and normalised: a batch costs one indexing operation.
 
     Args:
         store: The pixels.
@@ -79,13 +117,6 @@ class ImageBatches(Dataset[tuple[Tensor, Tensor]]):
         self.normalise = normalise
         self.augment = augment
         self.rows_N = torch.arange(len(labels_N)) if rows_N is None else rows_N
-
-    def __len__(self) -> int:
-        return len(self.labels_N)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        images, labels = self.__getitems__([index])
-        return images[0], labels[0]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Fetch a batch.
@@ -117,6 +148,10 @@ class ImageBatches(Dataset[tuple[Tensor, Tensor]]):
             augment=self.augment,
             rows_N=self.rows_N[index_B],
         )
+
+    def unaugmented(self) -> ImageBatches:
+        """The same images without augmentation."""
+        return self.augmented(None)
 
     def augmented(self, augment: Callable[[Tensor], Tensor] | None) -> ImageBatches:
         """The same images with another augmentation.
@@ -245,13 +280,13 @@ def make_loader(
         raise InvalidArgumentError(
             f"The 'batch_size' parameter must be an int of at least 1. Got {batch_size}."
         )
-    collate = _as_fetched if isinstance(dataset, ImageBatches) else None
+    collate = _as_fetched if isinstance(dataset, Batches) else None
     return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate)
 
 
 def split_off_calibration(
-    dataset: ImageBatches, *, share: float, seed: int, uniform_prior: bool
-) -> tuple[ImageBatches, ImageBatches]:
+    dataset: AnyBatches, *, share: float, seed: int, uniform_prior: bool
+) -> tuple[AnyBatches, AnyBatches]:
     """Cut a calibration set from training data; the two are disjoint.
 
     Args:
@@ -293,7 +328,7 @@ def split_off_calibration(
         )
     kept = torch.ones(len(labels_N), dtype=torch.bool)
     kept[chosen_B] = False
-    calibration = dataset.subset(chosen_B).augmented(None)
+    calibration = dataset.subset(chosen_B).unaugmented()
     return dataset.subset(kept.nonzero()[:, 0]), calibration
 
 

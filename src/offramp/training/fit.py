@@ -27,7 +27,7 @@ from offramp.artifacts import SCHEMA_VERSION, atomic_path
 from offramp.errors import ArtifactError, DataError, InvalidArgumentError, reason
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.training.config import FitConfig
-from offramp.training.data import EpochSampler, ImageBatches, make_loader
+from offramp.training.data import Batches, EpochSampler, make_loader
 from offramp.training.task import ACCURACY_METRIC, MultiExitTask
 
 LAST_CHECKPOINT = "last.ckpt"
@@ -278,7 +278,7 @@ def _train_loader(train: Dataset[Any] | DataLoader[Any], config: FitConfig) -> D
 
 
 def _labels(train: Dataset[Any]) -> Tensor:
-    if isinstance(train, ImageBatches):
+    if isinstance(train, Batches):
         return train.labels_N
     return torch.tensor([int(train[i][1]) for i in range(_length(train))])
 

@@ -38,7 +38,7 @@ class Recipe:
         network: Name of the network in the zoo.
         network_options: Its options.
         static_options: What differs for the smaller plain network of the same mean MACs.
-        normalisation: Of pixels.
+        normalisation: Of pixels; None for texts.
         augment: Of training images; None for none.
         calibration_share: Share of train set aside to choose thresholds on; 0 for none.
         uniform_prior: Whether calibration data has as many samples of every class; else it has
@@ -55,7 +55,7 @@ class Recipe:
     network: str
     network_options: Mapping[str, Any]
     static_options: Mapping[str, Any] = field(default_factory=dict)
-    normalisation: Normalisation
+    normalisation: Normalisation | None = None
     augment: RandomWarp | None = None
     calibration_share: float
     uniform_prior: bool = False
@@ -76,6 +76,19 @@ class Recipe:
         # As they come back from JSON or --set: lists stand for tuples.
         for name in ("network_options", "static_options"):
             object.__setattr__(self, name, _as_tuples(getattr(self, name)))
+
+    def require_normalisation(self) -> Normalisation:
+        """Normalisation of pixels, where there are pixels.
+
+        Raises:
+            ArtifactError: If the recipe says none, though its data are images.
+        """
+        if self.normalisation is None:
+            raise ArtifactError(
+                f"The recipe {self.name!r} has no normalisation for the images of {self.data}. "
+                "Train the run again."
+            )
+        return self.normalisation
 
     def options_as_built(self) -> dict[str, Any]:
         """The network's options with the variant taken into account."""
@@ -116,12 +129,12 @@ class Recipe:
             ArtifactError: If the dictionary is damaged.
         """
         try:
-            augment = content["augment"]
+            augment, pixels = content["augment"], content["normalisation"]
             config = dict(content["fit"])
             if config["loss_weights"] is not None:
                 config["loss_weights"] = tuple(config["loss_weights"])
             parts = {
-                "normalisation": Normalisation(**content["normalisation"]),
+                "normalisation": None if pixels is None else Normalisation(**pixels),
                 "augment": None if augment is None else RandomWarp(**augment),
                 "fit": FitConfig(**config),
             }
@@ -143,6 +156,15 @@ _TUTORIAL = FitConfig(
     weight_decay=0.0,
     loss_weights=(0.33, 0.33, 0.33),
     detach=True,
+)
+
+_FINE_TUNE = FitConfig(
+    epochs=5,
+    batch_size=32,
+    learning_rate=1e-4,
+    loss_weights=(0.3, 0.4, 0.5, 0.6, 0.8, 1.0),
+    backbone_epochs=1,
+    distillation=0.5,
 )
 
 _CIFAR10_PIXELS = Normalisation(mean=0.473, deviation=0.251)
@@ -221,24 +243,47 @@ RECIPES = {
             network="resnet",
             network_options={
                 "in_channels": 3,
-                "widths": (16, 32, 64, 128),
-                "blocks": (2, 2, 2, 3),
-                "exits_after": (3, 5, 7),
+                "widths": (24, 48, 96, 160),
+                "blocks": (0, 1, 2, 2),
+                "exits_after": (1, 2, 3),
                 "num_classes": 10,
             },
-            static_options={"widths": (12, 24, 48, 96)},
+            static_options={"widths": (16, 36, 72, 120)},
             normalisation=_CIFAR10_PIXELS,
             augment=_SHIFT_AND_MIRROR,
-            calibration_share=0.05,
+            calibration_share=0.1,
             fit=FitConfig(
-                epochs=26,
+                epochs=30,
                 batch_size=128,
                 optimizer="sgd",
                 learning_rate=0.1,
                 weight_decay=5e-4,
                 loss_weights=(0.3, 0.5, 0.7, 1.0),
-                backbone_epochs=5,
+                backbone_epochs=7,
+                distillation=0.5,
             ),
+        ),
+        Recipe(
+            name="sst2-minilm",
+            summary="film reviews, good or bad: pretrained MiniLM, an exit after each layer",
+            expected="not measured yet",
+            data="sst2_sentences",
+            network="minilm",
+            network_options={"num_classes": 2, "depth": 6, "exits_after": (1, 2, 3, 4, 5)},
+            static_options={"depth": 3},
+            calibration_share=0.15,
+            fit=_FINE_TUNE,
+        ),
+        Recipe(
+            name="trec6-minilm",
+            summary="what a question asks for: pretrained MiniLM, an exit after each layer",
+            expected="not measured yet",
+            data="trec6",
+            network="minilm",
+            network_options={"num_classes": 6, "depth": 6, "exits_after": (1, 2, 3, 4, 5)},
+            static_options={"depth": 3},
+            calibration_share=0.15,
+            fit=_FINE_TUNE,
         ),
         Recipe(
             name="resnet18-32",

@@ -14,9 +14,11 @@ from offramp.model.checkpoint import load_weights, save_weights
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.as_dict import policy_from_dict, policy_to_dict
 from offramp.policy.policies import Policy, never_leave
-from offramp.training.data import ImageBatches, check_labels, split_off_calibration
+from offramp.training.data import Batches, ImageBatches, check_labels, split_off_calibration
 from offramp.training.recipes import Recipe
-from offramp.training.sources import Split, load_split
+from offramp.training.sources import Split, TextSplit, load_split
+from offramp.training.text import TextBatches, encode
+from offramp.zoo.text import load_tokenizer, tokenizer_file
 
 RECIPE_FILE = "recipe.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -240,7 +242,7 @@ def write_policy(
 
 def load_batches(
     recipe: Recipe, split: str, data: str | None = None
-) -> tuple[ImageBatches, tuple[str, ...], str]:
+) -> tuple[Batches, tuple[str, ...], str]:
     """Load a split of a recipe's data.
 
     Args:
@@ -248,7 +250,7 @@ def load_batches(
         split: A split of the data set, or "calibration", which is cut from train.
         data: A folder, or the word that downloads the data set; the default places if None.
     Returns:
-        batches: The images, not augmented unless the split is train.
+        batches: The samples, not augmented unless the split is train.
         class_names: Name of each class.
         fingerprint: Identifies these samples.
     Raises:
@@ -267,21 +269,21 @@ def load_batches(
         train, calibration = _cut_train(recipe, whole)
         batches = train if calibration is None or split == "train" else calibration
     else:
-        batches = ImageBatches(whole.store, whole.labels_N, normalise=recipe.normalisation)
+        batches = _as_batches(recipe, whole).unaugmented()
     return batches, whole.class_names, _fingerprint(whole.fingerprint(), batches)
 
 
 def load_training_data(
     recipe: Recipe, data: str | None = None
-) -> tuple[ImageBatches, ImageBatches | None, tuple[str, ...]]:
+) -> tuple[Batches, Batches | None, tuple[str, ...]]:
     """Load the train split once and cut the calibration set from it.
 
     Args:
         recipe: The recipe.
         data: As for :func:`load_batches`.
     Returns:
-        train: The images to train on, augmented as the recipe says.
-        calibration: The images set aside, not augmented; None where the recipe sets none aside.
+        train: The samples to train on, augmented as the recipe says.
+        calibration: The samples set aside, not augmented; None where the recipe sets none aside.
         class_names: Name of each class.
     Raises:
         DataError: If the data is missing or damaged.
@@ -291,19 +293,26 @@ def load_training_data(
     return *_cut_train(recipe, whole), whole.class_names
 
 
-def _load_checked(recipe: Recipe, split: str, data: str | None) -> Split:
+def _load_checked(recipe: Recipe, split: str, data: str | None) -> Split | TextSplit:
     whole = load_split(recipe.data, split, data)
     check_labels(whole.labels_N, num_classes=recipe.network_options["num_classes"])
     return whole
 
 
-def _cut_train(recipe: Recipe, whole: Split) -> tuple[ImageBatches, ImageBatches | None]:
-    batches = ImageBatches(
+def _as_batches(recipe: Recipe, whole: Split | TextSplit) -> Batches:
+    """All samples of a split, as the recipe's network takes them, augmented as it says."""
+    if isinstance(whole, TextSplit):
+        return TextBatches(encode(load_tokenizer(tokenizer_file()), whole.texts), whole.labels_N)
+    return ImageBatches(
         whole.store,
         whole.labels_N,
-        normalise=recipe.normalisation,
+        normalise=recipe.require_normalisation(),
         augment=recipe.augment,
     )
+
+
+def _cut_train(recipe: Recipe, whole: Split | TextSplit) -> tuple[Batches, Batches | None]:
+    batches = _as_batches(recipe, whole)
     if recipe.calibration_share == 0:
         return batches, None
     return split_off_calibration(
@@ -328,6 +337,6 @@ def is_in_sample(run: Run, split: str, fingerprint: str) -> bool:
     return split == "train" or chosen_on == fingerprint
 
 
-def _fingerprint(whole: str, batches: ImageBatches) -> str:
+def _fingerprint(whole: str, batches: Batches) -> str:
     rows = hashlib.sha256(batches.rows_N.numpy().tobytes()).hexdigest()
     return hashlib.sha256(json.dumps([whole, rows]).encode()).hexdigest()

@@ -61,12 +61,34 @@ class Split:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextSplit:
+    """One split of a data set of texts.
+
+    Attributes:
+        texts: As they are.
+        labels_N: Class of each, shape (N,), int64.
+        class_names: Name of each class.
+    """
+
+    texts: tuple[str, ...]
+    labels_N: Tensor
+    class_names: tuple[str, ...]
+
+    def fingerprint(self) -> str:
+        """Identify the data: the same texts and labels in the same order give the same value."""
+        digest = hashlib.sha256(self.labels_N.numpy().tobytes())
+        digest.update(json.dumps(self.texts).encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSource:
     """A data set that recipes can name.
 
     Attributes:
         splits: Names of its splits.
-        image_shape: Channels, height, width.
+        image_shape: Channels, height, width; None for texts.
+        class_names: Where the files do not say them.
         transposed: Whether height and width are swapped against an upright image.
         light_on_dark: Whether strokes are light on a dark ground.
         ink_margin: Blank border around the strokes, as a share of the side.
@@ -74,7 +96,8 @@ class DataSource:
     """
 
     splits: tuple[str, ...]
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, int, int] | None
+    class_names: tuple[str, ...] = ()
     transposed: bool = False
     light_on_dark: bool = False
     ink_margin: float = 0.0
@@ -95,10 +118,20 @@ SOURCES = {
         download=EMNIST_BALANCED,
     ),
     "cifar10": DataSource(splits=("train", "test"), image_shape=(3, 32, 32)),
+    "sst2_sentences": DataSource(
+        splits=("train", "validation", "test"),
+        image_shape=None,
+        class_names=("negative", "positive"),
+    ),
+    "trec6": DataSource(
+        splits=("train", "test"),
+        image_shape=None,
+        class_names=("description", "entity", "abbreviation", "human", "location", "number"),
+    ),
 }
 
 
-def load_split(name: str, split: str, data: str | None = None) -> Split:
+def load_split(name: str, split: str, data: str | None = None) -> Split | TextSplit:
     """Load one split of a data set.
 
     Args:
@@ -127,6 +160,8 @@ def load_split(name: str, split: str, data: str | None = None) -> Split:
     if data is not None and data == source.download:
         return _torchvision_emnist(split)
     path = _find_parquet(name, split, data)
+    if source.image_shape is None:
+        return read_text_parquet(path, class_names=source.class_names)
     return read_parquet(path, image_shape=source.image_shape)
 
 
@@ -158,26 +193,11 @@ def read_parquet(path: Path, *, image_shape: tuple[int, int, int]) -> Split:
     Raises:
         DataError: If the file is damaged, has other columns, or an image has another size.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path, columns=["image", "label"])
-        encoded = table["image"].combine_chunks().field("bytes")
-        if not pa.types.is_integer(table["label"].type) or table["label"].null_count:
-            raise ValueError(f"labels are {table['label'].type}")
-        labels_N = torch.from_numpy(table["label"].to_numpy().astype(np.int64))
-    except (pa.ArrowException, AttributeError, OSError, KeyError, ValueError) as error:
-        raise DataError(
-            f"Expected a Parquet file with the columns image (bytes) and label (int) in {path}. "
-            f"It is damaged or holds something else: {reason(error)}"
-        ) from error
+    table = _read_table(path, "image", "bytes")
+    encoded = table["image"].combine_chunks().field("bytes")
+    labels_N = torch.from_numpy(table["label"].to_numpy().astype(np.int64))
     class_names = _class_names(table.schema.metadata, labels_N)
-    if len(labels_N) == 0 or int(labels_N.min()) < 0 or int(labels_N.max()) >= len(class_names):
-        raise DataError(
-            f"Expected labels in [0, {len(class_names) - 1}] in {path}, one per class name. "
-            + (f"Got {labels_N.min()} to {labels_N.max()}." if len(labels_N) else "Got no rows.")
-        )
+    _check_labels(labels_N, len(class_names), path)
     streamed = EncodedImages(encoded, image_shape=image_shape, path=path)
     if len(labels_N) * int(np.prod(image_shape)) > MAX_DECODED_BYTES:
         return Split(store=streamed, labels_N=labels_N, class_names=class_names)
@@ -187,6 +207,54 @@ def read_parquet(path: Path, *, image_shape: tuple[int, int, int]) -> Split:
     for rows in track(chunks, shown, transient=True, disable=not sys.stdout.isatty()):
         decoded[rows[0] : rows[-1] + 1] = streamed[rows]
     return Split(store=decoded, labels_N=labels_N, class_names=class_names)
+
+
+def read_text_parquet(path: Path, *, class_names: tuple[str, ...]) -> TextSplit:
+    """Read a Parquet file of labelled texts.
+
+    Args:
+        path: The file.
+        class_names: Name of each class.
+    Returns:
+        The split.
+    Raises:
+        DataError: If the file is damaged or has other columns or labels.
+    """
+    table = _read_table(path, "text", "string")
+    labels_N = torch.from_numpy(table["label"].to_numpy().astype(np.int64))
+    _check_labels(labels_N, len(class_names), path)
+    return TextSplit(
+        texts=tuple(table["text"].to_pylist()), labels_N=labels_N, class_names=class_names
+    )
+
+
+def _read_table(path: Path, column: str, kind: str) -> Any:
+    """Read samples and labels, and make sure that they are what they should be."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, columns=[column, "label"])
+        if kind == "bytes":
+            table[column].combine_chunks().field("bytes")
+        elif not pa.types.is_string(table[column].type) or table[column].null_count:
+            raise ValueError(f"texts are {table[column].type}, some missing")
+        if not pa.types.is_integer(table["label"].type) or table["label"].null_count:
+            raise ValueError(f"labels are {table['label'].type}")
+    except (pa.ArrowException, AttributeError, OSError, KeyError, ValueError) as error:
+        raise DataError(
+            f"Expected a Parquet file with the columns {column} ({kind}) and label (int) in "
+            f"{path}. It is damaged or holds something else: {reason(error)}"
+        ) from error
+    return table
+
+
+def _check_labels(labels_N: Tensor, num_classes: int, path: Path) -> None:
+    if len(labels_N) == 0 or int(labels_N.min()) < 0 or int(labels_N.max()) >= num_classes:
+        raise DataError(
+            f"Expected labels in [0, {num_classes - 1}] in {path}, one per class name. "
+            + (f"Got {labels_N.min()} to {labels_N.max()}." if len(labels_N) else "Got no rows.")
+        )
 
 
 class EncodedImages:

@@ -10,10 +10,12 @@ from offramp.model.multi_exit import MultiExitNetwork
 from offramp.zoo.convnet import convnet
 from offramp.zoo.mlp import mlp
 from offramp.zoo.resnet import resnet
+from offramp.zoo.text import minilm
 
 NETWORKS: dict[str, Callable[..., MultiExitNetwork]] = {
     "mlp": mlp,
     "convnet": convnet,
+    "minilm": minilm,
     "resnet": resnet,
 }
 """Functions that build a network from plain values."""

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from backbones import BackboneOf, DropsInTraining, SmallResNet, SmallViT, tensors_of
+from small_backbones import BackboneOf, DropsInTraining, SmallResNet, SmallViT, tensors_of
 from torch import nn
 
 from offramp.errors import BackboneCutError, InvalidArgumentError, ShapeError

@@ -83,6 +83,6 @@ def test_token_head_leaves_padding_out_of_the_mean():
 def test_token_head_on_the_first_token():
     head = token_head(2, 3, pool="first")
     tokens = torch.randn(2, 4, 2)
-    torch.testing.assert_close(head(tokens, torch.ones(2, 4)), head.linear(tokens[:, 0]))
-    with pytest.raises(InvalidArgumentError, match="mean or first. Got 'last'"):
+    torch.testing.assert_close(head(tokens, torch.ones(2, 4)), head.classify(tokens[:, 0]))
+    with pytest.raises(InvalidArgumentError, match=r"mean or first\. Got 'last'"):
         token_head(2, 3, pool="last")

