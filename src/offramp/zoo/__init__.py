@@ -8,6 +8,7 @@ from typing import Any
 from offramp.errors import ArtifactError
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.zoo.convnet import convnet
+from offramp.zoo.lite0 import lite0
 from offramp.zoo.mlp import mlp
 from offramp.zoo.resnet import resnet
 from offramp.zoo.text import minilm
@@ -15,6 +16,7 @@ from offramp.zoo.text import minilm
 NETWORKS: dict[str, Callable[..., MultiExitNetwork]] = {
     "mlp": mlp,
     "convnet": convnet,
+    "lite0": lite0,
     "minilm": minilm,
     "resnet": resnet,
 }

