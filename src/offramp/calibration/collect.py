@@ -21,7 +21,7 @@ from torch import Tensor
 from offramp.artifacts import atomic_path
 from offramp.errors import ArtifactError, DataError, InvalidArgumentError, ShapeError
 from offramp.measure.cost import ExitCosts, evaluation_mode
-from offramp.model.multi_exit import MultiExitNetwork
+from offramp.model.multi_exit import MultiExitNetwork, as_inputs
 from offramp.runtime import Session
 from offramp.runtime.session import check_inputs
 
@@ -129,12 +129,12 @@ class ExitLogits:
 
 
 @torch.inference_mode()
-def collect(network: MultiExitNetwork, loader: Iterable[tuple[Tensor, Tensor]]) -> ExitLogits:
+def collect(network: MultiExitNetwork, loader: Iterable[tuple[Any, Tensor]]) -> ExitLogits:
     """Run every exit on every sample of a loader.
 
     Args:
         network: The network; it runs in evaluation mode where its parameters are.
-        loader: Batches of (inputs, labels).
+        loader: Batches of (inputs, labels); inputs is a tuple where the network takes several.
     Returns:
         The logits of all exits, with labels and costs.
     Raises:
@@ -145,17 +145,17 @@ def collect(network: MultiExitNetwork, loader: Iterable[tuple[Tensor, Tensor]]) 
     inputs = None
     with evaluation_mode(network):
         for batch, labels_B in loader:
-            inputs = batch.to(device)
-            outputs.append(torch.stack(network(inputs)).float().cpu())
+            inputs = as_inputs(batch, device)
+            outputs.append(torch.stack(network(*inputs)).float().cpu())
             labels.append(labels_B.cpu())
             if network.ragged is not None:
-                lengths.append(network.ragged.lengths((inputs,)))
+                lengths.append(network.ragged.lengths(inputs))
     if inputs is None:
         raise DataError("Expected at least one batch of samples to collect logits from. Got none.")
     if lengths:
-        costs = network.costs_of_lengths(torch.cat(lengths), (inputs,))
+        costs = network.costs_of_lengths(torch.cat(lengths), inputs)
     else:
-        costs = network.costs(inputs)
+        costs = network.costs(*inputs)
     return ExitLogits(logits_KNC=torch.cat(outputs, dim=1), labels_N=torch.cat(labels), costs=costs)
 
 
@@ -173,8 +173,8 @@ def collect_from_session(session: Session, loader: Iterable[tuple[Tensor, Tensor
         ShapeError: If the inputs are not of the shape that the bundle was exported for.
     """
     outputs, labels = [], []
-    for inputs, labels_B in loader:
-        carried: list[Any] = check_inputs(session.bundle, [inputs])
+    for batch, labels_B in loader:
+        carried: list[Any] = check_inputs(session.bundle, as_inputs(batch))
         of_steps = []
         for index in range(len(session.bundle.steps)):
             _, (output, _, _, *carried) = session.run_step(index, carried)

@@ -28,7 +28,7 @@ from offramp.inference.agreement import (
     compare_with_all_exits,
 )
 from offramp.measure.cost import ExitCosts, parameter_bytes, payload_bytes
-from offramp.model.multi_exit import Features, MultiExitNetwork
+from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
 from offramp.policy.as_dict import policy_to_dict
 from offramp.policy.policies import Policy, State, never_leave
 from offramp.runtime import Bundle, Session, Step, with_thresholds
@@ -45,7 +45,7 @@ def export(
     network: MultiExitNetwork,
     policy: Policy,
     folder: Path | str,
-    samples: Tensor,
+    samples: Tensor | Features,
     *,
     class_names: tuple[str, ...] = (),
     recipe: Mapping[str, Any] | None = None,
@@ -61,7 +61,8 @@ def export(
         network: The network, on the CPU.
         policy: Who leaves where.
         folder: Folder to make; a bundle that is there already is replaced.
-        samples: Real inputs, shape (N, ...), to compare on; 100 at least say something.
+        samples: Real inputs, shape (N, ...), to compare on; 100 at least say something. A tuple
+            where the network takes several inputs.
         class_names: Name of each class.
         recipe: How the network was trained, to be kept in the bundle.
         plain: Whether to add the plain network, so that a device can time its own baseline.
@@ -80,9 +81,10 @@ def export(
             f"Got one for {policy.num_exits}."
         )
     described = policy_to_dict(policy)
+    inputs = as_features(samples)
     network = network.eval()
     with new_bundle_folder(Path(folder)) as making:
-        files = _write_files(network, policy, samples, making, plain=plain)
+        files = _write_files(network, policy, inputs, making, plain=plain)
         bundle = Bundle(
             folder=making,
             family="exits",
@@ -96,21 +98,21 @@ def export(
             **files,
         )
         write_bundle(bundle)
-        check_parity(Session(bundle), network, policy, samples)
+        check_parity(Session(bundle), network, policy, inputs)
     return replace(bundle, folder=Path(folder))
 
 
 def _write_files(
-    network: MultiExitNetwork, policy: Policy, samples: Tensor, folder: Path, *, plain: bool
+    network: MultiExitNetwork, policy: Policy, inputs: Features, folder: Path, *, plain: bool
 ) -> dict[str, Any]:
     """Write the ONNX files; what the bundle says of them."""
-    costs = network.costs(samples).with_decisions(policy.decision_macs)
-    steps = _write_steps(network, policy, samples, costs, folder)
+    costs = network.costs(*inputs).with_decisions(policy.decision_macs)
+    steps = _write_steps(network, policy, inputs, costs, folder)
     write_single(folder, steps, folder / SINGLE_FILE)
     return {
         "steps": steps,
         "plain_file": PLAIN_FILE if plain else None,
-        "plain_sha256": _write_plain(network, samples, folder) if plain else None,
+        "plain_sha256": _write_plain(network, inputs, folder) if plain else None,
         "plain_macs": costs.plain_macs,
         "single_file": SINGLE_FILE,
         "single_sha256": file_sha256(folder / SINGLE_FILE),
@@ -119,7 +121,7 @@ def _write_files(
 
 
 def check_parity(
-    session: Session, network: MultiExitNetwork, policy: Policy, samples: Tensor
+    session: Session, network: MultiExitNetwork, policy: Policy, samples: Tensor | Features
 ) -> Agreement:
     """Make sure that a bundle answers what the network answers, at every exit.
 
@@ -127,20 +129,22 @@ def check_parity(
         session: Runs the bundle.
         network: The network it was exported from, in evaluation mode.
         policy: The policy it was exported with.
-        samples: Real inputs, shape (N, ...).
+        samples: Real inputs, shape (N, ...); a tuple where the network takes several.
     Returns:
         How the answers compare.
     Raises:
         ExportMismatchError: If they differ by more than DESIGN's rule for two engines allows.
     """
-    few = samples[:SINGLE_SAMPLES]
+    inputs = as_features(samples)
+    few = tuple(tensor[:SINGLE_SAMPLES] for tensor in inputs)
     ones = answer_in_batches(session, few, batch_size=1)
     _check(compare_with_all_exits(ones, network, policy, few))
     # Nobody leaves: so every branch of the file for single samples is run.
     nobody = with_thresholds(session.bundle, [math.inf] * (len(session.bundle.steps) - 1))
     ones = answer_in_batches(Session(nobody), few, batch_size=1)
     _check(compare_with_all_exits(ones, network, never_leave(network.num_exits), few))
-    return _check(compare_with_all_exits(session.run(samples.numpy()), network, policy, samples))
+    result = session.run(*(tensor.numpy() for tensor in inputs))
+    return _check(compare_with_all_exits(result, network, policy, inputs))
 
 
 def _check(agreement: Agreement) -> Agreement:
@@ -156,11 +160,11 @@ def _check(agreement: Agreement) -> Agreement:
 
 
 def _write_steps(
-    network: MultiExitNetwork, policy: Policy, samples: Tensor, costs: ExitCosts, folder: Path
+    network: MultiExitNetwork, policy: Policy, inputs: Features, costs: ExitCosts, folder: Path
 ) -> tuple[Step, ...]:
     exit_macs = costs.exit_macs(policy.off_exits)
-    by_length = _macs_by_length(network, policy, samples)
-    features = _first_sample(network, samples)
+    by_length = _macs_by_length(network, policy, inputs)
+    features = _first_sample(network, inputs)
     num_tokens = None if network.ragged is None else features[0].shape[1]
     state: State = ()
     steps = []
@@ -205,12 +209,12 @@ def _write_steps(
     return tuple(steps)
 
 
-def _first_sample(network: MultiExitNetwork, samples: Tensor) -> Features:
+def _first_sample(network: MultiExitNetwork, inputs: Features) -> Features:
     """A batch of one to export with; of two tokens at least, since one is special to the tracer."""
-    (sample,) = network.trimmed((samples[:1],))
-    if network.ragged is None or sample.shape[1] > 1:
-        return (sample,)
-    return (sample.repeat(1, 2),)
+    sample = network.trimmed(tuple(tensor[:1] for tensor in inputs))
+    if network.ragged is None or sample[0].shape[1] > 1:
+        return sample
+    return tuple(tensor.repeat(1, 2) for tensor in sample)
 
 
 def _specs(features: Features, state: State, num_tokens: int | None) -> tuple[TensorSpec, ...]:
@@ -232,7 +236,7 @@ def _specs(features: Features, state: State, num_tokens: int | None) -> tuple[Te
 
 
 def _macs_by_length(
-    network: MultiExitNetwork, policy: Policy, samples: Tensor
+    network: MultiExitNetwork, policy: Policy, inputs: Features
 ) -> tuple[tuple[int, ...], ...] | None:
     """MACs up to each exit as a polynomial in a sample's tokens; None where all are of one size.
 
@@ -242,7 +246,7 @@ def _macs_by_length(
         return None
     at_length = np.array(
         [
-            network.costs_at(length, (samples,))
+            network.costs_at(length, inputs)
             .with_decisions(policy.decision_macs)
             .exit_macs(policy.off_exits)
             for length in _LENGTHS
@@ -258,10 +262,10 @@ def _macs_by_length(
     return tuple(tuple(numbers.tolist()) for numbers in numbers_3K.T)
 
 
-def _write_plain(network: MultiExitNetwork, samples: Tensor, folder: Path) -> str:
+def _write_plain(network: MultiExitNetwork, inputs: Features, folder: Path) -> str:
     path = folder / PLAIN_FILE
     plain = network.plain().eval()
-    example = _first_sample(network, samples)
+    example = _first_sample(network, inputs)
     num_tokens = None if network.ragged is None else example[0].shape[1]
     specs = _specs(example, (), num_tokens)
     write_onnx(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from offramp.errors import OfframpError
 from offramp.inference.runner import AdaptiveRunner, Runner
-from offramp.model.multi_exit import MultiExitNetwork
+from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
 from offramp.policy.policies import Policy, State, ThresholdedPolicy
 from offramp.results import AdaptiveResult
 
@@ -54,7 +54,10 @@ class Agreement:
 
 @torch.inference_mode()
 def compare_with_all_exits(
-    result: AdaptiveResult[Any], network: MultiExitNetwork, policy: Policy, inputs: Tensor
+    result: AdaptiveResult[Any],
+    network: MultiExitNetwork,
+    policy: Policy,
+    inputs: Tensor | Features,
 ) -> Agreement:
     """Compare what a runner of any engine said with the all-exits loop.
 
@@ -62,7 +65,7 @@ def compare_with_all_exits(
         result: The runner's answers for the inputs.
         network: The network, in evaluation mode.
         policy: Who leaves where.
-        inputs: Samples, shape (N, ...).
+        inputs: Samples, shape (N, ...); a tuple where the network takes several inputs.
     Returns:
         How the two compare.
     """
@@ -147,18 +150,19 @@ def require_agreement(agreement: Agreement) -> None:
 
 
 def answer_in_batches(
-    runner: Runner, samples: Tensor, *, batch_size: int
+    runner: Runner, samples: Tensor | Features, *, batch_size: int
 ) -> AdaptiveResult[Tensor]:
     """Answers to batches of some size; engines compute one sample in other ways than several.
 
     Args:
         runner: Any runner.
-        samples: Inputs, shape (N, ...), on its device.
+        samples: Inputs, shape (N, ...), on its device; a tuple where there are several.
         batch_size: Samples a batch.
     Returns:
         The answers, in order.
     """
-    results = [runner.run(batch) for batch in torch.split(samples, batch_size)]
+    parts = [torch.split(tensor, batch_size) for tensor in as_features(samples)]
+    results = [runner.run(*batch) for batch in zip(*parts, strict=True)]
 
     def joined(name: str) -> Tensor:
         return torch.cat([torch.as_tensor(getattr(result, name)) for result in results])
@@ -172,22 +176,23 @@ def answer_in_batches(
 
 
 def all_exits_loop(
-    network: MultiExitNetwork, policy: Policy, inputs: Tensor
+    network: MultiExitNetwork, policy: Policy, inputs: Tensor | Features
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run every stage and head on every sample, then choose: what early exit must equal.
 
     Args:
         network: The network, in evaluation mode.
         policy: Who leaves where.
-        inputs: Samples, shape (B, ...).
+        inputs: Samples, shape (B, ...); a tuple where the network takes several inputs.
     Returns:
         output: Logits of the chosen exits, shape (B, C).
         exit_index: Shape (B,), int64.
         confidences: Of every exit, shape (K, B).
     """
-    outputs = network(inputs)
+    outputs = network(*as_features(inputs))
     state: State = ()
-    chosen = torch.full((len(inputs),), -1, device=inputs.device)
+    rows = torch.arange(len(outputs[0]), device=outputs[0].device)
+    chosen = torch.full_like(rows, -1)
     confidences = []
     for k, output in enumerate(outputs):
         if policy.is_off(k):  # its head does not run, and the policy never hears of it
@@ -197,7 +202,6 @@ def all_exits_loop(
         confidences.append(confidence_B)
         chosen = torch.where((chosen < 0) & leave_B, k, chosen)
     stacked = torch.stack(outputs)
-    rows = torch.arange(len(inputs), device=inputs.device)
     return stacked[chosen, rows], chosen, torch.stack(confidences)
 
 

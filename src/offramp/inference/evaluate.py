@@ -15,6 +15,7 @@ from torch import Tensor
 from offramp.calibration.collect import ExitLogits
 from offramp.errors import DataError, ShapeError
 from offramp.inference.runner import Runner
+from offramp.model.multi_exit import as_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,20 +102,21 @@ class Answers:
         return tuple((counts_K / len(self.labels_N)).tolist())
 
 
-def answer(runner: Runner, loader: Iterable[tuple[Tensor, Tensor]]) -> Answers:
+def answer(runner: Runner, loader: Iterable[tuple[Any, Tensor]]) -> Answers:
     """Run every sample of a loader early.
 
     Args:
         runner: Any runner, of torch or of a bundle.
-        loader: Batches of (inputs, labels) on the runner's device.
+        loader: Batches of (inputs, labels) on the runner's device; inputs is a tuple where the
+            network takes several.
     Returns:
         What it said, on the CPU.
     Raises:
         DataError: If the loader yields no sample.
     """
     predictions, exits, macs, labels = [], [], [], []
-    for inputs, labels_B in loader:
-        result = runner.run(inputs)
+    for batch, labels_B in loader:
+        result = runner.run(*as_inputs(batch))
         predictions.append(torch.as_tensor(result.output).argmax(-1).cpu())
         exits.append(torch.as_tensor(result.exit_index).cpu())
         macs.append(torch.as_tensor(result.macs).cpu())
@@ -131,7 +133,7 @@ def answer(runner: Runner, loader: Iterable[tuple[Tensor, Tensor]]) -> Answers:
 
 def evaluate(
     runner: Runner,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Iterable[tuple[Any, Tensor]],
     logits: ExitLogits,
     *,
     plain_accuracy: float | None = None,
@@ -140,7 +142,8 @@ def evaluate(
 
     Args:
         runner: Any runner.
-        loader: Batches of (inputs, labels) on the runner's device.
+        loader: Batches of (inputs, labels) on the runner's device; inputs is a tuple where the
+            network takes several.
         logits: Every exit's logits on the same samples in the same order, from ``collect``, or
             ``collect_from_session`` for a bundle.
         plain_accuracy: Of a plain network trained as long, to stand beside the figures.

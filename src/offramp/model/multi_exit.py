@@ -311,3 +311,18 @@ def as_features(output: object) -> Features:
     raise ShapeError(
         f"Expected a tensor or a tuple of tensors as features. Got {type(output).__name__}."
     )
+
+
+def as_inputs(batch: object, device: torch.device | str | None = None) -> Features:
+    """Bring what a loader yields as inputs into the form that a network is called with.
+
+    Args:
+        batch: A tensor, or a tuple or list of them where the network takes several.
+        device: Where they shall be; where they are if None.
+    Returns:
+        A tuple of tensors.
+    Raises:
+        ShapeError: If it is none of these.
+    """
+    inputs = as_features(tuple(batch) if isinstance(batch, list) else batch)
+    return inputs if device is None else tuple(tensor.to(device) for tensor in inputs)
