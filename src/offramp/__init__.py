@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from offramp.runtime import Session
     from offramp.training.config import FitConfig
     from offramp.training.fit import fit
+    from offramp.training.hub import from_pretrained, push_to_hub, save_pretrained
     from offramp.training.run import Run, load, save
 
 __version__ = "0.1.0"
@@ -93,6 +94,9 @@ _HOMES = {
     "never_leave": "offramp.policy.policies",
     "Session": "offramp.runtime",
     "fit": "offramp.training.fit",
+    "from_pretrained": "offramp.training.hub",
+    "push_to_hub": "offramp.training.hub",
+    "save_pretrained": "offramp.training.hub",
     "Run": "offramp.training.run",
     "load": "offramp.training.run",
     "save": "offramp.training.run",
@@ -142,13 +146,16 @@ __all__ = [
     "fit",
     "fit_controller",
     "fit_temperatures",
+    "from_pretrained",
     "frontier",
     "load",
     "margin_confidence",
     "max_probability_confidence",
     "never_leave",
     "place",
+    "push_to_hub",
     "save",
+    "save_pretrained",
     "time_runner",
 ]
 

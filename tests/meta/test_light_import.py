@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "lightning", "PIL", "pyarrow", "safetensors", "sklearn")
+HEAVY = ("torch", "lightning", "PIL", "pyarrow", "safetensors", "sklearn", "huggingface_hub")
 
 
 def run_python(code):
@@ -29,7 +29,13 @@ def test_what_does_not_train_needs_no_lightning(name):
 
 @pytest.mark.parametrize(
     ("missing", "name"),
-    [("torch", "AdaptiveRunner"), ("torch", "fit"), ("lightning", "fit"), ("safetensors", "load")],
+    [
+        ("torch", "AdaptiveRunner"),
+        ("torch", "fit"),
+        ("lightning", "fit"),
+        ("safetensors", "load"),
+        ("huggingface_hub", "push_to_hub"),
+    ],
 )
 def test_public_name_without_its_extra_names_the_command(missing, name):
     outcome = run_python(

@@ -46,7 +46,8 @@ def train(
     from offramp.model.checkpoint import save_weights
     from offramp.training import run as run_folder
     from offramp.training.fit import LAST_CHECKPOINT, check_checkpoint, check_config, fit
-    from offramp.training.recipes import find_recipe, override
+    from offramp.training.recipes import find_recipe
+    from offramp.training.settings import override
 
     flags = {"epochs": epochs, "seed": seed}
     asked = parse_settings(settings or [])

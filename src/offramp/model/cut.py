@@ -114,6 +114,20 @@ def add_exits(
         )
     _check_logits(backbone, inputs, num_classes)
     cutter = _find_cutter(backbone, inputs, at)
+    stages, stage_features = _cut(backbone, cutter, inputs, at)
+    if heads is None:
+        heads = [head_for(f[0], num_classes).to(f[0]) for f in stage_features[:-1]]
+    heads = _reading_first(heads, stage_features, cutter.num_read)
+    network = MultiExitNetwork(stages, [*heads, nn.Identity()])
+    network.share_keys_with(backbone)
+    network.ragged = cutter.ragged
+    return network
+
+
+def _cut(
+    backbone: nn.Module, cutter: Cutter, inputs: Features, at: Sequence[str]
+) -> tuple[list[nn.Module], list[Features]]:
+    """The stages, which do together what the backbone does, and the features of each."""
     stages = cutter.stages(_positions(backbone, cutter, at))
     with evaluation_mode(backbone), torch.no_grad():
         stages, stage_features = _run_apart(stages, inputs)
@@ -123,17 +137,17 @@ def add_exits(
             f"{type(backbone).__name__} cannot be cut after {', '.join(at)}: {difference}. "
             "Something crosses there beside what its modules hand on: cut elsewhere."
         )
-    if heads is None:
-        firsts = [features[0] for features in stage_features[:-1]]
-        heads = [head_for(first, num_classes).to(first) for first in firsts]
-    seen = [
-        head if len(features) == cutter.num_read else ReadsFirst(head, cutter.num_read)
+    return stages, stage_features
+
+
+def _reading_first(
+    heads: Sequence[nn.Module], stage_features: Sequence[Features], num_read: int
+) -> list[nn.Module]:
+    """Heads that let pass by what crosses beside the tensors that an exit reads."""
+    return [
+        head if len(features) == num_read else ReadsFirst(head, num_read)
         for head, features in zip(heads, stage_features, strict=False)
     ]
-    network = MultiExitNetwork(stages, [*seen, nn.Identity()])
-    network.share_keys_with(backbone)
-    network.ragged = cutter.ragged
-    return network
 
 
 def cut_paths(backbone: nn.Module, example: Tensor | Features) -> list[str]:

@@ -21,7 +21,13 @@ class FitConfig:
         weight_decay: On weight matrices and kernels, not on biases and norms.
         loss_weights: One per exit; all 1 if None.
         detach: Let only the final exit train the stages.
+        freeze_backbone: Train the exits before the final one only: stages and final exit stay as
+            they are, BatchNorm's running statistics too.
+        gradient_equilibrium: Let a stage learn from the mean of the losses of the exits behind
+            it, not from their sum; from ``backbone_epochs`` on.
         backbone_epochs: Mixed training: so many first epochs train the final exit only, then all.
+        ramp_epochs: So many epochs, after those of the backbone, let the loss weights of the
+            exits before the final one grow from 0 to full.
         label_smoothing: Share of the target spread over all classes, in [0, 1).
         distillation: Share of the early exits' loss that comes from the final exit, in [0, 1].
         class_balance: "sampling" draws every class as often, with replacement, for test data
@@ -38,7 +44,10 @@ class FitConfig:
     weight_decay: float = 0.01
     loss_weights: tuple[float, ...] | None = None
     detach: bool = False
+    freeze_backbone: bool = False
+    gradient_equilibrium: bool = False
     backbone_epochs: int = 0
+    ramp_epochs: int = 0
     label_smoothing: float = 0.0
     distillation: float = 0.0
     class_balance: Literal["none", "sampling"] = "none"
@@ -47,6 +56,7 @@ class FitConfig:
     devices: int = 1
 
     def __post_init__(self) -> None:
+        epochs_left = self.epochs - self.backbone_epochs
         checks = {
             "epochs": (self.epochs >= 1, "an int of at least 1"),
             "batch_size": (self.batch_size >= 1, "an int of at least 1"),
@@ -60,6 +70,19 @@ class FitConfig:
             "backbone_epochs": (
                 0 <= self.backbone_epochs < self.epochs,
                 f"an int in [0, {self.epochs - 1}], fewer than the epochs",
+            ),
+            "ramp_epochs": (
+                0 <= self.ramp_epochs <= epochs_left,
+                f"an int in [0, {epochs_left}], no more than the epochs after backbone_epochs",
+            ),
+            "freeze_backbone": (
+                not (self.freeze_backbone and (self.backbone_epochs or self.gradient_equilibrium)),
+                "false where backbone_epochs or gradient_equilibrium trains the backbone; "
+                "set those to 0 and false to freeze it",
+            ),
+            "gradient_equilibrium": (
+                not (self.gradient_equilibrium and self.detach),
+                "false with detach, which lets the final exit alone train the stages",
             ),
             "label_smoothing": (0 <= self.label_smoothing < 1, "in [0, 1)"),
             "distillation": (0 <= self.distillation <= 1, "in [0, 1]"),

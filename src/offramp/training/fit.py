@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from offramp.errors import ArtifactError, DataError, InvalidArgumentError, reaso
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.training.config import FitConfig
 from offramp.training.data import Batches, EpochSampler, make_loader
+from offramp.training.regimes import frozen_backbone, head_parameters
 from offramp.training.task import ACCURACY_METRIC, MultiExitTask
 
 LAST_CHECKPOINT = "last.ckpt"
@@ -61,8 +62,8 @@ def fit(
         resume: Go on from the folder's checkpoint, if there is one.
         callbacks: Lightning callbacks to run as well.
     Raises:
-        InvalidArgumentError: If there is not one loss weight per exit, or cuda was asked for and
-            there is none, or class balance was asked for where the labels are unknown.
+        InvalidArgumentError: If the config does not suit the network or this machine, or class
+            balance was asked for where the labels are unknown.
         DataError: If a label is outside the network's classes, or there is no sample.
         TrainingDivergedError: If the loss is no longer finite; a folder keeps the last checkpoint.
         ArtifactError: If the checkpoint to resume from is damaged or of another run.
@@ -78,7 +79,7 @@ def fit(
             "data set, or balance in the loader."
         )
     network.train()
-    with _quiet_lightning(), _own_errors():
+    with _quiet_lightning(), _own_errors(), _frozen(network, config):
         trainer = _trainer(
             config,
             folder=None if folder is None else Path(folder),
@@ -253,14 +254,20 @@ def check_config(network: MultiExitNetwork, config: FitConfig) -> None:
         network: The network.
         config: How to train it.
     Raises:
-        InvalidArgumentError: If there is not one loss weight per exit, or cuda was asked for and
-            there is none.
+        InvalidArgumentError: If there is not one loss weight per exit, or the backbone shall be
+            frozen and nothing else can be trained, or cuda was asked for and there is none.
     """
     weights = config.loss_weights
     if weights is not None and len(weights) != network.num_exits:
         raise InvalidArgumentError(
             f"The 'loss_weights' parameter must hold {network.num_exits} numbers, one per exit. "
             f"Got {len(weights)}."
+        )
+    if config.freeze_backbone and not any(p.requires_grad for p in head_parameters(network)):
+        raise InvalidArgumentError(
+            "'freeze_backbone' trains only the exits before the final one. This network has "
+            f"{network.num_exits - 1} of them, without weights of their own to train: add exits, "
+            "or train the backbone too."
         )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InvalidArgumentError(
@@ -303,6 +310,10 @@ def _loggers(folder: Path) -> list[Logger]:
         CSVLogger(folder / "logs", name="csv"),
         TensorBoardLogger(folder / "logs", name="tensorboard"),
     ]
+
+
+def _frozen(network: MultiExitNetwork, config: FitConfig) -> AbstractContextManager[None]:
+    return frozen_backbone(network) if config.freeze_backbone else nullcontext()
 
 
 @contextmanager

@@ -53,6 +53,39 @@ def joint_loss(
     return total
 
 
+def weights_in_epoch(
+    weights: Sequence[float], *, epoch: int, backbone_epochs: int = 0, ramp_epochs: int = 0
+) -> tuple[float, ...]:
+    """Loss weights of an epoch; the final exit's is always full, the others' may come later.
+
+    They are 0 for the first epochs, then grow linearly from 0 to full. An epoch has one weight:
+    that of its middle.
+
+    Args:
+        weights: Full weights, one per exit.
+        epoch: Number of the epoch, from 0.
+        backbone_epochs: So many first epochs train the final exit only.
+        ramp_epochs: So many epochs after those the weights take to grow.
+    Returns:
+        One weight per exit.
+    Example:
+        >>> for epoch in range(4):
+        ...     weights_in_epoch((0.5, 1.0), epoch=epoch, backbone_epochs=1, ramp_epochs=2)
+        (0.0, 1.0)
+        (0.125, 1.0)
+        (0.375, 1.0)
+        (0.5, 1.0)
+    """
+    after = epoch - backbone_epochs
+    if after < 0:
+        share = 0.0
+    elif after < ramp_epochs:
+        share = (after + 0.5) / ramp_epochs
+    else:
+        share = 1.0
+    return (*(share * weight for weight in weights[:-1]), weights[-1])
+
+
 def distillation_loss(student_BC: Tensor, teacher_BC: Tensor) -> Tensor:
     """Kullback-Leibler divergence of the student's classes from the teacher's, batch mean.
 

@@ -12,7 +12,8 @@ from offramp.errors import TrainingDivergedError
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.training.config import FitConfig
 from offramp.training.data import check_labels, epoch_seed
-from offramp.training.losses import joint_loss
+from offramp.training.losses import joint_loss, weights_in_epoch
+from offramp.training.regimes import balanced_outputs, set_training_mode
 
 ACCURACY_METRIC = "accuracy_exit_{}"
 """Name of the logged calibration accuracy of an exit."""
@@ -37,23 +38,26 @@ class MultiExitTask(LightningModule):
         Args:
             epoch: Number of the epoch, from 0.
         Returns:
-            One weight per exit; before ``backbone_epochs``, zero for all but the final one.
+            One weight per exit.
         """
-        weights = self.config.loss_weights or (1.0,) * self.network.num_exits
-        if epoch < self.config.backbone_epochs:
-            return (*(0.0 for _ in weights[:-1]), weights[-1])
-        return weights
+        return weights_in_epoch(
+            self.config.loss_weights or (1.0,) * self.network.num_exits,
+            epoch=epoch,
+            backbone_epochs=self.config.backbone_epochs,
+            ramp_epochs=self.config.ramp_epochs,
+        )
 
     def on_train_epoch_start(self) -> None:
         """Seed the epoch for a DataLoader of the user's own; EpochSampler does it for ours."""
-        self.network.train()  # a callback may have run it early, in evaluation mode
+        # A callback may have run it early, in evaluation mode.
+        set_training_mode(self.network, is_frozen=self.config.freeze_backbone)
         seed = epoch_seed(self.config.seed, self.current_epoch)
         torch.manual_seed(seed + self.global_rank)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Compute the joint loss of a batch."""
         inputs, labels_B = batch
-        outputs = self.network(inputs, detach=self.config.detach)
+        outputs = self._outputs(inputs)
         check_labels(labels_B, num_classes=outputs[-1].shape[-1])
         loss = joint_loss(
             outputs,
@@ -70,6 +74,13 @@ class MultiExitTask(LightningModule):
             )
         self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True)
         return loss
+
+    def _outputs(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        config = self.config
+        if config.gradient_equilibrium and self.current_epoch >= config.backbone_epochs:
+            return balanced_outputs(self.network, inputs)
+        outputs: tuple[Tensor, ...] = self.network(inputs, detach=config.detach)
+        return outputs
 
     def on_validation_epoch_start(self) -> None:
         """Start counting; anew, since a tensor made earlier is shared by spawned processes."""

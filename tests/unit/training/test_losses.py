@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from offramp.errors import InvalidArgumentError
-from offramp.training.losses import distillation_loss, joint_loss
+from offramp.training.losses import distillation_loss, joint_loss, weights_in_epoch
 
 
 def log_softmax(row: list[float]) -> list[float]:
@@ -77,3 +77,19 @@ def test_final_exit_learns_from_the_labels_only(outputs):
 def test_one_weight_for_each_exit(outputs, weights):
     with pytest.raises(InvalidArgumentError, match=f"each of the 3 exits. Got {len(weights)}"):
         joint_loss(outputs, LABELS, weights=weights)
+
+
+# Loss weights by epoch
+
+
+@pytest.mark.parametrize(
+    ("epoch", "share"),
+    [(0, 0), (1, 0), (2, 1 / 8), (3, 3 / 8), (4, 5 / 8), (5, 7 / 8), (6, 1), (60, 1)],
+)
+def test_early_weights_are_those_of_the_middle_of_the_epoch(epoch, share):
+    weights = weights_in_epoch((0.5, 4.0, 2.0), epoch=epoch, backbone_epochs=2, ramp_epochs=4)
+    assert weights == (0.5 * share, 4.0 * share, 2.0)
+
+
+def test_weight_of_one_exit_is_always_full():
+    assert weights_in_epoch((0.7,), epoch=0, backbone_epochs=1, ramp_epochs=1) == (0.7,)

@@ -7,8 +7,9 @@ import torch
 from offramp.errors import ArtifactError, InvalidArgumentError, OfframpError
 from offramp.model.torchvision_ops import define_missing_ops
 from offramp.training.data import RandomWarp
-from offramp.training.recipes import RECIPES, Recipe, find_recipe, override
+from offramp.training.recipes import RECIPES, Recipe, find_recipe
 from offramp.training.run import load_batches
+from offramp.training.settings import override
 from offramp.training.sources import SOURCES
 
 
@@ -43,6 +44,13 @@ def test_recipe_survives_json(recipe):
     assert again == recipe
 
 
+def test_recipe_written_before_there_were_other_regimes_is_read(digits):
+    content = json.loads(json.dumps(digits.to_dict()))
+    for setting in ("freeze_backbone", "gradient_equilibrium", "ramp_epochs"):
+        del content["fit"][setting]
+    assert Recipe.from_dict(content) == digits
+
+
 def test_tutorial_recipe_is_the_tutorial():
     recipe = find_recipe("emnist-mlp")
     assert recipe.network_options["widths"] == (1024, 1024, 1024)
@@ -71,6 +79,18 @@ def test_networks_of_one_exit_are_trained_without_the_settings_of_exits():
     assert (config.epochs, config.learning_rate) == (recipe.fit.epochs, recipe.fit.learning_rate)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"freeze_backbone": True},
+        {"gradient_equilibrium": True, "backbone_epochs": 1, "ramp_epochs": 2, "distillation": 0.5},
+    ],
+)
+def test_networks_of_one_exit_are_trained_as_if_there_were_one_regime(digits, settings):
+    recipe = replace(digits, variant="plain", fit=replace(digits.fit, **settings))
+    assert recipe.config_as_trained() == digits.fit
+
+
 @pytest.mark.parametrize(("typed", "meant"), [("digit-mlp", "digits-mlp"), ("emnist", "emnist-")])
 def test_unknown_recipe_names_the_nearest(typed, meant):
     with pytest.raises(InvalidArgumentError, match=f"no recipe '{typed}'. Did you mean '{meant}"):
@@ -88,6 +108,9 @@ def test_unknown_recipe_names_the_nearest(typed, meant):
         ("learning_rate", "1e-3", 0.001),
         ("detach", "true", True),
         ("detach", "False", False),
+        ("freeze_backbone", "true", True),
+        ("gradient_equilibrium", "true", True),
+        ("ramp_epochs", "4", 4),
         ("optimizer", "sgd", "sgd"),
         ("loss_weights", "0.5,1,2.5", (0.5, 1, 2.5)),
         ("loss_weights", "(1,)", (1,)),

@@ -30,6 +30,8 @@ PAIRS = [(torch.zeros(6), 0), (torch.ones(6), 1)]
         ("weight_decay", -0.1),
         ("backbone_epochs", -1),
         ("backbone_epochs", 10),
+        ("ramp_epochs", -1),
+        ("ramp_epochs", 11),
         ("label_smoothing", 1.0),
         ("label_smoothing", -0.1),
         ("distillation", 1.1),
@@ -49,12 +51,34 @@ def test_settings_at_the_edge_of_their_range_are_taken():
 
 
 @pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"freeze_backbone": True, "backbone_epochs": 1}, "freeze_backbone"),
+        ({"freeze_backbone": True, "gradient_equilibrium": True}, "freeze_backbone"),
+        ({"gradient_equilibrium": True, "detach": True}, "gradient_equilibrium"),
+        ({"epochs": 3, "ramp_epochs": 4}, "ramp_epochs"),
+        ({"epochs": 3, "backbone_epochs": 1, "ramp_epochs": 3}, "ramp_epochs"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, named):
+    with pytest.raises(InvalidArgumentError, match=f"The '{named}' parameter must be .* Got "):
+        FitConfig(**settings)
+
+
+def test_settings_that_go_together_are_taken():
+    FitConfig(freeze_backbone=True, detach=True, distillation=0.5, ramp_epochs=10)
+    FitConfig(gradient_equilibrium=True, backbone_epochs=2, ramp_epochs=8, distillation=0.5)
+
+
+@pytest.mark.parametrize(
     ("config", "expected"),
     [
         (FitConfig(), [(1, 1, 1)] * 3),
         (FitConfig(loss_weights=(0.3, 0.5, 2)), [(0.3, 0.5, 2)] * 3),
         (FitConfig(loss_weights=(0.3, 0.5, 2), backbone_epochs=2), [(0, 0, 2)] * 2),
         (FitConfig(backbone_epochs=1), [(0, 0, 1), (1, 1, 1), (1, 1, 1)]),
+        (FitConfig(ramp_epochs=1), [(0.5, 0.5, 1), (1, 1, 1)]),
+        (FitConfig(backbone_epochs=1, ramp_epochs=1), [(0, 0, 1), (0.5, 0.5, 1), (1, 1, 1)]),
     ],
 )
 def test_loss_weights_by_epoch(network, config, expected):
