@@ -296,7 +296,7 @@ RECIPES = {
         Recipe(
             name="sst2-minilm",
             summary="film reviews, good or bad: pretrained MiniLM, an exit after each layer",
-            expected="not measured yet",
+            expected="88.9 % at 48 % of the MACs, 89.3 % at the final exit",
             data="sst2_sentences",
             network="minilm",
             network_options={"num_classes": 2, "depth": 6, "exits_after": (1, 2, 3, 4, 5)},
