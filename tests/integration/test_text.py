@@ -32,9 +32,9 @@ def network():
 
 @pytest.fixture(scope="module")
 def ids():
-    from offramp.zoo.text import load_tokenizer, tokenizer_file
+    from offramp.zoo.text import load_tokenizer
 
-    return encode_padded(load_tokenizer(tokenizer_file()), [*GOOD, *BAD])
+    return encode_padded(load_tokenizer(), [*GOOD, *BAD])
 
 
 def test_a_sentence_is_answered_alike_whatever_it_is_padded_with(network, ids):

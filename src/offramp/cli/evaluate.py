@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -37,7 +37,45 @@ def evaluate(
     device: DeviceOption = None,
 ) -> None:
     """Report accuracy and share of samples per exit, and the mean MACs, on held-out data."""
-    from offramp.inference.evaluate import evaluate as measure
+    figures = measure(
+        run,
+        split=split,
+        data=data,
+        plain=plain,
+        in_sample=in_sample,
+        device=device,
+        show=json_file != "-",
+    )
+    if json_file is not None:
+        write_figures(figures, json_file)
+
+
+def measure(
+    run: Path,
+    *,
+    split: str,
+    data: str | None,
+    plain: Path | None,
+    in_sample: bool = False,
+    device: str | None = None,
+    show: bool = True,
+) -> dict[str, Any]:
+    """Evaluate a run or a bundle.
+
+    Args:
+        run: Its folder.
+        split: A split of the data, or calibration.
+        data: Where the data is; where the run was trained on if None.
+        plain: A plain network trained as long, to stand beside.
+        in_sample: Whether data that training or thresholds saw will do.
+        device: Where to compute.
+        show: Whether to print a table.
+    Returns:
+        The figures, for JSON.
+    Raises:
+        InSampleError: If the data were seen, and that will not do.
+    """
+    from offramp.inference.evaluate import evaluate as evaluate_runner
     from offramp.training.data import make_loader
     from offramp.training.run import load_batches
 
@@ -54,7 +92,9 @@ def evaluate(
     def figures(of: Artifact, plain_accuracy: float | None = None) -> Evaluation:
         loader = make_loader(batches.unaugmented(), batch_size=256)
         on_device = ((inputs.to(of.device), labels) for inputs, labels in loader)
-        return measure(of.runner, on_device, of.collect(loader), plain_accuracy=plain_accuracy)
+        return evaluate_runner(
+            of.runner, on_device, of.collect(loader), plain_accuracy=plain_accuracy
+        )
 
     rival = None if plain is None else _open_rival(plain, device, asked)
     plain_accuracy = None if rival is None else figures(rival).final_exit_accuracy
@@ -62,10 +102,9 @@ def evaluate(
     content = {"recipe": recipe.name, "split": split, **evaluation.to_dict()}
     if seen:
         content["in_sample"] = True
-    if json_file != "-":
+    if show:
         _print_table(evaluation, label=f"{recipe.name}, {split}" + " (IN SAMPLE)" * seen)
-    if json_file is not None:
-        write_figures(content, json_file)
+    return content
 
 
 def _open_rival(folder: Path, device: str | None, asked: Artifact) -> Artifact:

@@ -45,11 +45,11 @@ def _read_samples(samples: list[str], recipe: Recipe) -> Tensor:
     from offramp.inference.pictures import read_picture
     from offramp.training.sources import SOURCES
     from offramp.training.text import encode_padded
-    from offramp.zoo.text import load_tokenizer, tokenizer_file
+    from offramp.zoo.text import load_tokenizer
 
     source = SOURCES[recipe.data]
     if source.image_shape is None:
-        return encode_padded(load_tokenizer(tokenizer_file()), samples)
+        return encode_padded(load_tokenizer(), samples)
     return recipe.require_normalisation()(
         torch.stack([read_picture(file, source) for file in samples])
     )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from offramp.cli.evaluate import evaluate
+from offramp.cli.evaluate import measure
 from offramp.cli.options import DataOption, RunFolder
 from offramp.errors import InvalidArgumentError
 
@@ -22,7 +20,7 @@ def push(
     run: RunFolder,
     repo_id: Repository,
     private: Annotated[bool, typer.Option("--private", help="Only you shall see it.")] = False,
-    measure: Annotated[
+    evaluates: Annotated[
         bool,
         typer.Option("--evaluate/--no-evaluate", help="Measure on test for the model card."),
     ] = True,
@@ -36,17 +34,12 @@ def push(
     from offramp.training.hub import push_to_hub
     from offramp.training.run import read_recipe
 
-    if read_recipe(run)[0] is None and measure:
+    if read_recipe(run)[0] is None and evaluates:
         raise InvalidArgumentError(
             f"The run {run} holds a network of your own, without a recipe that names its data. "
             "Give --no-evaluate, or from Python: push_to_hub(run, repo_id, evaluation=...)."
         )
-    figures = None
-    if measure:
-        with tempfile.TemporaryDirectory() as scratch:
-            file = Path(scratch) / "figures.json"
-            evaluate(run, data=data, plain=plain, json_file=str(file))
-            figures = json.loads(file.read_text(encoding="utf-8"))
+    figures = measure(run, split="test", data=data, plain=plain) if evaluates else None
     address = push_to_hub(run, repo_id, evaluation=figures, private=private or None)
     print(f"pushed {run}: {address}")
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import offramp
+from offramp.artifacts import atomic_folder
 from offramp.errors import ArtifactError, ExportMismatchError, InvalidArgumentError
 from offramp.exporting.onnx import StepModule, plan_steps, write_onnx
 from offramp.exporting.single import write_single
@@ -303,18 +302,5 @@ def new_bundle_folder(folder: Path) -> Iterator[Path]:
     is_bundle = (folder / BUNDLE_FILE).is_file()
     if not is_bundle and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
         raise ArtifactError(f"{folder} exists and is no bundle. Choose another folder with --out.")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        making = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    except OSError as error:
-        raise ArtifactError(
-            f"Cannot make the folder {folder}: {error.strerror}. Choose another with --out."
-        ) from error
-    try:
+    with atomic_folder(folder, instead="Choose another with --out.") as making:
         yield making
-        making.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        making.rename(folder)
-    finally:
-        shutil.rmtree(making, ignore_errors=True)

@@ -107,15 +107,27 @@ def count_macs(module: nn.Module, *inputs: Tensor) -> int:
         >>> count_macs(nn.Linear(784, 10), torch.zeros(1, 784))
         7840
     """
-    for tensor in inputs:
-        if tensor.ndim == 0 or tensor.shape[0] == 0:
-            raise ShapeError(
-                "Expected inputs with a batch axis of at least one sample. "
-                f"Got shape {tuple(tensor.shape)}."
-            )
+    require_samples("inputs", inputs)
     with torch.no_grad(), evaluation_mode(module), counting_macs() as counted:
         module(*(tensor[:1] for tensor in inputs))
     return counted()
+
+
+def require_samples(what: str, tensors: Sequence[Tensor]) -> None:
+    """Refuse tensors without a sample in them.
+
+    Args:
+        what: What they are, for the message.
+        tensors: Each with the batch axis first.
+    Raises:
+        ShapeError: If one has no batch axis, or no sample on it.
+    """
+    for tensor in tensors:
+        if tensor.ndim == 0 or tensor.shape[0] == 0:
+            raise ShapeError(
+                f"Expected {what} with a batch axis of at least one sample. "
+                f"Got shape {tuple(tensor.shape)}."
+            )
 
 
 def parameter_bytes(*modules: nn.Module) -> int:

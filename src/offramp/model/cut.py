@@ -16,8 +16,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from offramp.errors import BackboneCutError, InvalidArgumentError, ShapeError, reason
-from offramp.measure.cost import count_macs, evaluation_mode
+from offramp.errors import BackboneCutError, InvalidArgumentError, reason
+from offramp.measure.cost import count_macs, evaluation_mode, require_samples
 from offramp.model.chain import Chain
 from offramp.model.graph import Graph, NotTraceableError
 from offramp.model.heads import head_for
@@ -106,14 +106,12 @@ def add_exits(
         2
     """
     inputs = _check_example(example)
-    if at == "auto" or num_exits is not None:
-        at = _spread(backbone, inputs, at, num_exits)
-    if heads is not None and len(heads) != len(at):
-        raise InvalidArgumentError(
-            f"Expected one head for each of the {len(at)} cuts. Got {len(heads)}."
-        )
+    _check_num_exits(at, num_exits)
     _check_logits(backbone, inputs, num_classes)
-    cutter = _find_cutter(backbone, inputs, at)
+    cutter = _find_cutter(backbone, inputs, () if at == "auto" else at)
+    if at == "auto":
+        at = _spread(backbone, cutter, inputs, num_exits)
+    _check_heads(heads, num_cuts=len(at))
     stages, stage_features = _cut(backbone, cutter, inputs, at)
     if heads is None:
         heads = [head_for(f[0], num_classes).to(f[0]) for f in stage_features[:-1]]
@@ -138,6 +136,20 @@ def _cut(
             "Something crosses there beside what its modules hand on: cut elsewhere."
         )
     return stages, stage_features
+
+
+def _check_num_exits(at: Sequence[str], num_exits: int | None) -> None:
+    if at != "auto" and num_exits is not None:
+        raise InvalidArgumentError(
+            "The 'num_exits' parameter goes with at=\"auto\"; paths say it themselves."
+        )
+
+
+def _check_heads(heads: Sequence[nn.Module] | None, *, num_cuts: int) -> None:
+    if heads is not None and len(heads) != num_cuts:
+        raise InvalidArgumentError(
+            f"Expected one head for each of the {num_cuts} cuts. Got {len(heads)}."
+        )
 
 
 def _reading_first(
@@ -167,7 +179,10 @@ def cut_paths(backbone: nn.Module, example: Tensor | Features) -> list[str]:
         >>> cut_paths(backbone, torch.zeros(1, 8))
         ['0.0', '0']
     """
-    cutter = _find_cutter(backbone, _check_example(example), ())
+    return _narrow_paths(_find_cutter(backbone, _check_example(example), ()))
+
+
+def _narrow_paths(cutter: Cutter) -> list[str]:
     named: dict[int, str] = {}
     for path, position in cutter.places.items():
         if cutter.is_narrow(position):
@@ -216,31 +231,21 @@ class WorksOnCopies(nn.Module):
 
 def _check_example(example: Tensor | Features) -> Features:
     inputs = as_features(example)
-    for tensor in inputs:
-        if tensor.ndim == 0 or len(tensor) == 0:
-            raise ShapeError(
-                "Expected an example with a batch axis of at least one sample. "
-                f"Got shape {tuple(tensor.shape)}."
-            )
+    require_samples("an example", inputs)
     return inputs
 
 
 def _spread(
-    backbone: nn.Module, inputs: Features, at: Sequence[str], num_exits: int | None
+    backbone: nn.Module, cutter: Cutter, inputs: Features, num_exits: int | None
 ) -> list[str]:
     """Paths that share the backbone's MACs out evenly."""
-    if at != "auto":
-        raise InvalidArgumentError(
-            "The 'num_exits' parameter goes with at=\"auto\"; paths say it themselves."
-        )
-    paths = cut_paths(backbone, inputs)
+    paths = _narrow_paths(cutter)
     if num_exits is None or not 2 <= num_exits <= len(paths) + 1:
         raise InvalidArgumentError(
             f"With at=\"auto\", the 'num_exits' parameter must be an int in [2, {len(paths) + 1}]: "
             f"{type(backbone).__name__} has {len(paths)} places for an exit, and its end. "
             f"Got {num_exits}."
         )
-    cutter = _find_cutter(backbone, inputs, paths)
     macs = []
     features = tuple(tensor[:1].clone() for tensor in inputs)
     with evaluation_mode(backbone), torch.no_grad():

@@ -9,7 +9,7 @@ Shapes: ``B`` batch, ``T`` tokens, ``D`` width of a token, ``C`` classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -102,10 +102,8 @@ def bert_steps(bert: Any, path: str = "bert") -> list[Step]:
         Steps whose features are the tokens, shape (B, T, D), and the attention mask, shape (B, T),
         which is 0 on padding; those of the first are token ids and the mask, both (B, T).
     """
-    layers = [
-        (f"{path}.encoder.layer.{i}", BertLayerStep(layer, bert.config))
-        for i, layer in enumerate(bert.encoder.layer)
-    ]
+    wrapped = (BertLayerStep(layer, bert.config) for layer in bert.encoder.layer)
+    layers = _numbered(f"{path}.encoder.layer", wrapped)
     return [(f"{path}.embeddings", BertStartStep(bert.embeddings)), *layers]
 
 
@@ -136,15 +134,16 @@ class BertLayerStep(nn.Module):
     """
 
     def __init__(self, layer: nn.Module, config: Any) -> None:
+        from transformers.masking_utils import create_bidirectional_mask
+
         super().__init__()
         self.layer = layer
         self._config = config
+        self._make_mask = create_bidirectional_mask
 
     def forward(self, hidden_BTD: Tensor, mask_BT: Tensor) -> Features:
         """Map tokens and mask to tokens and mask."""
-        from transformers.masking_utils import create_bidirectional_mask
-
-        mask = create_bidirectional_mask(
+        mask = self._make_mask(
             config=self._config, inputs_embeds=hidden_BTD, attention_mask=mask_BT
         )
         return self.layer(hidden_BTD, mask), mask_BT
@@ -171,7 +170,7 @@ class _BertEnd(nn.Module):
 def _vit(name: str) -> Callable[[Any], LayerList]:
     def describe(model: Any) -> LayerList:
         vit = getattr(model, name)
-        layers = [(f"{name}.layers.{i}", layer) for i, layer in enumerate(vit.layers)]
+        layers = _numbered(f"{name}.layers", vit.layers)
         start = (f"{name}.embeddings", vit.embeddings)
         end = ("classifier", nn.Sequential(vit.layernorm, _FirstToken(), model.classifier))
         return LayerList([start, *layers, end])
@@ -189,13 +188,20 @@ def _convnext(model: Any) -> LayerList:
     steps: list[Step] = [("convnext.embeddings", convnext.embeddings)]
     for i, stage in enumerate(convnext.encoder.stages):
         path = f"convnext.encoder.stages.{i}"
-        pieces = [f"{path}.downsampling_layer.{j}" for j, _ in enumerate(stage.downsampling_layer)]
-        pieces += [f"{path}.layers.{j}" for j, _ in enumerate(stage.layers)]
-        modules = [*stage.downsampling_layer, *stage.layers]
-        # The end of the last layer is the end of the stage, whose name is the shorter.
-        steps += zip([*pieces[:-1], path], modules, strict=True)
+        downsampling = _numbered(f"{path}.downsampling_layer", stage.downsampling_layer)
+        steps += _ending_at(path, [*downsampling, *_numbered(f"{path}.layers", stage.layers)])
     end = nn.Sequential(_PixelMean(), convnext.layernorm, model.classifier)
     return LayerList([*steps, ("classifier", end)])
+
+
+def _numbered(path: str, modules: Iterable[nn.Module]) -> list[Step]:
+    """Members of a list of modules, each a step."""
+    return [(f"{path}.{i}", module) for i, module in enumerate(modules)]
+
+
+def _ending_at(path: str, steps: Sequence[Step]) -> list[Step]:
+    """The steps of a module: the end of the last is the end of the module, the shorter name."""
+    return [*steps[:-1], (path, steps[-1][1])]
 
 
 class _PixelMean(nn.Module):
@@ -208,14 +214,13 @@ def _resnet(model: Any) -> LayerList:
     steps: list[Step] = [("resnet.embedder", resnet.embedder)]
     for i, stage in enumerate(resnet.encoder.stages):
         path = f"resnet.encoder.stages.{i}"
-        pieces = [f"{path}.layers.{j}" for j, _ in enumerate(stage.layers)]
-        steps += zip([*pieces[:-1], path], stage.layers, strict=True)
+        steps += _ending_at(path, _numbered(f"{path}.layers", stage.layers))
     end = nn.Sequential(resnet.pooler, model.classifier)
     return LayerList([*steps, ("classifier", end)])
 
 
 def _segformer(model: Any) -> LayerList:
-    stages = [(f"segformer.stages.{i}", stage) for i, stage in enumerate(model.segformer.stages)]
+    stages = _numbered("segformer.stages", model.segformer.stages)
     return LayerList([*stages, ("classifier", _SegformerEnd(model.config, model.classifier))])
 
 
@@ -236,10 +241,8 @@ class _SegformerEnd(nn.Module):
 
 def _segformer_maps(model: Any) -> LayerList:
     stages = model.segformer.stages
-    steps: list[Step] = [
-        (f"segformer.stages.{i}", _PyramidStage(stage, is_first=i == 0))
-        for i, stage in enumerate(stages)
-    ]
+    pyramid = (_PyramidStage(stage, is_first=i == 0) for i, stage in enumerate(stages))
+    steps = _numbered("segformer.stages", pyramid)
     end = ("decode_head", _PyramidEnd(model.decode_head))
     return LayerList([*steps, end], num_crossing=range(1, len(stages) + 1))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 Tensors = tuple[Tensor, ...]
@@ -54,8 +55,9 @@ def trim_tokens(tensors: Tensors, mask_BT: Tensor) -> Tensors:
     Returns:
         The tensors, of at least one token.
     """
-    longest = int(mask_BT.any(0).nonzero().amax()) + 1 if bool(mask_BT.any()) else 1
     num_tokens = mask_BT.shape[1]
+    positions_T = torch.arange(1, num_tokens + 1, device=mask_BT.device)
+    longest = max(1, int((mask_BT.any(0) * positions_T).amax()))  # the one wait for the device
     if longest == num_tokens:
         return tensors
     return tuple(

@@ -63,6 +63,8 @@ class Session:
         ]
         self._exits = np.array([step.exit_index for step in self.bundle.steps])
         self._exit_macs = np.array([step.exit_macs for step in self.bundle.steps])
+        # Of unequal samples: numbers of a polynomial in their tokens, shape (steps, 3).
+        self._macs_by_length = np.array([step.exit_macs_by_length for step in self.bundle.steps])
 
     def run(self, *inputs: npt.ArrayLike) -> AdaptiveResult[Array]:
         """Answer a batch.
@@ -119,8 +121,7 @@ class Session:
     def _macs(self, step_B: Array, mask_BT: Array) -> Array:
         """MACs of samples of unequal length, by the step that each left by."""
         lengths_B = mask_BT.sum(1)
-        by_length_S3 = np.array([step.exit_macs_by_length for step in self.bundle.steps])
-        macs_B: Array = (by_length_S3[step_B] * lengths_B[:, None] ** np.arange(3)).sum(1)
+        macs_B: Array = (self._macs_by_length[step_B] * lengths_B[:, None] ** np.arange(3)).sum(1)
         return macs_B
 
     def run_step(

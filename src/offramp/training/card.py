@@ -33,10 +33,10 @@ _LOAD_TEXTS = """\
 ```python
 from offramp import AdaptiveRunner, from_pretrained
 from offramp.training.text import encode_padded
-from offramp.zoo.text import load_tokenizer, tokenizer_file
+from offramp.zoo.text import load_tokenizer
 
 run = from_pretrained("{name}")
-inputs = encode_padded(load_tokenizer(tokenizer_file()), ["yours", "one sentence each"])
+inputs = encode_padded(load_tokenizer(), ["yours", "one sentence each"])
 {use}
 ```
 

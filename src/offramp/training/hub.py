@@ -18,7 +18,7 @@ from typing import Any
 from huggingface_hub import HfApi, constants, errors
 from safetensors import SafetensorError, safe_open
 
-from offramp.artifacts import read_json
+from offramp.artifacts import atomic_folder, read_json
 from offramp.errors import ArtifactError, InvalidArgumentError, reason
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.as_dict import policy_from_dict
@@ -359,18 +359,5 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         ArtifactError: If the folder holds something already or cannot be made.
     """
     _require_new(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        making = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    except OSError as error:
-        raise ArtifactError(
-            f"Cannot make the folder {folder}: {error.strerror}. Choose another."
-        ) from error
-    try:
+    with atomic_folder(folder, instead="Choose another.") as making:
         yield making
-        making.chmod(0o755)
-        if folder.exists():
-            folder.rmdir()
-        making.rename(folder)
-    finally:
-        shutil.rmtree(making, ignore_errors=True)

@@ -172,6 +172,26 @@ _FINE_TUNE = FitConfig(
     distillation=0.5,
 )
 
+
+def _minilm(name: str, *, summary: str, expected: str, data: str, num_classes: int) -> Recipe:
+    """MiniLM fine-tuned on labelled texts."""
+    return Recipe(
+        name=name,
+        summary=summary,
+        expected=expected,
+        data=data,
+        network="minilm",
+        network_options={
+            "num_classes": num_classes,
+            "depth": 6,
+            "exits_after": (1, 2, 3, 4, 5),
+        },
+        static_options={"depth": 3},
+        calibration_share=0.15,
+        fit=_FINE_TUNE,
+    )
+
+
 _CIFAR10_PIXELS = Normalisation(mean=0.473, deviation=0.251)
 _SHIFT_AND_MIRROR = RandomWarp(degrees=0.0, scale=0.0, shear=0.0, shift=4.0, mirror=True)
 
@@ -293,27 +313,19 @@ RECIPES = {
                 distillation=0.5,
             ),
         ),
-        Recipe(
-            name="sst2-minilm",
+        _minilm(
+            "sst2-minilm",
             summary="film reviews, good or bad: pretrained MiniLM, an exit after each layer",
             expected="88.9 % at 48 % of the MACs, 89.3 % at the final exit",
             data="sst2_sentences",
-            network="minilm",
-            network_options={"num_classes": 2, "depth": 6, "exits_after": (1, 2, 3, 4, 5)},
-            static_options={"depth": 3},
-            calibration_share=0.15,
-            fit=_FINE_TUNE,
+            num_classes=2,
         ),
-        Recipe(
-            name="trec6-minilm",
+        _minilm(
+            "trec6-minilm",
             summary="what a question asks for: pretrained MiniLM, an exit after each layer",
             expected="not measured yet",
             data="trec6",
-            network="minilm",
-            network_options={"num_classes": 6, "depth": 6, "exits_after": (1, 2, 3, 4, 5)},
-            static_options={"depth": 3},
-            calibration_share=0.15,
-            fit=_FINE_TUNE,
+            num_classes=6,
         ),
         Recipe(
             name="resnet18-32",

@@ -18,7 +18,7 @@ from offramp.training.data import Batches, ImageBatches, check_labels, split_off
 from offramp.training.recipes import Recipe
 from offramp.training.sources import Split, TextSplit, load_split
 from offramp.training.text import TextBatches, encode
-from offramp.zoo.text import load_tokenizer, tokenizer_file
+from offramp.zoo.text import load_tokenizer
 
 RECIPE_FILE = "recipe.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -302,7 +302,7 @@ def _load_checked(recipe: Recipe, split: str, data: str | None) -> Split | TextS
 def _as_batches(recipe: Recipe, whole: Split | TextSplit) -> Batches:
     """All samples of a split, as the recipe's network takes them, augmented as it says."""
     if isinstance(whole, TextSplit):
-        return TextBatches(encode(load_tokenizer(tokenizer_file()), whole.texts), whole.labels_N)
+        return TextBatches(encode(load_tokenizer(), whole.texts), whole.labels_N)
     return ImageBatches(
         whole.store,
         whole.labels_N,

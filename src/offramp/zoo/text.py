@@ -14,6 +14,7 @@ from offramp.model.layer_lists import InOrder, bert_steps
 from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.model.ragged import Ragged
 from offramp.model.torchvision_ops import define_missing_ops
+from offramp.zoo.exits import kept_exits
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -52,22 +53,18 @@ def minilm(
     steps = [step for _, step in bert_steps(bert)]
     num_layers = len(steps) - 1
     ends = (*(end for end in exits_after if end < depth), depth)
-    num_exits = len(ends) if num_exits is None else num_exits
     if not (1 <= depth <= num_layers and list(ends) == sorted(set(ends)) and ends[0] >= 1):
         raise InvalidArgumentError(
             f"The 'exits_after' parameter must hold growing ints from 1, and 'depth' be at most "
             f"{num_layers}. Got {exits_after} and {depth}."
         )
-    if not 1 <= num_exits <= len(ends):
-        raise InvalidArgumentError(
-            f"The 'num_exits' parameter must be an int in [1, {len(ends)}]. Got {num_exits}."
-        )
+    kept = kept_exits(ends, num_exits)
     pad_id = bert.config.pad_token_id
     parts: list[nn.Module] = [_WithMask(pad_id), steps[0]]
     stages, heads = [], []
     for number, layer in enumerate(steps[1 : depth + 1], start=1):
         parts.append(layer)
-        if number in ends[len(ends) - num_exits :]:
+        if number in kept:
             stages.append(InOrder(parts))
             width = bert.config.hidden_size
             heads.append(token_head(width, num_classes, hidden=width))
@@ -88,32 +85,20 @@ class _WithMask(nn.Module):
         return ids_BT, (ids_BT != self._pad_id).long()
 
 
-def tokenizer_file() -> Path:
-    """Where the tokenizer of the pretrained model is.
+def load_tokenizer() -> Tokenizer:
+    """Load the pretrained model's tokenizer; it cuts long texts and pads none.
 
-    Returns:
-        A ``tokenizer.json`` for the tokenizers library.
-    Raises:
-        MissingExtraError: If the package of weights is not installed.
-    """
-    return _package_folder() / "tokenizer.json"
-
-
-def load_tokenizer(file: Path) -> Tokenizer:
-    """Load a tokenizer that cuts long texts and pads none.
-
-    Args:
-        file: A ``tokenizer.json``.
     Returns:
         A tokenizer of the tokenizers library.
     Raises:
-        MissingExtraError: If that library is not installed.
+        MissingExtraError: If that library or the package of weights is not installed.
     """
+    folder = _package_folder()
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise _missing("tokenizers") from error
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.enable_truncation(MAX_TOKENS)
     return tokenizer

@@ -1,0 +1,24 @@
+"""Which exits a network keeps, where only the last are asked for."""
+
+from __future__ import annotations
+
+from offramp.errors import InvalidArgumentError
+
+
+def kept_exits(ends: tuple[int, ...], num_exits: int | None) -> tuple[int, ...]:
+    """The last exits of a network; the stages before them are to be merged.
+
+    Args:
+        ends: After which block, layer or group each exit hangs, the final exit last.
+        num_exits: How many to keep; all if None.
+    Returns:
+        As many of the ends, the final exit last.
+    Raises:
+        InvalidArgumentError: If there are not so many.
+    """
+    num_exits = len(ends) if num_exits is None else num_exits
+    if not 1 <= num_exits <= len(ends):
+        raise InvalidArgumentError(
+            f"The 'num_exits' parameter must be an int in [1, {len(ends)}]. Got {num_exits}."
+        )
+    return ends[len(ends) - num_exits :]
