@@ -1,6 +1,6 @@
 """The library on a user's own data and network: fit, calibrate, run, save, load."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -64,6 +64,35 @@ def test_fit_takes_a_dataset_or_a_loader_and_writes_nothing(empty_folder, wrap, 
     assert min(accuracy(network, blobs(256, seed=2))) > 0.9
     assert not network.training
     assert list(empty_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("regime", [{}, {"gradient_equilibrium": True}], ids=["joint", "balanced"])
+def test_fit_takes_a_network_of_several_inputs(regime):
+    class Joined(nn.Module):
+        def __init__(self, stage):
+            super().__init__()
+            self.stage = stage
+
+        def forward(self, x, y):
+            return self.stage(torch.cat([x, y], 1))
+
+    class Pairs(torch.utils.data.Dataset):
+        """Blobs whose two coordinates come as two inputs."""
+
+        def __init__(self, seed):
+            self.points, self.labels = blobs(256, seed=seed).tensors
+
+        def __len__(self):
+            return len(self.labels)
+
+        def __getitem__(self, i):
+            return (self.points[i, :1], self.points[i, 1:]), self.labels[i]
+
+    network = build_network()
+    network.stages[0] = Joined(network.stages[0])
+    off.fit(network, Pairs(0), Pairs(1), replace(CONFIG, **regime))
+    held_out = DataLoader(Pairs(2), batch_size=64)
+    assert off.collect(network, held_out).correct_KN.double().mean(1).min() > 0.9
 
 
 def test_fit_repeats_itself_with_the_same_seed():

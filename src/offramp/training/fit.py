@@ -55,7 +55,8 @@ def fit(
 
     Args:
         network: The network to train.
-        train: Pairs of (input, class), or a loader of batches of them.
+        train: Pairs of (input, class), or a loader of batches of them; the input is a tuple of
+            tensors where the network takes several.
         calibration: Held-out pairs, to report each exit's accuracy after every epoch.
         config: How to train; ``FitConfig()`` if None.
         folder: An existing folder for checkpoint and logs; nothing is written if None.

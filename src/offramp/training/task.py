@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from offramp.errors import TrainingDivergedError
-from offramp.model.multi_exit import MultiExitNetwork
+from offramp.model.multi_exit import Features, MultiExitNetwork, as_inputs
 from offramp.training.config import FitConfig
 from offramp.training.data import check_labels, epoch_seed
 from offramp.training.losses import joint_loss, weights_in_epoch
@@ -54,10 +54,10 @@ class MultiExitTask(LightningModule):
         seed = epoch_seed(self.config.seed, self.current_epoch)
         torch.manual_seed(seed + self.global_rank)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+    def training_step(self, batch: tuple[Any, Tensor], batch_index: int) -> Tensor:
         """Compute the joint loss of a batch."""
         inputs, labels_B = batch
-        outputs = self._outputs(inputs)
+        outputs = self._outputs(as_inputs(inputs))
         check_labels(labels_B, num_classes=outputs[-1].shape[-1])
         loss = joint_loss(
             outputs,
@@ -75,11 +75,11 @@ class MultiExitTask(LightningModule):
         self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True)
         return loss
 
-    def _outputs(self, inputs: Tensor) -> tuple[Tensor, ...]:
+    def _outputs(self, inputs: Features) -> tuple[Tensor, ...]:
         config = self.config
         if config.gradient_equilibrium and self.current_epoch >= config.backbone_epochs:
-            return balanced_outputs(self.network, inputs)
-        outputs: tuple[Tensor, ...] = self.network(inputs, detach=config.detach)
+            return balanced_outputs(self.network, *inputs)
+        outputs: tuple[Tensor, ...] = self.network(*inputs, detach=config.detach)
         return outputs
 
     def on_validation_epoch_start(self) -> None:
@@ -87,10 +87,10 @@ class MultiExitTask(LightningModule):
         self._correct_K = torch.zeros(self.network.num_exits)
         self._num_validated = 0
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+    def validation_step(self, batch: tuple[Any, Tensor], batch_index: int) -> None:
         """Count each exit's correct answers on a batch."""
         inputs, labels_B = batch
-        outputs = self.network(inputs)
+        outputs = self.network(*as_inputs(inputs))
         check_labels(labels_B, num_classes=outputs[-1].shape[-1])
         correct = [(logits_BC.argmax(-1) == labels_B).sum() for logits_BC in outputs]
         self._correct_K += torch.stack(correct).cpu()
