@@ -19,8 +19,9 @@ means over the seeds; spread is the adaptive one's highest less its lowest, in p
 the mean as a share of the plain network's. FILE is written after each run of a regime, and what it
 holds from the same settings is not trained again.
 
-    OFFRAMP_DATA=... python benchmarks/regimes.py START_RUN [--epochs 2] [--seeds 0,1]
-        [--train-samples 20000] [--learning-rate 0.01] [--budget-share 0.55] [--json FILE]
+    OFFRAMP_DATA=... python benchmarks/regimes.py START_RUN [--only joint,mixed] [--epochs 2]
+        [--seeds 0,1] [--train-samples 20000] [--learning-rate 0.01] [--budget-share 0.55]
+        [--json FILE]
 """
 
 from __future__ import annotations
@@ -203,6 +204,18 @@ def mean_over_seeds(own: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def chosen_regimes(only: str | None, epochs: int) -> dict[str, dict[str, Any]]:
+    """Those asked for, all of them if None; refuses names that are none."""
+    known = regimes(epochs)
+    names = list(known) if only is None else [name.strip() for name in only.split(",")]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise typer.BadParameter(
+            f"expected regimes among {', '.join(known)}; got {', '.join(unknown)}"
+        )
+    return {name: known[name] for name in names}
+
+
 def print_results(results: list[dict[str, Any]], start_accuracy: float, title: str) -> None:
     table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True, show_edge=False)
     exits = [f"exit {k}" for k in range(len(results[0]["exit_accuracy"]))]
@@ -224,6 +237,7 @@ def print_results(results: list[dict[str, Any]], start_accuracy: float, title: s
 
 def main(
     start: Annotated[Path, typer.Argument(help="A trained run folder, plain or adaptive.")],
+    only: Annotated[str | None, typer.Option(metavar="REGIME,...", help="All if left out.")] = None,
     epochs: Annotated[int, typer.Option(min=2, help="Of each regime.")] = 2,
     seeds: Annotated[str, typer.Option(metavar="S,...", help="Of exits and order.")] = "0,1",
     train_samples: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20_000,
@@ -235,6 +249,7 @@ def main(
 ) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
+    wanted = chosen_regimes(only, epochs)
     task = read_task(start, data=data, num_train=train_samples, budget_share=budget_share)
     check_start(task)
     joint = settings_of_joint(task.recipe, epochs=epochs, learning_rate=learning_rate)
@@ -243,7 +258,7 @@ def main(
     before = collect(task.start, task.test).correct_KN[-1].double().mean().item()
     measured = {(row["regime"], row["seed"]) for row in rows}
     for seed in (int(part) for part in seeds.split(",")):
-        for regime, changes in regimes(epochs).items():
+        for regime, changes in wanted.items():
             if (regime, seed) in measured:
                 continue
             row = measure(task, replace(joint, seed=seed, **changes))
