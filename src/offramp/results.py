@@ -17,10 +17,13 @@ class AdaptiveResult(Generic[Array]):
         output: Raw logits of the exit each sample left by, shape (B, C), float.
         exit_index: The exit each sample left by, shape (B,), int64.
         confidence: The policy's confidence at that exit, in [0, 1], shape (B,), float.
-        macs: Multiply-accumulates that ran for each sample, exit heads counted, shape (B,), int64.
+        macs: Multiply-accumulates that ran for each sample, exit heads and gates counted, shape
+            (B,), int64.
+        blocks: Which blocks ran, shape (B, gates), bool; None where blocks are not skipped.
     """
 
     output: Array
     exit_index: Array
     confidence: Array
     macs: Array
+    blocks: Array | None = None

@@ -10,6 +10,10 @@ from offramp.model.heads import conv_head, pooled_head
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.zoo.exits import kept_exits
 
+_LEAST_CHANNELS_LAST = 8
+"""Narrower networks stay channels-first: torch 2.13 writes outside its memory in the backward pass
+of a 1x1 convolution with a stride there."""
+
 
 def resnet(
     *,
@@ -61,7 +65,8 @@ def resnet(
                 heads.append((pooled_head if is_final else conv_head)(channels, num_classes))
                 parts = []
     network = MultiExitNetwork(stages, heads)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if min(widths) >= _LEAST_CHANNELS_LAST:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
 
 

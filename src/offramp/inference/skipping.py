@@ -1,0 +1,95 @@
+"""Running a network that skips blocks so that what is skipped does not run.
+
+Shapes: ``B`` batch, ``C`` classes, ``G`` gates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from offramp.model.multi_exit import take_samples
+from offramp.policy.gate_policy import GatePolicy
+from offramp.results import AdaptiveResult
+from offramp.routing.gates import GateState
+from offramp.routing.skip import SkipCosts, SkipNetwork
+
+
+class SkipRunner:
+    """Runs each block on the samples whose gate wants it; the others go around.
+
+    Args:
+        network: The network; it is put in evaluation mode.
+        policy: How likely a gate must be; one half if None, as the gates were trained.
+    """
+
+    def __init__(self, network: SkipNetwork, policy: GatePolicy | None = None) -> None:
+        self.network = network.eval()
+        self.policy = policy or GatePolicy()
+        self._costs_by_size: dict[Hashable, SkipCosts] = {}
+
+    @torch.inference_mode()
+    def run(self, *inputs: Tensor) -> AdaptiveResult[Tensor]:
+        """Answer a batch.
+
+        Args:
+            inputs: The network's input, with the batch axis first, on its device.
+        Returns:
+            Logits, the largest class probability, MACs and blocks run of each sample, in the
+            order of the batch; every sample leaves by the only exit.
+        """
+        if self.network.training:  # a caller may have trained it since
+            self.network.eval()
+        (images,) = inputs
+        x, blocks_BG = self._run_blocks(self.network.stem(images))
+        logits_BC = self.network.head(x)
+        return AdaptiveResult(
+            output=logits_BC,
+            exit_index=torch.zeros(len(images), dtype=torch.int64, device=images.device),
+            confidence=logits_BC.softmax(-1).amax(-1),
+            macs=self._costs(images).macs(blocks_BG),
+            blocks=blocks_BG,
+        )
+
+    def _run_blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        network, threshold = self.network, self.policy.threshold
+        run_one_or_many = self._run_one if len(x) == 1 else self._run_many
+        state: GateState = ()
+        ran = []
+        for index in range(network.num_gates):
+            probability_B, state = network.ask(index, x, state)
+            run_B = ~(probability_B < threshold)  # NaN runs the block
+            x = run_one_or_many(index, x, run_B)
+            ran.append(run_B)
+        return x, torch.stack(ran, 1)
+
+    def _run_one(self, index: int, x: Tensor, run_B: Tensor) -> Tensor:
+        """A single sample needs no indexing: the block runs or does not."""
+        if bool(run_B):
+            return self.network.run_block(index, x)
+        return self.network.skip_block(index, x)
+
+    def _run_many(self, index: int, x: Tensor, run_B: Tensor) -> Tensor:
+        """Run the block on those that want it, and put what comes out back in its place."""
+        rows = run_B.nonzero()[:, 0]  # the one wait for the device at this gate
+        if len(rows) == len(x):
+            return self.network.run_block(index, x)
+        if len(rows) == 0:
+            return self.network.skip_block(index, x)
+        (wanting,) = take_samples((x,), rows)
+        ran = self.network.run_block(index, wanting)
+        if ran.shape[1:] == x.shape[1:]:  # going around changes nothing
+            return x.index_copy_(0, rows, ran)  # ours to write on: the stem made it, or a block
+        others = (~run_B).nonzero()[:, 0]
+        (resting,) = take_samples((x,), others)
+        both = torch.cat([ran, self.network.skip_block(index, resting)])
+        (in_order,) = take_samples((both,), torch.cat([rows, others]).argsort())
+        return in_order
+
+    def _costs(self, images: Tensor) -> SkipCosts:
+        size = images.shape[1:]
+        if size not in self._costs_by_size:
+            self._costs_by_size[size] = self.network.costs(images)
+        return self._costs_by_size[size]

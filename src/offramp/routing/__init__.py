@@ -1,0 +1,1 @@
+"""Networks that choose per input what to run: blocks that are skipped."""

@@ -1,0 +1,120 @@
+"""Gates: small networks that say, from the features in front of a block, whether it shall run.
+
+Shapes: ``B`` batch, ``C`` channels, ``H W`` pixels, ``G`` gates, ``E`` units of a recurrent gate.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from offramp.errors import InvalidArgumentError
+
+GateState = tuple[Tensor, ...]
+"""What gates remember of each sample from one to the next: tensors with their batch axis first."""
+
+
+class Gates(nn.Module, ABC):
+    """The gates of a network, one for each block that may be skipped."""
+
+    @abstractmethod
+    def forward(self, index: int, x: Tensor, state: GateState) -> tuple[Tensor, GateState]:
+        """Say how much a block should run.
+
+        Args:
+            index: Number of the gate, from 0.
+            x: What goes into its block, shape (B, C, H, W).
+            state: What the gate before returned; the empty tuple for the first.
+        Returns:
+            score: Shape (B,); its sigmoid is the probability with which the block runs.
+            state: For the next gate.
+        """
+
+
+class RecurrentGates(Gates):
+    """One LSTM that all gates share: it reads the pooled features and remembers those before.
+
+    Args:
+        channels: Channels of the features that each gate reads; gates of equal width share their
+            projection.
+        units: Units of the LSTM, and width of what it reads.
+    Reference: Wang et al. (2018), SkipNet, section 3.1, recurrent gates; 10 units as there.
+    """
+
+    def __init__(self, channels: Sequence[int], *, units: int = 10) -> None:
+        super().__init__()
+        self.channels = tuple(channels)
+        self.projections = nn.ModuleDict(
+            {str(width): nn.Linear(width, units) for width in sorted(set(channels))}
+        )
+        self.cell = nn.LSTMCell(units, units)
+        self.score = nn.Linear(units, 1)
+
+    def forward(self, index: int, x: Tensor, state: GateState) -> tuple[Tensor, GateState]:
+        """See :meth:`Gates.forward`; the state is the LSTM's, two tensors of shape (B, E)."""
+        seen_BE = self.projections[str(self.channels[index])](x.mean((-2, -1)))
+        state = self.cell(seen_BE, state or None)
+        return self.score(state[0])[:, 0], state
+
+
+class FeedForwardGates(Gates):
+    """Gates of their own: two convolutions on the pooled map, and a score. No memory.
+
+    Args:
+        channels: Channels of the features that each gate reads.
+        width: Channels of a gate's convolutions; those of its features if None, as in the paper.
+    Reference: Wang et al. (2018), SkipNet, section 3.1, FFGate; one score and its sigmoid stand
+        for the softmax over two.
+    """
+
+    def __init__(self, channels: Sequence[int], *, width: int | None = None) -> None:
+        super().__init__()
+        self.gates = nn.ModuleList(_feed_forward_gate(each, width or each) for each in channels)
+
+    def forward(self, index: int, x: Tensor, state: GateState) -> tuple[Tensor, GateState]:
+        """See :meth:`Gates.forward`; the state stays empty."""
+        # A map of one pixel has nothing left to pool.
+        pooled = F.max_pool2d(x, 2) if min(x.shape[-2:]) > 1 else x
+        return self.gates[index](pooled)[:, 0], ()
+
+
+def _feed_forward_gate(channels: int, width: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, 1),
+    )
+
+
+GATES: dict[str, Callable[[Sequence[int]], Gates]] = {
+    "recurrent": RecurrentGates,
+    "feed_forward": FeedForwardGates,
+}
+"""Kinds of gates by name."""
+
+
+def make_gates(kind: str, channels: Sequence[int]) -> Gates:
+    """Build gates.
+
+    Args:
+        kind: recurrent or feed_forward.
+        channels: Channels of the features that each gate reads.
+    Returns:
+        As many gates.
+    Raises:
+        InvalidArgumentError: If there is no such kind.
+    """
+    if kind not in GATES:
+        raise InvalidArgumentError(
+            f"The 'gates' parameter must be one of {', '.join(GATES)}. Got {kind!r}."
+        )
+    return GATES[kind](channels)

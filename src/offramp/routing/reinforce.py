@@ -1,0 +1,113 @@
+"""Losses that train gates by reward, and by labels and reward together (hybrid).
+
+Shapes: ``B`` batch, ``C`` classes, ``G`` gates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from offramp.errors import ShapeError
+
+_LEAST_PROBABILITY = 1e-6
+"""Below this and above one minus this, the logarithm of a probability is that of the limit."""
+
+
+def skip_rewards(action_BG: Tensor, alpha: float, weights: Sequence[float] | None = None) -> Tensor:
+    """What each gate earns at once: a share of alpha for each block that it skips.
+
+    Args:
+        action_BG: Whether each block ran, shape (B, G), 0 or 1.
+        alpha: What skipping all blocks earns.
+        weights: Of each gate, for example the MACs of its block; all alike if None.
+    Returns:
+        Shape (B, G).
+    Reference: Wang et al. (2018), SkipNet, section 3.2: alpha over the number of gates.
+    """
+    num_gates = action_BG.shape[1]
+    share_G = torch.ones(num_gates) if weights is None else torch.tensor(weights).float()
+    return alpha * (share_G / share_G.sum()).to(action_BG) * (1 - action_BG)
+
+
+def returns_to_go(reward_BG: Tensor, final_B: Tensor) -> Tensor:
+    """What a gate's decision leads to: its own reward, all later ones, and the final one.
+
+    Args:
+        reward_BG: What each gate earns at once, shape (B, G).
+        final_B: What the answer earns, shape (B,).
+    Returns:
+        Shape (B, G), undiscounted.
+    Example:
+        >>> returns_to_go(torch.tensor([[1.0, 2.0]]), torch.tensor([10.0]))
+        tensor([[13., 12.]])
+    """
+    return reward_BG.flip(1).cumsum(1).flip(1) + final_B[:, None]
+
+
+def reinforce_loss(
+    probability_BG: Tensor, action_BG: Tensor, return_BG: Tensor, *, baseline: bool = False
+) -> Tensor:
+    """A loss whose gradient is that of the mean return, estimated from the actions drawn.
+
+    Args:
+        probability_BG: With which each block runs, shape (B, G); the gradient flows here.
+        action_BG: What was drawn, shape (B, G), 0 or 1.
+        return_BG: What each gate's decision led to, shape (B, G).
+        baseline: Whether to subtract from each return the mean return at that gate of the other
+            samples, which leaves the expected gradient as it is and cuts its variance.
+    Returns:
+        Minus the mean over the batch of the sum over gates of return times log-probability.
+    Raises:
+        ShapeError: If there is a baseline and but one sample.
+    Reference: Williams (1992), REINFORCE.
+    """
+    advantage_BG = return_BG.detach()
+    if baseline:
+        num_samples = len(advantage_BG)
+        if num_samples < 2:
+            raise ShapeError("A baseline needs a batch of at least two samples. Got one.")
+        # Leaving a sample out of its own mean scales the difference to the whole mean.
+        scale = num_samples / (num_samples - 1)
+        advantage_BG = scale * (advantage_BG - advantage_BG.mean(0))
+    p_BG = probability_BG.clamp(_LEAST_PROBABILITY, 1 - _LEAST_PROBABILITY)
+    log_probability_BG = torch.where(action_BG > 0.5, p_BG.log(), (1 - p_BG).log())
+    return -(advantage_BG * log_probability_BG).sum(1).mean()
+
+
+def hybrid_loss(
+    logits_BC: Tensor,
+    labels_B: Tensor,
+    probability_BG: Tensor,
+    action_BG: Tensor,
+    *,
+    alpha: float,
+    policy_weight: float,
+    weights: Sequence[float] | None = None,
+    baseline: bool = False,
+) -> Tensor:
+    """The supervised loss of a pass with actions drawn, and the policy gradient beside it.
+
+    The final reward is minus the sample's cross entropy.
+
+    Args:
+        logits_BC: Raw logits under the actions, shape (B, C).
+        labels_B: Classes, shape (B,), int64.
+        probability_BG: With which each block would run, shape (B, G).
+        action_BG: What was drawn, shape (B, G).
+        alpha: What skipping all blocks earns.
+        policy_weight: Weight of the policy gradient.
+        weights: Of each gate's reward; all alike if None.
+        baseline: As for :func:`reinforce_loss`.
+    Returns:
+        A scalar.
+    Reference: Wang et al. (2018), SkipNet, section 3.3.
+    """
+    cross_entropy_B = F.cross_entropy(logits_BC, labels_B, reduction="none")
+    rewards_BG = skip_rewards(action_BG, alpha, weights)
+    return_BG = returns_to_go(rewards_BG, -cross_entropy_B.detach())
+    policy_loss = reinforce_loss(probability_BG, action_BG, return_BG, baseline=baseline)
+    return cross_entropy_B.mean() + policy_weight * policy_loss

@@ -1,0 +1,277 @@
+"""SkipNet: a residual network whose blocks are run or skipped, input by input.
+
+Shapes: ``B`` batch, ``C`` classes, ``G`` gates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from offramp.errors import BackboneCutError
+from offramp.measure.cost import count_macs, evaluation_mode, require_samples
+from offramp.routing.gates import Gates, GateState, make_gates
+from offramp.routing.residual import channels_into, skip_block, take_apart
+
+Choice = Callable[[Tensor], Tensor]
+"""From the probabilities that a block runs, shape (B,), to how much of it does, in [0, 1]."""
+
+
+class GatedOutput(NamedTuple):
+    """What a pass over all blocks says.
+
+    Attributes:
+        logits: Raw logits, shape (B, C).
+        probability: With which each gate would run its block, shape (B, G).
+        action: How much of each block counted, shape (B, G); 0 or 1 but for soft gates.
+    """
+
+    logits: Tensor
+    probability: Tensor
+    action: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkipCosts:
+    """MACs per sample of a network that skips blocks, part by part.
+
+    Attributes:
+        fixed_macs: What always runs: stem, head, and the way around each block.
+        gate_macs: Each gate.
+        block_macs: What each block takes more than the way around it.
+    """
+
+    fixed_macs: int
+    gate_macs: tuple[int, ...]
+    block_macs: tuple[int, ...]
+
+    @property
+    def plain_macs(self) -> int:
+        """The plain network: every block, no gate."""
+        return self.fixed_macs + sum(self.block_macs)
+
+    def macs(self, blocks_BG: Tensor) -> Tensor:
+        """What samples cost.
+
+        Args:
+            blocks_BG: Which blocks ran, shape (B, G), bool.
+        Returns:
+            MACs of each sample, gates counted, shape (B,), int64.
+        """
+        block_macs_G = torch.tensor(self.block_macs, device=blocks_BG.device)
+        return self.fixed_macs + sum(self.gate_macs) + (blocks_BG * block_macs_G).sum(1)
+
+
+class SkipNetwork(nn.Module):
+    """A residual network with a gate in front of every block but the first.
+
+    ``forward`` computes every block and weights it by its gate: for training, and to compare
+    with. Skipping is the business of a runner.
+
+    Args:
+        stem: From the input to the features in front of the first gate; holds the first block.
+        blocks: The residual blocks that may be skipped, in order.
+        gates: As many gates.
+        head: From the last block's features to logits.
+    """
+
+    def __init__(
+        self, stem: nn.Module, blocks: Sequence[nn.Module], gates: Gates, head: nn.Module
+    ) -> None:
+        super().__init__()
+        self.stem = stem
+        self.blocks = nn.ModuleList(blocks)
+        self.gates = gates
+        self.head = head
+
+    @property
+    def num_gates(self) -> int:
+        """Blocks that may be skipped."""
+        return len(self.blocks)
+
+    def ask(self, index: int, x: Tensor, state: GateState) -> tuple[Tensor, GateState]:
+        """Ask a gate.
+
+        Args:
+            index: Number of the gate, from 0.
+            x: The features in front of its block.
+            state: What gates before it remember.
+        Returns:
+            probability: With which the block shall run, shape (B,).
+            state: For the next gate.
+        """
+        score_B, state = self.gates(index, x, state)
+        return score_B.sigmoid(), state
+
+    def run_block(self, index: int, x: Tensor) -> Tensor:
+        """Run a block.
+
+        Args:
+            index: Number of its gate, from 0.
+            x: Its input.
+        Returns:
+            Its output.
+        """
+        y: Tensor = self.blocks[index](x)
+        return y
+
+    def skip_block(self, index: int, x: Tensor) -> Tensor:
+        """Go around a block: the input itself, or its projection where the shape changes.
+
+        Args:
+            index: Number of its gate, from 0.
+            x: Its input.
+        Returns:
+            What takes the place of its output.
+        """
+        return skip_block(self.blocks[index], x)
+
+    def forward(self, x: Tensor, choose: Choice | None = None) -> GatedOutput:
+        """Run all blocks and their gates, and weight each block by what is chosen.
+
+        Args:
+            x: Inputs, shape (B, ...).
+            choose: How much of a block counts; :func:`at_threshold` of 0.5 if None.
+        Returns:
+            Logits, probabilities and actions.
+        """
+        choose = choose or at_threshold(0.5)
+        state: GateState = ()
+        probabilities, actions = [], []
+        x = self.stem(x)
+        for index in range(self.num_gates):
+            probability_B, state = self.ask(index, x, state)
+            action_B = choose(probability_B)
+            x = _gated_sum(action_B, self.run_block(index, x), self.skip_block(index, x))
+            probabilities.append(probability_B)
+            actions.append(action_B)
+        return GatedOutput(self.head(x), torch.stack(probabilities, 1), torch.stack(actions, 1))
+
+    def plain(self) -> nn.Module:
+        """The plain network: every block, no gate; weights shared."""
+        return nn.Sequential(self.stem, *self.blocks, self.head)
+
+    @torch.no_grad()
+    def costs(self, x: Tensor) -> SkipCosts:
+        """Count what the parts cost a sample.
+
+        Args:
+            x: Any inputs; the first sample is run.
+        Returns:
+            MACs per sample.
+        Raises:
+            ShapeError: If there is no sample.
+        """
+        require_samples("inputs", [x])
+        x = x[:1]
+        fixed_macs, gate_macs, block_macs = count_macs(self.stem, x), [], []
+        state: GateState = ()
+        with evaluation_mode(self):
+            x = self.stem(x)
+            for index, block in enumerate(self.blocks):
+                gate = _Gate(self.gates, index, state)
+                gate_macs.append(count_macs(gate, x))
+                around = count_macs(_WayAround(block), x)
+                fixed_macs += around
+                block_macs.append(count_macs(block, x) - around)
+                _, state = self.ask(index, x, state)
+                x = block(x)
+        return SkipCosts(
+            fixed_macs=fixed_macs + count_macs(self.head, x),
+            gate_macs=tuple(gate_macs),
+            block_macs=tuple(block_macs),
+        )
+
+
+class _Gate(nn.Module):
+    """A gate as a module of its input alone."""
+
+    def __init__(self, gates: Gates, index: int, state: GateState) -> None:
+        super().__init__()
+        self.gates, self.index, self.state = gates, index, state
+
+    def forward(self, x: Tensor) -> Tensor:
+        score_B: Tensor = self.gates(self.index, x, self.state)[0]
+        return score_B
+
+
+class _WayAround(nn.Module):
+    """What runs where a block does not."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return skip_block(self.block, x)
+
+
+def at_threshold(threshold: float) -> Choice:
+    """Run a block where its probability reaches a threshold; no gradient.
+
+    Args:
+        threshold: In [0, 1].
+    Returns:
+        A choice of 0 or 1. NaN runs the block.
+    """
+    return lambda probability_B: (~(probability_B < threshold)).to(probability_B.dtype)
+
+
+def straight_through(probability_B: Tensor) -> Tensor:
+    """Run a block where its probability reaches one half, with the gradient of a soft gate.
+
+    Args:
+        probability_B: Shape (B,).
+    Returns:
+        0 or 1, shape (B,); its gradient with respect to the probability is 1.
+    Reference: Bengio et al. (2013), Estimating or propagating gradients through stochastic
+        neurons; as SkipNet's supervised pre-training.
+    """
+    hard_B = at_threshold(0.5)(probability_B.detach())
+    return hard_B + (probability_B - probability_B.detach())  # exactly 0 or 1
+
+
+def sampled(probability_B: Tensor) -> Tensor:
+    """Draw whether a block runs, from torch's global generator; no gradient.
+
+    Args:
+        probability_B: Shape (B,).
+    Returns:
+        0 or 1, shape (B,).
+    """
+    return torch.bernoulli(probability_B.detach())
+
+
+def add_gates(resnet: nn.Module, *, gates: str = "recurrent") -> SkipNetwork:
+    """Put a gate in front of every residual block but the first.
+
+    Args:
+        resnet: A residual network of ours with one exit, of torchvision, or of timm, of basic or
+            bottleneck blocks; its weights are shared, not copied.
+        gates: recurrent (one small LSTM, shared) or feed_forward (two convolutions each).
+    Returns:
+        The network with gates, which are new.
+    Raises:
+        BackboneCutError: If it is no such network, or has fewer than two blocks.
+        InvalidArgumentError: If there is no such kind of gates.
+    Reference: Wang et al. (2018), SkipNet: Learning dynamic routing in convolutional networks.
+    """
+    parts = take_apart(resnet)
+    first, *others = parts.blocks
+    if not others:
+        raise BackboneCutError(
+            "Expected a residual network of at least two blocks, since the first is never gated. "
+            f"Got {len(parts.blocks)}."
+        )
+    channels = [channels_into(block) for block in others]
+    stem = nn.Sequential(parts.stem, first)
+    return SkipNetwork(stem, others, make_gates(gates, channels), parts.head)
+
+
+def _gated_sum(action_B: Tensor, ran: Tensor, skipped: Tensor) -> Tensor:
+    action_B111 = action_B.reshape(-1, *(1,) * (ran.ndim - 1))
+    return action_B111 * ran + (1 - action_B111) * skipped
