@@ -88,6 +88,7 @@ def hybrid_loss(
     policy_weight: float,
     weights: Sequence[float] | None = None,
     baseline: bool = False,
+    supervised: bool = True,
 ) -> Tensor:
     """The supervised loss of a pass with actions drawn, and the policy gradient beside it.
 
@@ -102,6 +103,7 @@ def hybrid_loss(
         policy_weight: Weight of the policy gradient.
         weights: Of each gate's reward; all alike if None.
         baseline: As for :func:`reinforce_loss`.
+        supervised: Whether the supervised loss is part of it; without, the reward alone trains.
     Returns:
         A scalar.
     Reference: Wang et al. (2018), SkipNet, section 3.3.
@@ -110,4 +112,5 @@ def hybrid_loss(
     rewards_BG = skip_rewards(action_BG, alpha, weights)
     return_BG = returns_to_go(rewards_BG, -cross_entropy_B.detach())
     policy_loss = reinforce_loss(probability_BG, action_BG, return_BG, baseline=baseline)
-    return cross_entropy_B.mean() + policy_weight * policy_loss
+    supervised_loss = cross_entropy_B.mean() if supervised else 0.0
+    return supervised_loss + policy_weight * policy_loss

@@ -77,7 +77,11 @@ class SkipNetwork(nn.Module):
         blocks: The residual blocks that may be skipped, in order.
         gates: As many gates.
         head: From the last block's features to logits.
+    Attributes:
+        num_exits: 1: what is skipped lies inside, and every sample leaves at the end.
     """
+
+    num_exits = 1
 
     def __init__(
         self, stem: nn.Module, blocks: Sequence[nn.Module], gates: Gates, head: nn.Module

@@ -3,10 +3,48 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from offramp.errors import InvalidArgumentError
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig:
+    """How the gates of a network that skips blocks are trained, after supervised pre-training.
+
+    Attributes:
+        reward_epochs: So many last epochs train by hybrid reinforcement learning; those before
+            train by the labels alone, with straight-through gates.
+        reward_learning_rate: In those last epochs, constant.
+        alpha: Reward for skipping every block; a wrong answer costs its cross entropy.
+        reward: blocks (each skipped block earns as much) or macs (by what its block takes).
+        policy_weight: Weight of the policy gradient beside the supervised loss.
+        baseline: Subtract from each return the mean return of the rest of the batch.
+        supervised: Whether the supervised loss trains beside the reward; false, with as many
+            reward epochs as epochs, is reinforcement learning from scratch.
+    """
+
+    reward_epochs: int = 0
+    reward_learning_rate: float = 1e-4
+    alpha: float = 0.1
+    reward: Literal["blocks", "macs"] = "blocks"
+    policy_weight: float = 0.01
+    baseline: bool = False
+    supervised: bool = True
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            {
+                "reward_epochs": (self.reward_epochs >= 0, "an int of at least 0"),
+                "reward_learning_rate": (self.reward_learning_rate > 0, "a positive number"),
+                "alpha": (0 <= self.alpha < math.inf, "a number of at least 0"),
+                "reward": (self.reward in ("blocks", "macs"), "blocks or macs"),
+                "policy_weight": (0 <= self.policy_weight < math.inf, "a number of at least 0"),
+            },
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +73,7 @@ class FitConfig:
         seed: Of the order of samples, of augmentation and of dropout.
         device: cpu, cuda, or auto (cuda where there is one).
         devices: Processes that train together (DDP), at least 1.
+        gates: For a network that skips blocks; the defaults if None.
     """
 
     epochs: int = 10
@@ -54,6 +93,7 @@ class FitConfig:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 1
+    gates: GateConfig | None = None
 
     def __post_init__(self) -> None:
         epochs_left = self.epochs - self.backbone_epochs
@@ -91,8 +131,17 @@ class FitConfig:
             "devices": (self.devices >= 1, "an int of at least 1"),
             "seed": (0 <= self.seed < 2**32, "an int in [0, 2**32 - 1]"),
         }
-        for name, (is_valid, expected) in checks.items():
-            if not is_valid:
-                raise InvalidArgumentError(
-                    f"The {name!r} parameter must be {expected}. Got {getattr(self, name)!r}."
-                )
+        if self.gates is not None:
+            checks["gates"] = (
+                self.gates.reward_epochs <= self.epochs,
+                f"of at most {self.epochs} reward_epochs, as many as there are epochs",
+            )
+        _check(self, checks)
+
+
+def _check(config: object, checks: Mapping[str, tuple[bool, str]]) -> None:
+    for name, (is_valid, expected) in checks.items():
+        if not is_valid:
+            raise InvalidArgumentError(
+                f"The {name!r} parameter must be {expected}. Got {getattr(config, name)!r}."
+            )

@@ -26,17 +26,19 @@ from offramp import errors
 from offramp.artifacts import SCHEMA_VERSION, atomic_path
 from offramp.errors import ArtifactError, DataError, InvalidArgumentError, reason
 from offramp.model.multi_exit import MultiExitNetwork
+from offramp.routing.skip import SkipNetwork
 from offramp.training.config import FitConfig
 from offramp.training.data import Batches, EpochSampler, make_loader
 from offramp.training.regimes import frozen_backbone, head_parameters
-from offramp.training.task import ACCURACY_METRIC, MultiExitTask
+from offramp.training.skip_task import BLOCKS_METRIC, SkipTask
+from offramp.training.task import ACCURACY_METRIC, MultiExitTask, Task
 
 LAST_CHECKPOINT = "last.ckpt"
 METRICS_FILE = "metrics.jsonl"
 
 
 def fit(
-    network: MultiExitNetwork,
+    network: MultiExitNetwork | SkipNetwork,
     train: Dataset[Any] | DataLoader[Any],
     calibration: Dataset[Any] | DataLoader[Any] | None = None,
     config: FitConfig | None = None,
@@ -45,7 +47,7 @@ def fit(
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> None:
-    """Train a network in place, every exit at once.
+    """Train a network in place: every exit at once, or the gates that skip its blocks.
 
     With a ``folder``, every epoch ends with a checkpoint (``last.ckpt``), a line in
     ``metrics.jsonl``, and Lightning's CSV and TensorBoard logs under ``logs/``. Given a Dataset,
@@ -89,7 +91,7 @@ def fit(
             has_own_loader=isinstance(train, DataLoader),
         )
         trainer.fit(
-            MultiExitTask(network, config),
+            _task(network, config),
             _train_loader(train, config),
             None if calibration is None else _loader(calibration, config),
             ckpt_path=checkpoint,
@@ -188,11 +190,13 @@ class _EpochReport(Callback):
         ]
         epoch, loss = trainer.current_epoch + 1, float(metrics["train_loss_epoch"])
         epoch_s = time.perf_counter() - self._start
+        blocks_run = float(metrics[BLOCKS_METRIC]) if BLOCKS_METRIC in metrics else None
         self._append(
             {
                 "epoch": epoch,
                 "train_loss": loss,
                 "exit_accuracy": accuracies,
+                **({} if blocks_run is None else {BLOCKS_METRIC: blocks_run}),
                 "epoch_s": round(epoch_s, 3),
                 "data_share": round(data_s / (data_s + step_s), 4),
             }
@@ -201,6 +205,7 @@ class _EpochReport(Callback):
         print(
             f"epoch {epoch}/{trainer.max_epochs}  loss {loss:.4f}"
             + (f"  exits {exits} %" if accuracies else "")
+            + (f"  blocks run {100 * blocks_run:.1f} %" if blocks_run is not None else "")
             + f"  {epoch_s:.1f} s",
             flush=True,
         )
@@ -211,6 +216,12 @@ class _EpochReport(Callback):
         kept = [line for line in lines if json.loads(line)["epoch"] < record["epoch"]]
         with atomic_path(self.path) as temporary:
             temporary.write_text("\n".join([*kept, json.dumps(record)]) + "\n")
+
+
+def _task(network: MultiExitNetwork | SkipNetwork, config: FitConfig) -> Task:
+    if isinstance(network, SkipNetwork):
+        return SkipTask(network, config)
+    return MultiExitTask(network, config)
 
 
 def _trainer(
@@ -248,7 +259,7 @@ def _profiled_seconds(trainer: Trainer) -> tuple[float, float]:
     return sum(durations[waiting]), sum(durations["run_training_batch"])
 
 
-def check_config(network: MultiExitNetwork, config: FitConfig) -> None:
+def check_config(network: MultiExitNetwork | SkipNetwork, config: FitConfig) -> None:
     """Make sure that a network can be trained as configured, before anything is written.
 
     Args:
@@ -256,7 +267,8 @@ def check_config(network: MultiExitNetwork, config: FitConfig) -> None:
         config: How to train it.
     Raises:
         InvalidArgumentError: If there is not one loss weight per exit, or the backbone shall be
-            frozen and nothing else can be trained, or cuda was asked for and there is none.
+            frozen and nothing else can be trained, or a setting is for another kind of network,
+            or cuda was asked for and there is none.
     """
     weights = config.loss_weights
     if weights is not None and len(weights) != network.num_exits:
@@ -264,15 +276,37 @@ def check_config(network: MultiExitNetwork, config: FitConfig) -> None:
             f"The 'loss_weights' parameter must hold {network.num_exits} numbers, one per exit. "
             f"Got {len(weights)}."
         )
+    if isinstance(network, SkipNetwork):
+        _check_regimes_unused(config)
+    else:
+        _check_regimes(network, config)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InvalidArgumentError(
+            "The device cuda was asked for, but torch sees no CUDA device here. Use --device cpu."
+        )
+
+
+def _check_regimes_unused(config: FitConfig) -> None:
+    """A network that skips blocks has one exit: what is about several says nothing to it."""
+    for name in ("detach", "freeze_backbone", "gradient_equilibrium", "distillation"):
+        if getattr(config, name):
+            raise InvalidArgumentError(
+                f"The {name!r} parameter is about several exits. This network has one, and skips "
+                f"blocks: leave it out. Got {getattr(config, name)!r}."
+            )
+
+
+def _check_regimes(network: MultiExitNetwork, config: FitConfig) -> None:
+    if config.gates is not None:
+        raise InvalidArgumentError(
+            "The 'gates' parameter is about networks that skip blocks. This one has exits: leave "
+            "it out, or make one with add_gates."
+        )
     if config.freeze_backbone and not any(p.requires_grad for p in head_parameters(network)):
         raise InvalidArgumentError(
             "'freeze_backbone' trains only the exits before the final one. This network has "
             f"{network.num_exits - 1} of them, without weights of their own to train: add exits, "
             "or train the backbone too."
-        )
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise InvalidArgumentError(
-            "The device cuda was asked for, but torch sees no CUDA device here. Use --device cpu."
         )
 
 
@@ -313,8 +347,12 @@ def _loggers(folder: Path) -> list[Logger]:
     ]
 
 
-def _frozen(network: MultiExitNetwork, config: FitConfig) -> AbstractContextManager[None]:
-    return frozen_backbone(network) if config.freeze_backbone else nullcontext()
+def _frozen(
+    network: MultiExitNetwork | SkipNetwork, config: FitConfig
+) -> AbstractContextManager[None]:
+    if isinstance(network, MultiExitNetwork) and config.freeze_backbone:
+        return frozen_backbone(network)
+    return nullcontext()
 
 
 @contextmanager

@@ -1,12 +1,14 @@
-"""The Lightning task that trains a multi-exit network."""
+"""The Lightning task that trains a network, and the one for a network of several exits."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from offramp.errors import TrainingDivergedError
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_inputs
@@ -19,18 +21,112 @@ ACCURACY_METRIC = "accuracy_exit_{}"
 """Name of the logged calibration accuracy of an exit."""
 
 
-class MultiExitTask(LightningModule):
-    """Trains every exit at once and reports each exit's accuracy.
+class Task(LightningModule):
+    """Trains a network in place and reports each exit's accuracy.
+
+    Args:
+        network: The network to train.
+        config: How to train it.
+    """
+
+    num_exits = 1
+
+    def __init__(self, network: nn.Module, config: FitConfig) -> None:
+        super().__init__()
+        self.network = network
+        self.config = config
+
+    @abstractmethod
+    def loss(self, inputs: Features, labels_B: Tensor) -> Tensor:
+        """The loss of a batch; labels are not checked yet."""
+
+    @abstractmethod
+    def answers(self, inputs: Features) -> Sequence[Tensor]:
+        """Each exit's logits for a batch that judges."""
+
+    def set_training_mode(self) -> None:
+        """Put the network in training mode."""
+        self.network.train()
+
+    def on_train_epoch_start(self) -> None:
+        """Seed the epoch for a DataLoader of the user's own; EpochSampler does it for ours."""
+        self.set_training_mode()  # a callback may have run it early, in evaluation mode
+        seed = epoch_seed(self.config.seed, self.current_epoch)
+        torch.manual_seed(seed + self.global_rank)
+
+    def training_step(self, batch: tuple[Any, Tensor], batch_index: int) -> Tensor:
+        """Compute the loss of a batch."""
+        inputs, labels_B = batch
+        loss = self.loss(as_inputs(inputs), labels_B)
+        if not loss.isfinite():
+            raise TrainingDivergedError(
+                f"The training loss is {loss.item()} in epoch {self.current_epoch + 1}: training "
+                "has diverged. Use a smaller learning rate (--set learning_rate=...), and check "
+                "that the inputs are finite."
+            )
+        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Start counting; anew, since a tensor made earlier is shared by spawned processes."""
+        self._correct_K = torch.zeros(self.num_exits)
+        self._num_validated = 0
+
+    def validation_step(self, batch: tuple[Any, Tensor], batch_index: int) -> None:
+        """Count each exit's correct answers on a batch."""
+        inputs, labels_B = batch
+        outputs = self.answers(as_inputs(inputs))
+        check_labels(labels_B, num_classes=outputs[-1].shape[-1])
+        correct = [(logits_BC.argmax(-1) == labels_B).sum() for logits_BC in outputs]
+        self._correct_K += torch.stack(correct).cpu()
+        self._num_validated += len(labels_B)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log each exit's accuracy."""
+        for k, correct in enumerate(self._correct_K.tolist()):
+            self.log(
+                ACCURACY_METRIC.format(k),
+                correct / max(self._num_validated, 1),
+                rank_zero_only=True,
+            )
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimiser and its schedule, a step an epoch."""
+        config = self.config
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer: torch.optim.Optimizer
+        if config.optimizer == "sgd":
+            optimizer = torch.optim.SGD(
+                groups, lr=config.learning_rate, momentum=0.9, nesterov=True
+            )
+        elif config.optimizer == "adam":
+            optimizer = torch.optim.Adam(groups, lr=config.learning_rate)
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule(optimizer)}}
+
+    def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        """The learning rate over the epochs: a cosine to zero."""
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.config.epochs)
+
+
+class MultiExitTask(Task):
+    """Trains every exit at once.
 
     Args:
         network: The network to train, in place.
         config: How to train it.
     """
 
+    network: MultiExitNetwork
+
     def __init__(self, network: MultiExitNetwork, config: FitConfig) -> None:
-        super().__init__()
-        self.network = network
-        self.config = config
+        super().__init__(network, config)
+        self.num_exits = network.num_exits
 
     def loss_weights(self, epoch: int) -> tuple[float, ...]:
         """Loss weight of each exit in an epoch.
@@ -47,33 +143,26 @@ class MultiExitTask(LightningModule):
             ramp_epochs=self.config.ramp_epochs,
         )
 
-    def on_train_epoch_start(self) -> None:
-        """Seed the epoch for a DataLoader of the user's own; EpochSampler does it for ours."""
-        # A callback may have run it early, in evaluation mode.
+    def set_training_mode(self) -> None:
+        """See :func:`~offramp.training.regimes.set_training_mode`."""
         set_training_mode(self.network, is_frozen=self.config.freeze_backbone)
-        seed = epoch_seed(self.config.seed, self.current_epoch)
-        torch.manual_seed(seed + self.global_rank)
 
-    def training_step(self, batch: tuple[Any, Tensor], batch_index: int) -> Tensor:
-        """Compute the joint loss of a batch."""
-        inputs, labels_B = batch
-        outputs = self._outputs(as_inputs(inputs))
+    def loss(self, inputs: Features, labels_B: Tensor) -> Tensor:
+        """The joint loss."""
+        outputs = self._outputs(inputs)
         check_labels(labels_B, num_classes=outputs[-1].shape[-1])
-        loss = joint_loss(
+        return joint_loss(
             outputs,
             labels_B,
             weights=self.loss_weights(self.current_epoch),
             label_smoothing=self.config.label_smoothing,
             distillation=self.config.distillation,
         )
-        if not loss.isfinite():
-            raise TrainingDivergedError(
-                f"The training loss is {loss.item()} in epoch {self.current_epoch + 1}: training "
-                "has diverged. Use a smaller learning rate (--set learning_rate=...), and check "
-                "that the inputs are finite."
-            )
-        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True)
-        return loss
+
+    def answers(self, inputs: Features) -> tuple[Tensor, ...]:
+        """Every exit's logits."""
+        outputs: tuple[Tensor, ...] = self.network(*inputs)
+        return outputs
 
     def _outputs(self, inputs: Features) -> tuple[Tensor, ...]:
         config = self.config
@@ -81,46 +170,3 @@ class MultiExitTask(LightningModule):
             return balanced_outputs(self.network, *inputs)
         outputs: tuple[Tensor, ...] = self.network(*inputs, detach=config.detach)
         return outputs
-
-    def on_validation_epoch_start(self) -> None:
-        """Start counting; anew, since a tensor made earlier is shared by spawned processes."""
-        self._correct_K = torch.zeros(self.network.num_exits)
-        self._num_validated = 0
-
-    def validation_step(self, batch: tuple[Any, Tensor], batch_index: int) -> None:
-        """Count each exit's correct answers on a batch."""
-        inputs, labels_B = batch
-        outputs = self.network(*as_inputs(inputs))
-        check_labels(labels_B, num_classes=outputs[-1].shape[-1])
-        correct = [(logits_BC.argmax(-1) == labels_B).sum() for logits_BC in outputs]
-        self._correct_K += torch.stack(correct).cpu()
-        self._num_validated += len(labels_B)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log each exit's accuracy."""
-        for k, correct in enumerate(self._correct_K.tolist()):
-            self.log(
-                ACCURACY_METRIC.format(k),
-                correct / max(self._num_validated, 1),
-                rank_zero_only=True,
-            )
-
-    def configure_optimizers(self) -> Any:
-        """Build the optimiser and its cosine schedule."""
-        config = self.config
-        parameters = [p for p in self.network.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer: torch.optim.Optimizer
-        if config.optimizer == "sgd":
-            optimizer = torch.optim.SGD(
-                groups, lr=config.learning_rate, momentum=0.9, nesterov=True
-            )
-        elif config.optimizer == "adam":
-            optimizer = torch.optim.Adam(groups, lr=config.learning_rate)
-        else:
-            optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule}}

@@ -1,0 +1,104 @@
+"""The Lightning task that trains a network that skips blocks, and its gates with it.
+
+Shapes: ``B`` batch, ``G`` gates.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from offramp.model.multi_exit import Features
+from offramp.routing.reinforce import hybrid_loss
+from offramp.routing.skip import GatedOutput, SkipNetwork, sampled, straight_through
+from offramp.training.config import FitConfig, GateConfig
+from offramp.training.data import check_labels
+from offramp.training.task import Task
+
+BLOCKS_METRIC = "blocks_run"
+"""Name of the logged share of gated blocks that run on calibration data."""
+
+
+class SkipTask(Task):
+    """Trains by the labels with straight-through gates first, then by labels and reward.
+
+    Args:
+        network: The network to train, in place.
+        config: How to train it.
+    Reference: Wang et al. (2018), SkipNet, section 3.3: supervised pre-training, then hybrid
+        reinforcement learning.
+    """
+
+    network: SkipNetwork
+
+    def __init__(self, network: SkipNetwork, config: FitConfig) -> None:
+        super().__init__(network, config)
+        self.gates = config.gates or GateConfig()
+        self._block_macs: tuple[int, ...] | None = None
+
+    @property
+    def first_reward_epoch(self) -> int:
+        """The first epoch, from 0, of reinforcement learning."""
+        return self.config.epochs - self.gates.reward_epochs
+
+    def loss(self, inputs: Features, labels_B: Tensor) -> Tensor:
+        """The supervised loss, or the hybrid one in the last epochs."""
+        is_rewarded = self.current_epoch >= self.first_reward_epoch
+        output: GatedOutput = self.network(*inputs, sampled if is_rewarded else straight_through)
+        check_labels(labels_B, num_classes=output.logits.shape[-1])
+        if not is_rewarded:
+            smoothing = self.config.label_smoothing
+            return F.cross_entropy(output.logits, labels_B, label_smoothing=smoothing)
+        return hybrid_loss(
+            output.logits,
+            labels_B,
+            output.probability,
+            output.action,
+            alpha=self.gates.alpha,
+            policy_weight=self.gates.policy_weight,
+            weights=self._reward_weights(inputs),
+            baseline=self.gates.baseline,
+            supervised=self.gates.supervised,
+        )
+
+    def _reward_weights(self, inputs: Features) -> tuple[int, ...] | None:
+        if self.gates.reward == "blocks":
+            return None
+        if self._block_macs is None:
+            self._block_macs = self.network.costs(*inputs).block_macs
+        return self._block_macs
+
+    def answers(self, inputs: Features) -> tuple[Tensor, ...]:
+        """The only exit's logits, blocks run where their gates say more than one half."""
+        output: GatedOutput = self.network(*inputs)
+        self._run_BG.append(output.action)
+        return (output.logits,)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start counting, blocks too."""
+        super().on_validation_epoch_start()
+        self._run_BG: list[Tensor] = []
+
+    def on_validation_epoch_end(self) -> None:
+        """Log accuracy and share of blocks run."""
+        super().on_validation_epoch_end()
+        self.log(BLOCKS_METRIC, torch.cat(self._run_BG).mean(), rank_zero_only=True)
+
+    def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        """A cosine to zero over the supervised epochs, then constant and small."""
+        factor = partial(
+            _learning_rate_factor,
+            num_supervised=self.first_reward_epoch,
+            reward_factor=self.gates.reward_learning_rate / self.config.learning_rate,
+        )
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _learning_rate_factor(epoch: int, *, num_supervised: int, reward_factor: float) -> float:
+    if epoch >= num_supervised:
+        return reward_factor
+    return (1 + math.cos(math.pi * epoch / num_supervised)) / 2
