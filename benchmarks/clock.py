@@ -42,7 +42,7 @@ from offramp.model.checkpoint import save_weights
 from offramp.policy.confidence import max_probability_confidence
 from offramp.policy.policies import Policy, ThresholdPolicy
 from offramp.runtime import Session
-from offramp.training.recipes import find_recipe
+from offramp.training.catalogue import find_recipe
 from offramp.training.run import (
     WEIGHTS_FILE,
     create_folder,

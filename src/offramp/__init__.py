@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from offramp.inference.evaluate import Evaluation, evaluate
     from offramp.inference.placement import Placement, place
     from offramp.inference.runner import AdaptiveRunner
+    from offramp.inference.skipping import SkipRunner
     from offramp.inference.timing import time_runner
     from offramp.measure.cost import ExitCosts, count_macs
     from offramp.model.cut import add_exits
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         max_probability_confidence,
     )
     from offramp.policy.controller import ControllerPolicy
+    from offramp.policy.gate_policy import GatePolicy
     from offramp.policy.policies import (
         PatiencePolicy,
         Policy,
@@ -53,8 +55,9 @@ if TYPE_CHECKING:
         always_leave_at,
         never_leave,
     )
+    from offramp.routing.skip import SkipNetwork, add_gates
     from offramp.runtime import Session
-    from offramp.training.config import FitConfig
+    from offramp.training.config import FitConfig, GateConfig
     from offramp.training.fit import fit
     from offramp.training.hub import from_pretrained, push_to_hub, save_pretrained
     from offramp.training.run import Run, load, save
@@ -79,6 +82,7 @@ _HOMES = {
     "Placement": "offramp.inference.placement",
     "place": "offramp.inference.placement",
     "AdaptiveRunner": "offramp.inference.runner",
+    "SkipRunner": "offramp.inference.skipping",
     "time_runner": "offramp.inference.timing",
     "ExitCosts": "offramp.measure.cost",
     "count_macs": "offramp.measure.cost",
@@ -92,6 +96,9 @@ _HOMES = {
     "ThresholdPolicy": "offramp.policy.policies",
     "always_leave_at": "offramp.policy.policies",
     "never_leave": "offramp.policy.policies",
+    "GatePolicy": "offramp.policy.gate_policy",
+    "SkipNetwork": "offramp.routing.skip",
+    "add_gates": "offramp.routing.skip",
     "Session": "offramp.runtime",
     "fit": "offramp.training.fit",
     "from_pretrained": "offramp.training.hub",
@@ -101,6 +108,7 @@ _HOMES = {
     "load": "offramp.training.run",
     "save": "offramp.training.run",
     "FitConfig": "offramp.training.config",
+    "GateConfig": "offramp.training.config",
 }
 
 __all__ = [
@@ -118,6 +126,8 @@ __all__ = [
     "ExportMismatchError",
     "FitConfig",
     "Frontier",
+    "GateConfig",
+    "GatePolicy",
     "Guarantee",
     "InSampleError",
     "InfeasibleTargetError",
@@ -132,9 +142,12 @@ __all__ = [
     "Run",
     "Session",
     "ShapeError",
+    "SkipNetwork",
+    "SkipRunner",
     "ThresholdPolicy",
     "TrainingDivergedError",
     "add_exits",
+    "add_gates",
     "always_leave_at",
     "calibrate",
     "calibrate_with_guarantee",

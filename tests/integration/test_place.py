@@ -11,7 +11,7 @@ from torch import nn
 
 import offramp.inference.placement as placement_module
 from offramp import add_exits, load
-from offramp.training.recipes import find_recipe
+from offramp.training.catalogue import find_recipe
 
 RECIPE = "digits-mlp"
 

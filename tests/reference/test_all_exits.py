@@ -9,7 +9,7 @@ import torch
 from all_exits import Chosen, choose_afterwards
 
 import offramp
-from offramp.training.recipes import find_recipe
+from offramp.training.catalogue import find_recipe
 from offramp.training.run import load_batches, load_training_data
 from offramp.training.sources import load_split
 from offramp.zoo.mlp import mlp

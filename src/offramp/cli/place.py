@@ -77,12 +77,12 @@ def _find_backbone(name: str) -> tuple[nn.Module, Recipe]:
     """The stages and the final exit, without exits between, of a recipe or else of a run."""
     from torch import nn
 
-    from offramp.training.recipes import RECIPES, find_recipe
+    from offramp.training.catalogue import RECIPES, find_recipe
     from offramp.training.run import load
 
     if name not in RECIPES and Path(name).is_dir():
         run = load(name)
-        network, recipe = run.network, run.require_recipe()
+        network, recipe = run.multi_exit, run.require_recipe()
     else:
         recipe = replace(find_recipe(name), variant="plain")
         network = recipe.build_network()

@@ -14,12 +14,12 @@ from offramp.errors import ArtifactError, InvalidArgumentError, reason
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from offramp.model.multi_exit import MultiExitNetwork
+    from offramp.zoo import Network
 
 
 def recipes() -> None:
     """List the recipes: network, data, what each shows, figures to expect."""
-    from offramp.training.recipes import RECIPES
+    from offramp.training.catalogue import RECIPES
 
     for recipe in RECIPES.values():
         print(f"{recipe.name}\n  {recipe.summary}")
@@ -45,8 +45,9 @@ def train(
     """Train a recipe and leave a run folder."""
     from offramp.model.checkpoint import save_weights
     from offramp.training import run as run_folder
-    from offramp.training.fit import LAST_CHECKPOINT, check_checkpoint, check_config, fit
-    from offramp.training.recipes import find_recipe
+    from offramp.training.catalogue import find_recipe
+    from offramp.training.config_checks import check_config
+    from offramp.training.fit import LAST_CHECKPOINT, check_checkpoint, fit
     from offramp.training.settings import override
 
     flags = {"epochs": epochs, "seed": seed}
@@ -85,7 +86,7 @@ def train(
     print(f"trained {recipe_name}: {folder}")
 
 
-def _check_fit(network: MultiExitNetwork, sample: Tensor) -> None:
+def _check_fit(network: Network, sample: Tensor) -> None:
     try:
         network.costs(sample[None])
     except RuntimeError as error:

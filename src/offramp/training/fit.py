@@ -28,8 +28,9 @@ from offramp.errors import ArtifactError, DataError, InvalidArgumentError, reaso
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.routing.skip import SkipNetwork
 from offramp.training.config import FitConfig
+from offramp.training.config_checks import check_config
 from offramp.training.data import Batches, EpochSampler, make_loader
-from offramp.training.regimes import frozen_backbone, head_parameters
+from offramp.training.regimes import frozen_backbone
 from offramp.training.skip_task import BLOCKS_METRIC, SkipTask
 from offramp.training.task import ACCURACY_METRIC, MultiExitTask, Task
 
@@ -73,9 +74,7 @@ def fit(
     """
     config = config or FitConfig()
     check_config(network, config)
-    checkpoint = None
-    if resume and folder is not None and (Path(folder) / LAST_CHECKPOINT).exists():
-        checkpoint = check_checkpoint(Path(folder) / LAST_CHECKPOINT, network)
+    checkpoint = _to_resume(Path(folder), network) if resume and folder is not None else None
     if config.class_balance == "sampling" and isinstance(train, DataLoader):
         raise InvalidArgumentError(
             "'class_balance' counts the labels of a data set. Got a DataLoader: give fit the "
@@ -98,6 +97,11 @@ def fit(
             weights_only=True,
         )
     network.eval()
+
+
+def _to_resume(folder: Path, network: nn.Module) -> Path | None:
+    path = folder / LAST_CHECKPOINT
+    return check_checkpoint(path, network) if path.exists() else None
 
 
 def check_checkpoint(path: Path, network: nn.Module) -> Path:
@@ -257,57 +261,6 @@ def _profiled_seconds(trainer: Trainer) -> tuple[float, float]:
     durations: dict[str, list[float]] = profiler.recorded_durations
     waiting = "[_TrainingEpochLoop].train_dataloader_next"
     return sum(durations[waiting]), sum(durations["run_training_batch"])
-
-
-def check_config(network: MultiExitNetwork | SkipNetwork, config: FitConfig) -> None:
-    """Make sure that a network can be trained as configured, before anything is written.
-
-    Args:
-        network: The network.
-        config: How to train it.
-    Raises:
-        InvalidArgumentError: If there is not one loss weight per exit, or the backbone shall be
-            frozen and nothing else can be trained, or a setting is for another kind of network,
-            or cuda was asked for and there is none.
-    """
-    weights = config.loss_weights
-    if weights is not None and len(weights) != network.num_exits:
-        raise InvalidArgumentError(
-            f"The 'loss_weights' parameter must hold {network.num_exits} numbers, one per exit. "
-            f"Got {len(weights)}."
-        )
-    if isinstance(network, SkipNetwork):
-        _check_regimes_unused(config)
-    else:
-        _check_regimes(network, config)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise InvalidArgumentError(
-            "The device cuda was asked for, but torch sees no CUDA device here. Use --device cpu."
-        )
-
-
-def _check_regimes_unused(config: FitConfig) -> None:
-    """A network that skips blocks has one exit: what is about several says nothing to it."""
-    for name in ("detach", "freeze_backbone", "gradient_equilibrium", "distillation"):
-        if getattr(config, name):
-            raise InvalidArgumentError(
-                f"The {name!r} parameter is about several exits. This network has one, and skips "
-                f"blocks: leave it out. Got {getattr(config, name)!r}."
-            )
-
-
-def _check_regimes(network: MultiExitNetwork, config: FitConfig) -> None:
-    if config.gates is not None:
-        raise InvalidArgumentError(
-            "The 'gates' parameter is about networks that skip blocks. This one has exits: leave "
-            "it out, or make one with add_gates."
-        )
-    if config.freeze_backbone and not any(p.requires_grad for p in head_parameters(network)):
-        raise InvalidArgumentError(
-            "'freeze_backbone' trains only the exits before the final one. This network has "
-            f"{network.num_exits - 1} of them, without weights of their own to train: add exits, "
-            "or train the backbone too."
-        )
 
 
 def _train_loader(train: Dataset[Any] | DataLoader[Any], config: FitConfig) -> DataLoader[Any]:

@@ -13,11 +13,13 @@ from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.model.checkpoint import load_weights, save_weights
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.as_dict import policy_from_dict, policy_to_dict
+from offramp.policy.gate_policy import GatePolicy
 from offramp.policy.policies import Policy, never_leave
 from offramp.training.data import Batches, ImageBatches, check_labels, split_off_calibration
 from offramp.training.recipes import Recipe
 from offramp.training.sources import Split, TextSplit, load_split
 from offramp.training.text import TextBatches, encode
+from offramp.zoo import Network
 from offramp.zoo.text import load_tokenizer
 
 RECIPE_FILE = "recipe.json"
@@ -41,12 +43,26 @@ class Run:
     """
 
     folder: Path
-    network: MultiExitNetwork
+    network: Network
     class_names: tuple[str, ...]
-    policy: Policy | None
+    policy: Policy | GatePolicy | None
     calibration: dict[str, Any] | None
     recipe: Recipe | None
     data: str | None
+
+    @property
+    def multi_exit(self) -> MultiExitNetwork:
+        """The network, where a command is about exits.
+
+        Raises:
+            InvalidArgumentError: If it is one that skips blocks.
+        """
+        if not isinstance(self.network, MultiExitNetwork):
+            raise InvalidArgumentError(
+                f"Expected a run of a network with exits. {self.folder} skips blocks inside and "
+                "has one exit: this is not for it."
+            )
+        return self.network
 
     def require_recipe(self) -> Recipe:
         """The recipe, where a command cannot do without.
@@ -64,7 +80,7 @@ class Run:
 
 def save(
     folder: Path | str,
-    network: MultiExitNetwork,
+    network: Network,
     *,
     policy: Policy | None = None,
     class_names: tuple[str, ...] = (),
@@ -88,7 +104,7 @@ def save(
         write_policy(folder, policy)
 
 
-def load(folder: Path | str, network: MultiExitNetwork | None = None) -> Run:
+def load(folder: Path | str, network: Network | None = None) -> Run:
     """Load a run folder.
 
     Args:

@@ -7,23 +7,29 @@ from typing import Any
 
 from offramp.errors import ArtifactError
 from offramp.model.multi_exit import MultiExitNetwork
+from offramp.routing.skip import SkipNetwork
 from offramp.zoo.convnet import convnet
 from offramp.zoo.lite0 import lite0
 from offramp.zoo.mlp import mlp
 from offramp.zoo.resnet import resnet
+from offramp.zoo.skipnet import skipnet
 from offramp.zoo.text import minilm
 
-NETWORKS: dict[str, Callable[..., MultiExitNetwork]] = {
+Network = MultiExitNetwork | SkipNetwork
+"""Whatever a recipe trains and a run folder holds."""
+
+NETWORKS: dict[str, Callable[..., Network]] = {
     "mlp": mlp,
     "convnet": convnet,
     "lite0": lite0,
     "minilm": minilm,
     "resnet": resnet,
+    "skipnet": skipnet,
 }
 """Functions that build a network from plain values."""
 
 
-def build(name: str, options: Mapping[str, Any]) -> MultiExitNetwork:
+def build(name: str, options: Mapping[str, Any]) -> Network:
     """Build a network of the zoo.
 
     Args:

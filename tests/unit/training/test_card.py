@@ -10,8 +10,8 @@ from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.model.checkpoint import save_weights
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, never_leave
 from offramp.training.card import check_evaluation, model_card
+from offramp.training.catalogue import find_recipe
 from offramp.training.hub import save_pretrained
-from offramp.training.recipes import find_recipe
 from offramp.training.run import create_folder, load, save, write_policy, write_recipe
 
 POLICY = ThresholdPolicy((float("inf"), 0.75), rule="margin", temperatures=(1.0, 1.5, 2.0))

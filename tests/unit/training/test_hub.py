@@ -17,8 +17,8 @@ from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.model.checkpoint import save_weights
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, never_leave
 from offramp.training import fit, hub
+from offramp.training.catalogue import find_recipe
 from offramp.training.hub import SHARED_FILES, from_pretrained, pull, push_to_hub, save_pretrained
-from offramp.training.recipes import find_recipe
 from offramp.training.run import load, save, write_policy, write_recipe
 from offramp.zoo.mlp import mlp
 

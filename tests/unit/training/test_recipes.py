@@ -6,8 +6,9 @@ import torch
 
 from offramp.errors import ArtifactError, InvalidArgumentError, OfframpError
 from offramp.model.torchvision_ops import define_missing_ops
+from offramp.training.catalogue import RECIPES, find_recipe
 from offramp.training.data import RandomWarp
-from offramp.training.recipes import RECIPES, Recipe, find_recipe
+from offramp.training.recipes import Recipe
 from offramp.training.run import load_batches
 from offramp.training.settings import override
 from offramp.training.sources import SOURCES

@@ -8,7 +8,7 @@ from offramp.artifacts import SCHEMA_VERSION
 from offramp.errors import ArtifactError, DataError, InvalidArgumentError
 from offramp.model.checkpoint import save_weights
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, never_leave
-from offramp.training.recipes import find_recipe
+from offramp.training.catalogue import find_recipe
 from offramp.training.run import (
     CALIBRATION_SPLIT,
     create_folder,
