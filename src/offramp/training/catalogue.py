@@ -160,11 +160,11 @@ RECIPES = {
             augment=_SHIFT_AND_MIRROR,
             calibration_share=0.1,
             fit=FitConfig(
-                epochs=8,
+                epochs=5,
                 batch_size=64,
                 learning_rate=5e-4,
                 loss_weights=(0.3, 0.5, 0.7, 1.0),
-                backbone_epochs=2,
+                backbone_epochs=1,
                 distillation=0.5,
             ),
         ),
