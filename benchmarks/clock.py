@@ -35,7 +35,7 @@ from torch import Tensor
 
 from offramp.exporting.bundle import export
 from offramp.exporting.quantize import quantize
-from offramp.inference.agreement import check_early_answers
+from offramp.inference.agreement import check_agreement
 from offramp.inference.runner import AdaptiveRunner
 from offramp.inference.stopwatch import ProcessStopwatch, time_in_turn
 from offramp.model.checkpoint import save_weights
@@ -146,8 +146,8 @@ def start_engines(
     np.save(samples, inputs.numpy())
     parity = inputs[:512]
     bundle = export(runner.network, runner.policy, scratch / "bundle", parity)
-    check_early_answers(runner.run(inputs), runner, inputs)
-    check_early_answers(Session(bundle).run(inputs), runner, inputs)
+    check_agreement(runner.run(inputs), runner, inputs)
+    check_agreement(Session(bundle).run(inputs), runner, inputs)
     common = {"inputs": str(samples), "threads": torch.get_num_threads()}
     environment = KEEP_MEMORY if keep_memory else {}
 

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from offramp import AdaptiveRunner, MultiExitNetwork, ThresholdPolicy, load
 from offramp.errors import OfframpError
-from offramp.inference.agreement import DECISION_TOLERANCE, check_early_answers
+from offramp.inference.agreement import DECISION_TOLERANCE, check_agreement
 from offramp.training.run import load_batches
 from record import circumstances, write_json
 
@@ -189,7 +189,7 @@ def main(
 
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(SEED))
     inputs, _ = test.__getitems__(order.tolist())
-    check_early_answers(runner.run(inputs), runner, inputs)
+    check_agreement(runner.run(inputs), runner, inputs)
     answers = check_answers(runner, inputs.split(256))
     print(
         f"all {len(inputs):,} test samples answered alike, but for {answers['left_elsewhere']} "

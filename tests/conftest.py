@@ -9,7 +9,9 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from torch import nn
 
 from offramp.model.multi_exit import MultiExitNetwork
+from offramp.routing.skip import SkipNetwork
 from offramp.zoo.mlp import mlp
+from offramp.zoo.skipnet import skipnet
 
 set_hypothesis_home_dir(tempfile.gettempdir())
 settings.register_profile(
@@ -43,3 +45,12 @@ def constant_network():
         return MultiExitNetwork([nn.Identity() for _ in heads], heads).eval()
 
     return build
+
+
+@pytest.fixture
+def skip_network() -> SkipNetwork:
+    """Three gated blocks and five classes, for images of 3x16x16 that its gates tell apart."""
+    network = skipnet(in_channels=3, widths=(8, 16), blocks=(2, 2), num_classes=5)
+    for parameter in network.gates.parameters():
+        nn.init.normal_(parameter)
+    return network.eval()

@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from offramp.calibration.controller import fit_controller
     from offramp.calibration.frontier import Frontier, frontier
     from offramp.calibration.guarantee import Guarantee, calibrate_with_guarantee
+    from offramp.calibration.sweep import (
+        Sweep,
+        choose_threshold,
+        choose_threshold_with_guarantee,
+    )
     from offramp.calibration.temperature import fit_temperatures
     from offramp.calibration.thresholds import Calibration, calibrate
     from offramp.exporting.bundle import export
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
     from offramp.inference.placement import Placement, place
     from offramp.inference.runner import AdaptiveRunner
     from offramp.inference.skipping import SkipRunner
+    from offramp.inference.sweeping import collect_sweep
     from offramp.inference.timing import time_runner
     from offramp.measure.cost import ExitCosts, count_macs
     from offramp.model.cut import add_exits
@@ -71,6 +77,9 @@ _HOMES = {
     "frontier": "offramp.calibration.frontier",
     "Guarantee": "offramp.calibration.guarantee",
     "calibrate_with_guarantee": "offramp.calibration.guarantee",
+    "Sweep": "offramp.calibration.sweep",
+    "choose_threshold": "offramp.calibration.sweep",
+    "choose_threshold_with_guarantee": "offramp.calibration.sweep",
     "fit_controller": "offramp.calibration.controller",
     "fit_temperatures": "offramp.calibration.temperature",
     "ControllerPolicy": "offramp.policy.controller",
@@ -83,6 +92,7 @@ _HOMES = {
     "place": "offramp.inference.placement",
     "AdaptiveRunner": "offramp.inference.runner",
     "SkipRunner": "offramp.inference.skipping",
+    "collect_sweep": "offramp.inference.sweeping",
     "time_runner": "offramp.inference.timing",
     "ExitCosts": "offramp.measure.cost",
     "count_macs": "offramp.measure.cost",
@@ -144,6 +154,7 @@ __all__ = [
     "ShapeError",
     "SkipNetwork",
     "SkipRunner",
+    "Sweep",
     "ThresholdPolicy",
     "TrainingDivergedError",
     "add_exits",
@@ -151,7 +162,10 @@ __all__ = [
     "always_leave_at",
     "calibrate",
     "calibrate_with_guarantee",
+    "choose_threshold",
+    "choose_threshold_with_guarantee",
     "collect",
+    "collect_sweep",
     "count_macs",
     "entropy_confidence",
     "evaluate",

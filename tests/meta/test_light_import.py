@@ -13,7 +13,15 @@ def run_python(code):
 
 
 @pytest.mark.parametrize(
-    "module", ["offramp", "offramp.errors", "offramp.results", "offramp.artifacts", "offramp.cli"]
+    "module",
+    [
+        "offramp",
+        "offramp.errors",
+        "offramp.results",
+        "offramp.artifacts",
+        "offramp.runtime",
+        "offramp.cli",
+    ],
 )
 def test_import_is_light(module):
     code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"

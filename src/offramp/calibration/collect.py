@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from offramp.artifacts import atomic_path
-from offramp.errors import ArtifactError, DataError, InvalidArgumentError, ShapeError
+from offramp.calibration.labelled import LabelledLogits
+from offramp.errors import ArtifactError, DataError, ShapeError
 from offramp.measure.cost import ExitCosts, evaluation_mode
-from offramp.model.multi_exit import MultiExitNetwork, as_inputs
-from offramp.runtime import Session
+from offramp.model.multi_exit import Features, MultiExitNetwork, as_inputs
+from offramp.routing.skip import SkipNetwork
+from offramp.runtime import Session, with_gate_threshold
 from offramp.runtime.session import check_inputs
 
 _ABOUT = "exits"
@@ -30,23 +31,20 @@ _ABOUT = "exits"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExitLogits:
+class ExitLogits(LabelledLogits):
     """What every exit says about every sample, and what the exits cost.
 
     Attributes:
         logits_KNC: Raw logits, shape (K, N, C), float32, on the CPU.
         labels_N: Classes, shape (N,), int64, on the CPU.
-        costs: MACs per sample of each stage and head.
-        numbers: Of each exit in the network, ascending; 0 to K - 1 if left out.
         prior: Share of each class in the population that figures are about, C numbers that sum
             to 1, none negative; None where the samples are drawn from it as they are.
+        costs: MACs per sample of each stage and head.
+        numbers: Of each exit in the network, ascending; 0 to K - 1 if left out.
     """
 
-    logits_KNC: Tensor
-    labels_N: Tensor
     costs: ExitCosts
     numbers: tuple[int, ...] = ()
-    prior: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.numbers:
@@ -61,85 +59,26 @@ class ExitLogits:
             raise ShapeError(
                 f"Expected {self.costs.num_exits} numbers, one per exit. Got {self.numbers}."
             )
-        if self.prior is not None:
-            self._check_prior(self.prior)
-
-    @property
-    def correct_KN(self) -> Tensor:
-        """Whether each exit is right about each sample, shape (K, N), bool."""
-        return self.logits_KNC.argmax(-1) == self.labels_N
-
-    @property
-    def class_counts(self) -> npt.NDArray[np.int64]:
-        """Samples of each class, shape (C,)."""
-        return np.bincount(self.labels_N.numpy(), minlength=self.logits_KNC.shape[2])
-
-    @property
-    def weights_N(self) -> npt.NDArray[np.float64]:
-        """How much each sample counts, shape (N,), 1 on average.
-
-        All 1 without a prior; with one, a class counts as much as its share in the population,
-        whatever its share of these samples.
-        """
-        if self.prior is None:
-            return np.ones(len(self.labels_N))
-        per_class_C = np.asarray(self.prior) * len(self.labels_N) / self.class_counts.clip(min=1)
-        weights_N: npt.NDArray[np.float64] = per_class_C[self.labels_N.numpy()]
-        return weights_N
-
-    @property
-    def effective_num_samples(self) -> float:
-        """How many samples of equal weight would tell a mean as well; N where all weights are 1.
-
-        Reference: Kish (1965), Survey Sampling: the square of the sum of the weights over the sum
-            of their squares.
-        """
-        weights_N = self.weights_N
-        return float(weights_N.sum() ** 2 / (weights_N**2).sum())
-
-    def take(self, rows: npt.ArrayLike) -> ExitLogits:
-        """Some of the samples, for the same population.
-
-        Args:
-            rows: Their numbers, in any order and as often as wanted.
-        Returns:
-            The samples; they have weights of their own.
-        Raises:
-            DataError: If a class of the population is not among them.
-        """
-        rows_N = torch.as_tensor(np.asarray(rows, dtype=np.int64))
-        return replace(self, logits_KNC=self.logits_KNC[:, rows_N], labels_N=self.labels_N[rows_N])
-
-    def _check_prior(self, prior: tuple[float, ...]) -> None:
-        num_classes = self.logits_KNC.shape[2]
-        shares_C = np.asarray(prior, dtype=np.float64)
-        is_share = shares_C.shape == (num_classes,) and (shares_C >= 0).all()
-        if not is_share or abs(shares_C.sum() - 1) > 1e-6:
-            raise InvalidArgumentError(
-                f"The 'prior' parameter must hold {num_classes} shares, one per class, none "
-                f"negative, that sum to 1. Got {len(prior)} that sum to {shares_C.sum():.6g}, the "
-                f"lowest {shares_C.min():.6g}."
-            )
-        missing = np.flatnonzero((shares_C > 0) & (self.class_counts == 0))
-        if len(missing):
-            raise DataError(
-                f"Expected samples of every class of the prior. Got none of {len(missing)} "
-                f"classes, class {missing[0]} the first: give more samples, or a prior of 0 there."
-            )
+        super().__post_init__()
 
 
 @torch.inference_mode()
-def collect(network: MultiExitNetwork, loader: Iterable[tuple[Any, Tensor]]) -> ExitLogits:
+def collect(
+    network: MultiExitNetwork | SkipNetwork, loader: Iterable[tuple[Any, Tensor]]
+) -> ExitLogits:
     """Run every exit on every sample of a loader.
 
     Args:
-        network: The network; it runs in evaluation mode where its parameters are.
+        network: The network; it runs in evaluation mode where its parameters are. Of one that
+            skips blocks, the only exit is collected, with every block run and no gate.
         loader: Batches of (inputs, labels); inputs is a tuple where the network takes several.
     Returns:
         The logits of all exits, with labels and costs.
     Raises:
         DataError: If the loader yields no sample.
     """
+    if isinstance(network, SkipNetwork):
+        network = network.without_gates()
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     outputs, labels, lengths = [], [], []
     inputs = None
@@ -167,33 +106,47 @@ def collect_from_session(session: Session, loader: Iterable[tuple[Tensor, Tensor
         loader: Batches of (inputs, labels).
     Returns:
         The logits of every step's exit: exits that are off in the bundle have none, so that the
-        steps count as exits, numbered as in the network.
+        steps count as exits, numbered as in the network. Of a network that skips blocks, those of
+        its only exit, with every block run; gates are not counted.
     Raises:
         DataError: If the loader yields no sample.
         ShapeError: If the inputs are not of the shape that the bundle was exported for.
     """
+    bundle = session.bundle
+    if bundle.skip is None:
+        run = partial(_every_exit, session)
+        stages, heads = zip(
+            *((step.stage_macs, step.head_macs) for step in bundle.steps), strict=True
+        )
+        numbers = tuple(step.exit_index for step in bundle.steps)
+    else:
+        run = partial(_every_block, Session(with_gate_threshold(bundle, 0.0)))
+        stages, heads, numbers = (bundle.plain_macs,), (0,), (0,)
     outputs, labels = [], []
     for batch, labels_B in loader:
-        carried: list[Any] = check_inputs(session.bundle, as_inputs(batch))
-        of_steps = []
-        for index in range(len(session.bundle.steps)):
-            _, (output, _, _, *carried) = session.run_step(index, carried)
-            of_steps.append(torch.from_numpy(output))
-        outputs.append(torch.stack(of_steps))
+        outputs.append(run(as_inputs(batch)))
         labels.append(labels_B)
     if not labels:
         raise DataError("Expected at least one batch of samples to collect logits from. Got none.")
-    steps = session.bundle.steps
-    costs = ExitCosts(
-        stage_macs=tuple(step.stage_macs for step in steps),
-        head_macs=tuple(step.head_macs for step in steps),
-    )
     return ExitLogits(
         logits_KNC=torch.cat(outputs, dim=1),
         labels_N=torch.cat(labels),
-        costs=costs,
-        numbers=tuple(step.exit_index for step in steps),
+        costs=ExitCosts(stage_macs=stages, head_macs=heads),
+        numbers=numbers,
     )
+
+
+def _every_exit(session: Session, inputs: Features) -> Tensor:
+    carried: list[Any] = check_inputs(session.bundle, inputs)
+    outputs = []
+    for index in range(len(session.bundle.steps)):
+        _, (output, _, _, *carried) = session.run_step(index, carried)
+        outputs.append(torch.from_numpy(output))
+    return torch.stack(outputs)
+
+
+def _every_block(session: Session, inputs: Features) -> Tensor:
+    return torch.from_numpy(session.run(*inputs).output)[None]
 
 
 def write_logits(path: Path | str, logits: ExitLogits) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from offramp.calibration.collect import ExitLogits
+from offramp.calibration.sweep import Sweep, choose_threshold
 from offramp.calibration.thresholds import (
     Rule,
     calibrate,
@@ -35,7 +36,8 @@ class FrontierPoint:
     Attributes:
         budget_macs: Mean MACs per sample that were allowed on the calibration data; the least of
             them where several budgets led to the same thresholds.
-        thresholds: One per exit but the final one; +inf where an exit is off.
+        thresholds: One per exit but the final one; +inf where an exit is off. Of gates, the one
+            that they share.
         calibration_accuracy: Adaptive accuracy on the data that chose the thresholds; None for a
             network of one exit, where there is nothing to choose, without such data.
         accuracy: Adaptive accuracy on the test data, a fraction.
@@ -146,6 +148,52 @@ def frontier(
         exits=_exits_alone(test),
         plain_macs=plain_macs,
         area=_area(points, plain_macs=plain_macs),
+    )
+
+
+def sweep_frontier(calibration: Sweep, test: Sweep, *, num_points: int = 10) -> Frontier:
+    """Follow the trade-off of a network that one threshold steers, as :func:`frontier` does.
+
+    Args:
+        calibration: What it says, at each threshold, of data that neither trained the network nor
+            will judge it.
+        test: What it says, at the same thresholds, of the data that judges.
+        num_points: How many budgets, in [2, 1000]: both ends are among them.
+    Returns:
+        The points, the network with everything run as its only exit, and the area.
+    Raises:
+        InvalidArgumentError: If ``num_points`` is out of range, or the two are of different
+            networks or thresholds.
+    """
+    check_num_points(num_points)
+    of_both = [(each.thresholds, each.plain_macs) for each in (calibration, test)]
+    if of_both[0] != of_both[1]:
+        raise InvalidArgumentError(
+            "Expected calibration and test sweeps of one network at the same thresholds. "
+            f"Got {of_both[0]} against {of_both[1]}."
+        )
+    plain_macs = test.plain_macs
+    points: dict[float, FrontierPoint] = {}
+    accuracy_K, mean_macs_K = test.accuracy_K, test.mean_macs_K
+    budgets = np.geomspace(calibration.mean_macs_K.min(), plain_macs, num_points)
+    for budget_macs in budgets.tolist():
+        with suppress(InfeasibleTargetError):
+            chosen = choose_threshold(calibration, budget_macs=budget_macs)
+            k = test.thresholds.index(chosen.threshold)
+            point = FrontierPoint(
+                budget_macs=budget_macs,
+                thresholds=(chosen.threshold,),
+                calibration_accuracy=chosen.accuracy,
+                accuracy=float(accuracy_K[k]),
+                mean_macs=float(mean_macs_K[k]),
+            )
+            points.setdefault(chosen.threshold, point)
+    found = tuple(points.values())
+    return Frontier(
+        points=found,
+        exits=(ExitAlone(index=0, accuracy=float(accuracy_K[-1]), macs=plain_macs),),
+        plain_macs=plain_macs,
+        area=_area(found, plain_macs=plain_macs),
     )
 
 

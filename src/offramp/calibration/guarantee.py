@@ -14,18 +14,15 @@ Shapes: ``K`` exits, ``N`` samples, ``P`` policies on the front.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
 from offramp.calibration.collect import ExitLogits
 from offramp.calibration.risk import RISKS, check_risk
 from offramp.calibration.search import Floats, exits_left_by
-from offramp.calibration.sequence import SequenceTest, choose_test, infeasible
+from offramp.calibration.sequence import choose_test, part_samples, passing_values
 from offramp.calibration.thresholds import (
     Calibration,
     Rule,
@@ -38,11 +35,6 @@ from offramp.calibration.thresholds import (
 )
 from offramp.errors import InvalidArgumentError
 from offramp.policy.policies import ThresholdedPolicy
-
-_FRONT_SHARE = 0.3
-"""Of the samples, those that find the front; the others test."""
-
-Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +52,7 @@ class Guarantee:
         num_samples: Samples in all.
         num_tested: Of them, those that tested.
         effective_num_samples: What the testing ones amount to after weighting.
-        num_candidates: Policies on the front.
+        num_candidates: Policies that stood in a row to be tested.
         num_passed: Of them, those that passed before the first that did not.
     """
 
@@ -75,15 +67,19 @@ class Guarantee:
     num_candidates: int
     num_passed: int
 
-    def sentence(self, population: str) -> str:
+    def sentence(
+        self, population: str, *, way: str = "early exit", last: str = "the final exit"
+    ) -> str:
         """The promise in one sentence that a person can quote.
 
         Args:
             population: What the samples were drawn from.
+            way: What answers cheaply.
+            last: What it is compared with.
         Returns:
             The sentence.
         """
-        what = RISKS[self.risk].in_words(self.max_risk)
+        what = RISKS[self.risk].in_words(self.max_risk, way, last)
         drawn = f"{self.num_samples:,} calibration samples ({population})"
         if self.probability is None:
             return f"On average over draws of {drawn}, {what} on new samples drawn alike."
@@ -142,12 +138,13 @@ def calibrate_with_guarantee(
     """
     check_risk(risk, max_risk)
     check_guarantee(max_risk, guarantee)
-    finding, testing = (logits.take(rows) for rows in _split(logits, seed))
+    finding, testing = part_samples(logits, seed)
     candidates = _front(finding, policy_like(rule, finding), risk)
     test = choose_test(risk, testing, guarantee=guarantee)
-    passed = _test_in_sequence(
-        test, _losses_in_sequence(test, finding, testing, candidates, risk), max_risk
+    losses = zip(
+        _losses(finding, candidates, risk), _losses(testing, candidates, risk), strict=True
     )
+    passed = passing_values(test, losses, max_risk)
     chosen = measure_policy(logits, candidates[len(passed) - 1])
     promise = Guarantee(
         risk=risk,
@@ -162,21 +159,6 @@ def calibrate_with_guarantee(
         num_passed=len(passed),
     )
     return GuaranteedCalibration(**vars(chosen), guarantee=promise)
-
-
-def _test_in_sequence(
-    test: SequenceTest, losses: Iterator[tuple[Floats, Floats]], max_risk: float
-) -> list[float]:
-    """Values of the policies that pass before the first that does not; at least one."""
-    passed: list[float] = []
-    for found_N, tested_N in losses:
-        value = test.value(found_N, tested_N, max_risk, len(tested_N))
-        if value > test.limit:
-            break
-        passed.append(value)
-    if not passed:
-        raise infeasible(test, found_N, tested_N, max_risk=max_risk)
-    return passed
 
 
 def check_guarantee(max_risk: float, guarantee: float | str) -> None:
@@ -199,44 +181,6 @@ def check_guarantee(max_risk: float, guarantee: float | str) -> None:
         )
 
 
-def _split(logits: ExitLogits, seed: int) -> tuple[Rows, Rows]:
-    """Part the samples at random into those that find and those that test.
-
-    With a prior, each class is parted for itself. The order that the samples come in does not
-    matter: they are put in an order of their own, and what they say seeds the draw. A draw by the
-    seed alone would pick the same places of that order from every set of samples, and so, say,
-    those that the exits are surest of.
-    """
-    said = torch.cat(
-        [
-            logits.logits_KNC.sort(-1).values[..., -2:].movedim(-1, 0).flatten(0, 1),
-            logits.correct_KN.float(),
-        ]
-    ).numpy()
-    in_order = np.lexsort(said)
-    digest = hashlib.sha256(np.ascontiguousarray(said[:, in_order]).tobytes()).digest()
-    generator = np.random.default_rng([seed, *np.frombuffer(digest, dtype=np.uint32).tolist()])
-    drawn = generator.permutation(in_order)
-    if logits.prior is None:
-        groups = [drawn]
-    else:
-        labels = logits.labels_N.numpy()[drawn]
-        groups = [drawn[labels == c] for c in np.flatnonzero(logits.prior)]
-    cuts = [_front_size(len(group)) for group in groups]
-    finding = np.concatenate([group[:cut] for group, cut in zip(groups, cuts, strict=True)])
-    testing = np.concatenate([group[cut:] for group, cut in zip(groups, cuts, strict=True)])
-    return finding, testing
-
-
-def _front_size(num_samples: int) -> int:
-    if num_samples < 2:
-        raise InvalidArgumentError(
-            "A guarantee needs at least 2 samples (with a prior, 2 of each class that it holds): "
-            f"some find the candidates, others test them. Got {num_samples}."
-        )
-    return max(1, round(_FRONT_SHARE * num_samples))
-
-
 def _front(finding: ExitLogits, policy: ThresholdedPolicy, risk: str) -> list[ThresholdedPolicy]:
     """Policies on the way from the safest, where nobody leaves, to the cheapest.
 
@@ -253,24 +197,6 @@ def _front(finding: ExitLogits, policy: ThresholdedPolicy, risk: str) -> list[Th
         costs=costs_under(finding, policy),
     )
     return [policy.with_thresholds(thresholds) for thresholds in search.front()]
-
-
-def _losses_in_sequence(
-    test: SequenceTest,
-    finding: ExitLogits,
-    testing: ExitLogits,
-    policies: Sequence[ThresholdedPolicy],
-    risk: str,
-) -> Iterator[tuple[Floats, Floats]]:
-    """Loss of every finding and testing sample under one policy after the other."""
-    worst_N: Floats | None = None
-    of_both = zip(_losses(finding, policies, risk), _losses(testing, policies, risk), strict=True)
-    for found_N, tested_N in of_both:
-        if test.keeps_worst:
-            worst_N = tested_N if worst_N is None else np.maximum(worst_N, tested_N)
-            yield found_N, worst_N
-        else:
-            yield found_N, tested_N
 
 
 def _losses(

@@ -4,7 +4,7 @@ A risk is the mean of a loss over the population. A p-value says how likely loss
 seen would be if the risk were above the target: below delta, the target holds with probability
 1 - delta over the draw of the samples.
 
-Shapes: ``K`` exits, ``N`` samples, ``C`` classes.
+Shapes: ``K`` exits, or other ways of answering, ``N`` samples, ``C`` classes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from scipy.stats import binom
 from torch import Tensor
 
-from offramp.calibration.collect import ExitLogits
+from offramp.calibration.labelled import LabelledLogits
 from offramp.calibration.search import Floats
 from offramp.errors import InvalidArgumentError
 
@@ -27,39 +27,40 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True, kw_only=True)
 class Risk:
-    """A loss per exit and sample.
+    """A loss per way of answering and sample.
 
     Attributes:
-        losses: From logits to the loss of each sample that leaves by each exit, shape (K, N).
+        losses: From logits to the loss of each sample that is answered in each way, as one that
+            leaves by each exit is, shape (K, N).
         is_binary: Whether every loss is 0 or 1.
-        counts_errors: Whether it differs between exits by right and wrong answers only.
-        in_words: From a target to what is promised.
+        counts_errors: Whether it differs between ways by right and wrong answers only.
+        in_words: From a target, the cheap way and the last one, by name, to what is promised.
     """
 
-    losses: Callable[[ExitLogits], Floats]
+    losses: Callable[[LabelledLogits], Floats]
     is_binary: bool
     counts_errors: bool
-    in_words: Callable[[float], str]
+    in_words: Callable[[float, str, str], str]
 
 
-def _accuracy_gap(logits: ExitLogits) -> Floats:
+def _accuracy_gap(logits: LabelledLogits) -> Floats:
     correct_KN = logits.correct_KN.numpy().astype(np.float64)
     gap_KN: Floats = correct_KN[-1] - correct_KN
     return gap_KN
 
 
-def _disagreement(logits: ExitLogits) -> Floats:
+def _disagreement(logits: LabelledLogits) -> Floats:
     predicted_KN = logits.logits_KNC.argmax(-1)
     disagrees_KN: Floats = (predicted_KN != predicted_KN[-1]).numpy().astype(np.float64)
     return disagrees_KN
 
 
-def _error(logits: ExitLogits) -> Floats:
+def _error(logits: LabelledLogits) -> Floats:
     wrong_KN: Floats = (~logits.correct_KN).numpy().astype(np.float64)
     return wrong_KN
 
 
-def _brier_gap(logits: ExitLogits) -> Floats:
+def _brier_gap(logits: LabelledLogits) -> Floats:
     scores = [_brier(logits_NC, logits.labels_N) for logits_NC in logits.logits_KNC]
     brier_KN = np.stack(scores)
     gap_KN: Floats = brier_KN - brier_KN[-1]
@@ -79,31 +80,31 @@ RISKS = {
         losses=_accuracy_gap,
         is_binary=False,
         counts_errors=True,
-        in_words=lambda target: (
-            f"early exit loses at most {100 * target:g} percentage "
-            f"{'point' if target == 0.01 else 'points'} of accuracy against the final exit"
+        in_words=lambda target, way, last: (
+            f"{way} loses at most {100 * target:g} percentage "
+            f"{'point' if target == 0.01 else 'points'} of accuracy against {last}"
         ),
     ),
     "disagreement": Risk(
         losses=_disagreement,
         is_binary=True,
         counts_errors=False,
-        in_words=lambda target: (
-            f"at most {100 * target:g} % of the answers differ from the final exit's"
+        in_words=lambda target, way, last: (
+            f"at most {100 * target:g} % of the answers differ from {last}'s"
         ),
     ),
     "error": Risk(
         losses=_error,
         is_binary=True,
         counts_errors=True,
-        in_words=lambda target: f"at most {100 * target:g} % of the answers are wrong",
+        in_words=lambda target, way, last: f"at most {100 * target:g} % of the answers are wrong",
     ),
     "brier_gap": Risk(
         losses=_brier_gap,
         is_binary=False,
         counts_errors=False,
-        in_words=lambda target: (
-            f"early exit's Brier score (in [0, 1]) is at most {target:g} above the final exit's"
+        in_words=lambda target, way, last: (
+            f"{way}'s Brier score (in [0, 1]) is at most {target:g} above {last}'s"
         ),
     ),
 }

@@ -1,26 +1,81 @@
-"""Testing one policy after the other: which test, and what to say if not even the first passes.
+"""Testing one policy after the other: which samples, which test, and what if not one passes.
 
 Shapes: ``N`` samples.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
+import torch
 from scipy.stats import binom
 
-from offramp.calibration.collect import ExitLogits
+from offramp.calibration.labelled import LabelledLogits
 from offramp.calibration.risk import RISKS, betting_p_value, binomial_p_value, fixed_bet_p_value
 from offramp.calibration.search import Floats
-from offramp.calibration.thresholds import rounded_up
+from offramp.calibration.targets import rounded_up
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError
 
 _LARGEST_SAMPLE = 10**8
 """Up to here it is looked how many samples would do."""
+
+_FINDING_SHARE = 0.3
+"""Of the samples, those that find what is tested, or size the bets; the others test."""
+
+Logits = TypeVar("Logits", bound=LabelledLogits)
+
+
+def part_samples(logits: Logits, seed: int) -> tuple[Logits, Logits]:
+    """Part samples at random into those that find and those that test.
+
+    With a prior, each class is parted for itself. The order that the samples come in does not
+    matter: they are put in an order of their own, and what they say seeds the draw. A draw by the
+    seed alone would pick the same places of that order from every set of samples, and so, say,
+    those that the exits are surest of.
+
+    Args:
+        logits: The samples.
+        seed: Of the draw.
+    Returns:
+        finding: Three in ten.
+        testing: The others.
+    Raises:
+        InvalidArgumentError: If there are fewer than two samples, or two of a class of the prior.
+    """
+    said = torch.cat(
+        [
+            logits.logits_KNC.sort(-1).values[..., -2:].movedim(-1, 0).flatten(0, 1),
+            logits.correct_KN.float(),
+        ]
+    ).numpy()
+    in_order = np.lexsort(said)
+    digest = hashlib.sha256(np.ascontiguousarray(said[:, in_order]).tobytes()).digest()
+    generator = np.random.default_rng([seed, *np.frombuffer(digest, dtype=np.uint32).tolist()])
+    drawn = generator.permutation(in_order)
+    if logits.prior is None:
+        groups = [drawn]
+    else:
+        labels = logits.labels_N.numpy()[drawn]
+        groups = [drawn[labels == c] for c in np.flatnonzero(logits.prior)]
+    cuts = [_finding_size(len(group)) for group in groups]
+    finding = np.concatenate([group[:cut] for group, cut in zip(groups, cuts, strict=True)])
+    testing = np.concatenate([group[cut:] for group, cut in zip(groups, cuts, strict=True)])
+    return logits.take(finding), logits.take(testing)
+
+
+def _finding_size(num_samples: int) -> int:
+    if num_samples < 2:
+        raise InvalidArgumentError(
+            "A guarantee needs at least 2 samples (with a prior, 2 of each class that it holds): "
+            f"some find the candidates, others test them. Got {num_samples}."
+        )
+    return max(1, round(_FINDING_SHARE * num_samples))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +88,17 @@ class SequenceTest:
         value: From losses on the finding and on the testing samples, target, and a number of
             testing samples (more than there are asks what more of the same would give).
         keeps_worst: Whether a sample's loss counts at its worst so far, so that it only grows.
+        needs_finding: Whether it reads the losses on the finding samples.
     """
 
     method: str
     limit: float
     value: Callable[[Floats, Floats, float, int], float]
     keeps_worst: bool = False
+    needs_finding: bool = False
 
 
-def choose_test(risk: str, testing: ExitLogits, *, guarantee: float | str) -> SequenceTest:
+def choose_test(risk: str, testing: LabelledLogits, *, guarantee: float | str) -> SequenceTest:
     """The test that fits a risk and the samples.
 
     Args:
@@ -78,7 +135,36 @@ def choose_test(risk: str, testing: ExitLogits, *, guarantee: float | str) -> Se
         p_value = bet(tested_N, max_risk, before=found_N, num_samples=n)
         return float(p_value ** (n / len(tested_N)))
 
-    return SequenceTest(method="betting", limit=delta, value=betting_value)
+    return SequenceTest(method="betting", limit=delta, value=betting_value, needs_finding=True)
+
+
+def passing_values(
+    test: SequenceTest, losses: Iterable[tuple[Floats, Floats]], max_risk: float
+) -> list[float]:
+    """Test one policy after the other until the first that fails (fixed sequence).
+
+    Args:
+        test: The test.
+        losses: Of each policy, from the safest on: loss of every finding sample, and of every
+            testing sample, weights multiplied in.
+        max_risk: The target.
+    Returns:
+        Values of those that pass before the first that does not; at least one.
+    Raises:
+        InfeasibleTargetError: If not even the first passes.
+    """
+    passed: list[float] = []
+    worst_N = np.array(-math.inf)
+    for found_N, tested_N in losses:
+        if test.keeps_worst:
+            worst_N = tested_N = np.maximum(worst_N, tested_N)
+        value = test.value(found_N, tested_N, max_risk, len(tested_N))
+        if value > test.limit:
+            break
+        passed.append(value)
+    if not passed:
+        raise _infeasible(test, found_N, tested_N, max_risk=max_risk)
+    return passed
 
 
 def _binomial_value(
@@ -97,19 +183,10 @@ def _conformal_value(found_N: Floats, tested_N: Floats, max_risk: float, n: int)
     return (n * float(tested_N.mean()) + 1) / (n + 1) - max_risk
 
 
-def infeasible(
+def _infeasible(
     test: SequenceTest, found_N: Floats, tested_N: Floats, *, max_risk: float
 ) -> InfeasibleTargetError:
-    """Say how many samples would do for the safest policy, and which target these allow.
-
-    Args:
-        test: The test that it did not pass.
-        found_N: Its losses on the samples that found the front.
-        tested_N: Its losses on those that test.
-        max_risk: The target.
-    Returns:
-        The error to raise.
-    """
+    """Say how many samples would do for the safest policy, and which target these allow."""
 
     def passes(target: float, n: float) -> bool:
         return test.value(found_N, tested_N, target, math.ceil(n)) <= test.limit

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from offramp.calibration.collect import ExitLogits
-from offramp.calibration.risk import RISKS, check_risk
+from offramp.calibration.risk import RISKS
 from offramp.calibration.search import Floats, Score, ThresholdSearch, evaluate_thresholds
+from offramp.calibration.targets import RiskLimit, as_target, budget_too_low, risk_too_low
 from offramp.calibration.temperature import BoolArray, fit_temperature, reached
-from offramp.errors import InfeasibleTargetError, InvalidArgumentError
+from offramp.errors import InvalidArgumentError
 from offramp.measure.cost import ExitCosts
 from offramp.policy.policies import Setting, State, ThresholdedPolicy, never_leave
 
@@ -73,28 +74,20 @@ def calibrate(
         InvalidArgumentError: If not exactly one target is given, or it is out of range.
         InfeasibleTargetError: If no thresholds cost so little, or risk so little, on this data.
     """
-    _require_one_target(max_drop, max_risk, budget_macs, budget_share)
+    target = as_target(
+        max_drop=max_drop,
+        max_risk=max_risk,
+        risk=risk,
+        budget_macs=budget_macs,
+        budget_share=budget_share,
+        plain_macs=logits.costs.plain_macs,
+    )
     policy = policy_like(rule, logits)
     _check_off(off, num_exits=policy.num_exits)
-    if budget_share is not None:
-        budget_macs = _macs_of_share(budget_share, plain_macs=logits.costs.plain_macs)
-    if budget_macs is not None:
-        worth_KN, costs = expected_correctness(logits), costs_under(logits, policy)
-        return calibrate_within(
-            logits, policy, budget_macs, worth_KN=worth_KN, costs=costs, off=off
-        )
-    if max_drop is not None:
-        max_risk, risk = max_drop, "accuracy_gap"
-    assert max_risk is not None  # exactly one target is given
-    check_risk(risk, max_risk, name="max_risk" if max_drop is None else "max_drop")
-    return _within_risk(logits, policy, max_risk, risk, off=off)
-
-
-def _require_one_target(*targets: float | None) -> None:
-    if sum(target is not None for target in targets) != 1:
-        raise InvalidArgumentError(
-            "Give exactly one target: 'max_drop', 'max_risk', 'budget_macs' or 'budget_share'."
-        )
+    if isinstance(target, RiskLimit):
+        return _within_risk(logits, policy, target, off=off)
+    worth_KN, costs = expected_correctness(logits), costs_under(logits, policy)
+    return calibrate_within(logits, policy, target.macs, worth_KN=worth_KN, costs=costs, off=off)
 
 
 def _check_off(off: frozenset[int], *, num_exits: int) -> None:
@@ -268,13 +261,12 @@ def measure_policy(logits: ExitLogits, policy: ThresholdedPolicy) -> Calibration
 def _within_risk(
     logits: ExitLogits,
     policy: ThresholdedPolicy,
-    max_risk: float,
-    risk: str,
+    limit: RiskLimit,
     *,
     off: frozenset[int],
 ) -> Calibration:
-    losses_KN = RISKS[risk].losses(logits)
-    floor = -max_risk - 1e-12
+    losses_KN = RISKS[limit.risk].losses(logits)
+    floor = -limit.most - 1e-12
     found, best_score, _ = search_thresholds(
         logits,
         policy,
@@ -285,11 +277,7 @@ def _within_risk(
     )
     if best_score == -math.inf:
         lowest = float(np.average(losses_KN, axis=1, weights=logits.weights_N).min())
-        raise InfeasibleTargetError(
-            f"The risk {risk!r} must be allowed to reach {rounded_up(lowest)}, the lowest of any "
-            f"exit on these samples. Got {max_risk}.",
-            best_achievable=lowest,
-        )
+        raise risk_too_low(limit, lowest=lowest, where="any exit")
     return measure_policy(logits, found)
 
 
@@ -314,14 +302,8 @@ def calibrate_within(
     Returns:
         The policy with accuracy and mean MACs on this data.
     Raises:
-        InvalidArgumentError: If the budget is infinite.
         InfeasibleTargetError: If no thresholds cost so little on this data.
     """
-    if budget == math.inf:
-        raise InvalidArgumentError(
-            "The 'budget_macs' parameter must be finite. Got inf: for the most accurate "
-            "thresholds, give the plain network's MACs."
-        )
     allowed = budget * (1 + 1e-12)  # a weighted mean may be off by its rounding
 
     # A trace of cost in the score prefers the cheaper of equally accurate candidates.
@@ -332,32 +314,8 @@ def calibrate_within(
         logits, policy, worth_KN, score, costs=costs, off=off
     )
     if best_score == -math.inf:
-        raise InfeasibleTargetError(
-            f"The 'budget_macs' parameter must be at least {math.ceil(cheapest):,}, the "
-            f"cheapest there is on these samples. Got {budget:,.0f}.",
-            best_achievable=cheapest,
-        )
+        raise budget_too_low(budget, cheapest_macs=cheapest)
     return measure_policy(logits, found)
-
-
-def rounded_up(target: float) -> str:
-    """A target with four digits that is not below the given one, so that it can be asked for.
-
-    Args:
-        target: A fraction.
-    Returns:
-        For example "0.0257" for 0.02561.
-    """
-    return f"{math.ceil(target * 1e4) / 1e4:.4f}"
-
-
-def _macs_of_share(budget_share: float, *, plain_macs: int) -> float:
-    if not 0 < budget_share < math.inf:
-        raise InvalidArgumentError(
-            "The 'budget_share' parameter must be a share of the plain network's MACs above 0, "
-            f"e.g. 0.5. Got {budget_share}."
-        )
-    return budget_share * plain_macs
 
 
 def expected_correctness(logits: ExitLogits) -> Floats:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from offramp.calibration.collect import ExitLogits
-    from offramp.inference.runner import AdaptiveRunner
+    from offramp.inference.runner import TorchRunner
     from offramp.runtime import Bundle, Session
     from offramp.training.recipes import Recipe
 
@@ -41,7 +41,7 @@ class Artifact:
             network or may have chosen its thresholds.
     """
 
-    runner: AdaptiveRunner | Session
+    runner: TorchRunner | Session
     device: str
     recipe: Recipe
     class_names: tuple[str, ...]
@@ -86,7 +86,7 @@ def open_artifact(folder: Path, device: str | None = None) -> Artifact:
 
 def _open_run(folder: Path, device: str | None) -> Artifact:
     from offramp.calibration.collect import collect
-    from offramp.inference.runner import AdaptiveRunner
+    from offramp.inference.runner import make_runner
     from offramp.training.run import is_in_sample, load
 
     loaded = load(folder)
@@ -94,7 +94,7 @@ def _open_run(folder: Path, device: str | None) -> Artifact:
     where = pick_device(device)
     network = loaded.network.to(where)
     return Artifact(
-        runner=AdaptiveRunner(network, loaded.policy),
+        runner=make_runner(network, loaded.policy),
         device=where,
         recipe=recipe,
         class_names=loaded.class_names,

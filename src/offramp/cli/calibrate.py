@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from offramp.cli.calibration_data import prepare
 from offramp.cli.choosing import LEARNED, Timing, Wanted, choose
+from offramp.cli.choosing_gates import choose_gates, refuse_exits, set_gates_by_hand
 from offramp.cli.options import DataOption, DeviceOption, RunFolder
 from offramp.errors import InvalidArgumentError
 
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 ThresholdsOption = Annotated[
     str | None,
-    typer.Option(metavar="T0,T1,...", help="By hand: a number or off, for each exit but the last."),
+    typer.Option(
+        metavar="T0,T1,...",
+        help="By hand: a number or off, for each exit but the last; one number for gates.",
+    ),
 ]
 MaxDropOption = Annotated[
     float | None, typer.Option(help="Spend least; lose at most this fraction of accuracy.")
@@ -53,7 +56,11 @@ BudgetMsOption = Annotated[
     typer.Option(help="Be most accurate at this mean time per sample; times the parts."),
 ]
 RuleOption = Annotated[
-    str, typer.Option(help="entropy, max_probability, margin, learned; by hand also entropy_nats.")
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="entropy (default), max_probability, margin, learned; by hand also entropy_nats.",
+    ),
 ]
 PatienceOption = Annotated[
     int | None,
@@ -100,7 +107,7 @@ def calibrate(
     budget_macs: BudgetMacsOption = None,
     budget_share: BudgetShareOption = None,
     budget_ms: BudgetMsOption = None,
-    rule: RuleOption = "entropy",
+    rule: RuleOption = None,
     patience: PatienceOption = None,
     temperatures: TemperaturesOption = None,
     prior: PriorOption = None,
@@ -110,7 +117,7 @@ def calibrate(
     data: DataOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Choose when to stop, on data set aside from training, and write policy.json."""
+    """Choose when to stop or to skip, on data set aside from training; write policy.json."""
     _require_one_target(thresholds, max_drop, max_risk, budget_macs, budget_share, budget_ms)
     wanted = Wanted(
         max_drop=max_drop,
@@ -120,7 +127,7 @@ def calibrate(
         budget_share=budget_share,
         budget_ms=budget_ms,
         guarantee=_read_guarantee(guarantee),
-        rule=rule,
+        rule="entropy" if rule is None else rule,
         patience=patience,
         temperatures=temperatures,
         timing=_read_timing(aim, max_drop, budget_ms, batch_size=batch_size, backend=backend),
@@ -131,13 +138,20 @@ def calibrate(
         raise InvalidArgumentError("--prior weights calibration data, which --thresholds need not.")
     if not by_hand:
         wanted.check()
+    from offramp.routing.skip import SkipNetwork
     from offramp.training.run import load
 
-    loaded = load(run)
-    if thresholds is not None:
-        _set_by_hand(loaded, thresholds, rule)
+    loaded, where = load(run), {"data": data, "device": device, "prior": prior}
+    if isinstance(loaded.network, SkipNetwork):
+        refuse_exits(loaded, wanted, rule=rule)
+        if thresholds is None:
+            choose_gates(loaded, loaded.network, wanted, **where)
+        else:
+            set_gates_by_hand(loaded, thresholds)
+    elif thresholds is None:
+        choose(loaded, wanted, **where)
     else:
-        choose(prepare(loaded, data=data, device=device, prior=prior), wanted)
+        _set_by_hand(loaded, thresholds, wanted.rule)
 
 
 def _require_one_target(*targets: object) -> None:

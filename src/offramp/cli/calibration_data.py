@@ -1,37 +1,44 @@
-"""The samples that a run set aside, and what its exits say of them."""
+"""The samples that a run set aside, and what its network says of them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from offramp.cli.options import pick_device
+from offramp.cli.options import percent, pick_device
 from offramp.errors import DataError, InvalidArgumentError
 
 if TYPE_CHECKING:
-    from offramp.calibration.collect import ExitLogits
+    from offramp.calibration.labelled import LabelledLogits
+    from offramp.cli.artifact import Loader
+    from offramp.policy.gate_policy import GatePolicy
+    from offramp.policy.policies import Policy
     from offramp.training.data import Batches
     from offramp.training.run import Run
 
+Logits = TypeVar("Logits", bound="LabelledLogits")
+"""ExitLogits, or a Sweep where blocks are skipped."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A run with what its exits say of the samples set aside.
+class Prepared(Generic[Logits]):
+    """A run with what its network says of the samples set aside.
 
     Attributes:
         run: The run.
         device: Where its network is.
         batches: The samples.
-        logits: What every exit says of them.
+        logits: What every exit says of them, or the network at every threshold.
         data: What the policy file says of them.
     """
 
     run: Run
     device: str
     batches: Batches
-    logits: ExitLogits
+    logits: Logits
     data: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -44,12 +51,33 @@ class Prepared:
         effective = self.data["effective_num_samples"]
         return f"{words} by weights, effective number {effective:,.0f}"
 
+    def logits_for(self, guarantee: float | str | None) -> Logits:
+        """What is chosen on, its prior left out where a promise on average can do without.
 
-def prepare(loaded: Run, *, data: str | None, device: str | None, prior: str | None) -> Prepared:
-    """Run every exit on the samples set aside.
+        Args:
+            guarantee: What is asked for: a probability, "mean", or None.
+        Returns:
+            The logits.
+        """
+        if guarantee == "mean" and not self.data["weighted"]:
+            # Drawn class by class, which conformal risk control does not know: approximately, then.
+            return replace(self.logits, prior=None)
+        return self.logits
+
+
+def prepare(
+    loaded: Run,
+    collect: Callable[[Loader], Logits],
+    *,
+    data: str | None,
+    device: str | None,
+    prior: str | None,
+) -> Prepared[Logits]:
+    """Run the network on the samples set aside.
 
     Args:
         loaded: The run.
+        collect: From a loader to what its network says, where its parameters are.
         data: Where its data is.
         device: Where to compute.
         prior: uniform, a JSON file with the share of each class, or None: as they were drawn.
@@ -59,7 +87,6 @@ def prepare(loaded: Run, *, data: str | None, device: str | None, prior: str | N
         InvalidArgumentError: If the prior is neither, or no shares of these classes.
         DataError: If a class of the prior has no sample.
     """
-    from offramp.calibration.collect import collect
     from offramp.training.data import make_loader
     from offramp.training.run import CALIBRATION_SPLIT, load_batches
 
@@ -67,7 +94,8 @@ def prepare(loaded: Run, *, data: str | None, device: str | None, prior: str | N
     recipe = loaded.require_recipe()
     batches, names, fingerprint = load_batches(recipe, CALIBRATION_SPLIT, data or loaded.data)
     shares = None if prior is None else _read_prior(prior, names)
-    logits = collect(loaded.network.to(where), make_loader(batches, batch_size=256))
+    loaded.network.to(where)
+    logits = collect(make_loader(batches, batch_size=256))
     # So many of each class were drawn: a promise is about a population of these shares.
     drawn = tuple((logits.class_counts / len(batches)).tolist())
     logits = replace(logits, prior=shares or drawn)
@@ -104,3 +132,38 @@ def _read_prior(prior: str, class_names: tuple[str, ...]) -> tuple[float, ...]:
             f"{', '.join(class_names)}."
         )
     return tuple(float(shares.get(name, 0)) for name in class_names)
+
+
+def conclude(
+    prepared: Prepared[Any],
+    policy: Policy | GatePolicy,
+    *,
+    asked: dict[str, Any],
+    reached: dict[str, float],
+    promise: dict[str, Any] | None,
+    plain_macs: int,
+) -> None:
+    """Write a policy into the run, and print what it reached and what is promised of it.
+
+    Args:
+        prepared: The run and the samples that the policy was chosen on.
+        policy: The policy.
+        asked: What was asked.
+        reached: Its ``accuracy`` and ``mean_macs`` on these samples.
+        promise: The guarantee and its ``sentence``; None without.
+        plain_macs: MACs per sample of the plain network.
+    """
+    from offramp.training.run import write_policy
+
+    about = {"asked": asked, "data": prepared.data, "reached": reached, "guarantee": promise}
+    write_policy(prepared.run.folder, policy, calibration=about)
+    print(
+        f"there: accuracy {percent(reached['accuracy'])} at {reached['mean_macs']:,.0f} mean MACs, "
+        f"{percent(reached['mean_macs'] / plain_macs)} of the plain network's"
+    )
+    if promise is not None:
+        print(
+            f"{promise['num_passed']} of {promise['num_candidates']} candidates passed "
+            f"({promise['method']} on {promise['num_tested']:,} of the samples)"
+        )
+        print(promise["sentence"])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from offramp.cli.calibration_data import Prepared
-from offramp.cli.options import percent
+from offramp.cli.calibration_data import Prepared, conclude, prepare
 from offramp.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from offramp.calibration.thresholds import Calibration, Rule
     from offramp.measure.profile import Profile
     from offramp.policy.policies import ThresholdedPolicy
+    from offramp.training.run import Run
 
 LEARNED = "learned"
 """The rule that is no confidence function: scorers are fitted on the calibration data."""
@@ -111,6 +112,12 @@ class Wanted:
             PatiencePolicy(self.patience, num_exits=self.patience + 1)
 
     @property
+    def risk_limit(self) -> dict[str, Any]:
+        """What a guarantee is asked for, as the library takes it."""
+        limit = self.max_drop if self.max_risk is None else self.max_risk
+        return {"max_risk": limit, "risk": self.risk, "guarantee": self.guarantee}
+
+    @property
     def target(self) -> dict[str, Any]:
         """The target as ``calibrate`` of the library takes it."""
         values = {name: getattr(self, name) for name in TARGETS}
@@ -169,58 +176,50 @@ class Wanted:
         )
 
 
-def choose(prepared: Prepared, wanted: Wanted) -> None:
+def choose(
+    loaded: Run, wanted: Wanted, *, data: str | None, device: str | None, prior: str | None
+) -> None:
     """Choose a policy, say what it promises and reaches, and write it into the run.
 
     Args:
-        prepared: The run and its samples.
+        loaded: The run.
         wanted: What is asked.
+        data: Where the run's data is.
+        device: Where to compute.
+        prior: As for :func:`~offramp.cli.calibration_data.prepare`.
     """
+    from offramp.calibration.collect import collect
     from offramp.calibration.guarantee import GuaranteedCalibration, calibrate_with_guarantee
     from offramp.calibration.thresholds import calibrate
 
-    logits = prepared.logits
-    if wanted.guarantee == "mean" and not prepared.data["weighted"]:
-        # Drawn class by class, which conformal risk control does not know: approximately, then.
-        logits = replace(logits, prior=None)
+    prepared = prepare(
+        loaded, partial(collect, loaded.network), data=data, device=device, prior=prior
+    )
+    logits = prepared.logits_for(wanted.guarantee)
     if wanted.timing is not None:
         chosen = _choose_by_the_clock(prepared, wanted, wanted.timing)
     elif wanted.guarantee is not None:
-        chosen = calibrate_with_guarantee(
-            logits,
-            max_risk=wanted.max_drop if wanted.max_risk is None else wanted.max_risk,  # type: ignore[arg-type]
-            risk=wanted.risk,
-            guarantee=wanted.guarantee,
-            rule=wanted.make_policy,
-        )
+        chosen = calibrate_with_guarantee(logits, rule=wanted.make_policy, **wanted.risk_limit)
     else:
         chosen = calibrate(logits, rule=wanted.make_policy, **wanted.target)
+    _print_policy(prepared, chosen.policy)
     promise = None
     if isinstance(chosen, GuaranteedCalibration):
         sentence = chosen.guarantee.sentence(prepared.population)
         promise = asdict(chosen.guarantee) | {"sentence": sentence}
-    _write(prepared, wanted, chosen, promise)
-    _print_choice(prepared, chosen, promise)
+    conclude(
+        prepared,
+        chosen.policy,
+        asked=wanted.to_dict(),
+        reached={"accuracy": chosen.accuracy, "mean_macs": chosen.mean_macs},
+        promise=promise,
+        plain_macs=logits.costs.plain_macs,
+    )
 
 
-def _write(
-    prepared: Prepared, wanted: Wanted, chosen: Calibration, promise: dict[str, Any] | None
-) -> None:
-    from offramp.training.run import write_policy
-
-    about = {
-        "asked": wanted.to_dict(),
-        "data": prepared.data,
-        "reached": {"accuracy": chosen.accuracy, "mean_macs": chosen.mean_macs},
-        "guarantee": promise,
-    }
-    write_policy(prepared.run.folder, chosen.policy, calibration=about)
-
-
-def _print_choice(prepared: Prepared, chosen: Calibration, promise: dict[str, Any] | None) -> None:
+def _print_policy(prepared: Prepared[ExitLogits], policy: ThresholdedPolicy) -> None:
     from offramp.policy.as_dict import policy_to_dict
 
-    policy, plain_macs = chosen.policy, prepared.logits.costs.plain_macs
     shown = ", ".join("off" if t == math.inf else f"{t:.4f}" for t in policy.thresholds)
     described = policy_to_dict(policy)
     how = described.get("rule", described["kind"])
@@ -231,16 +230,6 @@ def _print_choice(prepared: Prepared, chosen: Calibration, promise: dict[str, An
     )
     if described.get("temperatures"):
         _print_temperatures(prepared.logits, policy, described["temperatures"])
-    print(
-        f"there: accuracy {percent(chosen.accuracy)} at {chosen.mean_macs:,.0f} mean MACs, "
-        f"{percent(chosen.mean_macs / plain_macs)} of the plain network's"
-    )
-    if promise is not None:
-        print(
-            f"{promise['num_passed']} of {promise['num_candidates']} candidates passed "
-            f"({promise['method']} on {promise['num_tested']:,} of the samples)"
-        )
-        print(promise["sentence"])
 
 
 def _print_temperatures(
@@ -271,7 +260,9 @@ def _print_temperatures(
     Console().print(table)
 
 
-def _choose_by_the_clock(prepared: Prepared, wanted: Wanted, timing: Timing) -> Calibration:
+def _choose_by_the_clock(
+    prepared: Prepared[ExitLogits], wanted: Wanted, timing: Timing
+) -> Calibration:
     """Time the parts, keep the times in profile.json, and choose by them."""
     from offramp.artifacts import write_json
     from offramp.calibration.latency import calibrate_for_latency, calibrate_to_milliseconds
@@ -309,12 +300,14 @@ def _choose_by_the_clock(prepared: Prepared, wanted: Wanted, timing: Timing) -> 
     return found.chosen
 
 
-def _time_parts(prepared: Prepared, policy: ThresholdedPolicy, timing: Timing) -> Profile:
+def _time_parts(
+    prepared: Prepared[ExitLogits], policy: ThresholdedPolicy, timing: Timing
+) -> Profile:
     from offramp.exporting.profiling import profile_exported
     from offramp.inference.profiling import profile_network
     from offramp.inference.timing import check_batch_sizes
 
-    network, batch_size = prepared.run.network, timing.batch_size
+    network, batch_size = prepared.run.multi_exit, timing.batch_size
     check_batch_sizes([batch_size], num_samples=len(prepared.batches))
     inputs, _ = prepared.batches.__getitems__(list(range(batch_size)))
     print(f"timing stages, exits and compaction in {timing.backend}")

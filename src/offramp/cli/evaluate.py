@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +20,7 @@ from offramp.cli.options import (
 from offramp.errors import InSampleError, InvalidArgumentError
 
 if TYPE_CHECKING:
-    from offramp.inference.evaluate import Evaluation
+    from offramp.inference.evaluate import BlocksEvaluation, Evaluation
 
 
 def evaluate(
@@ -36,7 +37,7 @@ def evaluate(
     json_file: JsonOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Report accuracy and share of samples per exit, and the mean MACs, on held-out data."""
+    """Report accuracy, who leaves where or which blocks run, and mean MACs, on held-out data."""
     figures = measure(
         run,
         split=split,
@@ -108,13 +109,14 @@ def measure(
 
 
 def _open_rival(folder: Path, device: str | None, asked: Artifact) -> Artifact:
-    """The plain network to stand beside: one exit, same data."""
+    """The plain network to stand beside: one exit, no gates, same data."""
     rival, recipe = open_artifact(folder, device), asked.recipe
-    if rival.num_exits != 1 or rival.recipe.data != recipe.data:
+    has_gates = rival.recipe.config_as_trained().gates is not None
+    if rival.num_exits != 1 or has_gates or rival.recipe.data != recipe.data:
         raise InvalidArgumentError(
-            f"--plain must name a run with one exit on {recipe.data}. {folder} has "
-            f"{rival.num_exits} on {rival.recipe.data}: train one with "
-            f"offramp train {recipe.name} --set variant=plain, or variant=static."
+            f"--plain must name a run with one exit and no gates on {recipe.data}. {folder} has "
+            f"{rival.num_exits}{' and gates' if has_gates else ''} on {rival.recipe.data}: train "
+            f"one with offramp train {recipe.name} --set variant=plain, or variant=static."
         )
     return rival
 
@@ -123,18 +125,41 @@ def _print_table(evaluation: Evaluation, *, label: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    blocks = evaluation.blocks
     table = Table(title=f"{label}, {evaluation.num_samples:,} samples")
-    for column in ("exit", "accuracy alone", "samples leaving", "MACs"):
+    columns, rows = _exit_rows(evaluation) if blocks is None else _block_rows(blocks)
+    for column in columns:
         table.add_column(column, justify="right")
-    for row in evaluation.exits:
-        table.add_row(str(row.index), percent(row.accuracy), percent(row.share), f"{row.macs:,}")
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)
-    print(f"accuracy with early exit  {percent(evaluation.accuracy)}")
-    print(f"final exit alone          {percent(evaluation.final_exit_accuracy)}")
+    less, whole = "accuracy with early exit", "final exit alone"
+    if blocks is not None:
+        less, whole = "accuracy with skipping", "every block run"
+    print(f"{less:26}{percent(evaluation.accuracy)}")
+    print(f"{whole:26}{percent(evaluation.final_exit_accuracy)}")
     if evaluation.plain_accuracy is not None:
         print(f"plain network             {percent(evaluation.plain_accuracy)}")
+    if blocks is not None:
+        print(f"gated blocks run          {percent(1 - blocks.saved)}")
     saved = 1 - evaluation.mean_macs / evaluation.plain_macs
     print(
         f"mean MACs                 {evaluation.mean_macs:,.0f}, plain network "
         f"{evaluation.plain_macs:,}: {percent(abs(saved))} {'saved' if saved >= 0 else 'more'}"
     )
+
+
+Rows = tuple[Sequence[str], list[tuple[str, ...]]]
+
+
+def _exit_rows(evaluation: Evaluation) -> Rows:
+    return ("exit", "accuracy alone", "samples leaving", "MACs"), [
+        (str(row.index), percent(row.accuracy), percent(row.share), f"{row.macs:,}")
+        for row in evaluation.exits
+    ]
+
+
+def _block_rows(blocks: BlocksEvaluation) -> Rows:
+    return ("gated block", "samples running it"), [
+        (str(index), percent(rate)) for index, rate in enumerate(blocks.run_rates)
+    ]

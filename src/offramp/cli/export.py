@@ -43,11 +43,16 @@ def export(
     """Write a bundle that runs without torch, checked against torch on real samples."""
     if quantize not in (None, "int8"):
         raise InvalidArgumentError(f"--quantize must be int8. Got {quantize!r}.")
+    from offramp.policy.gate_policy import GatePolicy
     from offramp.training.data import make_loader
     from offramp.training.run import CALIBRATION_SPLIT, load, load_batches
 
     loaded = load(run)
     recipe = loaded.require_recipe()
+    if quantize is not None and isinstance(loaded.policy, GatePolicy):
+        raise InvalidArgumentError(
+            f"--quantize is for networks with exits. {run} skips blocks: export it in float32."
+        )
     if loaded.policy is None:
         raise NotCalibratedError(
             f"The run {run} has no policy to export. Choose one: offramp calibrate {run} ..."
@@ -81,9 +86,10 @@ def _write_float(loaded: Run, folder: Path, samples: Tensor, *, plain: bool) -> 
         plain=plain,
     )
     agreement = check_parity(Session(bundle), loaded.network, loaded.policy, samples)
+    steps = bundle.steps if bundle.skip is None else bundle.skip.steps
     print(
-        f"{len(bundle.steps)} steps answer {len(samples)} samples as torch does: "
-        f"logits within {max(agreement.differences):.1g}, {agreement.moved} left elsewhere"
+        f"{len(steps)} steps answer {len(samples)} samples as torch does: "
+        f"logits within {max(agreement.differences):.1g}, {agreement.moved} went another way"
     )
 
 

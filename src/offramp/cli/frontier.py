@@ -24,7 +24,6 @@ from offramp.cli.options import (
 from offramp.errors import InSampleError, InvalidArgumentError
 
 if TYPE_CHECKING:
-    from offramp.calibration.collect import ExitLogits
     from offramp.calibration.frontier import Frontier
     from offramp.calibration.temperature import ExitCalibration
     from offramp.cli.artifact import Loader
@@ -48,7 +47,7 @@ def frontier(
 ) -> None:
     """Draw accuracy against mean MACs: thresholds from calibration data, figures from test.
 
-    A run's own policy plays no part.
+    A run's own policy plays no part. Gates have no --rule.
     """
     _check_asked(split, points, rule)
     opened = [_open(folder, device) for folder in runs]
@@ -76,14 +75,17 @@ class _Opened:
         recipe: How it was trained.
         data: What ``--data`` was then; None for the default.
         num_exits: Exits of the network, those that are off in a bundle counted.
-        collect: From a loader to the logits of every exit; of those that are on, for a bundle.
+        has_gates: Whether it skips blocks.
+        collect: From a loader to the logits of every exit; of those that are on, for a bundle; at
+            every threshold, of gates.
     """
 
     name: str
     recipe: Recipe
     data: str | None
     num_exits: int
-    collect: Callable[[Loader], ExitLogits]
+    has_gates: bool
+    collect: Callable[[Loader], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,17 +94,17 @@ class _Curve:
 
     Attributes:
         run: The run.
-        rule: How sure an exit is.
+        rule: How sure an exit is; None of gates.
         frontier: Its points.
         reliability: Of each exit, temperatures fitted on calibration data and judged on test;
-            None without calibration data.
+            None without calibration data, and of gates.
         num_samples: That judged.
         num_calibration_samples: That chose the thresholds.
         fingerprint: Identifies the samples that judged.
     """
 
     run: _Opened
-    rule: str
+    rule: str | None
     frontier: Frontier
     reliability: tuple[ExitCalibration, ...] | None
     num_samples: int
@@ -138,25 +140,37 @@ def _check_asked(split: str, num_points: int, rule: str) -> None:
 
 def _open(folder: Path, device: str | None) -> _Opened:
     from offramp.calibration.collect import collect
+    from offramp.inference.sweeping import collect_sweep
+    from offramp.routing.skip import SkipNetwork
     from offramp.training.run import load
 
     if is_bundle(folder):
         bundle = open_artifact(folder, device)
+        if bundle.recipe.config_as_trained().gates is not None:
+            raise InvalidArgumentError(
+                f"The bundle {folder} skips blocks, and is not run at other thresholds. Give the "
+                "run that it was exported from."
+            )
         return _Opened(
             name=str(folder),
             recipe=bundle.recipe,
             data=bundle.data,
             num_exits=bundle.num_exits,
+            has_gates=False,
             collect=bundle.collect,
         )
     loaded = load(folder)
     network = loaded.network.to(pick_device(device))
+    collect_all: Callable[[Loader], Any] = partial(collect, network)
+    if isinstance(network, SkipNetwork):
+        collect_all = partial(collect_sweep, network)
     return _Opened(
         name=str(folder),
         recipe=loaded.require_recipe(),
         data=loaded.data,
         num_exits=network.num_exits,
-        collect=partial(collect, network),
+        has_gates=isinstance(network, SkipNetwork),
+        collect=collect_all,
     )
 
 
@@ -182,21 +196,27 @@ def _require_same_samples(curves: Sequence[_Curve], split: str) -> None:
 
 
 def _follow(run: _Opened, split: str, data: str | None, *, num_points: int, rule: str) -> _Curve:
-    """Collect what the exits say on both splits, and choose on the one for the other."""
+    """Collect what the network says on both splits, and choose on the one for the other."""
     from offramp.calibration.frontier import frontier as measure
+    from offramp.calibration.frontier import sweep_frontier
     from offramp.calibration.temperature import describe_temperatures, fit_temperatures
     from offramp.training.run import CALIBRATION_SPLIT
 
-    calibration, reliability = None, None
-    if run.num_exits > 1 or run.recipe.calibration_share > 0:
+    calibration: Any = None
+    reliability = None
+    if run.num_exits > 1 or run.has_gates or run.recipe.calibration_share > 0:
         calibration, _ = _collect(run, CALIBRATION_SPLIT, data)
     test, fingerprint = _collect(run, split, data)
-    if calibration is not None:
-        reliability = describe_temperatures(test, fit_temperatures(calibration))
+    if run.has_gates:
+        found = sweep_frontier(calibration, test, num_points=num_points)
+    else:
+        found = measure(calibration, test, num_points=num_points, rule=rule_named(rule))
+        if calibration is not None:
+            reliability = describe_temperatures(test, fit_temperatures(calibration))
     return _Curve(
         run=run,
-        rule=rule,
-        frontier=measure(calibration, test, num_points=num_points, rule=rule_named(rule)),
+        rule=None if run.has_gates else rule,
+        frontier=found,
         reliability=reliability,
         num_samples=len(test.labels_N),
         num_calibration_samples=0 if calibration is None else len(calibration.labels_N),
@@ -204,7 +224,7 @@ def _follow(run: _Opened, split: str, data: str | None, *, num_points: int, rule
     )
 
 
-def _collect(run: _Opened, split: str, data: str | None) -> tuple[ExitLogits, str]:
+def _collect(run: _Opened, split: str, data: str | None) -> tuple[Any, str]:
     from offramp.training.data import make_loader
     from offramp.training.run import load_batches
 
@@ -238,10 +258,10 @@ def _print_curve(curve: _Curve, split: str) -> None:
         f"area          {percent(found.area)} mean accuracy over costs up to the plain "
         f"network's {found.plain_macs:,} MACs"
     )
-    if len(found.exits) > 1:
+    if len(found.exits) > 1 or curve.run.has_gates:
         print(
-            f"thresholds chosen on {curve.num_calibration_samples:,} calibration samples, rule "
-            f"{curve.rule}"
+            f"thresholds chosen on {curve.num_calibration_samples:,} calibration samples"
+            + ("" if curve.rule is None else f", rule {curve.rule}")
         )
 
 

@@ -77,6 +77,7 @@ def _find_backbone(name: str) -> tuple[nn.Module, Recipe]:
     """The stages and the final exit, without exits between, of a recipe or else of a run."""
     from torch import nn
 
+    from offramp.model.multi_exit import MultiExitNetwork
     from offramp.training.catalogue import RECIPES, find_recipe
     from offramp.training.run import load
 
@@ -85,7 +86,9 @@ def _find_backbone(name: str) -> tuple[nn.Module, Recipe]:
         network, recipe = run.multi_exit, run.require_recipe()
     else:
         recipe = replace(find_recipe(name), variant="plain")
-        network = recipe.build_network()
+        plain = recipe.build_network()
+        assert isinstance(plain, MultiExitNetwork)  # of one exit, whatever the recipe's family
+        network = plain
     return nn.Sequential(*network.stages, network.exits[-1]), recipe
 
 

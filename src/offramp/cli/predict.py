@@ -22,7 +22,7 @@ def predict(
     ],
     device: DeviceOption = None,
 ) -> None:
-    """Print label, confidence, exit and share of the plain network's MACs for images or texts."""
+    """Print label, confidence, exit or blocks, and share of the plain network's MACs."""
     asked = open_artifact(run, device)
     names = asked.class_names
     inputs = _read_samples(samples, asked.recipe).to(asked.device)
@@ -31,9 +31,12 @@ def predict(
         index = int(result.output[position].argmax())
         plain_macs = asked.plain_macs(inputs[position : position + 1])
         label = names[index] if index < len(names) else str(index)
+        way = f"exit {int(result.exit_index[position])}"
+        if result.blocks is not None:
+            blocks = result.blocks[position]
+            way = f"{int(blocks.sum())} of {len(blocks)} gated blocks"
         print(
-            f"{sample}: {label}  confidence {float(result.confidence[position]):.3f}  "
-            f"exit {int(result.exit_index[position])}  "
+            f"{sample}: {label}  confidence {float(result.confidence[position]):.3f}  {way}  "
             f"{percent(int(result.macs[position]) / plain_macs)} of the plain network's MACs"
         )
 

@@ -47,9 +47,9 @@ def time(
     device: DeviceOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Time leaving early against the plain network and the all-exits loop, on real samples."""
-    from offramp.inference.runner import AdaptiveRunner
+    """Time running less against the plain network, and against choosing afterwards."""
     from offramp.inference.timing import time_runner
+    from offramp.runtime import Session
 
     backends, sizes = _parse_backends(backend, run), _parse_batch_sizes(batch_size)
     if bundle is not None and is_bundle(run):
@@ -57,7 +57,7 @@ def time(
     asked = open_artifact(run, device)
     use_threads(threads)
     inputs, runner = _real_samples(asked, data), asked.runner
-    if not isinstance(runner, AdaptiveRunner):
+    if isinstance(runner, Session):
         from offramp.inference.timing_processes import time_bundle
 
         timing = time_bundle(runner, inputs, batch_sizes=sizes)
@@ -137,7 +137,7 @@ def _print_table(timing: Timing) -> None:
     for row in timing.results:
         if row.speedup < 1:
             print(
-                f"at batch {row.batch_size} in {row.backend} leaving early is slower than the "
+                f"at batch {row.batch_size} in {row.backend} running less is slower than the "
                 f"plain network ({row.adaptive_ms:.3f} against {row.plain_ms:.3f} ms)"
             )
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,16 @@ from torch import Tensor, nn
 from offramp.errors import ArtifactError, MissingExtraError, reason
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
 from offramp.policy.policies import Policy, Setting
+from offramp.runtime.files import TensorSpec
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+PLAIN_FILE = "plain.onnx"
+SINGLE_FILE = "single.onnx"
+
+Axes = dict[int, Any] | None
+"""Free axes of a tensor, each a ``torch.export.Dim``; None for a scalar."""
 
 _EXAMPLE_BATCH = 2
 """Samples that an export traces with; 1 and 0 are special to the tracer."""
@@ -127,22 +137,53 @@ def write_onnx(
         ArtifactError: If torch cannot export the module.
     """
     batch = torch.export.Dim("batch", min=1)
-    inputs = tuple(_repeated(tensor, _EXAMPLE_BATCH) for tensor in example)
-    inputs += tuple(torch.tensor(0.5) for _ in scalars)
     tokens = torch.export.Dim("tokens", min=1, max=_MOST_TOKENS)
-    axes: list[dict[int, Any] | None] = [
+    axes: list[Axes] = [
         {0: batch, 1: tokens} if is_free else {0: batch}
         for is_free in free_tokens or [False] * len(example)
     ]
-    shapes = (*axes, *(None for _ in scalars))
+    model = run_exporter(
+        module,
+        example_inputs(example, scalars),
+        [*axes, *(None for _ in scalars)],
+        input_names=[*input_names, *scalars],
+        output_names=output_names,
+    )
+    from onnx import save
+
+    save(model, path)
+
+
+def run_exporter(
+    module: nn.Module,
+    inputs: Features,
+    axes: Sequence[Axes],
+    *,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+) -> ModelProto:
+    """Trace a module as an ONNX model.
+
+    Args:
+        module: A module in evaluation mode, whose ``forward`` takes any number of tensors.
+        inputs: Its inputs.
+        axes: Of each input, the axes that are free; None for a scalar.
+        input_names: Names of the inputs.
+        output_names: Names of all outputs.
+    Returns:
+        The model, with its weights.
+    Raises:
+        MissingExtraError: If the packages that write ONNX are not installed.
+        ArtifactError: If torch cannot export the module.
+    """
     try:
         with _quiet_export():
             program = torch.onnx.export(
                 module,
                 inputs,
                 dynamo=True,
-                dynamic_shapes=(shapes,),
-                input_names=[*input_names, *scalars],
+                dynamic_shapes=(tuple(axes),),
+                input_names=list(input_names),
                 output_names=list(output_names),
                 verbose=False,
             )
@@ -156,7 +197,51 @@ def write_onnx(
             "Replace what its stages do that depends on values, or run it with torch."
         ) from error
     assert program is not None  # with dynamo there is always a program
-    program.save(path, external_data=False)
+    model = program.model_proto
+    for node in model.graph.node:
+        del node.metadata_props[:]  # lines of source, and where on this machine they are
+    return model
+
+
+def example_inputs(example: Features, scalars: Sequence[str]) -> Features:
+    """Inputs to trace with.
+
+    Args:
+        example: Tensors with the batch axis first, one sample at least.
+        scalars: Names of the scalars that follow.
+    Returns:
+        Two samples of each, and a number for each scalar.
+    """
+    tensors = tuple(_repeated(tensor, _EXAMPLE_BATCH) for tensor in example)
+    return (*tensors, *(torch.tensor(0.5) for _ in scalars))
+
+
+def tensor_specs(
+    features: Features, state: Sequence[Tensor] = (), num_tokens: int | None = None
+) -> tuple[TensorSpec, ...]:
+    """Describe what goes into a file.
+
+    Args:
+        features: Tensors with the batch axis first.
+        state: More of them, which remember something of each sample.
+        num_tokens: The axis of so many tokens is free; None where no samples have any.
+    Returns:
+        Names, types and shapes.
+    """
+    named = [(f"features_{i}", tensor, num_tokens) for i, tensor in enumerate(features)]
+    named += [(f"state_{i}", tensor, None) for i, tensor in enumerate(state)]
+    return tuple(
+        TensorSpec(
+            name=name,
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            sample_shape=(
+                (None, *tensor.shape[2:])
+                if tokens is not None and tensor.shape[1:2] == (tokens,)
+                else tuple(tensor.shape[1:])
+            ),
+        )
+        for name, tensor, tokens in named
+    )
 
 
 def _repeated(tensor: Tensor, count: int) -> Tensor:

@@ -19,7 +19,7 @@ from offramp.inference.profiling import Parts, make_profile, profile_sizes, time
 from offramp.measure.profile import Profile
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
 from offramp.policy.policies import Policy, Setting, State
-from offramp.runtime.session import session_options
+from offramp.runtime.loading import session_options
 
 Array = npt.NDArray[Any]
 

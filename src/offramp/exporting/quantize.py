@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from offramp.errors import MissingExtraError
-from offramp.exporting.bundle import SINGLE_FILE, new_bundle_folder
+from offramp.errors import InvalidArgumentError, MissingExtraError
+from offramp.exporting.bundle import new_bundle_folder
+from offramp.exporting.onnx import SINGLE_FILE
 from offramp.exporting.single import write_single
 from offramp.runtime import Bundle, Session, Step
-from offramp.runtime.bundle import file_sha256, write_bundle
+from offramp.runtime.bundle import write_bundle
+from offramp.runtime.files import file_sha256
 
 Array = npt.NDArray[Any]
 
@@ -40,17 +42,23 @@ def quantize(bundle: Bundle | Path | str, folder: Path | str, samples: npt.Array
     are otherwise; the plain network is quantised alike.
 
     Args:
-        bundle: A float32 bundle, or its folder.
+        bundle: A float32 bundle of a network with exits, or its folder.
         folder: Folder to make; a bundle that is there already is replaced.
         samples: Real inputs, shape (N, ...); 256 of them are used.
     Returns:
         The int8 bundle.
     Raises:
         ArtifactError: If the folder holds something else or cannot be written.
+        InvalidArgumentError: If the network skips blocks.
         MissingExtraError: If the packages that quantise are not installed.
     """
     session = Session(bundle)
     bundle = session.bundle
+    if bundle.skip is not None:
+        raise InvalidArgumentError(
+            f"int8 is for networks with exits. {bundle.folder} holds one that skips blocks: run it "
+            "in float32."
+        )
     inputs_of_steps = _inputs_of_steps(session, np.asarray(samples)[:_RANGE_SAMPLES])
     with new_bundle_folder(Path(folder)) as making:
         steps = []

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from offramp.exporting.joining import RenamedGraph, save_joined
 from offramp.runtime.bundle import SINGLE_OUTPUTS, Step, single_numbers
 
 if TYPE_CHECKING:
@@ -49,10 +50,7 @@ def write_single(folder: Path, steps: Sequence[Step], path: Path) -> None:
     graph = helper.make_graph(
         nodes, "single", inputs, _outputs(SINGLE_OUTPUTS, models), initializer=[*numbers, *weights]
     )
-    opsets = {(opset.domain, opset.version): opset for m in models for opset in m.opset_import}
-    version = max(model.ir_version for model in models)
-    single = helper.make_model(graph, opset_imports=list(opsets.values()), ir_version=version)
-    onnx.save(single, path)
+    save_joined(graph, models, path)
 
 
 def _nested(
@@ -66,7 +64,8 @@ def _nested(
 
     is_last = index == len(models) - 1
     answers = [f"{name}{suffix}" for name in SINGLE_OUTPUTS]
-    step = _Renamed(models[index].graph, index, carried)
+    numbers = [f"temperature_{index}", f"threshold_{index}"]
+    step = RenamedGraph(models[index].graph, f"step_{index}/", [*carried, *numbers])
     if is_last:
         step.name_outputs(answers[:_ANSWERS])
         return [*step.nodes(_ANSWERS), _number_of_step(index, answers[-1])], step.weights()
@@ -88,67 +87,7 @@ def _nested(
         nodes, f"go_on_{index}", [], _outputs(after, models), initializer=weights
     )
     branch = helper.make_node("If", [leave], answers, then_branch=stop, else_branch=go_on)
-    return [*step.nodes(len(step.outputs())), branch], step.weights()
-
-
-class _Renamed:
-    """A step's graph whose names stand apart from those of other steps.
-
-    Args:
-        graph: The graph of a step's file.
-        index: Number of the step.
-        carried: What its inputs are called outside, temperature and threshold left out.
-    """
-
-    def __init__(self, graph: onnx.GraphProto, index: int, carried: Sequence[str]) -> None:
-        self._graph = graph
-        self._prefix = f"step_{index}/"
-        outside = [*carried, f"temperature_{index}", f"threshold_{index}"]
-        inside = [value.name for value in graph.input]
-        # An optional input that is left out has the empty name.
-        self._names: dict[str, str] = {"": "", **dict(zip(inside, outside, strict=True))}
-
-    def name_outputs(self, names: Sequence[str]) -> None:
-        """Give the first outputs other names."""
-        for value, name in zip(self._graph.output, names, strict=False):
-            self._names[value.name] = name
-
-    def outputs(self) -> list[str]:
-        """What the outputs are called now."""
-        return [self._name(str(value.name)) for value in self._graph.output]
-
-    def nodes(self, num_outputs: int) -> list[onnx.NodeProto]:
-        """The nodes that the first outputs depend on."""
-        import onnx
-
-        needed = {value.name for value in list(self._graph.output)[:num_outputs]}
-        kept = []
-        for node in reversed(self._graph.node):
-            if needed.isdisjoint(node.output):
-                continue
-            needed.update(node.input)
-            copy = onnx.NodeProto()
-            copy.CopyFrom(node)
-            copy.name = f"{self._prefix}{node.name}"
-            copy.input[:] = [self._name(name) for name in node.input]
-            copy.output[:] = [self._name(name) for name in node.output]
-            kept.append(copy)
-        return kept[::-1]
-
-    def weights(self) -> list[onnx.TensorProto]:
-        """The initialisers."""
-        import onnx
-
-        copies = []
-        for weight in self._graph.initializer:
-            copy = onnx.TensorProto()
-            copy.CopyFrom(weight)
-            copy.name = self._name(weight.name)
-            copies.append(copy)
-        return copies
-
-    def _name(self, name: str) -> str:
-        return self._names.setdefault(name, f"{self._prefix}{name}")
+    return [*step.nodes(), branch], step.weights()
 
 
 def _number_of_step(index: int, name: str) -> onnx.NodeProto:

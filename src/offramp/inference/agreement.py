@@ -1,6 +1,6 @@
-"""Leaving early must answer what choosing afterwards answers, whichever engine runs.
+"""Running less must answer what choosing afterwards answers, whichever engine runs.
 
-Shapes: ``B`` batch, ``C`` classes, ``K`` exits.
+Shapes: ``B`` batch, ``C`` classes, ``K`` exits, ``G`` gates.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from offramp.errors import OfframpError
-from offramp.inference.runner import AdaptiveRunner, Runner
+from offramp.inference.runner import Runner, TorchRunner
+from offramp.inference.skipping import SkipRunner
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
 from offramp.policy.policies import Policy, State, ThresholdedPolicy
 from offramp.results import AdaptiveResult
+from offramp.routing.skip import SkipNetwork, at_threshold
 
 DECISION_TOLERANCE = 1e-4
-"""Samples whose confidence lies this near a threshold may leave at another exit."""
+"""Samples whose confidence lies this near a threshold may leave at another exit, or run another
+block."""
 
 SINGLE_SAMPLES = 64
 """Samples that are also compared one by one, which a bundle answers by another file; at most."""
@@ -28,14 +31,14 @@ SINGLE_SAMPLES = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How the answers of a runner compare with the all-exits loop.
+    """How the answers of a runner compare with choosing afterwards.
 
     Attributes:
         num_samples: Samples compared.
-        moved: Samples that left by another exit.
+        moved: Samples that left by another exit, or ran other blocks.
         moved_far: Those of them whose confidences all lie away from the thresholds.
-        differences: Largest difference of the logits at each exit, over the samples that left by
-            it in both; 0 where there is none.
+        differences: Largest difference of the logits at each exit, over the samples that went the
+            same way in both; 0 where there is none.
         differs: Whether a difference is beyond rounding (1e-4, or 1e-3 of the value).
     """
 
@@ -99,42 +102,110 @@ def compare_answers(
     Returns:
         How the two compare.
     """
-    exit_index = torch.as_tensor(result.exit_index, device=chosen.device)
-    gap_BC = (torch.as_tensor(result.output, device=output.device) - output).abs()
-    is_beyond_B = ~(gap_BC <= DECISION_TOLERANCE + 1e-3 * output.abs()).all(-1)
-    same = exit_index == chosen
-    differences = [
-        float(gap_BC[here].max()) if (here := same & (chosen == k)).any() else 0.0
-        for k in range(num_exits)
-    ]
-    return Agreement(
-        num_samples=len(output),
-        moved=int((~same).sum()),
-        moved_far=int((~same & ~is_near_B).sum()),
-        differences=tuple(differences),
-        differs=bool((is_beyond_B & same).any()),
+    return _agreement(
+        torch.as_tensor(result.output, device=output.device),
+        output,
+        torch.as_tensor(result.exit_index, device=chosen.device) == chosen,
+        is_near_B=is_near_B,
+        groups=[chosen == k for k in range(num_exits)],
     )
 
 
-def check_early_answers(
-    result: AdaptiveResult[Any], runner: AdaptiveRunner, inputs: Tensor
-) -> None:
-    """Make sure that leaving early answers what choosing afterwards answers, before it is timed.
+def _agreement(
+    said_BC: Tensor,
+    expected_BC: Tensor,
+    went_alike_B: Tensor,
+    *,
+    is_near_B: Tensor,
+    groups: Sequence[Tensor],
+) -> Agreement:
+    """Compare logits of those that went the same way, group by group, and count the others."""
+    gap_BC = (said_BC - expected_BC).abs()
+    is_beyond_B = ~(gap_BC <= DECISION_TOLERANCE + 1e-3 * expected_BC.abs()).all(-1)
+    differences = [
+        float(gap_BC[here].max()) if (here := went_alike_B & group_B).any() else 0.0
+        for group_B in groups
+    ]
+    return Agreement(
+        num_samples=len(expected_BC),
+        moved=int((~went_alike_B).sum()),
+        moved_far=int((~went_alike_B & ~is_near_B).sum()),
+        differences=tuple(differences),
+        differs=bool((is_beyond_B & went_alike_B).any()),
+    )
+
+
+@torch.inference_mode()
+def compare_with_gated_sum(
+    result: AdaptiveResult[Any], network: SkipNetwork, threshold: float, inputs: Tensor
+) -> Agreement:
+    """Compare what a runner of any engine said with running every block and masking.
 
     Args:
-        result: What leaving early said of the inputs.
+        result: The runner's answers for the inputs.
+        network: The network, in evaluation mode.
+        threshold: What a gate's probability must reach for its block to count.
+        inputs: Samples, shape (N, ...).
+    Returns:
+        How the two compare.
+    """
+    expected = network(inputs, at_threshold(threshold))
+    return compare_blocks(
+        result,
+        expected.logits,
+        expected.action.bool(),
+        is_near_BG=(expected.probability - threshold).abs() < DECISION_TOLERANCE,
+    )
+
+
+def compare_blocks(
+    result: AdaptiveResult[Any], output: Tensor, blocks_BG: Tensor, *, is_near_BG: Tensor
+) -> Agreement:
+    """Compare what a runner said with what running every block says, whichever engine ran them.
+
+    Args:
+        result: The runner's answers.
+        output: Logits where blocks were masked afterwards, shape (B, C).
+        blocks_BG: The blocks that counted there, shape (B, G), bool.
+        is_near_BG: Whether a gate's probability lies within 1e-4 of the threshold there.
+    Returns:
+        How the two compare.
+    """
+    went_alike_BG = torch.as_tensor(result.blocks, device=blocks_BG.device) == blocks_BG
+    went_alike_B = went_alike_BG.all(1)
+    # Rounding may decide where the ways part; gates after that see other features.
+    parting_B = went_alike_BG.int().argmin(1)
+    return _agreement(
+        torch.as_tensor(result.output, device=output.device),
+        output,
+        went_alike_B,
+        is_near_B=is_near_BG.gather(1, parting_B[:, None])[:, 0],
+        groups=[torch.ones_like(went_alike_B)],
+    )
+
+
+def check_agreement(result: AdaptiveResult[Any], runner: TorchRunner, inputs: Tensor) -> None:
+    """Make sure that running less answers what choosing afterwards answers, before it is timed.
+
+    Args:
+        result: What running less said of the inputs, in any engine.
         runner: Holds the network and the policy.
         inputs: Samples, shape (N, ...).
     Raises:
-        OfframpError: If a sample leaves by another exit though none of its confidences lies within
-            1e-4 of a threshold, or more than one in a thousand (and more than one) does, or one
-            that leaves by the same exit gets other logits.
+        OfframpError: If a sample leaves by another exit, or runs other blocks, though none of its
+            confidences lies within 1e-4 of a threshold, or more than one in a thousand (and more
+            than one) does, or one that goes the same way gets other logits.
     """
-    require_agreement(compare_with_all_exits(result, runner.network, runner.policy, inputs))
+    if isinstance(runner, SkipRunner):
+        threshold = runner.policy.threshold
+        agreement = compare_with_gated_sum(result, runner.network, threshold, inputs)
+    else:
+        agreement = compare_with_all_exits(result, runner.network, runner.policy, inputs)
+    require_agreement(agreement)
 
 
 def require_agreement(agreement: Agreement) -> None:
-    """Refuse to time answers that are not those of choosing afterwards.
+    """Refuse answers that are not those of choosing afterwards.
 
     Args:
         agreement: How the two compare.
@@ -143,9 +214,10 @@ def require_agreement(agreement: Agreement) -> None:
     """
     if not agreement.holds:
         raise OfframpError(
-            f"Leaving early should answer what choosing afterwards answers, but {agreement.moved} "
-            f"of {agreement.num_samples} samples left elsewhere and logits differ by up to "
-            f"{max(agreement.differences):.2g}. Nothing was timed: please report this."
+            "Running less should answer what choosing afterwards answers, but "
+            f"{agreement.moved} of {agreement.num_samples} samples went another way and logits "
+            f"differ by up to {max(agreement.differences):.2g}. Nothing was timed: please report "
+            "this."
         )
 
 
@@ -172,6 +244,7 @@ def answer_in_batches(
         exit_index=joined("exit_index"),
         confidence=joined("confidence"),
         macs=joined("macs"),
+        blocks=None if results[0].blocks is None else joined("blocks"),
     )
 
 

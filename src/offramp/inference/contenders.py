@@ -4,6 +4,10 @@ A contender runs all batches once and returns nothing of interest. By name: ``pl
 network; ``all_exits``, every stage and head, then choosing; ``adaptive``, leaving early;
 ``never_exit``, asking at every exit and letting nobody go; ``stages``, the stages and heads alone
 on those who reached them; ``stage_0``, ``stage_1``, ..., each stage with its head on full batches.
+
+Where blocks are skipped, the same names stand for: every block, then masking (``all_exits``, as in
+the published code); skipping (``adaptive``); asking every gate and skipping nothing
+(``never_exit``). There are no stages.
 """
 
 from __future__ import annotations
@@ -15,15 +19,18 @@ import torch
 from torch import Tensor
 
 from offramp.inference.agreement import all_exits_loop
-from offramp.inference.runner import AdaptiveRunner
+from offramp.inference.runner import AdaptiveRunner, TorchRunner
+from offramp.inference.skipping import SkipRunner
 from offramp.model.multi_exit import Features
+from offramp.policy.gate_policy import GatePolicy
 from offramp.policy.policies import Decision, Policy, Setting, State
+from offramp.routing.skip import at_threshold
 
 Contenders = Mapping[str, Callable[[], object]]
 
 
 @torch.inference_mode()
-def torch_contenders(runner: AdaptiveRunner, batches: Sequence[Tensor]) -> Contenders:
+def torch_contenders(runner: TorchRunner, batches: Sequence[Tensor]) -> Contenders:
     """The contenders that torch runs.
 
     Args:
@@ -32,6 +39,26 @@ def torch_contenders(runner: AdaptiveRunner, batches: Sequence[Tensor]) -> Conte
     Returns:
         Contenders by name.
     """
+    if isinstance(runner, SkipRunner):
+        contenders = _skip_contenders(runner, batches)
+    else:
+        contenders = _exit_contenders(runner, batches)
+    return {name: torch.inference_mode()(run) for name, run in contenders.items()}
+
+
+def _skip_contenders(runner: SkipRunner, batches: Sequence[Tensor]) -> Contenders:
+    network, choose = runner.network, at_threshold(runner.policy.threshold)
+    plain = network.plain().eval()
+    nothing_skipped = SkipRunner(network, GatePolicy(0.0))
+    return {
+        "plain": lambda: [plain(batch) for batch in batches],
+        "all_exits": lambda: [network(batch, choose) for batch in batches],
+        "adaptive": lambda: [runner.run(batch) for batch in batches],
+        "never_exit": lambda: [nothing_skipped.run(batch) for batch in batches],
+    }
+
+
+def _exit_contenders(runner: AdaptiveRunner, batches: Sequence[Tensor]) -> Contenders:
     network, policy = runner.network, runner.policy
     batches = [network.trimmed((batch,))[0] for batch in batches]
     plain = network.plain().eval()
@@ -47,7 +74,7 @@ def torch_contenders(runner: AdaptiveRunner, batches: Sequence[Tensor]) -> Conte
     }
     for k in range(network.num_exits):
         contenders[f"stage_{k}"] = partial(_run_parts, runner, [given[k] for given in everyone])
-    return {name: torch.inference_mode()(run) for name, run in contenders.items()}
+    return contenders
 
 
 class _AskButStay(Policy):

@@ -1,6 +1,6 @@
 """Accuracy and cost of a runner on labelled data.
 
-Shapes: ``B`` batch, ``C`` classes, ``K`` exits, ``N`` samples.
+Shapes: ``B`` batch, ``C`` classes, ``K`` exits, ``N`` samples, ``G`` gates.
 """
 
 from __future__ import annotations
@@ -36,17 +36,34 @@ class ExitEvaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlocksEvaluation:
+    """The blocks of a network that skips them.
+
+    Attributes:
+        run_rates: Share of the samples that ran each gated block, in order.
+        saved: Share of the gated blocks that a sample skips, the mean.
+        macs_saved: Share of the plain network's MACs that a sample saves, the mean, gates counted;
+            below 0 where the gates cost more than is skipped.
+    """
+
+    run_rates: tuple[float, ...]
+    saved: float
+    macs_saved: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What a runner reached on a data set.
 
     Attributes:
         num_samples: How many samples were answered.
         accuracy: Of the adaptive network, a fraction.
-        mean_macs: Mean MACs per sample that ran, heads counted.
+        mean_macs: Mean MACs per sample that ran, heads and gates counted.
         plain_macs: MACs per sample of the plain network.
-        final_exit_accuracy: Of the final exit on every sample.
+        final_exit_accuracy: Of the final exit on every sample, every block run.
         plain_accuracy: Of a plain network trained as long; None where none was given.
         exits: Figures of each exit; exits that are off in a bundle have none.
+        blocks: Figures of the gated blocks; None where blocks are not skipped.
     """
 
     num_samples: int
@@ -56,11 +73,16 @@ class Evaluation:
     final_exit_accuracy: float
     plain_accuracy: float | None
     exits: tuple[ExitEvaluation, ...]
+    blocks: BlocksEvaluation | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain values for JSON, under the keys of ``offramp evaluate --json``."""
         content = asdict(self)
         content["exits"] = list(content["exits"])
+        if self.blocks is None:
+            del content["blocks"]
+        else:
+            content["blocks"]["run_rates"] = list(self.blocks.run_rates)
         return content
 
 
@@ -73,12 +95,14 @@ class Answers:
         exit_index_N: Exits the samples left by, shape (N,), int64.
         macs_N: MACs that ran for each, shape (N,), int64.
         labels_N: True classes, shape (N,), int64.
+        blocks_NG: Gated blocks that ran, shape (N, G), bool; None where blocks are not skipped.
     """
 
     predictions_N: Tensor
     exit_index_N: Tensor
     macs_N: Tensor
     labels_N: Tensor
+    blocks_NG: Tensor | None = None
 
     @property
     def accuracy(self) -> float:
@@ -103,7 +127,7 @@ class Answers:
 
 
 def answer(runner: Runner, loader: Iterable[tuple[Any, Tensor]]) -> Answers:
-    """Run every sample of a loader early.
+    """Run every sample of a loader.
 
     Args:
         runner: Any runner, of torch or of a bundle.
@@ -114,13 +138,15 @@ def answer(runner: Runner, loader: Iterable[tuple[Any, Tensor]]) -> Answers:
     Raises:
         DataError: If the loader yields no sample.
     """
-    predictions, exits, macs, labels = [], [], [], []
+    predictions, exits, macs, labels, blocks = [], [], [], [], []
     for batch, labels_B in loader:
         result = runner.run(*as_inputs(batch))
         predictions.append(torch.as_tensor(result.output).argmax(-1).cpu())
         exits.append(torch.as_tensor(result.exit_index).cpu())
         macs.append(torch.as_tensor(result.macs).cpu())
         labels.append(labels_B.cpu())
+        if result.blocks is not None:
+            blocks.append(torch.as_tensor(result.blocks).cpu())
     if not labels:
         raise DataError("Expected at least one batch of samples to evaluate. Got none.")
     return Answers(
@@ -128,6 +154,7 @@ def answer(runner: Runner, loader: Iterable[tuple[Any, Tensor]]) -> Answers:
         exit_index_N=torch.cat(exits),
         macs_N=torch.cat(macs),
         labels_N=torch.cat(labels),
+        blocks_NG=torch.cat(blocks) if blocks else None,
     )
 
 
@@ -138,7 +165,7 @@ def evaluate(
     *,
     plain_accuracy: float | None = None,
 ) -> Evaluation:
-    """Run every sample early and compare with what each exit alone would have said.
+    """Run every sample with a runner and compare with what each exit alone would have said.
 
     Args:
         runner: Any runner.
@@ -175,4 +202,16 @@ def evaluate(
             ExitEvaluation(index=k, accuracy=accuracy, share=shares[k], macs=macs[k])
             for k, accuracy in zip(logits.numbers, accuracy_K, strict=True)
         ),
+        blocks=_describe_blocks(answers, plain_macs=logits.costs.plain_macs),
+    )
+
+
+def _describe_blocks(answers: Answers, *, plain_macs: int) -> BlocksEvaluation | None:
+    if answers.blocks_NG is None:
+        return None
+    run_rates_G = answers.blocks_NG.double().mean(0)
+    return BlocksEvaluation(
+        run_rates=tuple(run_rates_G.tolist()),
+        saved=1 - float(run_rates_G.mean()),
+        macs_saved=1 - answers.mean_macs / plain_macs,
     )

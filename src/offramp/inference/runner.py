@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 
 from offramp.errors import NotCalibratedError
+from offramp.inference.skipping import SkipRunner
 from offramp.model.multi_exit import Features, MultiExitNetwork, take_samples
+from offramp.policy.gate_policy import GatePolicy
 from offramp.policy.policies import Policy, State
 from offramp.results import AdaptiveResult
+from offramp.routing.skip import SkipNetwork
+from offramp.zoo import Network
 
 
 class Runner(Protocol):
@@ -147,3 +151,28 @@ class AdaptiveRunner:
             exit_macs = costs.with_decisions(self.policy.decision_macs).exit_macs(self._off)
             self._macs_by_size[size] = torch.tensor(exit_macs, device=inputs[0].device)
         return self._macs_by_size[size]
+
+
+TorchRunner = AdaptiveRunner | SkipRunner
+"""A runner of each family of networks."""
+
+
+def make_runner(network: Network, policy: Policy | GatePolicy | None) -> TorchRunner:
+    """Make the runner that fits a network and its policy.
+
+    Args:
+        network: The network; it is put in evaluation mode.
+        policy: Who leaves where, or which blocks run.
+    Returns:
+        The runner.
+    Raises:
+        NotCalibratedError: If there is no policy, or it is for another network.
+    """
+    if isinstance(network, SkipNetwork) and isinstance(policy, GatePolicy):
+        return SkipRunner(network, policy)
+    if isinstance(network, MultiExitNetwork) and not isinstance(policy, GatePolicy):
+        return AdaptiveRunner(network, policy)
+    raise NotCalibratedError(
+        f"Expected a policy for a {type(network).__name__}. Got a {type(policy).__name__}. "
+        "Choose one for this network: offramp calibrate RUN"
+    )

@@ -14,7 +14,7 @@ from offramp.model.multi_exit import take_samples
 from offramp.policy.gate_policy import GatePolicy
 from offramp.results import AdaptiveResult
 from offramp.routing.gates import GateState
-from offramp.routing.skip import SkipCosts, SkipNetwork
+from offramp.routing.skip import SkipCosts, SkipNetwork, runs_block
 
 
 class SkipRunner:
@@ -43,7 +43,10 @@ class SkipRunner:
         if self.network.training:  # a caller may have trained it since
             self.network.eval()
         (images,) = inputs
-        x, blocks_BG = self._run_blocks(self.network.stem(images))
+        x = self.network.stem(images)
+        if x.data_ptr() == images.data_ptr():  # a stem that does nothing: blocks write on x
+            x = x.clone()
+        x, blocks_BG = self._run_blocks(x)
         logits_BC = self.network.head(x)
         return AdaptiveResult(
             output=logits_BC,
@@ -60,7 +63,7 @@ class SkipRunner:
         ran = []
         for index in range(network.num_gates):
             probability_B, state = network.ask(index, x, state)
-            run_B = ~(probability_B < threshold)  # NaN runs the block
+            run_B = runs_block(probability_B, threshold)
             x = run_one_or_many(index, x, run_B)
             ran.append(run_B)
         return x, torch.stack(ran, 1)
@@ -81,7 +84,7 @@ class SkipRunner:
         (wanting,) = take_samples((x,), rows)
         ran = self.network.run_block(index, wanting)
         if ran.shape[1:] == x.shape[1:]:  # going around changes nothing
-            return x.index_copy_(0, rows, ran)  # ours to write on: the stem made it, or a block
+            return x.index_copy_(0, rows, ran)
         others = (~run_B).nonzero()[:, 0]
         (resting,) = take_samples((x,), others)
         both = torch.cat([ran, self.network.skip_block(index, resting)])

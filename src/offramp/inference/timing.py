@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from offramp.errors import InvalidArgumentError
-from offramp.inference.agreement import check_early_answers
+from offramp.inference.agreement import check_agreement
 from offramp.inference.contenders import torch_contenders
-from offramp.inference.runner import AdaptiveRunner
+from offramp.inference.runner import TorchRunner
 from offramp.inference.stopwatch import LocalStopwatch, Stopwatch, time_in_turn
 from offramp.results import AdaptiveResult
 
@@ -33,15 +33,18 @@ class BatchTiming:
         backend: The engine that ran.
         batch_size: Samples a batch.
         plain_ms: The plain network, a batch.
-        all_exits_ms: Every stage and head, then choosing: the tutorial's way.
-        adaptive_ms: Leaving early.
-        never_exit_ms: Every head computed and nobody let go: the price of asking.
+        all_exits_ms: Everything, then choosing, as most published code does: every stage and head,
+            or every block, masked by its gate.
+        adaptive_ms: Leaving early, or skipping blocks.
+        never_exit_ms: Asking every head or gate and saving nothing: the price of asking.
         interval_ms: First and third quartile over the rounds, by contender.
         ideal_speedup: Plain MACs over mean MACs.
         speedup: plain_ms over adaptive_ms.
         realised: speedup over ideal_speedup.
-        stage_bound: Stages and heads alone at the survivors' batch sizes, over adaptive_ms.
-        stage_ms: Each stage with its head on a full batch; steps of a bundle, for onnxruntime.
+        stage_bound: Stages and heads alone at the survivors' batch sizes, over adaptive_ms; None
+            without stages, as where blocks are skipped.
+        stage_ms: Each stage with its head on a full batch; steps of a bundle, for onnxruntime;
+            None without stages.
     """
 
     backend: str
@@ -54,8 +57,8 @@ class BatchTiming:
     ideal_speedup: float
     speedup: float
     realised: float
-    stage_bound: float
-    stage_ms: tuple[float, ...]
+    stage_bound: float | None
+    stage_ms: tuple[float, ...] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +71,8 @@ class Timing:
         versions: Of Python and the engines.
         shares: Of the timed samples that left by each exit.
         mean_macs: Mean MACs per timed sample.
-        stage_ms: Batch size to milliseconds of each stage, of the engine that was named last.
+        stage_ms: Batch size to milliseconds of each stage, of the engine that was named last;
+            empty without stages.
         results: One entry for each batch size and engine.
     """
 
@@ -86,15 +90,15 @@ class Timing:
 
 
 def time_runner(
-    runner: AdaptiveRunner,
+    runner: TorchRunner,
     inputs: Tensor,
     *,
     batch_sizes: Sequence[int] = (1, 32, 256),
     rounds: int = 15,
 ) -> Timing:
-    """Time a runner against its plain network and the all-exits loop, in this process.
+    """Time a runner against its plain network, and against choosing afterwards, in this process.
 
-    Before the clock starts, the runner's answers are checked against the all-exits loop.
+    Before the clock starts, the runner's answers are checked against choosing afterwards.
 
     Args:
         runner: The runner to time, with its network and policy.
@@ -105,11 +109,11 @@ def time_runner(
         Medians per batch.
     Raises:
         InvalidArgumentError: If a batch size is below 1 or above N, or there are no rounds.
-        OfframpError: If leaving early gives other answers than choosing afterwards.
+        OfframpError: If running less gives other answers than choosing afterwards.
     """
     check_batch_sizes(batch_sizes, num_samples=len(inputs))
     result = runner.run(inputs)
-    check_early_answers(result, runner, inputs)
+    check_agreement(result, runner, inputs)
     return time_engines(
         {"torch": torch_stopwatch(runner, inputs)},
         result,
@@ -166,12 +170,16 @@ def time_engines(
         versions={"python": platform.python_version(), **engine_versions(stopwatches)},
         shares=tuple(shares_K.tolist()),
         mean_macs=float(macs_N.mean()),
-        stage_ms={row.batch_size: row.stage_ms for row in results if row.backend == last_backend},
+        stage_ms={
+            row.batch_size: row.stage_ms
+            for row in results
+            if row.backend == last_backend and row.stage_ms is not None
+        },
         results=tuple(results),
     )
 
 
-def torch_stopwatch(runner: AdaptiveRunner, inputs: Tensor) -> LocalStopwatch:
+def torch_stopwatch(runner: TorchRunner, inputs: Tensor) -> LocalStopwatch:
     """A stopwatch for what torch runs in this process.
 
     Args:
@@ -210,6 +218,7 @@ def _summary(
     middle = {name: median(values) for name, values in batch_ms.items()}
     quartiles = {name: quantiles(values, n=4) for name, values in batch_ms.items()}
     speedup = middle["plain"] / middle["adaptive"]
+    stage_ms = tuple(middle[name] for name in middle if name.startswith("stage_"))
     return BatchTiming(
         backend=backend,
         batch_size=batch_size,
@@ -224,8 +233,8 @@ def _summary(
         ideal_speedup=ideal_speedup,
         speedup=speedup,
         realised=speedup / ideal_speedup,
-        stage_bound=middle["stages"] / middle["adaptive"],
-        stage_ms=tuple(middle[name] for name in middle if name.startswith("stage_")),
+        stage_bound=middle["stages"] / middle["adaptive"] if stage_ms else None,
+        stage_ms=stage_ms or None,
     )
 
 

@@ -16,16 +16,18 @@ from torch import Tensor
 
 from offramp.errors import ArtifactError
 from offramp.inference.agreement import (
+    DECISION_TOLERANCE,
     SINGLE_SAMPLES,
     Agreement,
     answer_in_batches,
-    check_early_answers,
+    check_agreement,
     compare_answers,
+    compare_blocks,
     is_near,
     require_agreement,
 )
 from offramp.inference.bundle_contenders import all_steps_loop
-from offramp.inference.runner import AdaptiveRunner
+from offramp.inference.runner import TorchRunner
 from offramp.inference.stopwatch import ProcessStopwatch, Stopwatch
 from offramp.inference.timing import Timing, check_batch_sizes, hardware_name, time_engines
 from offramp.policy.as_dict import policy_to_dict
@@ -34,7 +36,7 @@ from offramp.runtime import Bundle, Session, read_bundle
 
 
 def time_in_processes(
-    runner: AdaptiveRunner,
+    runner: TorchRunner,
     inputs: Tensor,
     folders: Mapping[str, Path],
     *,
@@ -43,7 +45,7 @@ def time_in_processes(
 ) -> Timing:
     """Time engines on the CPU in turn, each in its own process.
 
-    Before the clock starts, every engine's answers are checked against the all-exits loop.
+    Before the clock starts, every engine's answers are checked against choosing afterwards.
 
     Args:
         runner: Holds the run's network and policy, on the CPU.
@@ -56,11 +58,11 @@ def time_in_processes(
     Raises:
         ArtifactError: If the bundle cannot be read, or holds another policy than the run.
         InvalidArgumentError: If a batch size is below 1 or above N, or there are no rounds.
-        OfframpError: If leaving early gives other answers than choosing afterwards.
+        OfframpError: If running less gives other answers than choosing afterwards.
     """
     check_batch_sizes(batch_sizes, num_samples=len(inputs))
     result = runner.run(inputs)
-    check_early_answers(result, runner, inputs)
+    check_agreement(result, runner, inputs)
     if "onnxruntime" in folders:
         _check_bundle(folders["onnxruntime"], runner, inputs)
     with _stopwatches(folders, inputs) as stopwatches:
@@ -97,7 +99,7 @@ def time_bundle(
     Raises:
         ArtifactError: If the bundle holds no plain network.
         InvalidArgumentError: If a batch size is below 1 or above N, or there are no rounds.
-        OfframpError: If leaving early gives other answers than choosing afterwards.
+        OfframpError: If running less gives other answers than choosing afterwards.
         ShapeError: If the inputs are not of the shape that the bundle was exported for.
     """
     check_batch_sizes(batch_sizes, num_samples=len(inputs))
@@ -141,7 +143,7 @@ def _stopwatches(folders: Mapping[str, Path], inputs: Tensor) -> Iterator[dict[s
         yield stopwatches
 
 
-def _check_bundle(folder: Path, runner: AdaptiveRunner, inputs: Tensor) -> None:
+def _check_bundle(folder: Path, runner: TorchRunner, inputs: Tensor) -> None:
     bundle = read_bundle(folder)
     if bundle.policy != policy_to_dict(runner.policy):
         raise ArtifactError(
@@ -151,8 +153,8 @@ def _check_bundle(folder: Path, runner: AdaptiveRunner, inputs: Tensor) -> None:
     _require_plain(bundle)
     if bundle.quantized is None:
         session, few = Session(bundle), inputs[:SINGLE_SAMPLES]
-        check_early_answers(session.run(inputs), runner, inputs)
-        check_early_answers(answer_in_batches(session, few, batch_size=1), runner, few)
+        check_agreement(session.run(inputs), runner, inputs)
+        check_agreement(answer_in_batches(session, few, batch_size=1), runner, few)
 
 
 def _require_plain(bundle: Bundle) -> None:
@@ -166,6 +168,8 @@ def _require_plain(bundle: Bundle) -> None:
 def _compare_with_all_steps(
     result: AdaptiveResult[Any], session: Session, inputs: Tensor
 ) -> Agreement:
+    if session.bundle.skip is not None:
+        return _compare_with_every_block(result, session, inputs, session.bundle.skip.threshold)
     steps = session.bundle.steps
     output, step_B, confidences = all_steps_loop(session, inputs.numpy())
     exits = torch.tensor([step.exit_index for step in steps])
@@ -176,4 +180,16 @@ def _compare_with_all_steps(
         exits[step_B],
         is_near_B=is_near(confidence_KB, [step.threshold for step in steps[:-1]]),
         num_exits=session.bundle.num_exits,
+    )
+
+
+def _compare_with_every_block(
+    result: AdaptiveResult[Any], session: Session, inputs: Tensor, threshold: float
+) -> Agreement:
+    output, blocks_BG, probability_BG = map(torch.from_numpy, session.run_every_block(inputs))
+    return compare_blocks(
+        result,
+        output,
+        blocks_BG,
+        is_near_BG=(probability_BG - threshold).abs() < DECISION_TOLERANCE,
     )

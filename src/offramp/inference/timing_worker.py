@@ -27,13 +27,13 @@ def make_stopwatch(spec: dict[str, Any]) -> Stopwatch:
     if spec["backend"] == "torch":
         import torch
 
-        from offramp.inference.runner import AdaptiveRunner
+        from offramp.inference.runner import make_runner
         from offramp.inference.timing import torch_stopwatch
         from offramp.training.run import load
 
         torch.set_num_threads(spec["threads"])
         run = load(spec["folder"])
-        return torch_stopwatch(AdaptiveRunner(run.network, run.policy), torch.from_numpy(inputs))
+        return torch_stopwatch(make_runner(run.network, run.policy), torch.from_numpy(inputs))
     from offramp.inference.bundle_contenders import bundle_contenders
     from offramp.runtime import Session
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.policy.controller import ControllerPolicy, scorers_from_dicts, scorers_to_dicts
+from offramp.policy.gate_policy import GatePolicy
 from offramp.policy.policies import PatiencePolicy, Policy, ThresholdPolicy
 
 
-def policy_to_dict(policy: Policy) -> dict[str, Any]:
+def policy_to_dict(policy: Policy | GatePolicy) -> dict[str, Any]:
     """Describe a policy in values that JSON can hold (+inf becomes None).
 
     Args:
@@ -42,13 +43,15 @@ def policy_to_dict(policy: Policy) -> dict[str, Any]:
             "thresholds": without_inf(policy.thresholds),
             "scorers": scorers_to_dicts(policy.scorers),
         }
+    if isinstance(policy, GatePolicy):
+        return {"kind": "gates", "threshold": policy.threshold}
     raise InvalidArgumentError(
-        "Expected a ThresholdPolicy, a PatiencePolicy or a ControllerPolicy. "
+        "Expected a ThresholdPolicy, a PatiencePolicy, a ControllerPolicy or a GatePolicy. "
         f"Got {type(policy).__name__}."
     )
 
 
-def policy_from_dict(content: dict[str, Any]) -> Policy:
+def policy_from_dict(content: dict[str, Any]) -> Policy | GatePolicy:
     """Rebuild a policy from :func:`policy_to_dict`.
 
     Args:
@@ -78,10 +81,12 @@ def policy_from_dict(content: dict[str, Any]) -> Policy:
             return ControllerPolicy(
                 _with_inf(content["thresholds"]), scorers_from_dicts(content["scorers"])
             )
+        if content["kind"] == "gates":
+            return GatePolicy(content["threshold"])
     except (KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ArtifactError(f"Expected a policy, got a damaged one ({error}).") from error
     raise ArtifactError(
-        f"Expected a threshold, patience or controller policy. Got kind {content['kind']!r}."
+        f"Expected a threshold, patience, controller or gates policy. Got kind {content['kind']!r}."
     )
 
 

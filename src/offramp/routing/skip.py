@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from offramp.errors import BackboneCutError
 from offramp.measure.cost import count_macs, evaluation_mode, require_samples
+from offramp.model.multi_exit import MultiExitNetwork
 from offramp.routing.gates import Gates, GateState, make_gates
 from offramp.routing.residual import channels_into, skip_block, take_apart
 
@@ -155,9 +156,13 @@ class SkipNetwork(nn.Module):
             actions.append(action_B)
         return GatedOutput(self.head(x), torch.stack(probabilities, 1), torch.stack(actions, 1))
 
+    def without_gates(self) -> MultiExitNetwork:
+        """The same as a network of one exit: every block, no gate; weights shared."""
+        return MultiExitNetwork([nn.Sequential(self.stem, *self.blocks)], [self.head])
+
     def plain(self) -> nn.Module:
-        """The plain network: every block, no gate; weights shared."""
-        return nn.Sequential(self.stem, *self.blocks, self.head)
+        """The plain network: what every saving is measured against; weights shared."""
+        return self.without_gates().plain()
 
     @torch.no_grad()
     def costs(self, x: Tensor) -> SkipCosts:
@@ -214,6 +219,18 @@ class _WayAround(nn.Module):
         return skip_block(self.block, x)
 
 
+def runs_block(probability_B: Tensor, threshold: float | Tensor) -> Tensor:
+    """Decide who runs a block: the one place that does, for runners and for exported gates.
+
+    Args:
+        probability_B: With which the block shall run, shape (B,).
+        threshold: In [0, 1]; a tensor without axes where a graph takes it as an input.
+    Returns:
+        Shape (B,), bool; True at the threshold itself, and for NaN.
+    """
+    return ~(probability_B < threshold)
+
+
 def at_threshold(threshold: float) -> Choice:
     """Run a block where its probability reaches a threshold; no gradient.
 
@@ -222,7 +239,7 @@ def at_threshold(threshold: float) -> Choice:
     Returns:
         A choice of 0 or 1. NaN runs the block.
     """
-    return lambda probability_B: (~(probability_B < threshold)).to(probability_B.dtype)
+    return lambda probability_B: runs_block(probability_B, threshold).to(probability_B.dtype)
 
 
 def straight_through(probability_B: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """The bundle: what ``offramp export`` writes and a :class:`~offramp.runtime.Session` runs.
 
-A folder with ``bundle.json`` and one ONNX file a step. A step is the stages up to an exit, the
-exit, and the decision who leaves there; exits that are off have no step of their own. Beside them,
-one file holds all steps for batches of one.
+A folder with ``bundle.json`` and ONNX files. Of a network with exits, one file a step: the stages
+up to an exit, the exit, and the decision who leaves there; exits that are off have no step of their
+own. Of a network that skips blocks, one a part: see ``skip_parts.py``. Beside them, one file holds
+everything for batches of one.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,41 +15,19 @@ from typing import Any
 
 from offramp.artifacts import read_json, write_json
 from offramp.errors import ArtifactError, InvalidArgumentError
+from offramp.runtime.files import OnnxFile, TensorSpec, file_sha256, read_spec
+from offramp.runtime.skip_parts import SkipParts, read_skip_parts
 
 BUNDLE_FILE = "bundle.json"
 NOBODY_LEAVES = 1e9
 """A threshold above every confidence and every patience, which JSON can hold."""
-FAMILIES = ("exits",)
+FAMILIES = ("exits", "skip")
 """Kinds of adaptive networks that a session can run."""
 SINGLE_OUTPUTS = ("output", "confidence", "step")
-"""What the file for single samples puts out: logits, confidence, number of the step left by."""
+"""What the file for single samples puts out: logits, confidence, number of the step left by.
 
-
-@dataclass(frozen=True, kw_only=True)
-class TensorSpec:
-    """A tensor that goes into or comes out of a step.
-
-    Attributes:
-        name: Its name in the ONNX file.
-        dtype: Its numpy type, for example float32.
-        sample_shape: Its shape without the batch axis; None for the tokens of the longest sample.
-    """
-
-    name: str
-    dtype: str
-    sample_shape: tuple[int | None, ...]
-
-    @property
-    def has_tokens(self) -> bool:
-        """Whether its first axis after the batch is as long as the longest sample."""
-        return None in self.sample_shape
-
-    def fits(self, sample_shape: Sequence[int]) -> bool:
-        """Whether a tensor has this shape, the batch axis left out; free axes at least 1."""
-        return len(sample_shape) == len(self.sample_shape) and all(
-            size == expected if expected is not None else size > 0
-            for size, expected in zip(sample_shape, self.sample_shape, strict=True)
-        )
+Of a network with exits; the other family's are in ``skip_parts.py``.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +93,7 @@ class Bundle:
     Attributes:
         folder: Where the bundle is.
         family: Kind of adaptive network.
-        steps: In the order in which they run.
+        steps: In the order in which they run; empty for a network that skips blocks.
         num_exits: Exits of the network, those that are off counted.
         class_names: Name of each class; empty where none were given.
         plain_file: The plain network as one ONNX file, for timing on the device; None if left out.
@@ -130,6 +108,7 @@ class Bundle:
         single_file: All steps in one ONNX file for batches of one; None in bundles of schema 1.
         single_sha256: Hash of that file.
         padding: For samples of unequal length, where padding is marked; else None.
+        skip: The parts of a network that skips blocks; None for one with exits.
     """
 
     folder: Path
@@ -148,11 +127,21 @@ class Bundle:
     single_file: str | None = None
     single_sha256: str | None = None
     padding: Padding | None = None
+    skip: SkipParts | None = None
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """The network's inputs."""
-        return self.steps[0].features
+        return self.steps[0].features if self.skip is None else (self.skip.input,)
+
+    @property
+    def files(self) -> tuple[OnnxFile, ...]:
+        """All its ONNX files."""
+        named = [(step.file, step.sha256) for step in self.steps]
+        extra = [(self.plain_file, self.plain_sha256), (self.single_file, self.single_sha256)]
+        named += [(name, str(sha256)) for name, sha256 in extra if name is not None]
+        files = tuple(OnnxFile(name=name, sha256=sha256) for name, sha256 in named)
+        return files if self.skip is None else (*files, *self.skip.files)
 
 
 def single_numbers(steps: Sequence[Step]) -> dict[str, float]:
@@ -172,13 +161,19 @@ def with_thresholds(bundle: Bundle, thresholds: Sequence[float]) -> Bundle:
     """The same bundle with other thresholds; its ONNX files need not change.
 
     Args:
-        bundle: The bundle.
+        bundle: The bundle, of a network with exits.
         thresholds: One per step but the last, where everybody leaves; +inf for nobody.
     Returns:
         What to write or to run.
     Raises:
-        InvalidArgumentError: If there is not one threshold per step but the last.
+        InvalidArgumentError: If there is not one threshold per step but the last, or the network
+            skips blocks.
     """
+    if bundle.skip is not None:
+        raise InvalidArgumentError(
+            f"Expected a bundle of a network with exits. The gates of {bundle.folder} share one "
+            "threshold: use with_gate_threshold."
+        )
     if len(thresholds) != len(bundle.steps) - 1:
         raise InvalidArgumentError(
             f"Expected {len(bundle.steps) - 1} thresholds, one per step but the last. "
@@ -200,6 +195,31 @@ def with_thresholds(bundle: Bundle, thresholds: Sequence[float]) -> Bundle:
     )
 
 
+def with_gate_threshold(bundle: Bundle, threshold: float) -> Bundle:
+    """The same bundle with another threshold of its gates; its ONNX files need not change.
+
+    Args:
+        bundle: The bundle, of a network that skips blocks.
+        threshold: In [0, 1]; 0 runs every block.
+    Returns:
+        What to write or to run.
+    Raises:
+        InvalidArgumentError: If the threshold is not in [0, 1], or the bundle has no gates.
+    """
+    if bundle.skip is None:
+        raise InvalidArgumentError(
+            f"Expected a bundle of a network that skips blocks. {bundle.folder} holds one of the "
+            f"family {bundle.family}, which has no gates."
+        )
+    if not 0 <= threshold <= 1:
+        raise InvalidArgumentError(f"The 'threshold' parameter must be in [0, 1]. Got {threshold}.")
+    return replace(
+        bundle,
+        skip=replace(bundle.skip, threshold=float(threshold)),
+        policy={**bundle.policy, "threshold": float(threshold)},
+    )
+
+
 def write_bundle(bundle: Bundle) -> None:
     """Write ``bundle.json``; the ONNX files must lie beside it already.
 
@@ -208,6 +228,8 @@ def write_bundle(bundle: Bundle) -> None:
     """
     content = asdict(bundle)
     del content["folder"]
+    if bundle.skip is None:
+        del content["skip"]  # which an older Offramp does not know
     write_json(bundle.folder / BUNDLE_FILE, content)
 
 
@@ -237,57 +259,45 @@ def read_bundle(folder: Path | str) -> Bundle:
     try:
         steps = tuple(_read_step(step) for step in content.pop("steps"))
         class_names = tuple(content.pop("class_names"))
-        padding = content.pop("padding", None)
+        padding, skip = content.pop("padding", None), content.pop("skip", None)
         bundle = Bundle(
             folder=folder,
             steps=steps,
             class_names=class_names,
             padding=None if padding is None else Padding(**padding),
+            skip=None if skip is None else read_skip_parts(skip),
             **content,
         )
-        files = [(step.file, step.sha256) for step in steps]
-        extra = [
-            (bundle.plain_file, bundle.plain_sha256),
-            (bundle.single_file, bundle.single_sha256),
-        ]
-        files += [(name, str(sha256)) for name, sha256 in extra if name is not None]
-        if not steps or any(Path(name).name != name for name, _ in files):
-            raise ValueError("no steps, or a file outside the folder")
+        _check_parts(bundle)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"{folder / BUNDLE_FILE} is damaged ({error}). Export the run again."
         ) from error
-    for name, expected in files:
-        if not (folder / name).is_file() or file_sha256(folder / name) != expected:
+    for file in bundle.files:
+        path = folder / file.name
+        if not path.is_file() or file_sha256(path) != file.sha256:
             raise ArtifactError(
-                f"{folder / name} is missing or not the file that was exported. "
+                f"{path} is missing or not the file that was exported. "
                 "Export the run again or copy the whole folder."
             )
     return bundle
 
 
-def file_sha256(path: Path) -> str:
-    """Hash a file.
-
-    Args:
-        path: The file.
-    Returns:
-        SHA-256 of its bytes, in hexadecimal.
-    """
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _check_parts(bundle: Bundle) -> None:
+    has_exits, skips = bool(bundle.steps), bundle.skip is not None and bool(bundle.skip.steps)
+    if (has_exits, skips) != (bundle.family == "exits", bundle.family == "skip"):
+        raise ValueError(f"no steps of the family {bundle.family}")
+    if any(Path(file.name).name != file.name for file in bundle.files):
+        raise ValueError("a file outside the folder")
 
 
 def _read_step(content: Mapping[str, Any]) -> Step:
     parts: dict[str, Any] = {
         "temperature": float(content["temperature"]),
         "threshold": float(content["threshold"]),
-        "features": tuple(_read_spec(spec) for spec in content["features"]),
-        "state": tuple(_read_spec(spec) for spec in content["state"]),
+        "features": tuple(read_spec(spec) for spec in content["features"]),
+        "state": tuple(read_spec(spec) for spec in content["state"]),
     }
     by_length = content.get("exit_macs_by_length")
     parts["exit_macs_by_length"] = None if by_length is None else tuple(map(int, by_length))
     return Step(**{**content, **parts})
-
-
-def _read_spec(content: Mapping[str, Any]) -> TensorSpec:
-    return TensorSpec(**{**content, "sample_shape": tuple(content["sample_shape"])})

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from offramp.runtime.bundle import Padding, TensorSpec
+from offramp.runtime.bundle import Padding
+from offramp.runtime.files import TensorSpec
 
 Array = npt.NDArray[Any]
 

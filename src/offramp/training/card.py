@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.policy.as_dict import policy_to_dict
+from offramp.policy.gate_policy import GatePolicy
 from offramp.policy.policies import Policy
 from offramp.training.recipes import Recipe
 from offramp.training.sources import SOURCES
@@ -18,7 +19,7 @@ from offramp.training.sources import SOURCES
 _LOAD_IMAGES = """\
 ```python
 import torch
-from offramp import AdaptiveRunner, from_pretrained
+from offramp import {runner}, from_pretrained
 
 run = from_pretrained("{name}")
 images = torch.zeros(2, {shape}, dtype=torch.uint8)  # yours, as those of {data}, 0 to 255
@@ -31,7 +32,7 @@ On the command line, `offramp pull` brings the files into a run folder of your o
 """
 _LOAD_TEXTS = """\
 ```python
-from offramp import AdaptiveRunner, from_pretrained
+from offramp import {runner}, from_pretrained
 from offramp.training.text import encode_padded
 from offramp.zoo.text import load_tokenizer
 
@@ -47,7 +48,7 @@ _LOAD_OWN = """\
 The network is no recipe's: build it as it was built for training, and give it to be filled.
 
 ```python
-from offramp import AdaptiveRunner, from_pretrained
+from offramp import {runner}, from_pretrained
 
 run = from_pretrained("{name}", network=network)
 {use}
@@ -56,15 +57,53 @@ run = from_pretrained("{name}", network=network)
 _USE_POLICY = """\
 result = AdaptiveRunner(run.network, run.policy).run(inputs)
 print(result.output.argmax(-1), result.exit_index, result.macs)  # class, exit, MACs that ran"""
+_USE_GATES = """\
+result = SkipRunner(run.network, run.policy).run(inputs)
+print(result.output.argmax(-1), result.blocks.sum(1), result.macs)  # class, blocks and MACs run"""
 _USE_EXITS = """\
 logits = run.network(inputs)  # of every exit: no policy was chosen yet"""
+
+
+class _Words(NamedTuple):
+    """What is said of a family of networks."""
+
+    tag: str
+    heading: str
+    runner: str
+    use: str
+    less: str
+    less_metric: str
+    all: str
+    all_metric: str
+
+
+_EXITS = _Words(
+    tag="early-exit",
+    heading="Who leaves where",
+    runner="AdaptiveRunner",
+    use=_USE_POLICY,
+    less="leaving early",
+    less_metric="accuracy with early exit",
+    all="every sample to the final exit",
+    all_metric="accuracy of the final exit alone",
+)
+_GATES = _Words(
+    tag="skipnet",
+    heading="Which blocks run",
+    runner="SkipRunner",
+    use=_USE_GATES,
+    less="skipping blocks",
+    less_metric="accuracy with blocks skipped",
+    all="every block run",
+    all_metric="accuracy with every block run",
+)
 
 
 def model_card(
     name: str,
     *,
     recipe: Recipe | None,
-    policy: Policy | None,
+    policy: Policy | GatePolicy | None,
     calibration: Mapping[str, Any] | None,
     evaluation: Mapping[str, Any] | None,
 ) -> str:
@@ -73,7 +112,7 @@ def model_card(
     Args:
         name: Of the repository or folder, as ``from_pretrained`` takes it.
         recipe: How the network was trained; None for one of the user's own.
-        policy: Who leaves where; None before calibration.
+        policy: Who leaves where, or which blocks run; None before calibration.
         calibration: What ``policy.json`` says of how it was chosen.
         evaluation: Figures that :func:`check_evaluation` lets pass; None where nothing was
             measured, and the card then says so.
@@ -86,24 +125,35 @@ def model_card(
     if recipe is not None:
         trained = f", trained on `{recipe.data}` by Offramp's recipe `{recipe.name}`"
         trained += "" if recipe.variant == "adaptive" else f" in its variant `{recipe.variant}`"
-    exits = "" if policy is None else f", with {_count(policy.num_exits, 'exit')}"
+    words = _words(policy)
     sections = (
         f"# {name.rsplit('/')[-1]}\n",
-        f"A network that can stop early{exits}{trained}.\n",
+        f"A network that {_ability(policy)}{trained}.\n",
         "## Load it\n",
         _loading(name, recipe, policy),
-        "## Who leaves where\n",
+        f"## {words.heading}\n",
         _describe_policy(policy, calibration),
         "## Measured\n",
-        _describe_evaluation(recipe, evaluation),
+        _describe_evaluation(recipe, evaluation, words),
         f"Written by offramp {version('offramp')}.\n",
     )
-    head = _metadata(name, recipe, evaluation).to_yaml()
+    head = _metadata(name, recipe, evaluation, words).to_yaml()
     return str(ModelCard(f"---\n{head}\n---\n\n" + "\n".join(sections)))
 
 
+def _words(policy: Policy | GatePolicy | None) -> _Words:
+    return _GATES if isinstance(policy, GatePolicy) else _EXITS
+
+
+def _ability(policy: Policy | GatePolicy | None) -> str:
+    if isinstance(policy, GatePolicy):
+        return "skips blocks input by input"
+    exits = "" if policy is None else f", with {_count(policy.num_exits, 'exit')}"
+    return f"can stop early{exits}"
+
+
 def check_evaluation(
-    evaluation: Mapping[str, Any], *, recipe: Recipe | None, policy: Policy | None
+    evaluation: Mapping[str, Any], *, recipe: Recipe | None, policy: Policy | GatePolicy | None
 ) -> None:
     """Refuse figures that are not those of ``offramp evaluate --json``, or are of another run.
 
@@ -119,6 +169,8 @@ def check_evaluation(
         rows = [(row["index"], row["accuracy"], row["share"]) for row in evaluation["exits"]]
         fractions = [evaluation["accuracy"], evaluation["final_exit_accuracy"]]
         fractions += [evaluation["plain_accuracy"] or 0, *(x for row in rows for x in row[1:])]
+        if isinstance(policy, GatePolicy):
+            fractions += [evaluation["blocks"]["saved"], *evaluation["blocks"]["run_rates"]]
         counts = [evaluation[key] for key in ("num_samples", "mean_macs", "plain_macs")]
         counts += [row["macs"] for row in evaluation["exits"]]
         is_sound = all(0 <= x <= 1 for x in fractions) and all(0 < x < math.inf for x in counts)
@@ -149,7 +201,7 @@ def check_evaluation(
 
 
 def _metadata(
-    name: str, recipe: Recipe | None, evaluation: Mapping[str, Any] | None
+    name: str, recipe: Recipe | None, evaluation: Mapping[str, Any] | None, words: _Words
 ) -> ModelCardData:
     results = []
     if recipe is not None and evaluation is not None and not evaluation.get("in_sample"):
@@ -164,14 +216,14 @@ def _metadata(
                 metric_value=evaluation[key],
             )
             for key, metric_name in (
-                ("accuracy", "accuracy with early exit"),
-                ("final_exit_accuracy", "accuracy of the final exit alone"),
+                ("accuracy", words.less_metric),
+                ("final_exit_accuracy", words.all_metric),
             )
         ]
     return ModelCardData(
         library_name="offramp",
         pipeline_tag=None if recipe is None else _task(recipe),
-        tags=["early-exit", "adaptive-computation"],
+        tags=[words.tag, "adaptive-computation"],
         datasets=None if recipe is None else [recipe.data],
         metrics=["accuracy"] if results else None,
         model_name=name.rsplit("/")[-1] if results else None,
@@ -185,22 +237,42 @@ def _task(recipe: Recipe) -> str:
     return f"{kind}-classification"
 
 
-def _loading(name: str, recipe: Recipe | None, policy: Policy | None) -> str:
-    use = _USE_EXITS if policy is None else _USE_POLICY
+def _loading(name: str, recipe: Recipe | None, policy: Policy | GatePolicy | None) -> str:
+    words = _words(policy)
+    use = _USE_EXITS if policy is None else words.use
+    parts = {"name": name, "use": use, "runner": words.runner}
     if recipe is None:
-        return _LOAD_OWN.format(name=name, use=use)
+        return _LOAD_OWN.format(**parts)
     image_shape = SOURCES[recipe.data].image_shape
     if image_shape is None:
-        return _LOAD_TEXTS.format(name=name, use=use)
+        return _LOAD_TEXTS.format(**parts)
     shape = ", ".join(map(str, image_shape))
-    return _LOAD_IMAGES.format(name=name, shape=shape, data=recipe.data, use=use)
+    return _LOAD_IMAGES.format(shape=shape, data=recipe.data, **parts)
 
 
-def _describe_policy(policy: Policy | None, calibration: Mapping[str, Any] | None) -> str:
+def _describe_policy(
+    policy: Policy | GatePolicy | None, calibration: Mapping[str, Any] | None
+) -> str:
     if policy is None:
         return "No policy was chosen yet: `offramp calibrate RUN --max-drop 0.01` chooses one.\n"
-    if policy.num_exits == 1:
+    if isinstance(policy, GatePolicy):
+        rule = f"A block runs where its gate's probability is at least {policy.threshold:.4f}."
+        if calibration is None:
+            return f"{rule} No other was chosen: the gates were trained for one half.\n"
+    elif policy.num_exits == 1:
         return "There is one exit, and every sample goes to it.\n"
+    else:
+        rule = _describe_exits(policy)
+    try:
+        return f"{rule}\n\n{_describe_choice(calibration or {})}"
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"The policy.json is damaged: it says of the choice {calibration!r:.200}. "
+            "Calibrate the run again."
+        ) from error
+
+
+def _describe_exits(policy: Policy) -> str:
     described = policy_to_dict(policy)
     how = f"`{described.get('rule', described['kind'])}`"
     if "patience" in described:
@@ -211,14 +283,7 @@ def _describe_policy(policy: Policy | None, calibration: Mapping[str, Any] | Non
         bound = "never: this exit is off" if policy.is_off(k) else f"{setting.threshold:.4f}"
         rows.append(f"| {k} | {bound} | {setting.temperature:g} |")
     rows.append(f"| {policy.num_exits - 1} | always: it is the final exit | |")
-    table = "\n".join(rows)
-    try:
-        return f"Confidence by the rule {how}.\n\n{table}\n\n{_describe_choice(calibration or {})}"
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"The policy.json is damaged: it says of the choice {calibration!r:.200}. "
-            "Calibrate the run again."
-        ) from error
+    return "\n".join([f"Confidence by the rule {how}.\n", *rows])
 
 
 def _describe_choice(calibration: Mapping[str, Any]) -> str:
@@ -246,7 +311,9 @@ def _describe_choice(calibration: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _describe_evaluation(recipe: Recipe | None, evaluation: Mapping[str, Any] | None) -> str:
+def _describe_evaluation(
+    recipe: Recipe | None, evaluation: Mapping[str, Any] | None, words: _Words
+) -> str:
     if evaluation is None:
         return (
             "Nothing was measured for this card. `offramp evaluate RUN` measures; "
@@ -262,28 +329,35 @@ def _describe_evaluation(recipe: Recipe | None, evaluation: Mapping[str, Any] | 
         where += ". IN SAMPLE: training or thresholds saw them, the figures can be too good"
     lines = [
         f"On {where}.\n",
-        "| exit | accuracy alone | samples leaving | MACs |",
-        "|---|---|---|---|",
-        *(
-            f"| {row['index']} | {_percent(row['accuracy'])} | {_percent(row['share'])} "
-            f"| {row['macs']:,} |"
-            for row in evaluation["exits"]
-        ),
+        *_parts_table(evaluation),
         "",
         "| | accuracy | MACs a sample |",
         "|---|---|---|",
-        f"| leaving early | {_percent(evaluation['accuracy'])} | {mean_macs:,.0f} on average, "
+        f"| {words.less} | {_percent(evaluation['accuracy'])} | {mean_macs:,.0f} on average, "
         f"{_percent(mean_macs / plain_macs)} of the plain network's |",
-        f"| every sample to the final exit | {_percent(evaluation['final_exit_accuracy'])} "
-        f"| {plain_macs:,} |",
+        f"| {words.all} | {_percent(evaluation['final_exit_accuracy'])} | {plain_macs:,} |",
     ]
     if evaluation["plain_accuracy"] is None:
         lines.append("\nNo plain network trained as long was measured beside it.")
     else:
         plain = _percent(evaluation["plain_accuracy"])
         lines.append(f"\nA plain network trained as long, on the same samples: {plain}.")
-    lines.append("MACs include exit heads and the policy. See it again: `offramp evaluate RUN`.")
+    lines.append("MACs include heads, gates and the policy. See it again: `offramp evaluate RUN`.")
     return "\n".join(lines) + "\n"
+
+
+def _parts_table(evaluation: Mapping[str, Any]) -> list[str]:
+    """Who left where, or how many ran each block."""
+    if "blocks" in evaluation:
+        rates = enumerate(evaluation["blocks"]["run_rates"])
+        rows = [f"| {index} | {_percent(rate)} |" for index, rate in rates]
+        return ["| gated block | samples that run it |", "|---|---|", *rows]
+    rows = [
+        f"| {row['index']} | {_percent(row['accuracy'])} | {_percent(row['share'])} "
+        f"| {row['macs']:,} |"
+        for row in evaluation["exits"]
+    ]
+    return ["| exit | accuracy alone | samples leaving | MACs |", "|---|---|---|---|", *rows]
 
 
 def _prior(prior: Any) -> str:

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 
 from offramp.artifacts import atomic_folder, read_json
 from offramp.errors import ArtifactError, InvalidArgumentError, reason
-from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.as_dict import policy_from_dict
+from offramp.policy.gate_policy import GatePolicy
 from offramp.policy.policies import Policy
 from offramp.training.card import check_evaluation, model_card
 from offramp.training.recipes import Recipe
@@ -35,6 +35,7 @@ from offramp.training.run import (
     write_recipe,
 )
 from offramp.training.sources import SOURCES
+from offramp.zoo import Network
 
 CARD_FILE = "README.md"
 _METRICS_FILE = "metrics.jsonl"  # as training.fit has it, which takes Lightning to import
@@ -128,7 +129,7 @@ def push_to_hub(
 
 def from_pretrained(
     source: Path | str,
-    network: MultiExitNetwork | None = None,
+    network: Network | None = None,
     *,
     revision: str | None = None,
     token: str | None = None,
@@ -190,7 +191,7 @@ class _Contents:
     recipe: Recipe | None
     class_names: tuple[str, ...]
     data: str | None
-    policy: Policy | None
+    policy: Policy | GatePolicy | None
     calibration: dict[str, Any] | None
 
 
@@ -212,7 +213,7 @@ def _read(run: Run | Path | str) -> _Contents:
     )
 
 
-def _read_own(folder: Path) -> tuple[Policy | None, dict[str, Any] | None]:
+def _read_own(folder: Path) -> tuple[Policy | GatePolicy | None, dict[str, Any] | None]:
     """Weights that can be read, and the policy, of a network that is not at hand."""
     try:
         with safe_open(folder / WEIGHTS_FILE, "pt"):

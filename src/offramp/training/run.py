@@ -15,6 +15,7 @@ from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.as_dict import policy_from_dict, policy_to_dict
 from offramp.policy.gate_policy import GatePolicy
 from offramp.policy.policies import Policy, never_leave
+from offramp.routing.skip import SkipNetwork
 from offramp.training.data import Batches, ImageBatches, check_labels, split_off_calibration
 from offramp.training.recipes import Recipe
 from offramp.training.sources import Split, TextSplit, load_split
@@ -36,7 +37,8 @@ class Run:
         folder: The run folder.
         network: The network in evaluation mode, on the CPU.
         class_names: Name of each class; empty where none were saved.
-        policy: Who leaves where; None before calibration.
+        policy: Who leaves where, or which blocks run; None before calibration, where there is
+            anything to choose: gates run as they were trained.
         calibration: What was asked of the policy, on which data, and what it reached there.
         recipe: How it was trained; None for a network of the user's own.
         data: What ``--data`` was when it was trained; None if the default was taken.
@@ -82,7 +84,7 @@ def save(
     folder: Path | str,
     network: Network,
     *,
-    policy: Policy | None = None,
+    policy: Policy | GatePolicy | None = None,
     class_names: tuple[str, ...] = (),
 ) -> None:
     """Save a network of your own, and its policy, as a run folder.
@@ -90,11 +92,13 @@ def save(
     Args:
         folder: Folder to make; it must not hold a run yet.
         network: The network.
-        policy: Its policy, if it has one.
+        policy: Its policy, if it has one; gates run as they were trained if None.
         class_names: Name of each class.
     Raises:
         ArtifactError: If the folder holds a run or cannot be written.
     """
+    if policy is None and isinstance(network, SkipNetwork):
+        policy = GatePolicy()
     if policy is not None:
         policy_to_dict(policy)  # refuses one that cannot be written, before anything is
     folder = create_folder(folder)
@@ -132,7 +136,7 @@ def load(folder: Path | str, network: Network | None = None) -> Run:
             )
         network = recipe.build_network()
     load_weights(network, folder / WEIGHTS_FILE)
-    policy, calibration = _read_policy(folder / POLICY_FILE, num_exits=network.num_exits)
+    policy, calibration = _read_policy(folder / POLICY_FILE, network)
     return Run(
         folder=folder,
         network=network.eval(),
@@ -159,10 +163,15 @@ def require_new(folder: Path) -> None:
         )
 
 
-def _read_policy(path: Path, *, num_exits: int) -> tuple[Policy | None, dict[str, Any] | None]:
+def _read_policy(
+    path: Path, network: Network
+) -> tuple[Policy | GatePolicy | None, dict[str, Any] | None]:
+    skips = isinstance(network, SkipNetwork)
     if not path.exists():
+        if skips:
+            return GatePolicy(), None
         # With one exit there is nothing to choose.
-        return (never_leave(1) if num_exits == 1 else None), None
+        return (never_leave(1) if network.num_exits == 1 else None), None
     content = read_json(path)
     try:
         policy = policy_from_dict(content["policy"])
@@ -170,10 +179,15 @@ def _read_policy(path: Path, *, num_exits: int) -> tuple[Policy | None, dict[str
             raise ArtifactError(f"Expected an object as data, got {content['data']!r}.")
     except (ArtifactError, KeyError) as error:
         raise ArtifactError(f"{path} is damaged: {error} Calibrate the run again.") from error
-    if policy.num_exits != num_exits:
+    if isinstance(policy, GatePolicy) != skips:
         raise ArtifactError(
-            f"Expected a policy for {num_exits} exits in {path}. Got one for {policy.num_exits}. "
-            "Calibrate the run again."
+            f"Expected a policy for {'gates' if skips else 'exits'} in {path}, which the network "
+            f"has. Got one of the kind {content['policy']['kind']!r}. Calibrate the run again."
+        )
+    if policy.num_exits != network.num_exits:
+        raise ArtifactError(
+            f"Expected a policy for {network.num_exits} exits in {path}. Got one for "
+            f"{policy.num_exits}. Calibrate the run again."
         )
     return policy, content
 
@@ -244,7 +258,7 @@ def read_recipe(folder: Path) -> tuple[Recipe | None, tuple[str, ...], str | Non
 
 
 def write_policy(
-    folder: Path, policy: Policy, *, calibration: dict[str, Any] | None = None
+    folder: Path, policy: Policy | GatePolicy, *, calibration: dict[str, Any] | None = None
 ) -> None:
     """Write ``policy.json``.
 

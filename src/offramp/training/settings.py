@@ -9,7 +9,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from offramp.errors import InvalidArgumentError
-from offramp.training.config import FitConfig
+from offramp.training.config import FitConfig, GateConfig
 from offramp.training.data import RandomWarp
 from offramp.training.recipes import Recipe, Variant
 from offramp.training.sources import nearest
@@ -20,9 +20,9 @@ def override(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
 
     Args:
         recipe: The recipe to start from.
-        settings: Text by name: a field of FitConfig, an option of the network, or variant,
-            calibration_share, uniform_prior, augment (true or false). Numbers, true, false and
-            comma-separated lists are understood.
+        settings: Text by name: a field of FitConfig, of GateConfig where the recipe has gates, an
+            option of the network, or variant, calibration_share, uniform_prior, augment (true or
+            false). Numbers, true, false and comma-separated lists are understood.
     Returns:
         A new recipe.
     Raises:
@@ -31,19 +31,24 @@ def override(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
     """
     fit_types = get_type_hints(FitConfig)
     del fit_types["device"]  # where a run is trained is no setting of it
+    del fit_types["gates"]  # whose fields are set one by one; the network's option is of that name
+    gate_types = {} if recipe.fit.gates is None else get_type_hints(GateConfig)
     own_types = {
         "variant": Variant,
         "calibration_share": float,
         "uniform_prior": bool,
         "augment": bool,
     }
-    known = [*fit_types, *own_types, *recipe.network_options, "num_exits"]
+    known = [*fit_types, *gate_types, *own_types, *recipe.network_options, "num_exits"]
     fit_changes: dict[str, Any] = {}
+    gate_changes: dict[str, Any] = {}
     own_changes: dict[str, Any] = {}
     options = dict(recipe.network_options)
     for key, text in settings.items():
         if key in fit_types:
             fit_changes[key] = _parse(key, text, fit_types[key])
+        elif key in gate_types:
+            gate_changes[key] = _parse(key, text, gate_types[key])
         elif key == "augment":
             wanted = _parse(key, text, bool)
             own_changes[key] = (recipe.augment or RandomWarp()) if wanted else None
@@ -56,17 +61,27 @@ def override(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
                 f"The recipe {recipe.name!r} has no setting {key!r}. "
                 f"Did you mean {nearest(key, known)!r}? It has {', '.join(sorted(set(known)))}."
             )
-    if "epochs" in fit_changes and "backbone_epochs" not in fit_changes:  # as large a share
-        share = recipe.fit.backbone_epochs / recipe.fit.epochs
-        fit_changes["backbone_epochs"] = int(share * max(fit_changes["epochs"], 0))
-    fit = replace(recipe.fit, **fit_changes)
+    fit = _with_changes(recipe.fit, fit_changes, gate_changes)
     static = {key: value for key, value in recipe.static_options.items() if key not in settings}
     own_changes["static_options"] = static  # what was asked for goes before the recipe's own
     return replace(recipe, network_options=options, fit=fit, **own_changes)
 
 
+def _with_changes(
+    fit: FitConfig, changes: Mapping[str, Any], gate_changes: Mapping[str, Any]
+) -> FitConfig:
+    """Change settings; the epochs of a phase stay as large a share of all, unless they are set."""
+    epochs = max(changes.get("epochs", fit.epochs), 0)
+    phases = {"backbone_epochs": fit.backbone_epochs * epochs // fit.epochs}
+    if fit.gates is None:
+        return replace(fit, **{**phases, **changes})
+    reward_epochs = {"reward_epochs": fit.gates.reward_epochs * epochs // fit.epochs}
+    gates = replace(fit.gates, **{**reward_epochs, **gate_changes})
+    return replace(fit, gates=gates, **{**phases, **changes})
+
+
 def _parse(key: str, text: str, kind: Any) -> Any:
-    value = _literal(text)
+    value = text if text in get_args(kind) else _literal(text)  # a choice may be named "none"
     if _fits(value, kind):
         return float(value) if kind is float else value
     if get_origin(kind) is Literal:

@@ -28,6 +28,18 @@ def test_network_is_evaluated_and_its_mode_restored():
     assert stage[1].num_batches_tracked == 0
 
 
+def test_of_a_network_that_skips_blocks_the_only_exit_is_collected(skip_network):
+    images, labels = torch.randn(5, 3, 16, 16), torch.arange(5)
+    skip_network.train()
+    found = collect(skip_network, zip(images.split(2), labels.split(2), strict=True))
+    assert skip_network.training
+    skip_network.eval()
+    torch.testing.assert_close(found.logits_KNC, skip_network.plain()(images)[None].detach())
+    assert found.labels_N.tolist() == labels.tolist()
+    assert found.costs.plain_macs == skip_network.costs(images).plain_macs
+    assert found.costs.exit_macs() == (found.costs.plain_macs,)  # no gate is asked
+
+
 def test_empty_loader_is_refused(network):
     with pytest.raises(DataError, match="at least one batch"):
         collect(network, [])

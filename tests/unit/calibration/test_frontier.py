@@ -8,7 +8,8 @@ import torch
 from made_up_logits import three_exits, two_exits
 
 from offramp.calibration.collect import ExitLogits
-from offramp.calibration.frontier import frontier
+from offramp.calibration.frontier import frontier, sweep_frontier
+from offramp.calibration.sweep import Sweep
 from offramp.calibration.thresholds import calibrate, measure_policy
 from offramp.errors import InvalidArgumentError, ShapeError
 from offramp.measure.cost import ExitCosts
@@ -199,3 +200,50 @@ def test_number_of_points_out_of_range_is_refused(num_points):
 def test_rule_that_does_not_fit_is_refused(rule):
     with pytest.raises(InvalidArgumentError):
         frontier(CALIBRATION, TEST, rule=rule)
+
+
+# One threshold that steers the whole network
+
+
+def sweep_of(correct_KN, thresholds=(0.9, 0.5, 0.0), macs_K=(40, 60, 110)) -> Sweep:
+    """Every sample is of class 0 and costs as much; the plain network 100."""
+    logits = torch.nn.functional.one_hot(1 - torch.tensor(correct_KN), 2).float()
+    return Sweep(
+        logits_KNC=logits,
+        labels_N=torch.zeros(logits.shape[1], dtype=torch.int64),
+        thresholds=thresholds,
+        macs_KN=torch.tensor(macs_K)[:, None].expand(logits.shape[:2]),
+        plain_macs=100,
+    )
+
+
+SWEPT = sweep_of([[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]])
+SWEPT_TEST = sweep_of([[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]])
+
+
+def test_threshold_of_gates_is_chosen_on_calibration_data_and_judged_on_test():
+    found = sweep_frontier(SWEPT, SWEPT_TEST, num_points=3)
+    # Budgets 40, 63.2 and 100: the last two buy the same, and everything run costs too much.
+    assert [point.budget_macs for point in found.points] == pytest.approx([40, 4000**0.5])
+    assert [point.thresholds for point in found.points] == [(0.9,), (0.5,)]
+    assert [point.calibration_accuracy for point in found.points] == [1 / 4, 3 / 4]
+    assert [point.accuracy for point in found.points] == [1 / 2, 1]
+    assert [point.mean_macs for point in found.points] == [40, 60]
+    assert [(e.index, e.accuracy, e.macs) for e in found.exits] == [(0, 3 / 4, 100)]
+    assert found.area == pytest.approx((20 * 1 / 2 + 40 * 1) / 60)
+    assert json.loads(json.dumps(found.to_dict()))["points"][0]["thresholds"] == [0.9]
+
+
+def test_gates_that_cost_more_than_they_save_are_one_point():
+    dear = sweep_of([[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]], macs_K=(105, 108, 110))
+    found = sweep_frontier(dear, dear, num_points=4)
+    assert [point.mean_macs for point in found.points] == [105]
+    assert found.area == 1 / 4
+
+
+@pytest.mark.parametrize("change", [{"thresholds": (0.9, 0.4, 0.0)}, {"plain_macs": 99}])
+def test_sweeps_of_other_thresholds_or_networks_are_refused(change):
+    with pytest.raises(InvalidArgumentError, match="at the same thresholds"):
+        sweep_frontier(SWEPT, replace(SWEPT_TEST, **change))
+    with pytest.raises(InvalidArgumentError, match="num_points"):
+        sweep_frontier(SWEPT, SWEPT_TEST, num_points=1)

@@ -97,14 +97,14 @@ def test_no_loss_is_above_one_and_the_kinds_are_as_declared(risk):
 @pytest.mark.parametrize(
     ("risk", "words"),
     [
-        ("accuracy_gap", "at most 1.5 percentage points of accuracy"),
-        ("disagreement", "at most 1.5 % of the answers differ"),
+        ("accuracy_gap", "skipping loses at most 1.5 percentage points of accuracy against all"),
+        ("disagreement", "at most 1.5 % of the answers differ from all's"),
         ("error", "at most 1.5 % of the answers are wrong"),
-        ("brier_gap", "at most 0.015 above"),
+        ("brier_gap", "skipping's Brier score (in [0, 1]) is at most 0.015 above all's"),
     ],
 )
-def test_promises_say_their_target(risk, words):
-    assert words in RISKS[risk].in_words(0.015)
+def test_promises_say_their_target_and_what_is_compared(risk, words):
+    assert RISKS[risk].in_words(0.015, "skipping", "all") == words
 
 
 @pytest.mark.parametrize(("risk", "target"), [("gap", 0.1), ("error", 1.0), ("error", NAN)])

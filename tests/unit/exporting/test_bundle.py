@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import offramp.exporting.bundle as export_module
+import offramp.exporting.exits as exits_module
 from offramp.errors import ArtifactError, ExportMismatchError, InvalidArgumentError
 from offramp.exporting.bundle import check_parity, export
 from offramp.exporting.onnx import plan_steps
@@ -73,11 +74,11 @@ def test_a_wrong_file_for_single_samples_is_found(tmp_path, network, monkeypatch
     other = mlp(in_features=6, widths=(5, 8, 7), num_classes=4).eval()
     export(other, policy, tmp_path / "other", X)
     monkeypatch.setattr(
-        export_module,
+        exits_module,
         "write_single",
         lambda folder, steps, path: shutil.copy(tmp_path / "other" / "single.onnx", path),
     )
-    with pytest.raises(ExportMismatchError, match=r"of 64 samples left elsewhere"):
+    with pytest.raises(ExportMismatchError, match=r"of 64 samples went another way"):
         export(network, policy, tmp_path / "bundle", X)
     assert not (tmp_path / "bundle").exists()
 
@@ -245,7 +246,7 @@ def test_branches_that_no_sample_takes_are_checked_too(tmp_path, network, monkey
         )
         onnx.save(model, path)
 
-    monkeypatch.setattr(export_module, "write_single", write_and_spoil)
+    monkeypatch.setattr(exits_module, "write_single", write_and_spoil)
     with pytest.raises(ExportMismatchError, match="logits differ"):
         export(network, ThresholdPolicy((0.0, 0.0)), tmp_path / "bundle", X)
 

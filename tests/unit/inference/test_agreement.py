@@ -6,12 +6,18 @@ import torch
 from offramp.errors import OfframpError
 from offramp.inference.agreement import (
     all_exits_loop,
-    check_early_answers,
+    answer_in_batches,
+    check_agreement,
+    compare_blocks,
     compare_with_all_exits,
+    compare_with_gated_sum,
     is_near,
 )
 from offramp.inference.runner import AdaptiveRunner
+from offramp.inference.skipping import SkipRunner
+from offramp.policy.gate_policy import GatePolicy
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, always_leave_at, never_leave
+from offramp.results import AdaptiveResult
 
 
 @pytest.mark.parametrize(
@@ -42,7 +48,7 @@ def test_early_answers_that_agree_pass(network):
     runner = AdaptiveRunner(network, ThresholdPolicy((0.03, 0.02)))
     result = runner.run(x)
     assert result.exit_index.unique().tolist() == [0, 1, 2]
-    check_early_answers(result, runner, x)
+    check_agreement(result, runner, x)
     agreement = compare_with_all_exits(result, network, runner.policy, x)
     assert (agreement.num_samples, agreement.moved, agreement.moved_far) == (300, 0, 0)
     assert max(agreement.differences) < 1e-5
@@ -68,7 +74,7 @@ def test_wrong_early_answers_are_refused_before_the_clock_starts(network, field,
     runner, x = Wrong(network, field=field, count=count), torch.randn(1000, 6)
     result = runner.run(x)
     with pytest.raises(OfframpError, match="Nothing was timed"), torch.inference_mode():
-        check_early_answers(result, runner, x)
+        check_agreement(result, runner, x)
 
 
 def test_the_exit_that_differs_is_told(network):
@@ -86,3 +92,70 @@ def test_samples_near_a_threshold_by_hand():
     assert is_near(confidence_KB, (0.5, 0.69995)).tolist() == [True, True, True, False]
     assert is_near(confidence_KB, (float("inf"), 0.2)).tolist() == [False] * 4
     assert is_near(confidence_KB, ()).tolist() == [False] * 4
+
+
+# Blocks that are skipped
+
+
+@pytest.fixture
+def skipping(skip_network):
+    """A runner at a threshold that parts the gates' decisions, images, and its answers."""
+    images = torch.randn(40, 3, 16, 16)
+    with torch.no_grad():
+        probabilities = skip_network(images).probability.flatten().sort().values
+    middle = float(probabilities[59:61].mean())  # between the two in the middle
+    runner = SkipRunner(skip_network, GatePolicy(middle))
+    return runner, images, runner.run(images)
+
+
+def test_skipping_that_agrees_passes_in_batches_too(skipping):
+    runner, images, result = skipping
+    assert 0 < result.blocks.double().mean() < 1
+    check_agreement(result, runner, images)
+    ones = answer_in_batches(runner, images, batch_size=1)
+    agreement = compare_with_gated_sum(ones, runner.network, runner.policy.threshold, images)
+    assert agreement.holds
+    assert (agreement.num_samples, agreement.moved_far) == (40, 0)
+    assert max(agreement.differences) < 1e-4
+
+
+def test_answers_of_runs_without_blocks_have_none(network):
+    runner = AdaptiveRunner(network, never_leave(3))
+    assert answer_in_batches(runner, torch.randn(3, 6), batch_size=2).blocks is None
+
+
+@pytest.mark.parametrize("field", ["output", "blocks"])
+def test_wrong_skipping_is_refused_before_the_clock_starts(skipping, field):
+    runner, images, result = skipping
+    values = getattr(result, field).clone()
+    values[:3] = 1 - values[:3].float() if field == "blocks" else values[:3] + 1
+    with pytest.raises(OfframpError, match="Nothing was timed"):
+        check_agreement(replace(result, **{field: values}), runner, images)
+
+
+def blocks_compared(blocks, near):
+    """One sample, two classes, three gates; all blocks ran where they were masked afterwards."""
+    result = AdaptiveResult(
+        output=torch.zeros(1, 2),
+        exit_index=torch.zeros(1, dtype=torch.int64),
+        confidence=torch.zeros(1),
+        macs=torch.zeros(1, dtype=torch.int64),
+        blocks=torch.tensor([blocks]),
+    )
+    every = torch.ones(1, 3, dtype=torch.bool)
+    return compare_blocks(result, torch.zeros(1, 2), every, is_near_BG=torch.tensor([near]))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "near", "moved", "moved_far"),
+    [
+        ([True, True, True], [False, False, False], 0, 0),
+        ([True, False, False], [False, True, False], 1, 0),
+        ([True, False, False], [True, False, True], 1, 1),  # near, but not where the ways part
+        ([False, True, True], [True, False, False], 1, 0),
+    ],
+)
+def test_rounding_excuses_other_blocks_only_where_the_ways_part(blocks, near, moved, moved_far):
+    agreement = blocks_compared(blocks, near)
+    assert (agreement.moved, agreement.moved_far) == (moved, moved_far)
+    assert agreement.holds == (moved_far == 0)

@@ -6,7 +6,7 @@ import torch
 
 from offramp.calibration.collect import ExitLogits, collect
 from offramp.errors import DataError, ShapeError
-from offramp.inference.evaluate import ExitEvaluation, evaluate
+from offramp.inference.evaluate import BlocksEvaluation, ExitEvaluation, evaluate
 from offramp.inference.runner import AdaptiveRunner
 from offramp.measure.cost import ExitCosts
 from offramp.policy.policies import ThresholdPolicy, always_leave_at
@@ -90,6 +90,44 @@ def test_dictionary_can_be_held_by_json():
     content = evaluate(Scripted(*RUNNER_SAYS), loader(), LOGITS).to_dict()
     assert json.loads(json.dumps(content)) == content
     assert content["plain_accuracy"] is None
+
+
+class Skipping:
+    """Runs both blocks of the first sample of a batch, and the first block of the others."""
+
+    def run(self, batch):
+        blocks = torch.tensor([[True, True]] + [[True, False]] * (len(batch) - 1))
+        return AdaptiveResult(
+            output=torch.nn.functional.one_hot(torch.zeros(len(batch), dtype=torch.int64), 2),
+            exit_index=torch.zeros(len(batch), dtype=torch.int64),
+            confidence=torch.ones(len(batch)),
+            macs=10 + 10 * blocks.sum(1),
+            blocks=blocks.numpy(),  # as a bundle has it
+        )
+
+
+def test_blocks_by_hand():
+    logits = torch.nn.functional.one_hot(LABELS, 2).float()[None]
+    costs = ExitCosts(stage_macs=(24,), head_macs=(1,))
+    found = evaluate(
+        Skipping(), loader(), ExitLogits(logits_KNC=logits, labels_N=LABELS, costs=costs)
+    )
+    # Two of five samples run both blocks, in batches of 3 and 2: they cost 30, the others 20.
+    assert found.blocks == BlocksEvaluation(
+        run_rates=(1.0, 0.4), saved=pytest.approx(0.3), macs_saved=pytest.approx(1 - 24 / 25)
+    )
+    assert (found.mean_macs, found.plain_macs) == (24, 25)
+    assert (found.accuracy, found.final_exit_accuracy) == (0.6, 1.0)
+    assert [(row.index, row.share, row.macs) for row in found.exits] == [(0, 1.0, 24)]
+    content = json.loads(json.dumps(found.to_dict()))
+    assert content == found.to_dict()
+    assert content["blocks"]["run_rates"] == [1.0, 0.4]
+
+
+def test_networks_that_skip_nothing_say_nothing_of_blocks():
+    found = evaluate(Scripted(*RUNNER_SAYS), loader(), LOGITS)
+    assert found.blocks is None
+    assert "blocks" not in found.to_dict()
 
 
 @pytest.mark.parametrize("exit_index", [0, 1, 2])

@@ -5,9 +5,11 @@ import torch
 from torch import nn
 
 from offramp.errors import NotCalibratedError
-from offramp.inference.runner import AdaptiveRunner
+from offramp.inference.runner import AdaptiveRunner, make_runner
+from offramp.inference.skipping import SkipRunner
 from offramp.measure.cost import counting_macs
 from offramp.model.multi_exit import MultiExitNetwork
+from offramp.policy.gate_policy import GatePolicy
 from offramp.policy.policies import (
     PatiencePolicy,
     Policy,
@@ -219,3 +221,25 @@ def test_network_that_was_trained_since_runs_in_evaluation_mode(network):
     network.train()
     runner.run(torch.randn(4, 6))
     assert not network.training
+
+
+# A runner for each family
+
+
+def test_each_family_gets_its_runner(network, skip_network):
+    early = make_runner(network, never_leave(3))
+    assert isinstance(early, AdaptiveRunner)
+    assert early.policy == never_leave(3)
+    skipping = make_runner(skip_network, GatePolicy(0.25))
+    assert isinstance(skipping, SkipRunner)
+    assert skipping.policy == GatePolicy(0.25)
+
+
+def test_policies_of_another_family_are_refused(network, skip_network):
+    one_exit = MultiExitNetwork([nn.Identity()], [nn.Identity()])
+    with pytest.raises(NotCalibratedError, match=r"for a MultiExitNetwork\. Got a GatePolicy"):
+        make_runner(one_exit, GatePolicy())
+    with pytest.raises(NotCalibratedError, match=r"for a SkipNetwork\. Got a ThresholdPolicy"):
+        make_runner(skip_network, never_leave(1))
+    with pytest.raises(NotCalibratedError, match="offramp calibrate"):
+        make_runner(network, None)

@@ -90,6 +90,17 @@ def test_a_runner_goes_back_to_evaluation_mode(network):
     assert torch.equal(runner.run(IMAGES).output, first)
 
 
+def test_a_stem_that_does_nothing_leaves_the_callers_input_alone(network):
+    maps = network.stem(IMAGES).detach()
+    before = maps.clone()
+    network.stem = nn.Sequential(nn.Identity())
+    result = SkipRunner(network, GatePolicy(0.999)).run(maps)
+    assert torch.equal(maps, before)
+    with torch.no_grad():
+        expected = network(maps, at_threshold(0.999))
+    torch.testing.assert_close(result.output, expected.logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan")])
 def test_a_threshold_must_be_a_probability(threshold):
     with pytest.raises(InvalidArgumentError, match=r"\[0, 1\]"):

@@ -7,6 +7,7 @@ import torch
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.policy.as_dict import policy_from_dict, policy_to_dict
 from offramp.policy.confidence import confidence_from_entropy_nats
+from offramp.policy.gate_policy import GatePolicy
 from offramp.policy.policies import (
     PatiencePolicy,
     Policy,
@@ -175,6 +176,7 @@ def test_patience_below_two_is_refused(patience):
         ThresholdPolicy((0.25, INF), rule="margin"),
         ThresholdPolicy(()),
         PatiencePolicy(3, 5, rule="entropy"),
+        GatePolicy(0.25),
     ],
 )
 def test_policy_survives_json(policy):
@@ -198,6 +200,9 @@ def test_switched_off_exit_is_null_in_json():
         {"kind": "threshold", "rule": "entropy", "thresholds": [2.0]},
         {"kind": "threshold", "rule": "gini", "thresholds": [0.5]},
         {"kind": "patience", "rule": "entropy", "patience": "two", "num_exits": 3},
+        {"kind": "gates"},
+        {"kind": "gates", "threshold": None},
+        {"kind": "gates", "threshold": 1.5},
     ],
 )
 def test_damaged_policy_is_refused(content):

@@ -6,7 +6,14 @@ from dataclasses import replace
 import pytest
 
 from offramp.errors import ArtifactError, InvalidArgumentError
-from offramp.runtime import Bundle, Session, Step, read_bundle, with_thresholds
+from offramp.runtime import (
+    Bundle,
+    Session,
+    Step,
+    read_bundle,
+    with_gate_threshold,
+    with_thresholds,
+)
 from offramp.runtime.bundle import NOBODY_LEAVES, TensorSpec, file_sha256, write_bundle
 
 
@@ -115,7 +122,7 @@ def test_foreign_file_is_refused(bundle):
 
 def test_family_of_a_later_version_is_refused(bundle):
     edit(bundle, lambda content: content.update(family="dreams"))
-    with pytest.raises(ArtifactError, match=r"family exits .* Got 'dreams'.*upgrade"):
+    with pytest.raises(ArtifactError, match=r"family exits, skip .* Got 'dreams'.*upgrade"):
         read_bundle(bundle.folder)
 
 
@@ -146,3 +153,12 @@ def test_other_thresholds(bundle):
     assert read_bundle(bundle.folder).steps[0].threshold == NOBODY_LEAVES
     with pytest.raises(InvalidArgumentError, match=r"Expected 1 thresholds.* Got 2"):
         with_thresholds(bundle, [0.1, 0.2])
+
+
+def test_without_gates_there_is_no_threshold_of_gates(bundle):
+    with pytest.raises(InvalidArgumentError, match="family exits, which has no gates"):
+        with_gate_threshold(bundle, 0.5)
+
+
+def test_what_an_older_offramp_does_not_know_is_left_out(bundle):
+    assert "skip" not in json.loads((bundle.folder / "bundle.json").read_text())

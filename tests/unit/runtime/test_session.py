@@ -161,3 +161,8 @@ def test_a_bundle_that_changes_under_a_session_is_noticed(folder, tmp_path, chan
     ):
         session.run(X[:1])
     assert len(session.run(X[:2]).output) == 2
+
+
+def test_without_gates_there_are_no_blocks_to_run(session):
+    with pytest.raises(InvalidArgumentError, match="with exits: it has no gates"):
+        session.run_every_block(X)

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.model.checkpoint import save_weights
+from offramp.policy.gate_policy import GatePolicy
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, never_leave
 from offramp.training.card import check_evaluation, model_card
 from offramp.training.catalogue import find_recipe
@@ -187,6 +188,68 @@ def test_code_for_texts_names_what_there_is(recipe):
     assert ModelCard(text).data.pipeline_tag == "text-classification"
     imports = [node for node in ast.parse(code_of(text)).body if isinstance(node, ast.ImportFrom)]
     exec(compile(ast.Module(imports, type_ignores=[]), "card", "exec"), {})
+
+
+# Networks that skip blocks
+
+SKIPPING = FIGURES | {
+    "recipe": "emnist-skipnet",
+    "exits": [{"index": 0, "accuracy": 0.961, "share": 1.0, "macs": 12345}],
+    "blocks": {"run_rates": [1.0, 0.125], "saved": 0.4375, "macs_saved": 0.75},
+}
+
+
+@pytest.fixture
+def skip_recipe():
+    options = {"widths": (8, 8), "blocks": (0, 3)}
+    recipe = find_recipe("emnist-skipnet")
+    return replace(recipe, network_options={**recipe.network_options, **options})
+
+
+def test_card_of_gates_tells_threshold_and_blocks(skip_recipe):
+    text = card(skip_recipe, policy=GatePolicy(0.3), evaluation=SKIPPING)
+    assert "A network that skips blocks input by input, trained on `emnist47`" in text
+    assert "## Which blocks run" in text
+    assert "its gate's probability is at least 0.3000." in text
+    assert "2,690 samples of the split calibration" in text
+    assert "| 1 | 12.50 % |" in text
+    assert "| skipping blocks | 95.12 % | 12,345 on average, 25.00 % of the plain" in text
+    assert "| every block run | 96.10 % | 49,380 |" in text
+    data = ModelCard(text).data
+    assert data.tags == ["skipnet", "adaptive-computation"]
+    assert [r.metric_name for r in data.eval_results] == [
+        "accuracy with blocks skipped",
+        "accuracy with every block run",
+    ]
+
+
+def test_card_of_gates_that_run_as_they_were_trained(skip_recipe):
+    text = card(skip_recipe, policy=GatePolicy(), calibration=None, evaluation=None)
+    assert "at least 0.5000. No other was chosen" in text
+
+
+def test_damaged_account_of_the_choice_of_gates_is_refused(skip_recipe):
+    with pytest.raises(ArtifactError, match=r"policy\.json is damaged"):
+        card(skip_recipe, policy=GatePolicy(), calibration={"asked": [1]}, evaluation=None)
+
+
+def test_code_for_gates_runs(skip_recipe, tmp_path, monkeypatch, capsys):
+    folder = create_folder(tmp_path / "run")
+    write_recipe(folder, recipe=skip_recipe, class_names=(), data=None)
+    save_weights(skip_recipe.build_network(), folder / "model.safetensors")
+    text = (save_pretrained(folder, tmp_path / "net") / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code_of(text), names)
+    assert names["result"].blocks.shape == (2, 2)
+    assert "tensor" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("blocks", [None, {}, {"run_rates": [2.0], "saved": 0.5}])
+def test_figures_of_gates_need_their_blocks(skip_recipe, blocks):
+    check_evaluation(SKIPPING, recipe=skip_recipe, policy=GatePolicy())
+    with pytest.raises(InvalidArgumentError, match="Expected"):
+        check_evaluation(SKIPPING | {"blocks": blocks}, recipe=skip_recipe, policy=GatePolicy())
 
 
 # Figures that are let pass

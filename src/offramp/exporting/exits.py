@@ -1,0 +1,182 @@
+"""Bundles of networks with exits: a file a step, and one with all steps for batches of one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from offramp.errors import ArtifactError
+from offramp.exporting.onnx import (
+    PLAIN_FILE,
+    SINGLE_FILE,
+    StepModule,
+    plan_steps,
+    tensor_specs,
+    write_onnx,
+)
+from offramp.exporting.single import write_single
+from offramp.inference.agreement import Agreement, compare_with_all_exits
+from offramp.measure.cost import ExitCosts, parameter_bytes, payload_bytes
+from offramp.model.multi_exit import Features, MultiExitNetwork
+from offramp.policy.policies import Policy, State, never_leave
+from offramp.results import AdaptiveResult
+from offramp.runtime import Bundle, Step, with_thresholds
+from offramp.runtime.bundle import Padding
+from offramp.runtime.files import file_sha256
+
+_LENGTHS = (8, 16, 32)
+"""In tokens: where the MACs of samples of unequal length are counted."""
+
+
+@dataclass(frozen=True)
+class ExitsExport:
+    """A network with exits, and who leaves where.
+
+    Attributes:
+        network: The network, in evaluation mode, on the CPU.
+        policy: Its policy.
+    """
+
+    family: ClassVar[str] = "exits"
+
+    network: MultiExitNetwork
+    policy: Policy
+
+    def write_files(self, inputs: Features, folder: Path, *, plain: bool) -> dict[str, Any]:
+        """Write the ONNX files.
+
+        Args:
+            inputs: Real samples.
+            folder: Where to write.
+            plain: Whether to add the plain network.
+        Returns:
+            What the bundle says of them, by the names of its attributes.
+        """
+        network, policy = self.network, self.policy
+        costs = network.costs(*inputs).with_decisions(policy.decision_macs)
+        steps = _write_steps(network, policy, inputs, costs, folder)
+        write_single(folder, steps, folder / SINGLE_FILE)
+        return {
+            "steps": steps,
+            "plain_file": PLAIN_FILE if plain else None,
+            "plain_sha256": _write_plain(network, inputs, folder) if plain else None,
+            "plain_macs": costs.plain_macs,
+            "single_file": SINGLE_FILE,
+            "single_sha256": file_sha256(folder / SINGLE_FILE),
+            "padding": None if network.ragged is None else Padding(**asdict(network.ragged)),
+        }
+
+    def compare(self, result: AdaptiveResult[Any], inputs: Features) -> Agreement:
+        """Compare what a session answered with the all-exits loop."""
+        return compare_with_all_exits(result, self.network, self.policy, inputs)
+
+    def extremes(self, bundle: Bundle) -> list[tuple[Bundle, ExitsExport]]:
+        """The bundle at thresholds that run every part of it: nobody leaves."""
+        nobody = with_thresholds(bundle, [math.inf] * (len(bundle.steps) - 1))
+        return [(nobody, ExitsExport(self.network, never_leave(self.network.num_exits)))]
+
+
+def _write_steps(
+    network: MultiExitNetwork, policy: Policy, inputs: Features, costs: ExitCosts, folder: Path
+) -> tuple[Step, ...]:
+    exit_macs = costs.exit_macs(policy.off_exits)
+    by_length = _macs_by_length(network, policy, inputs)
+    features = _first_sample(network, inputs)
+    num_tokens = None if network.ragged is None else features[0].shape[1]
+    state: State = ()
+    steps = []
+    for plan in plan_steps(policy):
+        k, is_last = plan.exit_index, plan.exit_index == network.num_exits - 1
+        setting = policy.setting(k)
+        module = StepModule(network, policy, plan, num_features=len(features)).eval()
+        next_features = features
+        for stage in plan.stages:
+            next_features = network.run_stage(stage, next_features)
+        _, _, next_state = policy.step(k, network.run_exit(k, next_features), state)
+        specs = tensor_specs(features, state, num_tokens)
+        handed_on = () if is_last else tensor_specs(next_features, next_state, num_tokens)
+        path = folder / f"step_{k}.onnx"
+        write_onnx(
+            module,
+            (*features, *state),
+            path,
+            scalars=("temperature", "threshold"),
+            input_names=[spec.name for spec in specs],
+            output_names=["output", "confidence", "leave", *(f"next_{s.name}" for s in handed_on)],
+            free_tokens=[spec.has_tokens for spec in specs],
+        )
+        steps.append(
+            Step(
+                file=path.name,
+                sha256=file_sha256(path),
+                exit_index=k,
+                temperature=float(setting.temperature),
+                threshold=float(setting.threshold),
+                features=specs[: len(features)],
+                state=specs[len(features) :],
+                stage_macs=sum(costs.stage_macs[stage] for stage in plan.stages),
+                head_macs=costs.head_macs[k],
+                exit_macs=exit_macs[k],
+                payload_bytes=0 if is_last else payload_bytes(*next_features, *next_state),
+                parameter_bytes=parameter_bytes(module),
+                exit_macs_by_length=None if by_length is None else by_length[k],
+            )
+        )
+        features, state = next_features, next_state
+    return tuple(steps)
+
+
+def _first_sample(network: MultiExitNetwork, inputs: Features) -> Features:
+    """A batch of one to export with; of two tokens at least, since one is special to the tracer."""
+    sample = network.trimmed(tuple(tensor[:1] for tensor in inputs))
+    if network.ragged is None or sample[0].shape[1] > 1:
+        return sample
+    return tuple(tensor.repeat(1, 2) for tensor in sample)
+
+
+def _macs_by_length(
+    network: MultiExitNetwork, policy: Policy, inputs: Features
+) -> tuple[tuple[int, ...], ...] | None:
+    """MACs up to each exit as a polynomial in a sample's tokens; None where all are of one size.
+
+    Layers cost so much a token, attention so much a pair of tokens: three lengths say it all.
+    """
+    if network.ragged is None:
+        return None
+    at_length = np.array(
+        [
+            network.costs_at(length, inputs)
+            .with_decisions(policy.decision_macs)
+            .exit_macs(policy.off_exits)
+            for length in _LENGTHS
+        ]
+    )
+    powers = np.vander(_LENGTHS, 3, increasing=True)
+    numbers_3K = np.linalg.solve(powers, at_length).round().astype(np.int64)
+    if (powers @ numbers_3K != at_length).any():
+        raise ArtifactError(
+            "The MACs of this network are no polynomial of degree 2 in its tokens, which a bundle "
+            "could write down. Run it with torch."
+        )
+    return tuple(tuple(numbers.tolist()) for numbers in numbers_3K.T)
+
+
+def _write_plain(network: MultiExitNetwork, inputs: Features, folder: Path) -> str:
+    path = folder / PLAIN_FILE
+    plain = network.plain().eval()
+    example = _first_sample(network, inputs)
+    num_tokens = None if network.ragged is None else example[0].shape[1]
+    specs = tensor_specs(example, (), num_tokens)
+    write_onnx(
+        plain,
+        example,
+        path,
+        input_names=[spec.name for spec in specs],
+        output_names=["output"],
+        free_tokens=[spec.has_tokens for spec in specs],
+    )
+    return file_sha256(path)

@@ -1,0 +1,177 @@
+"""Loading a bundle's ONNX files into onnxruntime."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from offramp.errors import ArtifactError, InvalidArgumentError, reason
+from offramp.runtime.bundle import Bundle
+
+Array = npt.NDArray[Any]
+
+
+class Loader:
+    """Loads the files of a bundle, all with the same options.
+
+    Args:
+        bundle: The bundle.
+        threads: Threads that compute within an operation; onnxruntime's choice if None.
+        providers: Execution providers of onnxruntime, best first.
+        options: Session options, instead of ours; ``threads`` is then left to them, and there is no
+            file for single samples.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        options: onnxruntime.SessionOptions | None = None,
+    ) -> None:
+        self._bundle = bundle
+        self._threads = threads
+        self._providers = providers
+        self._has_single = options is None and bundle.single_file is not None
+        self._options = options or session_options(threads)
+
+    def load(self, name: str) -> onnxruntime.InferenceSession:
+        """Load a file.
+
+        Args:
+            name: Its name in the bundle's folder.
+        Returns:
+            What runs it.
+        Raises:
+            ArtifactError: If onnxruntime cannot load it.
+            InvalidArgumentError: If a provider is not available.
+        """
+        return _load(self._bundle.folder / name, self._options, self._providers)
+
+    def single(self, outputs: Sequence[str], numbers: Mapping[str, float]) -> LazySingle | None:
+        """Make ready the file for single samples; it is loaded when the first comes.
+
+        Args:
+            outputs: Names of what it shall put out.
+            numbers: The policy's, by the names of the initialisers that they take the place of.
+        Returns:
+            What runs it; None where single samples are to go step by step.
+        Raises:
+            InvalidArgumentError: If there are no threads.
+        """
+        if not self._has_single:
+            return None
+        # Its own options: they hold the numbers, which other files know nothing of.
+        options = session_options(self._threads)
+        return LazySingle(self._bundle, outputs, numbers, options, self._providers)
+
+
+class LazySingle:
+    """The file for single samples, loaded when it is first run.
+
+    Args:
+        bundle: The bundle, which has one.
+        outputs: As for :meth:`Loader.single`, like ``numbers``.
+        numbers: See there.
+        options: Session options of its own, which the numbers are added to.
+        providers: Execution providers of onnxruntime, best first.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        outputs: Sequence[str],
+        numbers: Mapping[str, float],
+        options: onnxruntime.SessionOptions,
+        providers: Sequence[str],
+    ) -> None:
+        self._path, self._sha256 = bundle.folder / str(bundle.single_file), bundle.single_sha256
+        self._names = [spec.name for spec in bundle.inputs]
+        self._outputs = list(outputs)
+        self._providers = providers
+        self._options = options
+        # Kept: onnxruntime only borrows them.
+        self._numbers = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.array(number, dtype=np.float32))
+            for name, number in numbers.items()
+        }
+        for name, number in self._numbers.items():
+            self._options.add_initializer(name, number)
+        self._session: onnxruntime.InferenceSession | None = None
+        self._lock = threading.Lock()
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        """Answer a batch of one.
+
+        Args:
+            inputs: The network's inputs, each of shape (1, ...).
+        Returns:
+            The outputs that were asked for.
+        Raises:
+            ArtifactError: If the bundle was replaced after it was opened, and before the first
+                batch of one.
+        """
+        session = self._session or self._load()
+        outputs: list[Array] = session.run(
+            self._outputs, dict(zip(self._names, inputs, strict=True))
+        )
+        return outputs
+
+    def _load(self) -> onnxruntime.InferenceSession:
+        with self._lock:
+            if self._session is None:
+                content = self._path.read_bytes() if self._path.is_file() else b""
+                if hashlib.sha256(content).hexdigest() != self._sha256:
+                    raise ArtifactError(
+                        f"{self._path} is not the file that was there when the bundle was opened: "
+                        "it was exported anew or removed since. Open the bundle again."
+                    )
+                self._session = _load(self._path, self._options, self._providers, content)
+            return self._session
+
+
+def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
+    """Options for one of several sessions on the same cores.
+
+    Args:
+        threads: Threads that compute within an operation; onnxruntime's choice if None.
+    Returns:
+        Options whose waiting threads do not spin.
+    Raises:
+        InvalidArgumentError: If there are no threads.
+    """
+    if threads is not None and threads < 1:
+        raise InvalidArgumentError(
+            f"The 'threads' parameter must be an int of at least 1. Got {threads}."
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    return options
+
+
+def _load(
+    path: Path,
+    options: onnxruntime.SessionOptions,
+    providers: Sequence[str],
+    content: bytes | None = None,
+) -> onnxruntime.InferenceSession:
+    unknown = set(providers) - set(onnxruntime.get_available_providers())
+    if unknown:
+        raise InvalidArgumentError(
+            f"onnxruntime has no {', '.join(sorted(unknown))} here. "
+            f"It has {', '.join(onnxruntime.get_available_providers())}."
+        )
+    try:
+        return onnxruntime.InferenceSession(content or path, options, providers=list(providers))
+    except Exception as error:  # onnxruntime's own exceptions have no common base but this one
+        raise ArtifactError(f"onnxruntime cannot load {path}: {reason(error)}") from error

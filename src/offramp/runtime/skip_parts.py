@@ -1,0 +1,98 @@
+"""What ``bundle.json`` says of a network that skips blocks.
+
+An ONNX file each for the stem, the gates, the blocks and the head; also for the way around a block
+where it is more than handing on the features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from offramp.runtime.files import OnnxFile, TensorSpec, read_spec
+
+SKIP_OUTPUTS = ("output", "confidence", "blocks")
+"""What the file for single samples puts out: logits, confidence, and which blocks ran."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkipStep:
+    """A block that may be skipped, and the gate in front of it.
+
+    Attributes:
+        gate: Maps ``(features, state..., threshold)`` to ``(run, probability, state...)``: whether
+            each sample wants the block, how likely, and what the next gate is told. The first gate
+            is told nothing.
+        block: Maps features to features.
+        around: The same, for samples that skip the block; None where they keep their features.
+        gate_macs: MACs a sample of the gate.
+        block_macs: MACs a sample that the block takes more than the way around it.
+    """
+
+    gate: OnnxFile
+    block: OnnxFile
+    around: OnnxFile | None
+    gate_macs: int
+    block_macs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkipParts:
+    """A network that skips blocks, part by part.
+
+    Attributes:
+        input: What the stem is given.
+        stem: Maps the input to features.
+        steps: Gates and blocks, in the order in which they run.
+        head: Maps features to ``(output, confidence)``.
+        threshold: What every gate's probability must reach; an input of the gates, so that another
+            one needs no other files.
+        fixed_macs: MACs a sample of what always runs: stem, head, and the way around each block.
+    """
+
+    input: TensorSpec
+    stem: OnnxFile
+    steps: tuple[SkipStep, ...]
+    head: OnnxFile
+    threshold: float
+    fixed_macs: int
+
+    @property
+    def files(self) -> tuple[OnnxFile, ...]:
+        """All files."""
+        of_steps = [(step.gate, step.block, step.around) for step in self.steps]
+        all_files = (self.stem, *(file for files in of_steps for file in files), self.head)
+        return tuple(file for file in all_files if file is not None)
+
+
+def read_skip_parts(content: Mapping[str, Any]) -> SkipParts:
+    """Read the parts as ``bundle.json`` holds them.
+
+    Args:
+        content: As ``dataclasses.asdict`` made it of :class:`SkipParts`.
+    Returns:
+        The parts.
+    Raises:
+        KeyError: If something is missing.
+        TypeError: If there is something more, or of another type.
+        ValueError: If the threshold is no number.
+    """
+    parts: dict[str, Any] = {
+        "input": read_spec(content["input"]),
+        "stem": OnnxFile(**content["stem"]),
+        "steps": tuple(_read_step(step) for step in content["steps"]),
+        "head": OnnxFile(**content["head"]),
+        "threshold": float(content["threshold"]),
+    }
+    return SkipParts(**{**content, **parts})
+
+
+def _read_step(content: Mapping[str, Any]) -> SkipStep:
+    around = content["around"]
+    files: dict[str, Any] = {
+        "gate": OnnxFile(**content["gate"]),
+        "block": OnnxFile(**content["block"]),
+        "around": None if around is None else OnnxFile(**around),
+    }
+    return SkipStep(**{**content, **files})
