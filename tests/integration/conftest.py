@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -79,6 +80,19 @@ def finish(process: subprocess.Popen[str]) -> Outcome:
 @pytest.fixture(scope="session")
 def offramp() -> Callable[..., Outcome]:
     return call
+
+
+@pytest.fixture
+def figures_of(offramp: Callable[..., Outcome]) -> Callable[..., dict[str, Any]]:
+    """What a command says as JSON."""
+
+    def figures(*arguments: object) -> dict[str, Any]:
+        outcome = offramp(*arguments, "--json", "-")
+        assert (outcome.code, outcome.stderr) == (0, "")
+        said: dict[str, Any] = json.loads(outcome.stdout)
+        return said
+
+    return figures
 
 
 @pytest.fixture(scope="session")

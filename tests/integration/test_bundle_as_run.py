@@ -1,7 +1,6 @@
 """Commands that need no weights take a bundle where they take a run."""
 
 import functools
-import json
 import shutil
 from dataclasses import replace
 
@@ -37,18 +36,6 @@ def bundle(workplace, export):
 @pytest.fixture
 def bundle_with_an_exit_off(workplace, export):
     return shutil.copytree(export("off,0.6"), workplace / "run") / "bundle"
-
-
-@pytest.fixture
-def figures_of(offramp):
-    """What a command says as JSON."""
-
-    def figures(*arguments):
-        outcome = offramp(*arguments, "--json", "-")
-        assert (outcome.code, outcome.stderr) == (0, "")
-        return json.loads(outcome.stdout)
-
-    return figures
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 Its gates are drawn at random and nothing is trained: what matters is that both say the same.
 """
 
-import json
 import shutil
 
 import numpy as np
@@ -73,18 +72,6 @@ def exported(tmp_path_factory, offramp):
 @pytest.fixture
 def run(workplace, exported):
     return shutil.copytree(exported[0], workplace / "run")
-
-
-@pytest.fixture
-def figures_of(offramp):
-    """What a command says as JSON."""
-
-    def figures(*arguments):
-        outcome = offramp(*arguments, "--json", "-")
-        assert (outcome.code, outcome.stderr) == (0, "")
-        return json.loads(outcome.stdout)
-
-    return figures
 
 
 def test_export_says_what_was_compared(exported):

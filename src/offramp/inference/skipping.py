@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from offramp.model.multi_exit import take_samples
+from offramp.policy.confidence import max_probability_confidence
 from offramp.policy.gate_policy import GatePolicy
 from offramp.results import AdaptiveResult
 from offramp.routing.gates import GateState
@@ -51,7 +52,7 @@ class SkipRunner:
         return AdaptiveResult(
             output=logits_BC,
             exit_index=torch.zeros(len(images), dtype=torch.int64, device=images.device),
-            confidence=logits_BC.softmax(-1).amax(-1),
+            confidence=max_probability_confidence(logits_BC),
             macs=self._costs(images).macs(blocks_BG),
             blocks=blocks_BG,
         )
