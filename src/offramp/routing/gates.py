@@ -16,6 +16,10 @@ from offramp.errors import InvalidArgumentError
 GateState = tuple[Tensor, ...]
 """What gates remember of each sample from one to the next: tensors with their batch axis first."""
 
+_OPEN_SCORE = 2.0
+"""What a new gate says of any sample, nearly: run (0.88). A network that starts to train with its
+blocks skipped learns to do without them."""
+
 
 class Gates(nn.Module, ABC):
     """The gates of a network, one for each block that may be skipped."""
@@ -51,7 +55,7 @@ class RecurrentGates(Gates):
             {str(width): nn.Linear(width, units) for width in sorted(set(channels))}
         )
         self.cell = nn.LSTMCell(units, units)
-        self.score = nn.Linear(units, 1)
+        self.score = _open_score(units)
 
     def forward(self, index: int, x: Tensor, state: GateState) -> tuple[Tensor, GateState]:
         """See :meth:`Gates.forward`; the state is the LSTM's, two tensors of shape (B, E)."""
@@ -91,8 +95,14 @@ def _feed_forward_gate(channels: int, width: int) -> nn.Module:
         nn.ReLU(inplace=True),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(width, 1),
+        _open_score(width),
     )
+
+
+def _open_score(features: int) -> nn.Linear:
+    score = nn.Linear(features, 1)
+    nn.init.constant_(score.bias, _OPEN_SCORE)
+    return score
 
 
 GATES: dict[str, Callable[[Sequence[int]], Gates]] = {
