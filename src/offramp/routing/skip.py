@@ -243,16 +243,17 @@ def at_threshold(threshold: float) -> Choice:
 
 
 def straight_through(probability_B: Tensor) -> Tensor:
-    """Run a block where its probability reaches one half, with the gradient of a soft gate.
+    """Draw whether a block runs, with the gradient of a soft gate.
 
     Args:
         probability_B: Shape (B,).
     Returns:
-        0 or 1, shape (B,); its gradient with respect to the probability is 1.
+        0 or 1, shape (B,), drawn as by :func:`sampled`; its gradient with respect to the
+        probability is 1.
     Reference: Bengio et al. (2013), Estimating or propagating gradients through stochastic
-        neurons; as SkipNet's supervised pre-training.
+        neurons; as SkipNet's supervised pre-training, but drawn where SkipNet asks for one half.
     """
-    hard_B = at_threshold(0.5)(probability_B.detach())
+    hard_B = sampled(probability_B)
     return hard_B + (probability_B - probability_B.detach())  # exactly 0 or 1
 
 

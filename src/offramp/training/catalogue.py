@@ -207,7 +207,13 @@ RECIPES = {
                 learning_rate=0.1,
                 weight_decay=5e-4,
                 class_balance="sampling",
-                gates=GateConfig(reward_epochs=6, reward_learning_rate=1e-3),
+                gates=GateConfig(
+                    reward_epochs=6,
+                    reward_learning_rate=0.01,
+                    alpha=1.0,
+                    policy_weight=10.0,
+                    baseline=True,
+                ),
             ),
         ),
         Recipe(

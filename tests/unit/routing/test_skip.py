@@ -76,9 +76,10 @@ def test_the_threshold_itself_runs_and_so_does_nan():
     assert choose(torch.tensor([0.49, 0.5, float("nan"), 1.0])).tolist() == [0, 1, 1, 1]
 
 
-def test_straight_through_is_hard_forward_and_soft_backward():
+def test_straight_through_is_hard_forward_and_soft_backward(monkeypatch):
     """Its gradient is the soft gate's at the hard point, for every gate of a real network."""
     hard = with_fixed_gates([0.8, 0.3, 0.6])
+    monkeypatch.setattr(skip, "sampled", lambda p: (p > 0.5).float())  # what is drawn
     output = hard(IMAGES, skip.straight_through)
     assert output.action.tolist() == [[1.0, 0.0, 1.0]] * 4
     output.logits.square().sum().backward()
@@ -92,6 +93,14 @@ def test_straight_through_is_hard_forward_and_soft_backward():
     (at_hard_point,) = torch.autograd.grad(logits.square().sum(), actions)
     p = torch.tensor([0.8, 0.3, 0.6])
     torch.testing.assert_close(through, at_hard_point * p * (1 - p), rtol=1e-4, atol=1e-5)
+
+
+def test_straight_through_draws_its_actions():
+    probability = torch.tensor([0.1, 0.5, 0.9]).repeat(50)
+    torch.manual_seed(3)
+    hard = skip.straight_through(probability)
+    torch.manual_seed(3)
+    assert hard.tolist() == skip.sampled(probability).tolist()
 
 
 def test_drawn_actions_follow_the_probabilities_and_carry_no_gradient():
