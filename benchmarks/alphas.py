@@ -12,14 +12,13 @@ row; what it holds from the same settings is not trained again.
 
     OFFRAMP_DATA=... python benchmarks/alphas.py START_RUN [--alphas 0.25,0.5,1,2] [--epochs 2]
         [--policy-weight W] [--learning-rate R] [--no-baseline] [--from-scratch] [--seeds 0]
-        [--device cpu|cuda] [--json FILE]
+        [--device cpu|cuda] [--out DIR] [--json FILE]
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,30 +33,35 @@ from torch.utils.data import DataLoader
 from offramp import fit, load
 from offramp.inference.skipping import SkipRunner
 from offramp.inference.sweeping import collect_sweep
+from offramp.model.checkpoint import save_weights
 from offramp.model.multi_exit import as_inputs
 from offramp.routing.skip import SkipNetwork
 from offramp.training.config import FitConfig, GateConfig
 from offramp.training.data import make_loader
 from offramp.training.recipes import Recipe
-from offramp.training.run import WEIGHTS_FILE, load_batches, load_training_data
+from offramp.training.run import (
+    WEIGHTS_FILE,
+    Run,
+    create_folder,
+    load_batches,
+    load_training_data,
+    write_recipe,
+)
 from record import circumstances, write_json
 
+THRESHOLDS = tuple(step / 10 for step in range(11))
 AS_TRAINED = 0.5
 
 
 def judge(network: SkipNetwork, test: DataLoader[Any], device: str) -> dict[str, Any]:
     """Accuracy and MACs at every threshold, and how often each block runs at one half."""
-    sweep = collect_sweep(network.to(device), test, (*_thresholds(), AS_TRAINED))
+    sweep = collect_sweep(network.to(device), test, THRESHOLDS)
     return {
         "thresholds": list(sweep.thresholds),
         "accuracy": sweep.accuracy_K.tolist(),
         "macs_share": (sweep.mean_macs_K / sweep.plain_macs).tolist(),
         "run_rates": run_rates(network, test, device),
     }
-
-
-def _thresholds() -> Iterator[float]:
-    yield from (step / 20 for step in range(21))
 
 
 def run_rates(network: SkipNetwork, test: DataLoader[Any], device: str) -> list[float]:
@@ -88,6 +92,14 @@ def fresh(recipe: Recipe, start: SkipNetwork, *, from_scratch: bool) -> SkipNetw
     if not from_scratch:
         network.load_state_dict(start.state_dict())
     return network
+
+
+def keep(network: SkipNetwork, folder: Path, start: Run, config: FitConfig) -> None:
+    """Leave a row's network as a run folder, for evaluate, calibrate and export."""
+    recipe = replace(start.require_recipe(), fit=config)
+    create_folder(folder)
+    write_recipe(folder, recipe=recipe, class_names=start.class_names, data=start.data)
+    save_weights(network, folder / WEIGHTS_FILE)
 
 
 def read_rows(path: Path | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -147,6 +159,7 @@ def main(
     max_drop: Annotated[float, typer.Option(help="For the last column.")] = 0.003,
     data: Annotated[str | None, typer.Option(help="Folder with the Parquet files.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Leave each network there, a run.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
 ) -> None:
     loaded = load(start)
@@ -181,6 +194,10 @@ def main(
                 continue
             network = fresh(recipe, loaded.network, from_scratch=not config.gates.supervised)
             fit(network, train, config=replace(config, seed=seed))
+            if out is not None:
+                keep(
+                    network, out / f"{recipe.name}-{name}-{seed}".replace(" ", "-"), loaded, config
+                )
             row = {"name": name, "seed": seed, "gates": how, **judge(network, test, device)}
             rows.append(row)
             half = at_half(row)

@@ -17,7 +17,7 @@ class GateConfig:
     Attributes:
         reward_epochs: So many last epochs train by hybrid reinforcement learning; those before
             train by the labels alone, with straight-through gates.
-        reward_learning_rate: In those last epochs, constant.
+        reward_learning_rate: At the start of those last epochs; decays to zero by a cosine.
         alpha: Reward for skipping every block; a wrong answer costs its cross entropy.
         reward: blocks (each skipped block earns as much) or macs (by what its block takes).
         policy_weight: Weight of the policy gradient beside the supervised loss.

@@ -89,16 +89,24 @@ class SkipTask(Task):
         self.log(BLOCKS_METRIC, torch.cat(self._run_BG).mean(), rank_zero_only=True)
 
     def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        """A cosine to zero over the supervised epochs, then constant and small."""
+        """Two cosines to zero, one after the other: of the supervised and the rewarded epochs."""
         factor = partial(
             _learning_rate_factor,
             num_supervised=self.first_reward_epoch,
+            num_rewarded=self.gates.reward_epochs,
             reward_factor=self.gates.reward_learning_rate / self.config.learning_rate,
         )
         return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def _learning_rate_factor(epoch: int, *, num_supervised: int, reward_factor: float) -> float:
-    if epoch >= num_supervised:
-        return reward_factor
-    return (1 + math.cos(math.pi * epoch / num_supervised)) / 2
+def _learning_rate_factor(
+    epoch: int, *, num_supervised: int, num_rewarded: int, reward_factor: float
+) -> float:
+    if epoch < num_supervised:
+        return _cosine_factor(epoch, num_supervised)
+    return reward_factor * _cosine_factor(epoch - num_supervised, num_rewarded)
+
+
+def _cosine_factor(epoch: int, num_epochs: int) -> float:
+    share = min(epoch / max(num_epochs, 1), 1.0)
+    return (1 + math.cos(math.pi * share)) / 2
