@@ -105,26 +105,40 @@ def _open_score(features: int) -> nn.Linear:
     return score
 
 
-GATES: dict[str, Callable[[Sequence[int]], Gates]] = {
-    "recurrent": RecurrentGates,
-    "feed_forward": FeedForwardGates,
+def _recurrent(channels: Sequence[int], width: int | None) -> Gates:
+    return RecurrentGates(channels) if width is None else RecurrentGates(channels, units=width)
+
+
+def _feed_forward(channels: Sequence[int], width: int | None) -> Gates:
+    return FeedForwardGates(channels, width=width)
+
+
+GATES: dict[str, Callable[[Sequence[int], int | None], Gates]] = {
+    "recurrent": _recurrent,
+    "feed_forward": _feed_forward,
 }
 """Kinds of gates by name."""
 
 
-def make_gates(kind: str, channels: Sequence[int]) -> Gates:
+def make_gates(kind: str, channels: Sequence[int], width: int | None = None) -> Gates:
     """Build gates.
 
     Args:
         kind: recurrent or feed_forward.
         channels: Channels of the features that each gate reads.
+        width: Units of the LSTM, or channels of a gate's convolutions; the paper's if None: 10,
+            and those of the features.
     Returns:
         As many gates.
     Raises:
-        InvalidArgumentError: If there is no such kind.
+        InvalidArgumentError: If there is no such kind, or the width is less than 1.
     """
     if kind not in GATES:
         raise InvalidArgumentError(
             f"The 'gates' parameter must be one of {', '.join(GATES)}. Got {kind!r}."
         )
-    return GATES[kind](channels)
+    if width is not None and width < 1:
+        raise InvalidArgumentError(
+            f"The 'gate_width' parameter must be an int of at least 1. Got {width}."
+        )
+    return GATES[kind](channels, width)

@@ -268,18 +268,22 @@ def sampled(probability_B: Tensor) -> Tensor:
     return torch.bernoulli(probability_B.detach())
 
 
-def add_gates(resnet: nn.Module, *, gates: str = "recurrent") -> SkipNetwork:
+def add_gates(
+    resnet: nn.Module, *, gates: str = "recurrent", gate_width: int | None = None
+) -> SkipNetwork:
     """Put a gate in front of every residual block but the first.
 
     Args:
         resnet: A residual network of ours with one exit, of torchvision, or of timm, of basic or
             bottleneck blocks; its weights are shared, not copied.
         gates: recurrent (one small LSTM, shared) or feed_forward (two convolutions each).
+        gate_width: Units of the LSTM, or channels of a gate's convolutions; the paper's if None:
+            10, and those of the features, which takes a sixth of what a block does.
     Returns:
         The network with gates, which are new.
     Raises:
         BackboneCutError: If it is no such network, or has fewer than two blocks.
-        InvalidArgumentError: If there is no such kind of gates.
+        InvalidArgumentError: If there is no such kind of gates, or their width is less than 1.
     Reference: Wang et al. (2018), SkipNet: Learning dynamic routing in convolutional networks.
     """
     parts = take_apart(resnet)
@@ -291,7 +295,7 @@ def add_gates(resnet: nn.Module, *, gates: str = "recurrent") -> SkipNetwork:
         )
     channels = [channels_into(block) for block in others]
     stem = nn.Sequential(parts.stem, first)
-    return SkipNetwork(stem, others, make_gates(gates, channels), parts.head)
+    return SkipNetwork(stem, others, make_gates(gates, channels, gate_width), parts.head)
 
 
 def _gated_sum(action_B: Tensor, ran: Tensor, skipped: Tensor) -> Tensor:
