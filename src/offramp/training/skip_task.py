@@ -5,7 +5,6 @@ Shapes: ``B`` batch, ``G`` gates.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import torch
@@ -17,6 +16,7 @@ from offramp.routing.reinforce import hybrid_loss
 from offramp.routing.skip import GatedOutput, SkipNetwork, sampled, straight_through
 from offramp.training.config import FitConfig, GateConfig
 from offramp.training.data import check_labels
+from offramp.training.schedules import cosine_factor
 from offramp.training.task import Task
 
 BLOCKS_METRIC = "blocks_run"
@@ -93,12 +93,15 @@ class SkipTask(Task):
         factor = partial(
             _learning_rate_factor,
             num_supervised=self.first_reward_epoch,
+            warmup_epochs=self.config.warmup_epochs,
             reward_factor=self.gates.reward_learning_rate / self.config.learning_rate,
         )
         return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def _learning_rate_factor(epoch: int, *, num_supervised: int, reward_factor: float) -> float:
+def _learning_rate_factor(
+    epoch: int, *, num_supervised: int, warmup_epochs: int, reward_factor: float
+) -> float:
     if epoch >= num_supervised:
         return reward_factor
-    return (1 + math.cos(math.pi * epoch / num_supervised)) / 2
+    return cosine_factor(epoch, num_supervised, warmup_epochs=warmup_epochs)
