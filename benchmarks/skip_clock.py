@@ -40,9 +40,9 @@ from offramp.inference.runner import Runner
 from offramp.inference.skipping import SkipRunner
 from offramp.inference.stopwatch import ProcessStopwatch, time_in_turn
 from offramp.inference.timing import engine_versions
-from offramp.policy.gate_policy import GatePolicy
+from offramp.policy.routing_policy import GatePolicy
 from offramp.routing.skip import SkipNetwork
-from offramp.runtime import Bundle, Session, with_gate_threshold
+from offramp.runtime import Bundle, Session, with_routing_threshold
 from record import circumstances, write_json
 from skip_clock_worker import step_by_step
 from skip_plan import SHARES, planned_blocks, planned_network
@@ -84,7 +84,7 @@ def check(network: SkipNetwork, bundle: Bundle, images: Tensor, levels_NG: Tenso
     few = images[:CHECKED]
     for threshold in SHARES.values():
         policy = GatePolicy(threshold)
-        changed = with_gate_threshold(bundle, threshold)
+        changed = with_routing_threshold(bundle, threshold)
         in_one, by_step = Session(changed), Session(step_by_step(changed))
         ways: tuple[tuple[Runner, Tensor, int], ...] = (
             (SkipRunner(network, policy), images, 256),

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from offramp.inference.stopwatch import LocalStopwatch, serve
-from offramp.runtime import Bundle, PlainSession, Session, read_bundle, with_gate_threshold
+from offramp.runtime import Bundle, PlainSession, Session, read_bundle, with_routing_threshold
 from offramp.runtime.loading import Loader
 
 Array = npt.NDArray[Any]
@@ -39,7 +39,7 @@ def of_onnxruntime(spec: Mapping[str, Any]) -> LocalStopwatch:
     inputs, bundle, threads = np.load(spec["inputs"]), read_bundle(spec["folder"]), spec["threads"]
     plain = PlainSession(bundle, threads=threads)
     at = {
-        name: with_gate_threshold(bundle, threshold)
+        name: with_routing_threshold(bundle, threshold)
         for name, threshold in spec["thresholds"].items()
     }
     skipping = {name: Session(changed, threads=threads) for name, changed in at.items()}
@@ -54,13 +54,13 @@ def of_onnxruntime(spec: Mapping[str, Any]) -> LocalStopwatch:
         gates = ask_gates(bundle, threads, batches)
         # Larger batches go step by step in any case.
         runners = {"plain": plain, **skipping, **(by_step if size == 1 else {})}
-        runs: Contenders = {name: partial(_run_all, one, batches) for name, one in runners.items()}
+        runs: Contenders = {name: partial(run_all, one, batches) for name, one in runners.items()}
         return {**runs, "gates": gates}
 
     return LocalStopwatch(contenders, num_samples=len(inputs))
 
 
-def _run_all(runner: Session | PlainSession, batches: list[Array]) -> None:
+def run_all(runner: Session | PlainSession, batches: list[Array]) -> None:
     for batch in batches:
         runner.run(batch)
 
@@ -95,7 +95,7 @@ def of_torch(spec: Mapping[str, Any]) -> LocalStopwatch:
     from torch import Tensor
 
     from offramp.inference.skipping import SkipRunner
-    from offramp.policy.gate_policy import GatePolicy
+    from offramp.policy.routing_policy import GatePolicy
     from offramp.routing.gates import GateState
     from offramp.routing.skip import at_threshold
     from skip_plan import planned_network

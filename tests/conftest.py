@@ -9,9 +9,11 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from torch import nn
 
 from offramp.model.multi_exit import MultiExitNetwork
+from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
 from offramp.zoo.mlp import mlp
 from offramp.zoo.skipnet import skipnet
+from offramp.zoo.vit import vit
 
 set_hypothesis_home_dir(tempfile.gettempdir())
 settings.register_profile(
@@ -53,4 +55,29 @@ def skip_network() -> SkipNetwork:
     network = skipnet(in_channels=3, widths=(8, 16), blocks=(2, 2), num_classes=5)
     for parameter in network.gates.parameters():
         nn.init.normal_(parameter)
+    return network.eval()
+
+
+@pytest.fixture
+def halting_network() -> HaltingNetwork:
+    """Four layers, nine patches and five classes, for images of 3x12x12 whose tokens halt apart."""
+    return make_halting_network()
+
+
+def make_halting_network() -> HaltingNetwork:
+    torch.manual_seed(0)
+    network = vit(
+        in_channels=3,
+        side=12,
+        patch=4,
+        width=16,
+        depth=4,
+        num_heads=2,
+        num_classes=5,
+        gate_scale=1.0,
+        gate_center=1.0,
+    )
+    for name, parameter in network.named_parameters():
+        if parameter.ndim > 1 and "norm" not in name:
+            nn.init.normal_(parameter, std=0.4)
     return network.eval()

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from offramp.calibration.thresholds import Calibration, calibrate
     from offramp.exporting.bundle import export
     from offramp.inference.evaluate import Evaluation, evaluate
+    from offramp.inference.halting import HaltingRunner
     from offramp.inference.placement import Placement, place
     from offramp.inference.runner import AdaptiveRunner
     from offramp.inference.skipping import SkipRunner
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
         max_probability_confidence,
     )
     from offramp.policy.controller import ControllerPolicy
-    from offramp.policy.gate_policy import GatePolicy
     from offramp.policy.policies import (
         PatiencePolicy,
         Policy,
@@ -61,9 +61,11 @@ if TYPE_CHECKING:
         always_leave_at,
         never_leave,
     )
+    from offramp.policy.routing_policy import GatePolicy, HaltingPolicy
+    from offramp.routing.halting import HaltingNetwork, add_halting
     from offramp.routing.skip import SkipNetwork, add_gates
     from offramp.runtime import Session
-    from offramp.training.config import FitConfig, GateConfig
+    from offramp.training.config import FitConfig, GateConfig, HaltingConfig
     from offramp.training.fit import fit
     from offramp.training.hub import from_pretrained, push_to_hub, save_pretrained
     from offramp.training.run import Run, load, save
@@ -92,6 +94,7 @@ _HOMES = {
     "place": "offramp.inference.placement",
     "AdaptiveRunner": "offramp.inference.runner",
     "SkipRunner": "offramp.inference.skipping",
+    "HaltingRunner": "offramp.inference.halting",
     "collect_sweep": "offramp.inference.sweeping",
     "time_runner": "offramp.inference.timing",
     "ExitCosts": "offramp.measure.cost",
@@ -106,7 +109,10 @@ _HOMES = {
     "ThresholdPolicy": "offramp.policy.policies",
     "always_leave_at": "offramp.policy.policies",
     "never_leave": "offramp.policy.policies",
-    "GatePolicy": "offramp.policy.gate_policy",
+    "GatePolicy": "offramp.policy.routing_policy",
+    "HaltingPolicy": "offramp.policy.routing_policy",
+    "HaltingNetwork": "offramp.routing.halting",
+    "add_halting": "offramp.routing.halting",
     "SkipNetwork": "offramp.routing.skip",
     "add_gates": "offramp.routing.skip",
     "Session": "offramp.runtime",
@@ -119,6 +125,7 @@ _HOMES = {
     "save": "offramp.training.run",
     "FitConfig": "offramp.training.config",
     "GateConfig": "offramp.training.config",
+    "HaltingConfig": "offramp.training.config",
 }
 
 __all__ = [
@@ -139,6 +146,10 @@ __all__ = [
     "GateConfig",
     "GatePolicy",
     "Guarantee",
+    "HaltingConfig",
+    "HaltingNetwork",
+    "HaltingPolicy",
+    "HaltingRunner",
     "InSampleError",
     "InfeasibleTargetError",
     "InvalidArgumentError",
@@ -159,6 +170,7 @@ __all__ = [
     "TrainingDivergedError",
     "add_exits",
     "add_gates",
+    "add_halting",
     "always_leave_at",
     "calibrate",
     "calibrate_with_guarantee",

@@ -20,6 +20,8 @@ class AdaptiveResult(Generic[Array]):
         macs: Multiply-accumulates that ran for each sample, exit heads and gates counted, shape
             (B,), int64.
         blocks: Which blocks ran, shape (B, gates), bool; None where blocks are not skipped.
+        tokens: Tokens that ran each layer, shape (B, layers), int64, 0 once the sample has left;
+            None where tokens do not halt.
     """
 
     output: Array
@@ -27,3 +29,4 @@ class AdaptiveResult(Generic[Array]):
     confidence: Array
     macs: Array
     blocks: Array | None = None
+    tokens: Array | None = None

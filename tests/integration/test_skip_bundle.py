@@ -136,7 +136,7 @@ def test_a_bundle_of_an_older_policy_is_not_timed_with_the_run(run, offramp, ref
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("export run --quantize int8 --out int8", ("--quantize", "skips blocks")),
+        ("export run --quantize int8 --out int8", ("--quantize", "threshold of gates")),
         ("evaluate run/bundle --plain run/bundle", ("--plain", "gates")),
     ],
 )

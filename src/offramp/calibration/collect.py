@@ -6,7 +6,7 @@ Shapes: ``K`` exits, ``N`` samples, ``C`` classes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,9 @@ from offramp.calibration.labelled import LabelledLogits
 from offramp.errors import ArtifactError, DataError, ShapeError
 from offramp.measure.cost import ExitCosts, evaluation_mode
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_inputs
+from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
-from offramp.runtime import Session, with_gate_threshold
+from offramp.runtime import Session, with_routing_threshold
 from offramp.runtime.session import check_inputs
 
 _ABOUT = "exits"
@@ -64,28 +65,34 @@ class ExitLogits(LabelledLogits):
 
 @torch.inference_mode()
 def collect(
-    network: MultiExitNetwork | SkipNetwork, loader: Iterable[tuple[Any, Tensor]]
+    network: MultiExitNetwork | SkipNetwork | HaltingNetwork,
+    loader: Iterable[tuple[Any, Tensor]],
 ) -> ExitLogits:
     """Run every exit on every sample of a loader.
 
     Args:
         network: The network; it runs in evaluation mode where its parameters are. Of one that
-            skips blocks, the only exit is collected, with every block run and no gate.
+            skips blocks, the only exit is collected, with every block run and no gate; of one whose
+            tokens halt, with a threshold of 1, at which they stay longest, and the costs are those
+            of the plain network.
         loader: Batches of (inputs, labels); inputs is a tuple where the network takes several.
     Returns:
         The logits of all exits, with labels and costs.
     Raises:
         DataError: If the loader yields no sample.
     """
-    if isinstance(network, SkipNetwork):
-        network = network.without_gates()
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    say: Callable[..., Sequence[Tensor]] = network
+    if isinstance(network, HaltingNetwork):
+        say, network = partial(_where_tokens_stay, network), network.without_halting()
+    elif isinstance(network, SkipNetwork):
+        say = network = network.without_gates()
     outputs, labels, lengths = [], [], []
     inputs = None
-    with evaluation_mode(network):
+    with evaluation_mode(network):  # whose weights are those of what answers
         for batch, labels_B in loader:
             inputs = as_inputs(batch, device)
-            outputs.append(torch.stack(network(*inputs)).float().cpu())
+            outputs.append(torch.stack(tuple(say(*inputs))).float().cpu())
             labels.append(labels_B.cpu())
             if network.ragged is not None:
                 lengths.append(network.ragged.lengths(inputs))
@@ -98,6 +105,10 @@ def collect(
     return ExitLogits(logits_KNC=torch.cat(outputs, dim=1), labels_N=torch.cat(labels), costs=costs)
 
 
+def _where_tokens_stay(network: HaltingNetwork, *inputs: Tensor) -> tuple[Tensor]:
+    return (network(*inputs, threshold=1.0).logits,)
+
+
 def collect_from_session(session: Session, loader: Iterable[tuple[Tensor, Tensor]]) -> ExitLogits:
     """Run every step of a bundle on every sample of a loader, letting nobody leave.
 
@@ -107,20 +118,22 @@ def collect_from_session(session: Session, loader: Iterable[tuple[Tensor, Tensor
     Returns:
         The logits of every step's exit: exits that are off in the bundle have none, so that the
         steps count as exits, numbered as in the network. Of a network that skips blocks, those of
-        its only exit, with every block run; gates are not counted.
+        its only exit, with every block run; gates are not counted. Of one whose tokens halt, those
+        with a threshold of 1, and the costs of the plain network.
     Raises:
         DataError: If the loader yields no sample.
         ShapeError: If the inputs are not of the shape that the bundle was exported for.
     """
     bundle = session.bundle
-    if bundle.skip is None:
+    if bundle.family == "exits":
         run = partial(_every_exit, session)
         stages, heads = zip(
             *((step.stage_macs, step.head_macs) for step in bundle.steps), strict=True
         )
         numbers = tuple(step.exit_index for step in bundle.steps)
     else:
-        run = partial(_every_block, Session(with_gate_threshold(bundle, 0.0)))
+        dearest = 0.0 if bundle.family == "skip" else 1.0
+        run = partial(_only_exit, Session(with_routing_threshold(bundle, dearest)))
         stages, heads, numbers = (bundle.plain_macs,), (0,), (0,)
     outputs, labels = [], []
     for batch, labels_B in loader:
@@ -145,7 +158,7 @@ def _every_exit(session: Session, inputs: Features) -> Tensor:
     return torch.stack(outputs)
 
 
-def _every_block(session: Session, inputs: Features) -> Tensor:
+def _only_exit(session: Session, inputs: Features) -> Tensor:
     return torch.from_numpy(session.run(*inputs).output)[None]
 
 

@@ -36,8 +36,8 @@ class FrontierPoint:
     Attributes:
         budget_macs: Mean MACs per sample that were allowed on the calibration data; the least of
             them where several budgets led to the same thresholds.
-        thresholds: One per exit but the final one; +inf where an exit is off. Of gates, the one
-            that they share.
+        thresholds: One per exit but the final one; +inf where an exit is off. Of gates, or of
+            tokens that halt, the one that they share.
         calibration_accuracy: Adaptive accuracy on the data that chose the thresholds; None for a
             network of one exit, where there is nothing to choose, without such data.
         accuracy: Adaptive accuracy on the test data, a fraction.
@@ -160,7 +160,7 @@ def sweep_frontier(calibration: Sweep, test: Sweep, *, num_points: int = 10) -> 
         test: What it says, at the same thresholds, of the data that judges.
         num_points: How many budgets, in [2, 1000]: both ends are among them.
     Returns:
-        The points, the network with everything run as its only exit, and the area.
+        The points, the network where most runs as its only exit, and the area.
     Raises:
         InvalidArgumentError: If ``num_points`` is out of range, or the two are of different
             networks or thresholds.
@@ -189,9 +189,10 @@ def sweep_frontier(calibration: Sweep, test: Sweep, *, num_points: int = 10) -> 
             )
             points.setdefault(chosen.threshold, point)
     found = tuple(points.values())
+    whole_macs = min(plain_macs, round(float(mean_macs_K[-1])))  # gates are not asked there
     return Frontier(
         points=found,
-        exits=(ExitAlone(index=0, accuracy=float(accuracy_K[-1]), macs=plain_macs),),
+        exits=(ExitAlone(index=0, accuracy=float(accuracy_K[-1]), macs=whole_macs),),
         plain_macs=plain_macs,
         area=_area(found, plain_macs=plain_macs),
     )

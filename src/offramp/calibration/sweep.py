@@ -1,7 +1,8 @@
-"""One threshold that steers a whole network, as SkipNet's gates have: chosen from a few that ran.
+"""One threshold that steers a whole network, as of gates or of tokens: chosen from a few that ran.
 
 Exits can be judged without running them early: every exit's logits are there. What a block that is
-skipped does to the answer shows only when it is skipped, so the network runs at each threshold.
+skipped, or a token that is dropped, does to the answer shows only when it is gone, so the network
+runs at each threshold.
 
 Shapes: ``K`` thresholds, ``N`` samples, ``C`` classes.
 """
@@ -33,8 +34,8 @@ class Sweep(LabelledLogits):
         labels_N: Classes, shape (N,), int64, on the CPU.
         prior: Share of each class in the population that figures are about, C numbers that sum
             to 1, none negative; None where the samples are drawn from it as they are.
-        thresholds: K of them, from the cheapest to the one at which everything runs; for gates
-            descending, down to 0.
+        thresholds: K of them, from the cheapest to the one at which most runs; for gates
+            descending to 0, for tokens that halt ascending to 1.
         macs_KN: MACs that ran for each sample, shape (K, N), int64, on the CPU.
         plain_macs: MACs per sample of the plain network.
     """

@@ -35,6 +35,7 @@ class Artifact:
         data: What ``--data`` was when it was trained; None if the default was taken or a bundle
             does not say.
         num_exits: Exits of the network, those that are off counted.
+        is_routed: Whether it skips blocks or drops tokens inside.
         plain_macs: From a batch of inputs to MACs a sample of the plain network.
         collect: From a loader to the logits of every exit; of those that are on, for a bundle.
         has_seen: From a split and the fingerprint of its samples to whether they trained the
@@ -47,6 +48,7 @@ class Artifact:
     class_names: tuple[str, ...]
     data: str | None
     num_exits: int
+    is_routed: bool
     plain_macs: Callable[[Tensor], int]
     collect: Callable[[Loader], ExitLogits]
     has_seen: Callable[[str, str], bool]
@@ -87,6 +89,7 @@ def open_artifact(folder: Path, device: str | None = None) -> Artifact:
 def _open_run(folder: Path, device: str | None) -> Artifact:
     from offramp.calibration.collect import collect
     from offramp.inference.runner import make_runner
+    from offramp.model.multi_exit import MultiExitNetwork
     from offramp.training.run import is_in_sample, load
 
     loaded = load(folder)
@@ -100,6 +103,7 @@ def _open_run(folder: Path, device: str | None) -> Artifact:
         class_names=loaded.class_names,
         data=loaded.data,
         num_exits=network.num_exits,
+        is_routed=not isinstance(network, MultiExitNetwork),
         plain_macs=lambda inputs: network.costs(inputs).plain_macs,
         collect=partial(collect, network),
         has_seen=partial(is_in_sample, loaded),
@@ -125,6 +129,7 @@ def _open_bundle(folder: Path, device: str | None) -> Artifact:
         class_names=bundle.class_names,
         data=None,
         num_exits=bundle.num_exits,
+        is_routed=bundle.family != "exits",
         plain_macs=lambda _: bundle.plain_macs,
         collect=partial(collect_from_session, session),
         # A bundle does not say which samples chose its thresholds.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from offramp.cli.choosing import LEARNED, Timing, Wanted, choose
-from offramp.cli.choosing_gates import choose_gates, refuse_exits, set_gates_by_hand
+from offramp.cli.choosing_routing import choose_routing, refuse_exits, set_threshold_by_hand
 from offramp.cli.options import DataOption, DeviceOption, RunFolder
 from offramp.errors import InvalidArgumentError
 
@@ -21,7 +21,7 @@ ThresholdsOption = Annotated[
     str | None,
     typer.Option(
         metavar="T0,T1,...",
-        help="By hand: a number or off, for each exit but the last; one number for gates.",
+        help="By hand: a number or off, for each exit but the last; one for gates or tokens.",
     ),
 ]
 MaxDropOption = Annotated[
@@ -117,7 +117,7 @@ def calibrate(
     data: DataOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Choose when to stop or to skip, on data set aside from training; write policy.json."""
+    """Choose when to stop, skip or drop, on data set aside from training; write policy.json."""
     _require_one_target(thresholds, max_drop, max_risk, budget_macs, budget_share, budget_ms)
     wanted = Wanted(
         max_drop=max_drop,
@@ -138,16 +138,16 @@ def calibrate(
         raise InvalidArgumentError("--prior weights calibration data, which --thresholds need not.")
     if not by_hand:
         wanted.check()
-    from offramp.routing.skip import SkipNetwork
+    from offramp.model.multi_exit import MultiExitNetwork
     from offramp.training.run import load
 
     loaded, where = load(run), {"data": data, "device": device, "prior": prior}
-    if isinstance(loaded.network, SkipNetwork):
-        refuse_exits(loaded, wanted, rule=rule)
+    if not isinstance(loaded.network, MultiExitNetwork):
+        refuse_exits(loaded, loaded.network, wanted, rule=rule)
         if thresholds is None:
-            choose_gates(loaded, loaded.network, wanted, **where)
+            choose_routing(loaded, loaded.network, wanted, **where)
         else:
-            set_gates_by_hand(loaded, thresholds)
+            set_threshold_by_hand(loaded, loaded.network, thresholds)
     elif thresholds is None:
         choose(loaded, wanted, **where)
     else:

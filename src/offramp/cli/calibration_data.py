@@ -14,13 +14,13 @@ from offramp.errors import DataError, InvalidArgumentError
 if TYPE_CHECKING:
     from offramp.calibration.labelled import LabelledLogits
     from offramp.cli.artifact import Loader
-    from offramp.policy.gate_policy import GatePolicy
     from offramp.policy.policies import Policy
+    from offramp.policy.routing_policy import RoutingPolicy
     from offramp.training.data import Batches
     from offramp.training.run import Run
 
 Logits = TypeVar("Logits", bound="LabelledLogits")
-"""ExitLogits, or a Sweep where blocks are skipped."""
+"""ExitLogits, or a Sweep where blocks are skipped or tokens halt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ def _read_prior(prior: str, class_names: tuple[str, ...]) -> tuple[float, ...]:
 
 def conclude(
     prepared: Prepared[Any],
-    policy: Policy | GatePolicy,
+    policy: Policy | RoutingPolicy,
     *,
     asked: dict[str, Any],
     reached: dict[str, float],

@@ -20,7 +20,7 @@ from offramp.cli.options import (
 from offramp.errors import InSampleError, InvalidArgumentError
 
 if TYPE_CHECKING:
-    from offramp.inference.evaluate import BlocksEvaluation, Evaluation
+    from offramp.inference.evaluate import BlocksEvaluation, Evaluation, TokensEvaluation
 
 
 def evaluate(
@@ -37,7 +37,7 @@ def evaluate(
     json_file: JsonOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Report accuracy, who leaves where or which blocks run, and mean MACs, on held-out data."""
+    """Report accuracy, who leaves where, which blocks or tokens run, and mean MACs."""
     figures = measure(
         run,
         split=split,
@@ -109,14 +109,14 @@ def measure(
 
 
 def _open_rival(folder: Path, device: str | None, asked: Artifact) -> Artifact:
-    """The plain network to stand beside: one exit, no gates, same data."""
+    """The plain network to stand beside: one exit, no gates, no halting, same data."""
     rival, recipe = open_artifact(folder, device), asked.recipe
-    has_gates = rival.recipe.config_as_trained().gates is not None
-    if rival.num_exits != 1 or has_gates or rival.recipe.data != recipe.data:
+    if rival.num_exits != 1 or rival.is_routed or rival.recipe.data != recipe.data:
+        routed = " and gates or halting tokens" if rival.is_routed else ""
         raise InvalidArgumentError(
-            f"--plain must name a run with one exit and no gates on {recipe.data}. {folder} has "
-            f"{rival.num_exits}{' and gates' if has_gates else ''} on {rival.recipe.data}: train "
-            f"one with offramp train {recipe.name} --set variant=plain, or variant=static."
+            f"--plain must name a run with one exit, no gates and no halting on {recipe.data}. "
+            f"{folder} has {rival.num_exits}{routed} on {rival.recipe.data}: train one with "
+            f"offramp train {recipe.name} --set variant=plain, or variant=static."
         )
     return rival
 
@@ -125,23 +125,30 @@ def _print_table(evaluation: Evaluation, *, label: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    blocks = evaluation.blocks
+    blocks, tokens = evaluation.blocks, evaluation.tokens
     table = Table(title=f"{label}, {evaluation.num_samples:,} samples")
-    columns, rows = _exit_rows(evaluation) if blocks is None else _block_rows(blocks)
+    columns, rows = _exit_rows(evaluation)
+    less, whole = "accuracy with early exit", "final exit alone"
+    if blocks is not None:
+        columns, rows = _block_rows(blocks)
+        less, whole = "accuracy with skipping", "every block run"
+    if tokens is not None:
+        columns, rows = _layer_rows(tokens)
+        less, whole = "accuracy, tokens dropped", "with a threshold of 1"
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-    less, whole = "accuracy with early exit", "final exit alone"
-    if blocks is not None:
-        less, whole = "accuracy with skipping", "every block run"
     print(f"{less:26}{percent(evaluation.accuracy)}")
     print(f"{whole:26}{percent(evaluation.final_exit_accuracy)}")
     if evaluation.plain_accuracy is not None:
         print(f"plain network             {percent(evaluation.plain_accuracy)}")
     if blocks is not None:
         print(f"gated blocks run          {percent(1 - blocks.saved)}")
+    if tokens is not None:
+        depth = f"{tokens.mean_depth:.2f} of {len(tokens.per_layer)} layers"
+        print(f"mean depth of a token     {depth}")
     saved = 1 - evaluation.mean_macs / evaluation.plain_macs
     print(
         f"mean MACs                 {evaluation.mean_macs:,.0f}, plain network "
@@ -162,4 +169,12 @@ def _exit_rows(evaluation: Evaluation) -> Rows:
 def _block_rows(blocks: BlocksEvaluation) -> Rows:
     return ("gated block", "samples running it"), [
         (str(index), percent(rate)) for index, rate in enumerate(blocks.run_rates)
+    ]
+
+
+def _layer_rows(tokens: TokensEvaluation) -> Rows:
+    every = tokens.per_layer[0]  # all run the first layer
+    return ("layer", "tokens in it", "of all"), [
+        (str(number), f"{mean:.1f}", percent(mean / every))
+        for number, mean in enumerate(tokens.per_layer, start=1)
     ]

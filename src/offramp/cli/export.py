@@ -38,20 +38,24 @@ def export(
     plain: Annotated[
         bool, typer.Option(help="Add the plain network, to time a device's own baseline.")
     ] = True,
+    layers_per_step: Annotated[
+        int, typer.Option(help="Where tokens halt: layers that run before they are dropped.")
+    ] = 1,
     data: DataOption = None,
 ) -> None:
     """Write a bundle that runs without torch, checked against torch on real samples."""
     if quantize not in (None, "int8"):
         raise InvalidArgumentError(f"--quantize must be int8. Got {quantize!r}.")
-    from offramp.policy.gate_policy import GatePolicy
+    from offramp.policy.routing_policy import RoutingPolicy
     from offramp.training.data import make_loader
     from offramp.training.run import CALIBRATION_SPLIT, load, load_batches
 
     loaded = load(run)
     recipe = loaded.require_recipe()
-    if quantize is not None and isinstance(loaded.policy, GatePolicy):
+    if quantize is not None and isinstance(loaded.policy, RoutingPolicy):
         raise InvalidArgumentError(
-            f"--quantize is for networks with exits. {run} skips blocks: export it in float32."
+            f"--quantize is for networks with exits. {run} has one, and a threshold of "
+            f"{loaded.policy.kind}: export it in float32."
         )
     if loaded.policy is None:
         raise NotCalibratedError(
@@ -63,14 +67,16 @@ def export(
     samples, _ = batches.__getitems__(list(spread)[:_PARITY_SAMPLES])
     folder = out or run / BUNDLE_FOLDER
     if quantize is None:
-        _write_float(loaded, folder, samples, plain=plain)
+        _write_float(loaded, folder, samples, plain=plain, layers_per_step=layers_per_step)
     else:
         loader = make_loader(batches, batch_size=_BATCH_SIZE)
         _write_int8(loaded, folder, samples, loader, plain=plain)
     print(f"exported {run}: {folder}")
 
 
-def _write_float(loaded: Run, folder: Path, samples: Tensor, *, plain: bool) -> None:
+def _write_float(
+    loaded: Run, folder: Path, samples: Tensor, *, plain: bool, layers_per_step: int = 1
+) -> None:
     from offramp.exporting.bundle import check_parity
     from offramp.exporting.bundle import export as write
     from offramp.runtime import Session
@@ -84,11 +90,11 @@ def _write_float(loaded: Run, folder: Path, samples: Tensor, *, plain: bool) -> 
         class_names=loaded.class_names,
         recipe=loaded.require_recipe().to_dict(),
         plain=plain,
+        layers_per_step=layers_per_step,
     )
     agreement = check_parity(Session(bundle), loaded.network, loaded.policy, samples)
-    steps = bundle.steps if bundle.skip is None else bundle.skip.steps
     print(
-        f"{len(steps)} steps answer {len(samples)} samples as torch does: "
+        f"{bundle.num_steps} steps answer {len(samples)} samples as torch does: "
         f"logits within {max(agreement.differences):.1g}, {agreement.moved} went another way"
     )
 

@@ -47,7 +47,7 @@ def frontier(
 ) -> None:
     """Draw accuracy against mean MACs: thresholds from calibration data, figures from test.
 
-    A run's own policy plays no part. Gates have no --rule.
+    A run's own policy plays no part. Gates and tokens have no --rule.
     """
     _check_asked(split, points, rule)
     opened = [_open(folder, device) for folder in runs]
@@ -75,16 +75,16 @@ class _Opened:
         recipe: How it was trained.
         data: What ``--data`` was then; None for the default.
         num_exits: Exits of the network, those that are off in a bundle counted.
-        has_gates: Whether it skips blocks.
+        is_steered: Whether it skips blocks or drops tokens, by one threshold.
         collect: From a loader to the logits of every exit; of those that are on, for a bundle; at
-            every threshold, of gates.
+            every threshold, where one steers the network.
     """
 
     name: str
     recipe: Recipe
     data: str | None
     num_exits: int
-    has_gates: bool
+    is_steered: bool
     collect: Callable[[Loader], Any]
 
 
@@ -94,10 +94,10 @@ class _Curve:
 
     Attributes:
         run: The run.
-        rule: How sure an exit is; None of gates.
+        rule: How sure an exit is; None without exits.
         frontier: Its points.
         reliability: Of each exit, temperatures fitted on calibration data and judged on test;
-            None without calibration data, and of gates.
+            None without calibration data or exits.
         num_samples: That judged.
         num_calibration_samples: That chose the thresholds.
         fingerprint: Identifies the samples that judged.
@@ -141,35 +141,35 @@ def _check_asked(split: str, num_points: int, rule: str) -> None:
 def _open(folder: Path, device: str | None) -> _Opened:
     from offramp.calibration.collect import collect
     from offramp.inference.sweeping import collect_sweep
-    from offramp.routing.skip import SkipNetwork
+    from offramp.model.multi_exit import MultiExitNetwork
     from offramp.training.run import load
 
     if is_bundle(folder):
         bundle = open_artifact(folder, device)
-        if bundle.recipe.config_as_trained().gates is not None:
+        if bundle.is_routed:
             raise InvalidArgumentError(
-                f"The bundle {folder} skips blocks, and is not run at other thresholds. Give the "
-                "run that it was exported from."
+                f"The bundle {folder} skips blocks or drops tokens, and is not run at other "
+                "thresholds. Give the run that it was exported from."
             )
         return _Opened(
             name=str(folder),
             recipe=bundle.recipe,
             data=bundle.data,
             num_exits=bundle.num_exits,
-            has_gates=False,
+            is_steered=False,
             collect=bundle.collect,
         )
     loaded = load(folder)
     network = loaded.network.to(pick_device(device))
     collect_all: Callable[[Loader], Any] = partial(collect, network)
-    if isinstance(network, SkipNetwork):
+    if not isinstance(network, MultiExitNetwork):
         collect_all = partial(collect_sweep, network)
     return _Opened(
         name=str(folder),
         recipe=loaded.require_recipe(),
         data=loaded.data,
         num_exits=network.num_exits,
-        has_gates=isinstance(network, SkipNetwork),
+        is_steered=not isinstance(network, MultiExitNetwork),
         collect=collect_all,
     )
 
@@ -204,10 +204,10 @@ def _follow(run: _Opened, split: str, data: str | None, *, num_points: int, rule
 
     calibration: Any = None
     reliability = None
-    if run.num_exits > 1 or run.has_gates or run.recipe.calibration_share > 0:
+    if run.num_exits > 1 or run.is_steered or run.recipe.calibration_share > 0:
         calibration, _ = _collect(run, CALIBRATION_SPLIT, data)
     test, fingerprint = _collect(run, split, data)
-    if run.has_gates:
+    if run.is_steered:
         found = sweep_frontier(calibration, test, num_points=num_points)
     else:
         found = measure(calibration, test, num_points=num_points, rule=rule_named(rule))
@@ -215,7 +215,7 @@ def _follow(run: _Opened, split: str, data: str | None, *, num_points: int, rule
             reliability = describe_temperatures(test, fit_temperatures(calibration))
     return _Curve(
         run=run,
-        rule=None if run.has_gates else rule,
+        rule=None if run.is_steered else rule,
         frontier=found,
         reliability=reliability,
         num_samples=len(test.labels_N),
@@ -258,7 +258,7 @@ def _print_curve(curve: _Curve, split: str) -> None:
         f"area          {percent(found.area)} mean accuracy over costs up to the plain "
         f"network's {found.plain_macs:,} MACs"
     )
-    if len(found.exits) > 1 or curve.run.has_gates:
+    if len(found.exits) > 1 or curve.run.is_steered:
         print(
             f"thresholds chosen on {curve.num_calibration_samples:,} calibration samples"
             + ("" if curve.rule is None else f", rule {curve.rule}")

@@ -22,7 +22,7 @@ def predict(
     ],
     device: DeviceOption = None,
 ) -> None:
-    """Print label, confidence, exit or blocks, and share of the plain network's MACs."""
+    """Print label, confidence, exit, blocks or tokens, and share of the plain network's MACs."""
     asked = open_artifact(run, device)
     names = asked.class_names
     inputs = _read_samples(samples, asked.recipe).to(asked.device)
@@ -35,6 +35,10 @@ def predict(
         if result.blocks is not None:
             blocks = result.blocks[position]
             way = f"{int(blocks.sum())} of {len(blocks)} gated blocks"
+        if result.tokens is not None:
+            tokens = result.tokens[position]
+            depth = int(tokens.sum()) / max(1, int(tokens[0]))
+            way = f"{depth:.2f} of {len(tokens)} layers a token"
         print(
             f"{sample}: {label}  confidence {float(result.confidence[position]):.3f}  {way}  "
             f"{percent(int(result.macs[position]) / plain_macs)} of the plain network's MACs"

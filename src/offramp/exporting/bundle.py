@@ -17,54 +17,64 @@ import offramp
 from offramp.artifacts import atomic_folder
 from offramp.errors import ArtifactError, ExportMismatchError, InvalidArgumentError
 from offramp.exporting.exits import ExitsExport
+from offramp.exporting.halting import HaltingExport
 from offramp.exporting.skip import SkipExport
 from offramp.inference.agreement import SINGLE_SAMPLES, Agreement, answer_in_batches
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
 from offramp.policy.as_dict import policy_to_dict
-from offramp.policy.gate_policy import GatePolicy
 from offramp.policy.policies import Policy
+from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
+from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
 from offramp.runtime import Bundle, Session
 from offramp.runtime.bundle import BUNDLE_FILE, write_bundle
+from offramp.zoo import Network
+
+Family = ExitsExport | SkipExport | HaltingExport
+"""What writes and checks bundles of a family."""
 
 
 @torch.no_grad()
 def export(
-    network: MultiExitNetwork | SkipNetwork,
-    policy: Policy | GatePolicy,
+    network: Network,
+    policy: Policy | RoutingPolicy,
     folder: Path | str,
     samples: Tensor | Features,
     *,
     class_names: tuple[str, ...] = (),
     recipe: Mapping[str, Any] | None = None,
     plain: bool = True,
+    layers_per_step: int = 1,
 ) -> Bundle:
     """Write a network and its policy as a bundle that runs without torch.
 
     Of a network with exits, every step becomes one ONNX file with a free batch size; exits that are
     off get none, and the stages around them are merged. Of a network that skips blocks, every gate
-    and every block becomes one. One more file holds everything, for batches of one. Before anything
-    is left behind, the bundle answers the samples and is compared with torch.
+    and every block becomes one; of one whose tokens halt, every layer, or every few. One more file
+    holds everything, for batches of one. Before anything is left behind, the bundle answers the
+    samples and is compared with torch.
 
     Args:
         network: The network, on the CPU.
-        policy: Who leaves where, or which blocks run.
+        policy: Who leaves where, which blocks run, or when a token halts.
         folder: Folder to make; a bundle that is there already is replaced.
         samples: Real inputs, shape (N, ...), to compare on; 100 at least say something. A tuple
             where the network takes several inputs.
         class_names: Name of each class.
         recipe: How the network was trained, to be kept in the bundle.
         plain: Whether to add the plain network, so that a device can time its own baseline.
+        layers_per_step: Where tokens halt, layers that run before they are dropped; 1 for others.
     Returns:
         What was written.
     Raises:
         ArtifactError: If the folder holds something else or cannot be written, or torch cannot
             export the network.
         ExportMismatchError: If the bundle answers otherwise than the network.
-        InvalidArgumentError: If the policy is for another network or of an unknown class.
+        InvalidArgumentError: If the policy is for another network or of an unknown class, or there
+            are no such steps.
         MissingExtraError: If the packages that write ONNX are not installed.
     """
-    family = _family_of(network.eval(), policy)
+    family = _family_of(network.eval(), policy, layers_per_step)
     described = policy_to_dict(policy)
     inputs = as_features(samples)
     with new_bundle_folder(Path(folder)) as making:
@@ -82,14 +92,14 @@ def export(
             **files,
         )
         write_bundle(bundle)
-        check_parity(Session(bundle), network, policy, inputs)
+        _check_bundle(Session(bundle), family, inputs)
     return replace(bundle, folder=Path(folder))
 
 
 def check_parity(
     session: Session,
-    network: MultiExitNetwork | SkipNetwork,
-    policy: Policy | GatePolicy,
+    network: Network,
+    policy: Policy | RoutingPolicy,
     samples: Tensor | Features,
 ) -> Agreement:
     """Make sure that a bundle answers what the network answers, whichever way samples go.
@@ -105,8 +115,14 @@ def check_parity(
         ExportMismatchError: If they differ by more than DESIGN's rule for two engines allows.
         InvalidArgumentError: If the policy is for another network.
     """
-    family = _family_of(network, policy)
-    inputs = as_features(samples)
+    halting = session.bundle.halting
+    layers_per_step = 1 if halting is None else halting.steps[0].num_layers
+    return _check_bundle(
+        session, _family_of(network, policy, layers_per_step), as_features(samples)
+    )
+
+
+def _check_bundle(session: Session, family: Family, inputs: Features) -> Agreement:
     few = tuple(tensor[:SINGLE_SAMPLES] for tensor in inputs)
     agreement = _check(family.compare(session.run(*(tensor.numpy() for tensor in inputs)), inputs))
     # At the policy's own thresholds some parts may never run: extreme ones run them all.
@@ -119,10 +135,15 @@ def check_parity(
     return agreement
 
 
-def _family_of(
-    network: MultiExitNetwork | SkipNetwork, policy: Policy | GatePolicy
-) -> ExitsExport | SkipExport:
+def _family_of(network: Network, policy: Policy | RoutingPolicy, layers_per_step: int) -> Family:
     """What writes and checks bundles of such a network: the one place that asks which it is."""
+    if isinstance(network, HaltingNetwork) and isinstance(policy, HaltingPolicy):
+        return HaltingExport(network, policy.threshold, layers_per_step)
+    if layers_per_step != 1:
+        raise InvalidArgumentError(
+            "The 'layers_per_step' parameter is for networks whose tokens halt. "
+            f"Got {layers_per_step} for a {type(network).__name__}."
+        )
     if isinstance(network, SkipNetwork) and isinstance(policy, GatePolicy):
         return SkipExport(network, policy.threshold)
     if isinstance(network, MultiExitNetwork) and isinstance(policy, Policy):
@@ -133,8 +154,9 @@ def _family_of(
             f"Got one for {policy.num_exits}."
         )
     raise InvalidArgumentError(
-        "Expected a network with exits and a policy for them, or one that skips blocks and a "
-        f"GatePolicy. Got {type(network).__name__} and {type(policy).__name__}."
+        "Expected a network with exits and a policy for them, one that skips blocks and a "
+        "GatePolicy, or one whose tokens halt and a HaltingPolicy. "
+        f"Got {type(network).__name__} and {type(policy).__name__}."
     )
 
 

@@ -25,6 +25,9 @@ class Part:
     Attributes:
         call: The function, of tensors and scalars to a tensor or several.
         example: Its tensors, each with the batch axis first, one sample at least.
+        free_axes: Names of the free axes of each tensor, for a part whose tensors have several;
+            axes of one name are of one size, and the example is traced as it is, so that no size
+            in it may be 1 or stand for two names. None if the batch axis alone is free.
         scalars: Names of the scalars that follow.
         input_names: Names of the tensors in the file.
         output_names: Names of what comes out.
@@ -32,6 +35,7 @@ class Part:
 
     call: Callable[..., Any]
     example: Features
+    free_axes: tuple[Mapping[int, str], ...] | None = None
     scalars: tuple[str, ...] = ()
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
@@ -40,6 +44,22 @@ class Part:
     def all_inputs(self) -> tuple[str, ...]:
         """Names of tensors and scalars."""
         return (*self.input_names, *self.scalars)
+
+    def inputs(self) -> Features:
+        """What the part is traced with."""
+        if self.free_axes is None:
+            return example_inputs(self.example, self.scalars)
+        # The tracer takes one tensor that is given twice for one input.
+        example = tuple(tensor.clone() for tensor in self.example)
+        return (*example, *example_inputs((), self.scalars))
+
+    def axes(self, name: str) -> list[Axes]:
+        """The free axes of each input, under names of a part of this name alone."""
+        free = self.free_axes or ({0: "batch"},) * len(self.example)
+        names = {axis for axes in free for axis in axes.values()}
+        sizes = {axis: torch.export.Dim(f"{axis}_{name}", min=1) for axis in names}
+        by_tensor = [{index: sizes[axis] for index, axis in axes.items()} for axes in free]
+        return [*by_tensor, *(None for _ in self.scalars)]
 
 
 def write_parts(network: nn.Module, parts: Mapping[str, Part], folder: Path) -> dict[str, OnnxFile]:
@@ -79,9 +99,8 @@ def _trace(network: nn.Module, parts: Mapping[str, Part]) -> onnx.ModelProto:
     axes: list[Axes] = []
     inputs: Features = ()
     for name, part in parts.items():
-        batch = torch.export.Dim(f"batch_{name}", min=1)
-        axes += [*({0: batch} for _ in part.example), *(None for _ in part.scalars)]
-        inputs += example_inputs(part.example, part.scalars)
+        axes += part.axes(name)
+        inputs += part.inputs()
     return run_exporter(
         _SideBySide(network, parts.values()),
         inputs,

@@ -49,15 +49,15 @@ def quantize(bundle: Bundle | Path | str, folder: Path | str, samples: npt.Array
         The int8 bundle.
     Raises:
         ArtifactError: If the folder holds something else or cannot be written.
-        InvalidArgumentError: If the network skips blocks.
+        InvalidArgumentError: If the network skips blocks, or its tokens halt.
         MissingExtraError: If the packages that quantise are not installed.
     """
     session = Session(bundle)
     bundle = session.bundle
-    if bundle.skip is not None:
+    if bundle.family != "exits":
         raise InvalidArgumentError(
-            f"int8 is for networks with exits. {bundle.folder} holds one that skips blocks: run it "
-            "in float32."
+            f"int8 is for networks with exits. {bundle.folder} holds one of the family "
+            f"{bundle.family}: run it in float32."
         )
     inputs_of_steps = _inputs_of_steps(session, np.asarray(samples)[:_RANGE_SAMPLES])
     with new_bundle_folder(Path(folder)) as making:

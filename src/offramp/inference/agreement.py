@@ -1,6 +1,6 @@
 """Running less must answer what choosing afterwards answers, whichever engine runs.
 
-Shapes: ``B`` batch, ``C`` classes, ``K`` exits, ``G`` gates.
+Shapes: ``B`` batch, ``C`` classes, ``K`` exits, ``G`` gates, ``L`` layers.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 
 from offramp.errors import OfframpError
+from offramp.inference.halting import HaltingRunner
 from offramp.inference.runner import Runner, TorchRunner
 from offramp.inference.skipping import SkipRunner
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
 from offramp.policy.policies import Policy, State, ThresholdedPolicy
 from offramp.results import AdaptiveResult
+from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork, at_threshold
 
 DECISION_TOLERANCE = 1e-4
-"""Samples whose confidence lies this near a threshold may leave at another exit, or run another
-block."""
+"""Samples whose confidence lies this near a threshold may leave at another exit, run another block,
+or lose a token in another layer."""
 
 SINGLE_SAMPLES = 64
 """Samples that are also compared one by one, which a bundle answers by another file; at most."""
@@ -35,7 +37,7 @@ class Agreement:
 
     Attributes:
         num_samples: Samples compared.
-        moved: Samples that left by another exit, or ran other blocks.
+        moved: Samples that left by another exit, or ran other blocks or tokens.
         moved_far: Those of them whose confidences all lie away from the thresholds.
         differences: Largest difference of the logits at each exit, over the samples that went the
             same way in both; 0 where there is none.
@@ -184,6 +186,74 @@ def compare_blocks(
     )
 
 
+@torch.inference_mode()
+def compare_with_masked(
+    result: AdaptiveResult[Any],
+    network: HaltingNetwork,
+    threshold: float,
+    inputs: Tensor | Features,
+    *,
+    first_layers: Sequence[int] | None = None,
+) -> Agreement:
+    """Compare what a runner of any engine said with computing every token and masking.
+
+    Args:
+        result: The runner's answers for the inputs.
+        network: The network, in evaluation mode.
+        threshold: What the sum of a token's scores must reach for it to halt.
+        inputs: Samples, shape (N, ...); a tuple where the network takes several inputs.
+        first_layers: Layers in front of which tokens are dropped; every one if None.
+    Returns:
+        How the two compare.
+    """
+    expected = network(*as_features(inputs), threshold=threshold)
+    is_near_BTL = expected.runs & ((expected.total - threshold).abs() < DECISION_TOLERANCE)
+    return compare_tokens(
+        result,
+        expected.logits,
+        expected.tokens,
+        is_near_BL=is_near_BTL.any(1),
+        first_layers=first_layers,
+    )
+
+
+def compare_tokens(
+    result: AdaptiveResult[Any],
+    output: Tensor,
+    tokens_BL: Tensor,
+    *,
+    is_near_BL: Tensor,
+    first_layers: Sequence[int] | None = None,
+) -> Agreement:
+    """Compare what a runner said with what masking says, whichever engine masked.
+
+    Args:
+        result: The runner's answers.
+        output: Logits where tokens were masked, shape (B, C).
+        tokens_BL: The tokens that counted there, shape (B, L), int64.
+        is_near_BL: Whether the sum of a token's scores lies within 1e-4 of the threshold there.
+        first_layers: Layers in front of which tokens are dropped; every one if None.
+    Returns:
+        How the two compare.
+    """
+    steps = list(range(tokens_BL.shape[1]) if first_layers is None else first_layers)
+    ran_BL = torch.as_tensor(result.tokens, device=tokens_BL.device)
+    went_alike_BS = (ran_BL == tokens_BL)[:, steps]
+    went_alike_B = went_alike_BS.all(1)
+    # Rounding may decide in the step before the ways part; later scores are of other tokens.
+    near_in_step = [part_BS.any(1) for part_BS in is_near_BL.tensor_split(steps[1:], dim=1)]
+    never_B = torch.zeros_like(went_alike_B)
+    is_near_BS = torch.stack([never_B, *near_in_step[:-1]], 1)
+    parting_B = went_alike_BS.int().argmin(1)
+    return _agreement(
+        torch.as_tensor(result.output, device=output.device),
+        output,
+        went_alike_B,
+        is_near_B=is_near_BS.gather(1, parting_B[:, None])[:, 0],
+        groups=[torch.ones_like(went_alike_B)],
+    )
+
+
 def check_agreement(result: AdaptiveResult[Any], runner: TorchRunner, inputs: Tensor) -> None:
     """Make sure that running less answers what choosing afterwards answers, before it is timed.
 
@@ -199,6 +269,9 @@ def check_agreement(result: AdaptiveResult[Any], runner: TorchRunner, inputs: Te
     if isinstance(runner, SkipRunner):
         threshold = runner.policy.threshold
         agreement = compare_with_gated_sum(result, runner.network, threshold, inputs)
+    elif isinstance(runner, HaltingRunner):
+        threshold = runner.policy.threshold
+        agreement = compare_with_masked(result, runner.network, threshold, inputs)
     else:
         agreement = compare_with_all_exits(result, runner.network, runner.policy, inputs)
     require_agreement(agreement)
@@ -245,6 +318,7 @@ def answer_in_batches(
         confidence=joined("confidence"),
         macs=joined("macs"),
         blocks=None if results[0].blocks is None else joined("blocks"),
+        tokens=None if results[0].tokens is None else joined("tokens"),
     )
 
 

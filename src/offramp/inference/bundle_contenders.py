@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from offramp.runtime import PlainSession, Session, with_gate_threshold, with_thresholds
+from offramp.runtime import PlainSession, Session, with_routing_threshold, with_thresholds
 
 Array = npt.NDArray[Any]
 
@@ -28,6 +28,8 @@ def bundle_contenders(
     """
     if session.bundle.skip is not None:
         return _skip_contenders(session, batches, threads=threads)
+    if session.bundle.halting is not None:
+        return _halting_contenders(session, batches, threads=threads)
     bundle, steps = session.bundle, range(len(session.bundle.steps))
     plain = PlainSession(bundle, threads=threads)
     nobody = with_thresholds(bundle, [float("inf")] * (len(steps) - 1))
@@ -50,12 +52,25 @@ def _skip_contenders(
     session: Session, batches: Sequence[Array], *, threads: int | None
 ) -> Mapping[str, Callable[[], object]]:
     plain = PlainSession(session.bundle, threads=threads)
-    nothing_skipped = Session(with_gate_threshold(session.bundle, 0.0), threads=threads)
+    nothing_skipped = Session(with_routing_threshold(session.bundle, 0.0), threads=threads)
     return {
         "plain": lambda: [plain.run(batch) for batch in batches],
         "all_exits": lambda: [session.run_every_block(batch) for batch in batches],
         "adaptive": lambda: [session.run(batch) for batch in batches],
         "never_exit": lambda: [nothing_skipped.run(batch) for batch in batches],
+    }
+
+
+def _halting_contenders(
+    session: Session, batches: Sequence[Array], *, threads: int | None
+) -> Mapping[str, Callable[[], object]]:
+    plain = PlainSession(session.bundle, threads=threads)
+    longest = Session(with_routing_threshold(session.bundle, 1.0), threads=threads)
+    return {
+        "plain": lambda: [plain.run(batch) for batch in batches],
+        "all_exits": lambda: [session.run_every_token(batch) for batch in batches],
+        "adaptive": lambda: [session.run(batch) for batch in batches],
+        "never_exit": lambda: [longest.run(batch) for batch in batches],
     }
 
 

@@ -5,9 +5,9 @@ network; ``all_exits``, every stage and head, then choosing; ``adaptive``, leavi
 ``never_exit``, asking at every exit and letting nobody go; ``stages``, the stages and heads alone
 on those who reached them; ``stage_0``, ``stage_1``, ..., each stage with its head on full batches.
 
-Where blocks are skipped, the same names stand for: every block, then masking (``all_exits``, as in
-the published code); skipping (``adaptive``); asking every gate and skipping nothing
-(``never_exit``). There are no stages.
+Where blocks are skipped or tokens halt, the same names stand for: everything, then masking
+(``all_exits``, as in the published code); skipping or dropping (``adaptive``); asking every gate
+and skipping nothing, or dropping only at a threshold of 1 (``never_exit``). There are no stages.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from offramp.inference.agreement import all_exits_loop
+from offramp.inference.halting import HaltingRunner
 from offramp.inference.runner import AdaptiveRunner, TorchRunner
 from offramp.inference.skipping import SkipRunner
 from offramp.model.multi_exit import Features
-from offramp.policy.gate_policy import GatePolicy
 from offramp.policy.policies import Decision, Policy, Setting, State
+from offramp.policy.routing_policy import GatePolicy, HaltingPolicy
 from offramp.routing.skip import at_threshold
 
 Contenders = Mapping[str, Callable[[], object]]
@@ -41,6 +42,8 @@ def torch_contenders(runner: TorchRunner, batches: Sequence[Tensor]) -> Contende
     """
     if isinstance(runner, SkipRunner):
         contenders = _skip_contenders(runner, batches)
+    elif isinstance(runner, HaltingRunner):
+        contenders = _halting_contenders(runner, batches)
     else:
         contenders = _exit_contenders(runner, batches)
     return {name: torch.inference_mode()(run) for name, run in contenders.items()}
@@ -55,6 +58,19 @@ def _skip_contenders(runner: SkipRunner, batches: Sequence[Tensor]) -> Contender
         "all_exits": lambda: [network(batch, choose) for batch in batches],
         "adaptive": lambda: [runner.run(batch) for batch in batches],
         "never_exit": lambda: [nothing_skipped.run(batch) for batch in batches],
+    }
+
+
+def _halting_contenders(runner: HaltingRunner, batches: Sequence[Tensor]) -> Contenders:
+    network, threshold = runner.network, runner.policy.threshold
+    batches = [network.trimmed((batch,))[0] for batch in batches]
+    plain = network.plain().eval()
+    longest = HaltingRunner(network, HaltingPolicy(1.0))
+    return {
+        "plain": lambda: [plain(batch) for batch in batches],
+        "all_exits": lambda: [network(batch, threshold=threshold) for batch in batches],
+        "adaptive": lambda: [runner.run(batch) for batch in batches],
+        "never_exit": lambda: [longest.run(batch) for batch in batches],
     }
 
 

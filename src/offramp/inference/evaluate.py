@@ -1,6 +1,6 @@
 """Accuracy and cost of a runner on labelled data.
 
-Shapes: ``B`` batch, ``C`` classes, ``K`` exits, ``N`` samples, ``G`` gates.
+Shapes: ``B`` batch, ``C`` classes, ``K`` exits, ``N`` samples, ``G`` gates, ``L`` layers.
 """
 
 from __future__ import annotations
@@ -52,6 +52,22 @@ class BlocksEvaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokensEvaluation:
+    """The tokens of a network in which they halt.
+
+    Attributes:
+        per_layer: Tokens of a sample that run each layer, the mean, in order.
+        mean_depth: Layers that a token runs, the mean over all tokens.
+        macs_saved: Share of the plain network's MACs that a sample saves, the mean; attention's
+            part counted by the pairs of tokens that run.
+    """
+
+    per_layer: tuple[float, ...]
+    mean_depth: float
+    macs_saved: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What a runner reached on a data set.
 
@@ -60,10 +76,12 @@ class Evaluation:
         accuracy: Of the adaptive network, a fraction.
         mean_macs: Mean MACs per sample that ran, heads and gates counted.
         plain_macs: MACs per sample of the plain network.
-        final_exit_accuracy: Of the final exit on every sample, every block run.
+        final_exit_accuracy: Of the final exit on every sample, every block run; where tokens halt,
+            with a threshold of 1, at which they stay longest.
         plain_accuracy: Of a plain network trained as long; None where none was given.
         exits: Figures of each exit; exits that are off in a bundle have none.
         blocks: Figures of the gated blocks; None where blocks are not skipped.
+        tokens: Figures of the tokens; None where they do not halt.
     """
 
     num_samples: int
@@ -74,15 +92,17 @@ class Evaluation:
     plain_accuracy: float | None
     exits: tuple[ExitEvaluation, ...]
     blocks: BlocksEvaluation | None = None
+    tokens: TokensEvaluation | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain values for JSON, under the keys of ``offramp evaluate --json``."""
         content = asdict(self)
         content["exits"] = list(content["exits"])
-        if self.blocks is None:
-            del content["blocks"]
-        else:
-            content["blocks"]["run_rates"] = list(self.blocks.run_rates)
+        for name, rates in (("blocks", "run_rates"), ("tokens", "per_layer")):
+            if content[name] is None:
+                del content[name]
+            else:
+                content[name][rates] = list(content[name][rates])
         return content
 
 
@@ -96,6 +116,7 @@ class Answers:
         macs_N: MACs that ran for each, shape (N,), int64.
         labels_N: True classes, shape (N,), int64.
         blocks_NG: Gated blocks that ran, shape (N, G), bool; None where blocks are not skipped.
+        tokens_NL: Tokens that ran each layer, shape (N, L), int64; None where they do not halt.
     """
 
     predictions_N: Tensor
@@ -103,6 +124,7 @@ class Answers:
     macs_N: Tensor
     labels_N: Tensor
     blocks_NG: Tensor | None = None
+    tokens_NL: Tensor | None = None
 
     @property
     def accuracy(self) -> float:
@@ -138,7 +160,7 @@ def answer(runner: Runner, loader: Iterable[tuple[Any, Tensor]]) -> Answers:
     Raises:
         DataError: If the loader yields no sample.
     """
-    predictions, exits, macs, labels, blocks = [], [], [], [], []
+    predictions, exits, macs, labels, blocks, tokens = [], [], [], [], [], []
     for batch, labels_B in loader:
         result = runner.run(*as_inputs(batch))
         predictions.append(torch.as_tensor(result.output).argmax(-1).cpu())
@@ -147,6 +169,8 @@ def answer(runner: Runner, loader: Iterable[tuple[Any, Tensor]]) -> Answers:
         labels.append(labels_B.cpu())
         if result.blocks is not None:
             blocks.append(torch.as_tensor(result.blocks).cpu())
+        if result.tokens is not None:
+            tokens.append(torch.as_tensor(result.tokens).cpu())
     if not labels:
         raise DataError("Expected at least one batch of samples to evaluate. Got none.")
     return Answers(
@@ -155,6 +179,7 @@ def answer(runner: Runner, loader: Iterable[tuple[Any, Tensor]]) -> Answers:
         macs_N=torch.cat(macs),
         labels_N=torch.cat(labels),
         blocks_NG=torch.cat(blocks) if blocks else None,
+        tokens_NL=torch.cat(tokens) if tokens else None,
     )
 
 
@@ -203,6 +228,7 @@ def evaluate(
             for k, accuracy in zip(logits.numbers, accuracy_K, strict=True)
         ),
         blocks=_describe_blocks(answers, plain_macs=logits.costs.plain_macs),
+        tokens=_describe_tokens(answers, plain_macs=logits.costs.plain_macs),
     )
 
 
@@ -213,5 +239,16 @@ def _describe_blocks(answers: Answers, *, plain_macs: int) -> BlocksEvaluation |
     return BlocksEvaluation(
         run_rates=tuple(run_rates_G.tolist()),
         saved=1 - float(run_rates_G.mean()),
+        macs_saved=1 - answers.mean_macs / plain_macs,
+    )
+
+
+def _describe_tokens(answers: Answers, *, plain_macs: int) -> TokensEvaluation | None:
+    if answers.tokens_NL is None:
+        return None
+    tokens_NL = answers.tokens_NL.double()
+    return TokensEvaluation(
+        per_layer=tuple(tokens_NL.mean(0).tolist()),
+        mean_depth=float(tokens_NL.sum() / tokens_NL[:, 0].sum()),  # all run the first layer
         macs_saved=1 - answers.mean_macs / plain_macs,
     )

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from offramp.errors import NotCalibratedError
+from offramp.inference.halting import HaltingRunner
 from offramp.inference.skipping import SkipRunner
 from offramp.model.multi_exit import Features, MultiExitNetwork, take_samples
-from offramp.policy.gate_policy import GatePolicy
 from offramp.policy.policies import Policy, State
+from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
 from offramp.results import AdaptiveResult
+from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
 from offramp.zoo import Network
 
@@ -153,16 +155,16 @@ class AdaptiveRunner:
         return self._macs_by_size[size]
 
 
-TorchRunner = AdaptiveRunner | SkipRunner
+TorchRunner = AdaptiveRunner | SkipRunner | HaltingRunner
 """A runner of each family of networks."""
 
 
-def make_runner(network: Network, policy: Policy | GatePolicy | None) -> TorchRunner:
+def make_runner(network: Network, policy: Policy | RoutingPolicy | None) -> TorchRunner:
     """Make the runner that fits a network and its policy.
 
     Args:
         network: The network; it is put in evaluation mode.
-        policy: Who leaves where, or which blocks run.
+        policy: Who leaves where, which blocks run, or when a token halts.
     Returns:
         The runner.
     Raises:
@@ -170,7 +172,9 @@ def make_runner(network: Network, policy: Policy | GatePolicy | None) -> TorchRu
     """
     if isinstance(network, SkipNetwork) and isinstance(policy, GatePolicy):
         return SkipRunner(network, policy)
-    if isinstance(network, MultiExitNetwork) and not isinstance(policy, GatePolicy):
+    if isinstance(network, HaltingNetwork) and isinstance(policy, HaltingPolicy):
+        return HaltingRunner(network, policy)
+    if isinstance(network, MultiExitNetwork) and not isinstance(policy, RoutingPolicy):
         return AdaptiveRunner(network, policy)
     raise NotCalibratedError(
         f"Expected a policy for a {type(network).__name__}. Got a {type(policy).__name__}. "

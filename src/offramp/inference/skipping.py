@@ -12,7 +12,7 @@ from torch import Tensor
 
 from offramp.model.multi_exit import take_samples
 from offramp.policy.confidence import max_probability_confidence
-from offramp.policy.gate_policy import GatePolicy
+from offramp.policy.routing_policy import GatePolicy
 from offramp.results import AdaptiveResult
 from offramp.routing.gates import GateState
 from offramp.routing.skip import SkipCosts, SkipNetwork, runs_block

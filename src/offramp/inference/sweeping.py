@@ -14,52 +14,90 @@ from torch import Tensor
 
 from offramp.calibration.sweep import Sweep
 from offramp.errors import DataError
-from offramp.inference.skipping import SkipRunner
-from offramp.model.multi_exit import as_inputs
-from offramp.policy.gate_policy import GatePolicy
+from offramp.inference.runner import make_runner
+from offramp.model.multi_exit import Features, as_inputs
+from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
+from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
 
-GATE_THRESHOLDS = (0.0, *(1 / (1 + math.exp(-step * 2 / 3)) for step in range(-9, 10)), 1.0)
-"""Probabilities at even steps of a gate's score, from -6 to 6: trained gates are mostly sure, so
-that even steps of probability would part few of them. They are set before any sample is seen, as a
-guarantee needs them to be."""
+SteeredNetwork = SkipNetwork | HaltingNetwork
+"""A network of one exit that one threshold steers inside."""
+
+_EVEN_SCORES = tuple(1 / (1 + math.exp(-step * 2 / 3)) for step in range(-9, 10))
+"""Probabilities at even steps of a score, from -6 to 6: trained gates and tokens are mostly sure,
+so that even steps of probability would part few of them. They are set before any sample is seen, as
+a guarantee needs them to be."""
+
+GATE_THRESHOLDS = (0.0, *_EVEN_SCORES, 1.0)
+"""Of gates: at 0 every block runs."""
+
+HALTING_THRESHOLDS = (*sorted((*_EVEN_SCORES, HaltingPolicy.threshold)), 1.0)
+"""Of tokens that halt: that of training is among them, and 1, where they stay longest."""
 
 
 def collect_sweep(
-    network: SkipNetwork,
+    network: SteeredNetwork,
     loader: Iterable[tuple[Any, Tensor]],
-    thresholds: Sequence[float] = GATE_THRESHOLDS,
+    thresholds: Sequence[float] | None = None,
 ) -> Sweep:
-    """Run a network that skips blocks on every sample of a loader, at each of several thresholds.
+    """Run a network that skips blocks or drops tokens at each of several thresholds.
 
     Args:
         network: The network; it is put in evaluation mode, and runs where its parameters are.
         loader: Batches of (inputs, labels).
-        thresholds: For the probability with which a gate runs its block, each in [0, 1]; 0, where
-            every block runs, is always among them.
+        thresholds: For the probability with which a gate runs its block, or for the sum of scores
+            at which a token halts, each in [0, 1]; the one at which most runs, 0 for gates and 1
+            for tokens, is always among them. 21 of them if None.
     Returns:
-        What it says at each, and the MACs that ran.
+        What it says of every sample at each, and the MACs that ran.
     Raises:
         DataError: If the loader yields no sample.
         InvalidArgumentError: If a threshold is not in [0, 1].
     """
     device = next(network.parameters()).device
-    cheap_first = sorted({0.0, *thresholds}, reverse=True)
-    runners = [SkipRunner(network, GatePolicy(threshold)) for threshold in cheap_first]
-    outputs, macs, labels = [], [], []
-    inputs = None
+    cheap_first = _cheap_first(network, thresholds)
+    policy = steering_policy(network)
+    runners = [make_runner(network, policy(threshold)) for threshold in cheap_first]
+    outputs, macs, plain_macs, labels = [], [], [], []
     for batch, labels_B in loader:
         inputs = as_inputs(batch, device)
         results = [runner.run(*inputs) for runner in runners]
         outputs.append(torch.stack([result.output for result in results]).float().cpu())
         macs.append(torch.stack([result.macs for result in results]).cpu())
+        plain_macs.append(_plain_macs(network, inputs))
         labels.append(labels_B.cpu())
-    if inputs is None:
+    if not labels:
         raise DataError("Expected at least one batch of samples to run. Got none.")
     return Sweep(
         logits_KNC=torch.cat(outputs, dim=1),
         labels_N=torch.cat(labels),
         thresholds=tuple(cheap_first),
         macs_KN=torch.cat(macs, dim=1),
-        plain_macs=network.costs(*inputs).plain_macs,
+        plain_macs=round(float(torch.cat(plain_macs).double().mean())),
     )
+
+
+def steering_policy(network: SteeredNetwork) -> type[RoutingPolicy]:
+    """The kind of policy that a network takes.
+
+    Args:
+        network: The network.
+    Returns:
+        A class that makes the policy of a threshold.
+    """
+    return GatePolicy if isinstance(network, SkipNetwork) else HaltingPolicy
+
+
+def _cheap_first(network: SteeredNetwork, thresholds: Sequence[float] | None) -> list[float]:
+    if isinstance(network, SkipNetwork):
+        asked = GATE_THRESHOLDS if thresholds is None else thresholds
+        return sorted({0.0, *asked}, reverse=True)
+    asked = HALTING_THRESHOLDS if thresholds is None else thresholds
+    return sorted({1.0, *asked})
+
+
+def _plain_macs(network: SteeredNetwork, inputs: Features) -> Tensor:
+    """Of each sample."""
+    if isinstance(network, HaltingNetwork) and network.ragged is not None:
+        return network.costs(*inputs).macs_of_length(network.lengths(inputs)).cpu()
+    return torch.full((len(inputs[0]),), network.costs(*inputs).plain_macs)

@@ -23,6 +23,7 @@ from offramp.inference.agreement import (
     check_agreement,
     compare_answers,
     compare_blocks,
+    compare_tokens,
     is_near,
     require_agreement,
 )
@@ -170,6 +171,8 @@ def _compare_with_all_steps(
 ) -> Agreement:
     if session.bundle.skip is not None:
         return _compare_with_every_block(result, session, inputs, session.bundle.skip.threshold)
+    if session.bundle.halting is not None:
+        return _compare_with_every_token(result, session, inputs)
     steps = session.bundle.steps
     output, step_B, confidences = all_steps_loop(session, inputs.numpy())
     exits = torch.tensor([step.exit_index for step in steps])
@@ -193,3 +196,10 @@ def _compare_with_every_block(
         blocks_BG,
         is_near_BG=(probability_BG - threshold).abs() < DECISION_TOLERANCE,
     )
+
+
+def _compare_with_every_token(
+    result: AdaptiveResult[Any], session: Session, inputs: Tensor
+) -> Agreement:
+    output, tokens_BL, margin_BL = map(torch.from_numpy, session.run_every_token(inputs))
+    return compare_tokens(result, output, tokens_BL, is_near_BL=margin_BL < DECISION_TOLERANCE)

@@ -8,11 +8,15 @@ from typing import Any
 
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.policy.controller import ControllerPolicy, scorers_from_dicts, scorers_to_dicts
-from offramp.policy.gate_policy import GatePolicy
 from offramp.policy.policies import PatiencePolicy, Policy, ThresholdPolicy
+from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
+
+_ROUTING: dict[str, type[RoutingPolicy]] = {
+    policy.kind: policy for policy in (GatePolicy, HaltingPolicy)
+}
 
 
-def policy_to_dict(policy: Policy | GatePolicy) -> dict[str, Any]:
+def policy_to_dict(policy: Policy | RoutingPolicy) -> dict[str, Any]:
     """Describe a policy in values that JSON can hold (+inf becomes None).
 
     Args:
@@ -43,15 +47,15 @@ def policy_to_dict(policy: Policy | GatePolicy) -> dict[str, Any]:
             "thresholds": without_inf(policy.thresholds),
             "scorers": scorers_to_dicts(policy.scorers),
         }
-    if isinstance(policy, GatePolicy):
-        return {"kind": "gates", "threshold": policy.threshold}
+    if isinstance(policy, RoutingPolicy):
+        return {"kind": policy.kind, "threshold": policy.threshold}
     raise InvalidArgumentError(
-        "Expected a ThresholdPolicy, a PatiencePolicy, a ControllerPolicy or a GatePolicy. "
-        f"Got {type(policy).__name__}."
+        "Expected a ThresholdPolicy, a PatiencePolicy, a ControllerPolicy, a GatePolicy or a "
+        f"HaltingPolicy. Got {type(policy).__name__}."
     )
 
 
-def policy_from_dict(content: dict[str, Any]) -> Policy | GatePolicy:
+def policy_from_dict(content: dict[str, Any]) -> Policy | RoutingPolicy:
     """Rebuild a policy from :func:`policy_to_dict`.
 
     Args:
@@ -81,12 +85,13 @@ def policy_from_dict(content: dict[str, Any]) -> Policy | GatePolicy:
             return ControllerPolicy(
                 _with_inf(content["thresholds"]), scorers_from_dicts(content["scorers"])
             )
-        if content["kind"] == "gates":
-            return GatePolicy(content["threshold"])
+        if content["kind"] in _ROUTING:
+            return _ROUTING[content["kind"]](content["threshold"])
     except (KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ArtifactError(f"Expected a policy, got a damaged one ({error}).") from error
     raise ArtifactError(
-        f"Expected a threshold, patience, controller or gates policy. Got kind {content['kind']!r}."
+        "Expected a threshold, patience, controller, gates or halting policy. "
+        f"Got kind {content['kind']!r}."
     )
 
 

@@ -4,7 +4,7 @@ from offramp.runtime.bundle import (
     Bundle,
     Step,
     read_bundle,
-    with_gate_threshold,
+    with_routing_threshold,
     with_thresholds,
 )
 from offramp.runtime.session import PlainSession, Session
@@ -15,6 +15,6 @@ __all__ = [
     "Session",
     "Step",
     "read_bundle",
-    "with_gate_threshold",
+    "with_routing_threshold",
     "with_thresholds",
 ]

@@ -2,8 +2,8 @@
 
 A folder with ``bundle.json`` and ONNX files. Of a network with exits, one file a step: the stages
 up to an exit, the exit, and the decision who leaves there; exits that are off have no step of their
-own. Of a network that skips blocks, one a part: see ``skip_parts.py``. Beside them, one file holds
-everything for batches of one.
+own. Of a network that skips blocks, or whose tokens halt, one a part: see ``skip_parts.py`` and
+``halting_parts.py``. Beside them, one file holds everything for batches of one.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from typing import Any
 from offramp.artifacts import read_json, write_json
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.runtime.files import OnnxFile, TensorSpec, file_sha256, read_spec
+from offramp.runtime.halting_parts import HaltingParts, read_halting_parts
 from offramp.runtime.skip_parts import SkipParts, read_skip_parts
 
 BUNDLE_FILE = "bundle.json"
 NOBODY_LEAVES = 1e9
 """A threshold above every confidence and every patience, which JSON can hold."""
-FAMILIES = ("exits", "skip")
+FAMILIES = ("exits", "skip", "halting")
 """Kinds of adaptive networks that a session can run."""
 SINGLE_OUTPUTS = ("output", "confidence", "step")
 """What the file for single samples puts out: logits, confidence, number of the step left by.
 
-Of a network with exits; the other family's are in ``skip_parts.py``.
+Of a network with exits; those of others are in ``skip_parts.py`` and ``halting_parts.py``.
 """
 
 
@@ -93,7 +94,7 @@ class Bundle:
     Attributes:
         folder: Where the bundle is.
         family: Kind of adaptive network.
-        steps: In the order in which they run; empty for a network that skips blocks.
+        steps: In the order in which they run; empty for a network of another family than exits.
         num_exits: Exits of the network, those that are off counted.
         class_names: Name of each class; empty where none were given.
         plain_file: The plain network as one ONNX file, for timing on the device; None if left out.
@@ -108,7 +109,8 @@ class Bundle:
         single_file: All steps in one ONNX file for batches of one; None in bundles of schema 1.
         single_sha256: Hash of that file.
         padding: For samples of unequal length, where padding is marked; else None.
-        skip: The parts of a network that skips blocks; None for one with exits.
+        skip: The parts of a network that skips blocks; else None.
+        halting: The parts of a network whose tokens halt; else None.
     """
 
     folder: Path
@@ -128,11 +130,20 @@ class Bundle:
     single_sha256: str | None = None
     padding: Padding | None = None
     skip: SkipParts | None = None
+    halting: HaltingParts | None = None
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """The network's inputs."""
-        return self.steps[0].features if self.skip is None else (self.skip.input,)
+        if self.skip is not None:
+            return (self.skip.input,)
+        return self.steps[0].features if self.halting is None else self.halting.inputs
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of whatever family it is."""
+        routed = self.skip or self.halting
+        return len(self.steps if routed is None else routed.steps)
 
     @property
     def files(self) -> tuple[OnnxFile, ...]:
@@ -141,7 +152,8 @@ class Bundle:
         extra = [(self.plain_file, self.plain_sha256), (self.single_file, self.single_sha256)]
         named += [(name, str(sha256)) for name, sha256 in extra if name is not None]
         files = tuple(OnnxFile(name=name, sha256=sha256) for name, sha256 in named)
-        return files if self.skip is None else (*files, *self.skip.files)
+        routed = self.skip or self.halting
+        return files if routed is None else (*files, *routed.files)
 
 
 def single_numbers(steps: Sequence[Step]) -> dict[str, float]:
@@ -167,12 +179,12 @@ def with_thresholds(bundle: Bundle, thresholds: Sequence[float]) -> Bundle:
         What to write or to run.
     Raises:
         InvalidArgumentError: If there is not one threshold per step but the last, or the network
-            skips blocks.
+            has no exits.
     """
-    if bundle.skip is not None:
+    if bundle.family != "exits":
         raise InvalidArgumentError(
-            f"Expected a bundle of a network with exits. The gates of {bundle.folder} share one "
-            "threshold: use with_gate_threshold."
+            f"Expected a bundle of a network with exits. One threshold steers that of "
+            f"{bundle.folder}, of the family {bundle.family}: use with_routing_threshold."
         )
     if len(thresholds) != len(bundle.steps) - 1:
         raise InvalidArgumentError(
@@ -195,27 +207,29 @@ def with_thresholds(bundle: Bundle, thresholds: Sequence[float]) -> Bundle:
     )
 
 
-def with_gate_threshold(bundle: Bundle, threshold: float) -> Bundle:
-    """The same bundle with another threshold of its gates; its ONNX files need not change.
+def with_routing_threshold(bundle: Bundle, threshold: float) -> Bundle:
+    """The same bundle with another threshold of its gates or tokens; its ONNX files stay.
 
     Args:
-        bundle: The bundle, of a network that skips blocks.
-        threshold: In [0, 1]; 0 runs every block.
+        bundle: The bundle, of a network that skips blocks or whose tokens halt.
+        threshold: In [0, 1]; 0 runs every block, and lets every token halt after the first layer.
     Returns:
         What to write or to run.
     Raises:
-        InvalidArgumentError: If the threshold is not in [0, 1], or the bundle has no gates.
+        InvalidArgumentError: If the threshold is not in [0, 1], or the bundle has exits.
     """
-    if bundle.skip is None:
+    if bundle.family == "exits":
         raise InvalidArgumentError(
-            f"Expected a bundle of a network that skips blocks. {bundle.folder} holds one of the "
-            f"family {bundle.family}, which has no gates."
+            "Expected a bundle of a network that skips blocks or whose tokens halt. "
+            f"{bundle.folder} holds one of the family exits: use with_thresholds."
         )
     if not 0 <= threshold <= 1:
         raise InvalidArgumentError(f"The 'threshold' parameter must be in [0, 1]. Got {threshold}.")
+    skip, halting = bundle.skip, bundle.halting
     return replace(
         bundle,
-        skip=replace(bundle.skip, threshold=float(threshold)),
+        skip=None if skip is None else replace(skip, threshold=float(threshold)),
+        halting=None if halting is None else replace(halting, threshold=float(threshold)),
         policy={**bundle.policy, "threshold": float(threshold)},
     )
 
@@ -228,8 +242,9 @@ def write_bundle(bundle: Bundle) -> None:
     """
     content = asdict(bundle)
     del content["folder"]
-    if bundle.skip is None:
-        del content["skip"]  # which an older Offramp does not know
+    for family in ("skip", "halting"):  # which an older Offramp does not know
+        if content[family] is None:
+            del content[family]
     write_json(bundle.folder / BUNDLE_FILE, content)
 
 
@@ -259,13 +274,14 @@ def read_bundle(folder: Path | str) -> Bundle:
     try:
         steps = tuple(_read_step(step) for step in content.pop("steps"))
         class_names = tuple(content.pop("class_names"))
-        padding, skip = content.pop("padding", None), content.pop("skip", None)
+        padding, skip, halting = (content.pop(key, None) for key in ("padding", "skip", "halting"))
         bundle = Bundle(
             folder=folder,
             steps=steps,
             class_names=class_names,
             padding=None if padding is None else Padding(**padding),
             skip=None if skip is None else read_skip_parts(skip),
+            halting=None if halting is None else read_halting_parts(halting),
             **content,
         )
         _check_parts(bundle)
@@ -284,8 +300,12 @@ def read_bundle(folder: Path | str) -> Bundle:
 
 
 def _check_parts(bundle: Bundle) -> None:
-    has_exits, skips = bool(bundle.steps), bundle.skip is not None and bool(bundle.skip.steps)
-    if (has_exits, skips) != (bundle.family == "exits", bundle.family == "skip"):
+    steps = {
+        "exits": bundle.steps,
+        "skip": bundle.skip and bundle.skip.steps,
+        "halting": bundle.halting and bundle.halting.steps,
+    }
+    if [family for family, found in steps.items() if found] != [bundle.family]:
         raise ValueError(f"no steps of the family {bundle.family}")
     if any(Path(file.name).name != file.name for file in bundle.files):
         raise ValueError("a file outside the folder")

@@ -17,6 +17,7 @@ from offramp.errors import ArtifactError, InvalidArgumentError, ShapeError
 from offramp.results import AdaptiveResult
 from offramp.runtime.bundle import Bundle, read_bundle
 from offramp.runtime.exit_steps import ExitSteps
+from offramp.runtime.halting_steps import HaltingSteps
 from offramp.runtime.loading import Loader
 from offramp.runtime.padding import mask_of_inputs, trim_tokens
 from offramp.runtime.skip_steps import SkipSteps
@@ -27,10 +28,11 @@ Array = npt.NDArray[Any]
 class Session:
     """Answers batches from a bundle, running on each sample what it needs.
 
-    The same loops as :class:`offramp.AdaptiveRunner` and :class:`offramp.SkipRunner`, on
-    onnxruntime sessions; the bundle's family says which. A batch of one runs as one graph, which is
-    loaded when the first comes, so that a session that never sees one holds its weights once. A
-    session keeps nothing of a call: several threads may call :meth:`run` at once.
+    The same loops as :class:`offramp.AdaptiveRunner`, :class:`offramp.SkipRunner` and
+    :class:`offramp.HaltingRunner`, on onnxruntime sessions; the bundle's family says which. A
+    batch of one runs as one graph, which is loaded when the first comes, so that a session that
+    never sees one holds its weights once. A session keeps nothing of a call: several threads may
+    call :meth:`run` at once.
 
     Args:
         bundle: A bundle's folder, or what :func:`~offramp.runtime.read_bundle` made of it.
@@ -54,11 +56,13 @@ class Session:
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
         loader = Loader(self.bundle, threads=threads, providers=providers, options=options)
-        self._steps: ExitSteps | SkipSteps
-        if self.bundle.skip is None:
-            self._steps = ExitSteps(self.bundle, loader)
-        else:
+        self._steps: ExitSteps | SkipSteps | HaltingSteps
+        if self.bundle.skip is not None:
             self._steps = SkipSteps(self.bundle.skip, loader)
+        elif self.bundle.halting is not None:
+            self._steps = HaltingSteps(self.bundle, self.bundle.halting, loader)
+        else:
+            self._steps = ExitSteps(self.bundle, loader)
 
     def run(self, *inputs: npt.ArrayLike) -> AdaptiveResult[Array]:
         """Answer a batch.
@@ -67,7 +71,7 @@ class Session:
             inputs: The network's inputs, each with the batch axis first.
         Returns:
             Logits, exit, confidence and MACs of each sample, in the order of the batch; and which
-            blocks ran, where the network skips some.
+            blocks ran, where the network skips some, or how many tokens, where they halt.
         Raises:
             ShapeError: If the inputs are not of the shape that the bundle was exported for.
             ArtifactError: If the bundle was replaced after it was opened, and before the first
@@ -87,12 +91,12 @@ class Session:
             feed: What the ONNX file was given, by name.
             outputs: Output, confidence and leave of each sample, then what the next step is given.
         Raises:
-            InvalidArgumentError: If the network skips blocks: its steps end with no exit.
+            InvalidArgumentError: If the network has one exit: its steps end with none.
         """
-        if isinstance(self._steps, SkipSteps):
+        if not isinstance(self._steps, ExitSteps):
             raise InvalidArgumentError(
-                f"Expected a bundle of a network with exits. {self.bundle.folder} holds one that "
-                "skips blocks: its steps give no answers of their own."
+                f"Expected a bundle of a network with exits. {self.bundle.folder} holds one of the "
+                f"family {self.bundle.family}: its steps give no answers of their own."
             )
         return self._steps.run_step(index, carried)
 
@@ -111,12 +115,35 @@ class Session:
             InvalidArgumentError: If the network skips no blocks.
             ShapeError: If the input is not of the shape that the bundle was exported for.
         """
-        if isinstance(self._steps, ExitSteps):
+        if not isinstance(self._steps, SkipSteps):
             raise InvalidArgumentError(
                 f"Expected a bundle of a network that skips blocks. {self.bundle.folder} holds one "
-                "with exits: it has no gates."
+                f"of the family {self.bundle.family}: it has no gates."
             )
         return self._steps.run_every_block(check_inputs(self.bundle, inputs))
+
+    def run_every_token(self, *inputs: npt.ArrayLike) -> tuple[Array, Array, Array]:
+        """Run every layer on every token, and mask those that have halted.
+
+        What dropping must equal, and the published code's way.
+
+        Args:
+            inputs: The network's inputs, each with the batch axis first.
+        Returns:
+            output: Raw logits, shape (B, C).
+            tokens: Tokens that count in each layer, shape (B, L), int64.
+            margin: How near the sum of a token's scores comes to the threshold behind each layer's
+                step, shape (B, L).
+        Raises:
+            InvalidArgumentError: If no tokens halt.
+            ShapeError: If the inputs are not of the shape that the bundle was exported for.
+        """
+        if not isinstance(self._steps, HaltingSteps):
+            raise InvalidArgumentError(
+                f"Expected a bundle of a network whose tokens halt. {self.bundle.folder} holds one "
+                f"of the family {self.bundle.family}."
+            )
+        return self._steps.run_every_token(check_inputs(self.bundle, inputs))
 
 
 class PlainSession:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from offramp.results import AdaptiveResult
-from offramp.runtime.loading import Loader
+from offramp.runtime.loading import LoadedFile, Loader
 from offramp.runtime.skip_parts import SKIP_OUTPUTS, SkipParts, SkipStep
 
 Array = npt.NDArray[Any]
@@ -29,9 +29,9 @@ class SkipSteps:
 
     def __init__(self, parts: SkipParts, loader: Loader) -> None:
         self._single = loader.single(SKIP_OUTPUTS, {"threshold": parts.threshold})
-        self._stem = _Part(loader, parts.stem.name)
+        self._stem = LoadedFile(loader, parts.stem.name)
         self._steps = [_LoadedStep(loader, step) for step in parts.steps]
-        self._head = _Part(loader, parts.head.name)
+        self._head = LoadedFile(loader, parts.head.name)
         self._threshold = np.array(parts.threshold, dtype=np.float32)
         self._always_macs = parts.fixed_macs + sum(step.gate_macs for step in parts.steps)
         self._block_macs = np.array([step.block_macs for step in parts.steps])
@@ -84,26 +84,13 @@ class SkipSteps:
         return self._head.run(x)[0], np.stack(ran, 1), np.stack(probabilities, 1)
 
 
-class _Part:
-    """An ONNX file whose inputs are given in order."""
-
-    def __init__(self, loader: Loader, name: str) -> None:
-        self._session = loader.load(name)
-        self._names = [value.name for value in self._session.get_inputs()]
-
-    def run(self, *inputs: Array) -> list[Array]:
-        """Its outputs."""
-        outputs: list[Array] = self._session.run(None, dict(zip(self._names, inputs, strict=True)))
-        return outputs
-
-
 class _LoadedStep:
     """A gate, its block, and the way around it."""
 
     def __init__(self, loader: Loader, step: SkipStep) -> None:
-        self.gate = _Part(loader, step.gate.name)
-        self._block = _Part(loader, step.block.name)
-        self._around = None if step.around is None else _Part(loader, step.around.name)
+        self.gate = LoadedFile(loader, step.gate.name)
+        self._block = LoadedFile(loader, step.block.name)
+        self._around = None if step.around is None else LoadedFile(loader, step.around.name)
 
     def run_or_skip(self, x: Array, run_B: Array) -> Array:
         """Run the block on those that want it, and put what comes out back in its place."""

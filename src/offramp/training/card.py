@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.policy.as_dict import policy_to_dict
-from offramp.policy.gate_policy import GatePolicy
 from offramp.policy.policies import Policy
+from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
+from offramp.training.card_words import Words, words_for
 from offramp.training.recipes import Recipe
 from offramp.training.sources import SOURCES
 
@@ -54,56 +55,15 @@ run = from_pretrained("{name}", network=network)
 {use}
 ```
 """
-_USE_POLICY = """\
-result = AdaptiveRunner(run.network, run.policy).run(inputs)
-print(result.output.argmax(-1), result.exit_index, result.macs)  # class, exit, MACs that ran"""
-_USE_GATES = """\
-result = SkipRunner(run.network, run.policy).run(inputs)
-print(result.output.argmax(-1), result.blocks.sum(1), result.macs)  # class, blocks and MACs run"""
 _USE_EXITS = """\
 logits = run.network(inputs)  # of every exit: no policy was chosen yet"""
-
-
-class _Words(NamedTuple):
-    """What is said of a family of networks."""
-
-    tag: str
-    heading: str
-    runner: str
-    use: str
-    less: str
-    less_metric: str
-    all: str
-    all_metric: str
-
-
-_EXITS = _Words(
-    tag="early-exit",
-    heading="Who leaves where",
-    runner="AdaptiveRunner",
-    use=_USE_POLICY,
-    less="leaving early",
-    less_metric="accuracy with early exit",
-    all="every sample to the final exit",
-    all_metric="accuracy of the final exit alone",
-)
-_GATES = _Words(
-    tag="skipnet",
-    heading="Which blocks run",
-    runner="SkipRunner",
-    use=_USE_GATES,
-    less="skipping blocks",
-    less_metric="accuracy with blocks skipped",
-    all="every block run",
-    all_metric="accuracy with every block run",
-)
 
 
 def model_card(
     name: str,
     *,
     recipe: Recipe | None,
-    policy: Policy | GatePolicy | None,
+    policy: Policy | RoutingPolicy | None,
     calibration: Mapping[str, Any] | None,
     evaluation: Mapping[str, Any] | None,
 ) -> str:
@@ -112,7 +72,7 @@ def model_card(
     Args:
         name: Of the repository or folder, as ``from_pretrained`` takes it.
         recipe: How the network was trained; None for one of the user's own.
-        policy: Who leaves where, or which blocks run; None before calibration.
+        policy: Who leaves where, which blocks run, or when a token halts; None before calibration.
         calibration: What ``policy.json`` says of how it was chosen.
         evaluation: Figures that :func:`check_evaluation` lets pass; None where nothing was
             measured, and the card then says so.
@@ -125,7 +85,7 @@ def model_card(
     if recipe is not None:
         trained = f", trained on `{recipe.data}` by Offramp's recipe `{recipe.name}`"
         trained += "" if recipe.variant == "adaptive" else f" in its variant `{recipe.variant}`"
-    words = _words(policy)
+    words = words_for(policy)
     sections = (
         f"# {name.rsplit('/')[-1]}\n",
         f"A network that {_ability(policy)}{trained}.\n",
@@ -141,19 +101,17 @@ def model_card(
     return str(ModelCard(f"---\n{head}\n---\n\n" + "\n".join(sections)))
 
 
-def _words(policy: Policy | GatePolicy | None) -> _Words:
-    return _GATES if isinstance(policy, GatePolicy) else _EXITS
-
-
-def _ability(policy: Policy | GatePolicy | None) -> str:
+def _ability(policy: Policy | RoutingPolicy | None) -> str:
     if isinstance(policy, GatePolicy):
         return "skips blocks input by input"
+    if isinstance(policy, HaltingPolicy):
+        return "drops each token of an input as soon as it is finished"
     exits = "" if policy is None else f", with {_count(policy.num_exits, 'exit')}"
     return f"can stop early{exits}"
 
 
 def check_evaluation(
-    evaluation: Mapping[str, Any], *, recipe: Recipe | None, policy: Policy | GatePolicy | None
+    evaluation: Mapping[str, Any], *, recipe: Recipe | None, policy: Policy | RoutingPolicy | None
 ) -> None:
     """Refuse figures that are not those of ``offramp evaluate --json``, or are of another run.
 
@@ -172,6 +130,10 @@ def check_evaluation(
         if isinstance(policy, GatePolicy):
             fractions += [evaluation["blocks"]["saved"], *evaluation["blocks"]["run_rates"]]
         counts = [evaluation[key] for key in ("num_samples", "mean_macs", "plain_macs")]
+        if isinstance(policy, HaltingPolicy):
+            every, *later = evaluation["tokens"]["per_layer"]
+            fractions += [mean / every for mean in later]
+            counts.append(every)
         counts += [row["macs"] for row in evaluation["exits"]]
         is_sound = all(0 <= x <= 1 for x in fractions) and all(0 < x < math.inf for x in counts)
         is_sound &= math.isclose(sum(share for _, _, share in rows), 1, abs_tol=1e-6)
@@ -201,7 +163,7 @@ def check_evaluation(
 
 
 def _metadata(
-    name: str, recipe: Recipe | None, evaluation: Mapping[str, Any] | None, words: _Words
+    name: str, recipe: Recipe | None, evaluation: Mapping[str, Any] | None, words: Words
 ) -> ModelCardData:
     results = []
     if recipe is not None and evaluation is not None and not evaluation.get("in_sample"):
@@ -237,8 +199,8 @@ def _task(recipe: Recipe) -> str:
     return f"{kind}-classification"
 
 
-def _loading(name: str, recipe: Recipe | None, policy: Policy | GatePolicy | None) -> str:
-    words = _words(policy)
+def _loading(name: str, recipe: Recipe | None, policy: Policy | RoutingPolicy | None) -> str:
+    words = words_for(policy)
     use = _USE_EXITS if policy is None else words.use
     parts = {"name": name, "use": use, "runner": words.runner}
     if recipe is None:
@@ -251,14 +213,14 @@ def _loading(name: str, recipe: Recipe | None, policy: Policy | GatePolicy | Non
 
 
 def _describe_policy(
-    policy: Policy | GatePolicy | None, calibration: Mapping[str, Any] | None
+    policy: Policy | RoutingPolicy | None, calibration: Mapping[str, Any] | None
 ) -> str:
     if policy is None:
         return "No policy was chosen yet: `offramp calibrate RUN --max-drop 0.01` chooses one.\n"
-    if isinstance(policy, GatePolicy):
-        rule = f"A block runs where its gate's probability is at least {policy.threshold:.4f}."
+    if isinstance(policy, RoutingPolicy):
+        rule = f"{words_for(policy).rule} at least {policy.threshold:.4f}."
         if calibration is None:
-            return f"{rule} No other was chosen: the gates were trained for one half.\n"
+            return f"{rule} No other was chosen: the network was trained for this one.\n"
     elif policy.num_exits == 1:
         return "There is one exit, and every sample goes to it.\n"
     else:
@@ -312,7 +274,7 @@ def _describe_choice(calibration: Mapping[str, Any]) -> str:
 
 
 def _describe_evaluation(
-    recipe: Recipe | None, evaluation: Mapping[str, Any] | None, words: _Words
+    recipe: Recipe | None, evaluation: Mapping[str, Any] | None, words: Words
 ) -> str:
     if evaluation is None:
         return (
@@ -347,11 +309,15 @@ def _describe_evaluation(
 
 
 def _parts_table(evaluation: Mapping[str, Any]) -> list[str]:
-    """Who left where, or how many ran each block."""
+    """Who left where, or how many ran each block or layer."""
     if "blocks" in evaluation:
         rates = enumerate(evaluation["blocks"]["run_rates"])
         rows = [f"| {index} | {_percent(rate)} |" for index, rate in rates]
         return ["| gated block | samples that run it |", "|---|---|", *rows]
+    if "tokens" in evaluation:
+        means = enumerate(evaluation["tokens"]["per_layer"], start=1)
+        rows = [f"| {number} | {mean:.1f} |" for number, mean in means]
+        return ["| layer | tokens in it |", "|---|---|", *rows]
     rows = [
         f"| {row['index']} | {_percent(row['accuracy'])} | {_percent(row['share'])} "
         f"| {row['macs']:,} |"

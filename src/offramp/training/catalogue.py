@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from offramp.errors import InvalidArgumentError
-from offramp.training.config import FitConfig, GateConfig
+from offramp.training.config import FitConfig, GateConfig, HaltingConfig
 from offramp.training.data import Normalisation, RandomWarp
 from offramp.training.recipes import Recipe
 from offramp.training.sources import nearest
@@ -241,6 +241,106 @@ RECIPES = {
                 learning_rate=0.1,
                 weight_decay=1e-4,
                 gates=GateConfig(reward_epochs=28),
+            ),
+        ),
+        Recipe(
+            name="emnist-avit",
+            summary="a vision transformer whose tokens halt: blank paper first",
+            expected="not measured yet",
+            data="emnist47",
+            network="vit",
+            network_options={
+                "in_channels": 1,
+                "side": 28,
+                "patch": 4,
+                "width": 96,
+                "depth": 8,
+                "num_heads": 3,
+                "mlp_ratio": 2.0,
+                "num_classes": 47,
+                "gate_scale": 5.0,
+                "gate_center": 8.0,
+            },
+            static_options={"depth": 5},
+            normalisation=Normalisation(mean=0.5, deviation=0.5),
+            augment=RandomWarp(degrees=8.0, scale=0.08, shear=0.1, shift=2.0, elastic=0.6),
+            calibration_share=0.02,
+            uniform_prior=True,
+            fit=FitConfig(
+                epochs=14,
+                batch_size=128,
+                learning_rate=2e-3,
+                warmup_epochs=1,
+                weight_decay=0.05,
+                class_balance="sampling",
+                halting=HaltingConfig(
+                    halting_epochs=4,
+                    halting_learning_rate=5e-4,
+                    ponder_weight=0.005,
+                    target_depth=3.0,
+                ),
+            ),
+        ),
+        Recipe(
+            name="cifar10-avit",
+            summary="a vision transformer of DeiT-tiny's size for small images; tokens halt",
+            expected="not measured yet; training takes a GPU",
+            data="cifar10",
+            network="vit",
+            network_options={
+                "in_channels": 3,
+                "side": 32,
+                "patch": 4,
+                "width": 192,
+                "depth": 12,
+                "num_heads": 3,
+                "num_classes": 10,
+                "drop_path": 0.1,
+                "gate_scale": 5.0,
+                "gate_center": 8.0,
+            },
+            static_options={"depth": 7},
+            normalisation=_CIFAR10_PIXELS,
+            augment=_SHIFT_AND_MIRROR,
+            calibration_share=0.1,
+            fit=FitConfig(
+                epochs=100,
+                learning_rate=1e-3,
+                warmup_epochs=5,
+                weight_decay=0.05,
+                label_smoothing=0.1,
+                halting=HaltingConfig(
+                    halting_epochs=25,
+                    halting_learning_rate=5e-4,
+                    ponder_weight=0.005,
+                    target_depth=6.0,
+                ),
+            ),
+        ),
+        Recipe(
+            name="sst2-skim",
+            summary="film reviews, good or bad: pretrained MiniLM that drops words it has read",
+            expected="not measured yet",
+            data="sst2_sentences",
+            network="skim",
+            network_options={
+                "num_classes": 2,
+                "depth": 6,
+                "gate_scale": 5.0,
+                "gate_center": 5.0,
+            },
+            static_options={"depth": 4},
+            calibration_share=0.15,
+            fit=FitConfig(
+                epochs=5,
+                batch_size=32,
+                learning_rate=1e-4,
+                halting=HaltingConfig(
+                    halting_epochs=3,
+                    halting_learning_rate=5e-5,
+                    ponder_weight=0.02,
+                    target_depth=3.0,
+                ),
             ),
         ),
         Recipe(

@@ -48,6 +48,44 @@ class GateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HaltingConfig:
+    """How a transformer is trained so that its tokens halt, after it was trained plain.
+
+    Attributes:
+        halting_epochs: So many last epochs train with halting tokens; those before train the
+            plain network.
+        halting_learning_rate: At the start of those last epochs; decays to zero by a cosine.
+        ponder_weight: Of the layers that tokens run, beside the cross entropy.
+        prior_weight: Of the distance from the prior on where tokens halt.
+        target_depth: Layers after which tokens shall halt, about, says that prior; half of all if
+            None.
+    Reference: Yin et al. (2022), A-ViT, for the weights.
+    """
+
+    halting_epochs: int = 0
+    halting_learning_rate: float = 3e-4
+    ponder_weight: float = 5e-4
+    prior_weight: float = 1e-3
+    target_depth: float | None = None
+
+    def __post_init__(self) -> None:
+        target = self.target_depth
+        _check(
+            self,
+            {
+                "halting_epochs": (self.halting_epochs >= 0, "an int of at least 0"),
+                "halting_learning_rate": (self.halting_learning_rate > 0, "a positive number"),
+                "ponder_weight": (0 <= self.ponder_weight < math.inf, "a number of at least 0"),
+                "prior_weight": (0 <= self.prior_weight < math.inf, "a number of at least 0"),
+                "target_depth": (
+                    target is None or 0 < target < math.inf,
+                    "a positive number of layers",
+                ),
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class FitConfig:
     """How to train. The defaults suit a small network trained from scratch.
 
@@ -56,6 +94,7 @@ class FitConfig:
         batch_size: Samples a step; ignored where a DataLoader is given.
         optimizer: adam, adamw or sgd (momentum 0.9, Nesterov).
         learning_rate: At the start; decays to zero over all epochs by a cosine, a step an epoch.
+        warmup_epochs: So many first epochs let the learning rate rise in even steps.
         weight_decay: On weight matrices and kernels, not on biases and norms.
         loss_weights: One per exit; all 1 if None.
         detach: Let only the final exit train the stages.
@@ -74,12 +113,14 @@ class FitConfig:
         device: cpu, cuda, or auto (cuda where there is one).
         devices: Processes that train together (DDP), at least 1.
         gates: For a network that skips blocks; the defaults if None.
+        halting: For a network whose tokens halt; the defaults if None.
     """
 
     epochs: int = 10
     batch_size: int = 256
     optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
     learning_rate: float = 0.003
+    warmup_epochs: int = 0
     weight_decay: float = 0.01
     loss_weights: tuple[float, ...] | None = None
     detach: bool = False
@@ -94,14 +135,20 @@ class FitConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 1
     gates: GateConfig | None = None
+    halting: HaltingConfig | None = None
 
     def __post_init__(self) -> None:
         epochs_left = self.epochs - self.backbone_epochs
+        num_first = self.epochs - self._last_phase()
         checks = {
             "epochs": (self.epochs >= 1, "an int of at least 1"),
             "batch_size": (self.batch_size >= 1, "an int of at least 1"),
             "optimizer": (self.optimizer in ("adam", "adamw", "sgd"), "adam, adamw or sgd"),
             "learning_rate": (self.learning_rate > 0, "a positive number"),
+            "warmup_epochs": (
+                0 <= self.warmup_epochs < max(num_first, 1),
+                f"an int in [0, {max(num_first, 1) - 1}], fewer than the epochs of the first phase",
+            ),
             "weight_decay": (self.weight_decay >= 0, "at least 0"),
             "loss_weights": (
                 all(0 <= weight < math.inf for weight in self.loss_weights or ()),
@@ -136,7 +183,17 @@ class FitConfig:
                 self.gates.reward_epochs <= self.epochs,
                 f"of at most {self.epochs} reward_epochs, as many as there are epochs",
             )
+        if self.halting is not None:
+            checks["halting"] = (
+                self.halting.halting_epochs <= self.epochs,
+                f"of at most {self.epochs} halting_epochs, as many as there are epochs",
+            )
         _check(self, checks)
+
+    def _last_phase(self) -> int:
+        """Epochs of reinforcement learning, or with halting tokens."""
+        reward = 0 if self.gates is None else self.gates.reward_epochs
+        return reward if self.halting is None else self.halting.halting_epochs
 
 
 def _check(config: object, checks: Mapping[str, tuple[bool, str]]) -> None:

@@ -6,12 +6,15 @@ import torch
 
 from offramp.errors import InvalidArgumentError
 from offramp.model.multi_exit import MultiExitNetwork
+from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
 from offramp.training.config import FitConfig
 from offramp.training.regimes import head_parameters
 
 
-def check_config(network: MultiExitNetwork | SkipNetwork, config: FitConfig) -> None:
+def check_config(
+    network: MultiExitNetwork | SkipNetwork | HaltingNetwork, config: FitConfig
+) -> None:
     """Make sure that a network can be trained as configured, before anything is written.
 
     Args:
@@ -28,32 +31,42 @@ def check_config(network: MultiExitNetwork | SkipNetwork, config: FitConfig) -> 
             f"The 'loss_weights' parameter must hold {network.num_exits} numbers, one per exit. "
             f"Got {len(weights)}."
         )
-    if isinstance(network, SkipNetwork):
-        _check_regimes_unused(config)
-    else:
+    _check_kind(network, config)
+    if isinstance(network, MultiExitNetwork):
         _check_regimes(network, config)
+    else:
+        _check_regimes_unused(config)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InvalidArgumentError(
             "The device cuda was asked for, but torch sees no CUDA device here. Use --device cpu."
         )
 
 
+def _check_kind(
+    network: MultiExitNetwork | SkipNetwork | HaltingNetwork, config: FitConfig
+) -> None:
+    for name, kind, what, maker in (
+        ("gates", SkipNetwork, "networks that skip blocks", "add_gates"),
+        ("halting", HaltingNetwork, "networks whose tokens halt", "add_halting"),
+    ):
+        if getattr(config, name) is not None and not isinstance(network, kind):
+            raise InvalidArgumentError(
+                f"The {name!r} parameter is about {what}. This one is none: leave it out, or make "
+                f"one with {maker}."
+            )
+
+
 def _check_regimes_unused(config: FitConfig) -> None:
-    """A network that skips blocks has one exit: what is about several says nothing to it."""
+    """Where blocks or tokens are dropped there is one exit: what is about several is refused."""
     for name in ("detach", "freeze_backbone", "gradient_equilibrium", "distillation"):
         if getattr(config, name):
             raise InvalidArgumentError(
-                f"The {name!r} parameter is about several exits. This network has one, and skips "
-                f"blocks: leave it out. Got {getattr(config, name)!r}."
+                f"The {name!r} parameter is about several exits. This network has one, and saves "
+                f"inside: leave it out. Got {getattr(config, name)!r}."
             )
 
 
 def _check_regimes(network: MultiExitNetwork, config: FitConfig) -> None:
-    if config.gates is not None:
-        raise InvalidArgumentError(
-            "The 'gates' parameter is about networks that skip blocks. This one has exits: leave "
-            "it out, or make one with add_gates."
-        )
     if config.freeze_backbone and not any(p.requires_grad for p in head_parameters(network)):
         raise InvalidArgumentError(
             "'freeze_backbone' trains only the exits before the final one. This network has "

@@ -26,10 +26,12 @@ from offramp import errors
 from offramp.artifacts import SCHEMA_VERSION, atomic_path
 from offramp.errors import ArtifactError, DataError, InvalidArgumentError, reason
 from offramp.model.multi_exit import MultiExitNetwork
+from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
 from offramp.training.config import FitConfig
 from offramp.training.config_checks import check_config
 from offramp.training.data import Batches, EpochSampler, make_loader
+from offramp.training.halting_task import TOKENS_METRIC, HaltingTask
 from offramp.training.regimes import frozen_backbone
 from offramp.training.skip_task import BLOCKS_METRIC, SkipTask
 from offramp.training.task import ACCURACY_METRIC, MultiExitTask, Task
@@ -39,7 +41,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def fit(
-    network: MultiExitNetwork | SkipNetwork,
+    network: MultiExitNetwork | SkipNetwork | HaltingNetwork,
     train: Dataset[Any] | DataLoader[Any],
     calibration: Dataset[Any] | DataLoader[Any] | None = None,
     config: FitConfig | None = None,
@@ -48,7 +50,7 @@ def fit(
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> None:
-    """Train a network in place: every exit at once, or the gates that skip its blocks.
+    """Train a network in place: every exit at once, gates that skip blocks, tokens that halt.
 
     With a ``folder``, every epoch ends with a checkpoint (``last.ckpt``), a line in
     ``metrics.jsonl``, and Lightning's CSV and TensorBoard logs under ``logs/``. Given a Dataset,
@@ -168,6 +170,10 @@ class _LastCheckpoint(Callback):
             temporary.replace(self.folder / LAST_CHECKPOINT)
 
 
+_SHARES = {BLOCKS_METRIC: "blocks run", TOKENS_METRIC: "tokens run"}
+"""What a line per epoch calls the shares of a network that is run."""
+
+
 class _EpochReport(Callback):
     """Writes and prints a line per epoch: loss, accuracies, seconds, share of time on data."""
 
@@ -194,13 +200,13 @@ class _EpochReport(Callback):
         ]
         epoch, loss = trainer.current_epoch + 1, float(metrics["train_loss_epoch"])
         epoch_s = time.perf_counter() - self._start
-        blocks_run = float(metrics[BLOCKS_METRIC]) if BLOCKS_METRIC in metrics else None
+        run = {name: float(metrics[name]) for name in _SHARES if name in metrics}
         self._append(
             {
                 "epoch": epoch,
                 "train_loss": loss,
                 "exit_accuracy": accuracies,
-                **({} if blocks_run is None else {BLOCKS_METRIC: blocks_run}),
+                **run,
                 "epoch_s": round(epoch_s, 3),
                 "data_share": round(data_s / (data_s + step_s), 4),
             }
@@ -209,7 +215,7 @@ class _EpochReport(Callback):
         print(
             f"epoch {epoch}/{trainer.max_epochs}  loss {loss:.4f}"
             + (f"  exits {exits} %" if accuracies else "")
-            + (f"  blocks run {100 * blocks_run:.1f} %" if blocks_run is not None else "")
+            + "".join(f"  {_SHARES[name]} {100 * share:.1f} %" for name, share in run.items())
             + f"  {epoch_s:.1f} s",
             flush=True,
         )
@@ -222,9 +228,11 @@ class _EpochReport(Callback):
             temporary.write_text("\n".join([*kept, json.dumps(record)]) + "\n")
 
 
-def _task(network: MultiExitNetwork | SkipNetwork, config: FitConfig) -> Task:
+def _task(network: MultiExitNetwork | SkipNetwork | HaltingNetwork, config: FitConfig) -> Task:
     if isinstance(network, SkipNetwork):
         return SkipTask(network, config)
+    if isinstance(network, HaltingNetwork):
+        return HaltingTask(network, config)
     return MultiExitTask(network, config)
 
 
@@ -301,7 +309,7 @@ def _loggers(folder: Path) -> list[Logger]:
 
 
 def _frozen(
-    network: MultiExitNetwork | SkipNetwork, config: FitConfig
+    network: MultiExitNetwork | SkipNetwork | HaltingNetwork, config: FitConfig
 ) -> AbstractContextManager[None]:
     if isinstance(network, MultiExitNetwork) and config.freeze_backbone:
         return frozen_backbone(network)

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from offramp.artifacts import atomic_folder, read_json
 from offramp.errors import ArtifactError, InvalidArgumentError, reason
 from offramp.policy.as_dict import policy_from_dict
-from offramp.policy.gate_policy import GatePolicy
 from offramp.policy.policies import Policy
+from offramp.policy.routing_policy import RoutingPolicy
 from offramp.training.card import check_evaluation, model_card
 from offramp.training.recipes import Recipe
 from offramp.training.run import (
@@ -191,7 +191,7 @@ class _Contents:
     recipe: Recipe | None
     class_names: tuple[str, ...]
     data: str | None
-    policy: Policy | GatePolicy | None
+    policy: Policy | RoutingPolicy | None
     calibration: dict[str, Any] | None
 
 
@@ -213,7 +213,7 @@ def _read(run: Run | Path | str) -> _Contents:
     )
 
 
-def _read_own(folder: Path) -> tuple[Policy | GatePolicy | None, dict[str, Any] | None]:
+def _read_own(folder: Path) -> tuple[Policy | RoutingPolicy | None, dict[str, Any] | None]:
     """Weights that can be read, and the policy, of a network that is not at hand."""
     try:
         with safe_open(folder / WEIGHTS_FILE, "pt"):

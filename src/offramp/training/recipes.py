@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from offramp.errors import ArtifactError, InvalidArgumentError
-from offramp.training.config import FitConfig, GateConfig
+from offramp.training.config import FitConfig, GateConfig, HaltingConfig
 from offramp.training.data import Normalisation, RandomWarp
 from offramp.training.sources import SOURCES
 from offramp.zoo import NETWORKS, Network, build
@@ -110,6 +110,7 @@ class Recipe:
             ramp_epochs=0,
             distillation=0.0,
             gates=None,
+            halting=None,
         )
 
     def build_network(self) -> Network:
@@ -140,6 +141,8 @@ class Recipe:
                 config["loss_weights"] = tuple(config["loss_weights"])
             if config.get("gates") is not None:
                 config["gates"] = GateConfig(**config["gates"])
+            if config.get("halting") is not None:
+                config["halting"] = HaltingConfig(**config["halting"])
             parts = {
                 "normalisation": None if pixels is None else Normalisation(**pixels),
                 "augment": None if augment is None else RandomWarp(**augment),

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from offramp.artifacts import read_json, write_json
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.model.checkpoint import load_weights, save_weights
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.as_dict import policy_from_dict, policy_to_dict
-from offramp.policy.gate_policy import GatePolicy
 from offramp.policy.policies import Policy, never_leave
+from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
+from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
 from offramp.training.data import Batches, ImageBatches, check_labels, split_off_calibration
 from offramp.training.recipes import Recipe
@@ -27,6 +30,12 @@ RECIPE_FILE = "recipe.json"
 WEIGHTS_FILE = "model.safetensors"
 POLICY_FILE = "policy.json"
 CALIBRATION_SPLIT = "calibration"
+_TRAINED_POLICIES: dict[type[nn.Module], RoutingPolicy] = {
+    SkipNetwork: GatePolicy(),
+    HaltingNetwork: HaltingPolicy(),
+}
+"""As each kind of network was trained, where one threshold steers it."""
+_DOES: dict[type[nn.Module], str] = {SkipNetwork: "skips blocks", HaltingNetwork: "drops tokens"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +46,8 @@ class Run:
         folder: The run folder.
         network: The network in evaluation mode, on the CPU.
         class_names: Name of each class; empty where none were saved.
-        policy: Who leaves where, or which blocks run; None before calibration, where there is
-            anything to choose: gates run as they were trained.
+        policy: Who leaves where, which blocks run, or when a token halts; None before
+            calibration, where there is anything to choose: gates and tokens as they were trained.
         calibration: What was asked of the policy, on which data, and what it reached there.
         recipe: How it was trained; None for a network of the user's own.
         data: What ``--data`` was when it was trained; None if the default was taken.
@@ -47,7 +56,7 @@ class Run:
     folder: Path
     network: Network
     class_names: tuple[str, ...]
-    policy: Policy | GatePolicy | None
+    policy: Policy | RoutingPolicy | None
     calibration: dict[str, Any] | None
     recipe: Recipe | None
     data: str | None
@@ -57,12 +66,13 @@ class Run:
         """The network, where a command is about exits.
 
         Raises:
-            InvalidArgumentError: If it is one that skips blocks.
+            InvalidArgumentError: If it is one that skips blocks, or whose tokens halt.
         """
         if not isinstance(self.network, MultiExitNetwork):
             raise InvalidArgumentError(
-                f"Expected a run of a network with exits. {self.folder} skips blocks inside and "
-                "has one exit: this is not for it."
+                "Expected a run of a network with exits. "
+                f"{self.folder} {_DOES[type(self.network)]} inside and has one exit: this is not "
+                "for it."
             )
         return self.network
 
@@ -84,7 +94,7 @@ def save(
     folder: Path | str,
     network: Network,
     *,
-    policy: Policy | GatePolicy | None = None,
+    policy: Policy | RoutingPolicy | None = None,
     class_names: tuple[str, ...] = (),
 ) -> None:
     """Save a network of your own, and its policy, as a run folder.
@@ -92,13 +102,13 @@ def save(
     Args:
         folder: Folder to make; it must not hold a run yet.
         network: The network.
-        policy: Its policy, if it has one; gates run as they were trained if None.
+        policy: Its policy, if it has one; gates and tokens as they were trained if None.
         class_names: Name of each class.
     Raises:
         ArtifactError: If the folder holds a run or cannot be written.
     """
-    if policy is None and isinstance(network, SkipNetwork):
-        policy = GatePolicy()
+    if policy is None and type(network) in _TRAINED_POLICIES:
+        policy = _TRAINED_POLICIES[type(network)]
     if policy is not None:
         policy_to_dict(policy)  # refuses one that cannot be written, before anything is
     folder = create_folder(folder)
@@ -165,11 +175,11 @@ def require_new(folder: Path) -> None:
 
 def _read_policy(
     path: Path, network: Network
-) -> tuple[Policy | GatePolicy | None, dict[str, Any] | None]:
-    skips = isinstance(network, SkipNetwork)
+) -> tuple[Policy | RoutingPolicy | None, dict[str, Any] | None]:
+    trained = _TRAINED_POLICIES.get(type(network))
     if not path.exists():
-        if skips:
-            return GatePolicy(), None
+        if trained is not None:
+            return trained, None
         # With one exit there is nothing to choose.
         return (never_leave(1) if network.num_exits == 1 else None), None
     content = read_json(path)
@@ -179,10 +189,12 @@ def _read_policy(
             raise ArtifactError(f"Expected an object as data, got {content['data']!r}.")
     except (ArtifactError, KeyError) as error:
         raise ArtifactError(f"{path} is damaged: {error} Calibrate the run again.") from error
-    if isinstance(policy, GatePolicy) != skips:
+    expected = None if trained is None else type(trained)
+    if (type(policy) if isinstance(policy, RoutingPolicy) else None) is not expected:
         raise ArtifactError(
-            f"Expected a policy for {'gates' if skips else 'exits'} in {path}, which the network "
-            f"has. Got one of the kind {content['policy']['kind']!r}. Calibrate the run again."
+            f"Expected a policy for {'exits' if trained is None else trained.kind} in {path}, "
+            f"which the network has. Got one of the kind {content['policy']['kind']!r}. "
+            "Calibrate the run again."
         )
     if policy.num_exits != network.num_exits:
         raise ArtifactError(
@@ -258,7 +270,7 @@ def read_recipe(folder: Path) -> tuple[Recipe | None, tuple[str, ...], str | Non
 
 
 def write_policy(
-    folder: Path, policy: Policy | GatePolicy, *, calibration: dict[str, Any] | None = None
+    folder: Path, policy: Policy | RoutingPolicy, *, calibration: dict[str, Any] | None = None
 ) -> None:
     """Write ``policy.json``.
 

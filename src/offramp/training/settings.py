@@ -9,10 +9,15 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from offramp.errors import InvalidArgumentError
-from offramp.training.config import FitConfig, GateConfig
+from offramp.training.config import FitConfig, GateConfig, HaltingConfig
 from offramp.training.data import RandomWarp
 from offramp.training.recipes import Recipe, Variant
 from offramp.training.sources import nearest
+
+_KINDS = {"gates": GateConfig, "halting": HaltingConfig}
+"""Settings of one kind of network, by the field of FitConfig that holds them."""
+_LAST_PHASES = {"gates": "reward_epochs", "halting": "halting_epochs"}
+"""Which of them says how many last epochs are of another kind."""
 
 
 def override(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
@@ -20,9 +25,10 @@ def override(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
 
     Args:
         recipe: The recipe to start from.
-        settings: Text by name: a field of FitConfig, of GateConfig where the recipe has gates, an
-            option of the network, or variant, calibration_share, uniform_prior, augment (true or
-            false). Numbers, true, false and comma-separated lists are understood.
+        settings: Text by name: a field of FitConfig, of GateConfig or HaltingConfig where the
+            recipe has one, an option of the network, or variant, calibration_share,
+            uniform_prior, augment (true or false). Numbers, true, false and comma-separated lists
+            are understood.
     Returns:
         A new recipe.
     Raises:
@@ -31,24 +37,27 @@ def override(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
     """
     fit_types = get_type_hints(FitConfig)
     del fit_types["device"]  # where a run is trained is no setting of it
-    del fit_types["gates"]  # whose fields are set one by one; the network's option is of that name
-    gate_types = {} if recipe.fit.gates is None else get_type_hints(GateConfig)
+    kind_types: dict[str, Any] = {}
+    for name, kind in _KINDS.items():
+        del fit_types[name]  # whose fields are set one by one; a network's option is of that name
+        if getattr(recipe.fit, name) is not None:
+            kind_types |= get_type_hints(kind)
     own_types = {
         "variant": Variant,
         "calibration_share": float,
         "uniform_prior": bool,
         "augment": bool,
     }
-    known = [*fit_types, *gate_types, *own_types, *recipe.network_options, "num_exits"]
+    known = [*fit_types, *kind_types, *own_types, *recipe.network_options, "num_exits"]
     fit_changes: dict[str, Any] = {}
-    gate_changes: dict[str, Any] = {}
+    kind_changes: dict[str, Any] = {}
     own_changes: dict[str, Any] = {}
     options = dict(recipe.network_options)
     for key, text in settings.items():
         if key in fit_types:
             fit_changes[key] = _parse(key, text, fit_types[key])
-        elif key in gate_types:
-            gate_changes[key] = _parse(key, text, gate_types[key])
+        elif key in kind_types:
+            kind_changes[key] = _parse(key, text, kind_types[key])
         elif key == "augment":
             wanted = _parse(key, text, bool)
             own_changes[key] = (recipe.augment or RandomWarp()) if wanted else None
@@ -61,23 +70,28 @@ def override(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
                 f"The recipe {recipe.name!r} has no setting {key!r}. "
                 f"Did you mean {nearest(key, known)!r}? It has {', '.join(sorted(set(known)))}."
             )
-    fit = _with_changes(recipe.fit, fit_changes, gate_changes)
+    fit = _with_changes(recipe.fit, fit_changes, kind_changes)
     static = {key: value for key, value in recipe.static_options.items() if key not in settings}
     own_changes["static_options"] = static  # what was asked for goes before the recipe's own
     return replace(recipe, network_options=options, fit=fit, **own_changes)
 
 
 def _with_changes(
-    fit: FitConfig, changes: Mapping[str, Any], gate_changes: Mapping[str, Any]
+    fit: FitConfig, changes: Mapping[str, Any], kind_changes: Mapping[str, Any]
 ) -> FitConfig:
     """Change settings; the epochs of a phase stay as large a share of all, unless they are set."""
     epochs = max(changes.get("epochs", fit.epochs), 0)
-    phases = {"backbone_epochs": fit.backbone_epochs * epochs // fit.epochs}
-    if fit.gates is None:
-        return replace(fit, **{**phases, **changes})
-    reward_epochs = {"reward_epochs": fit.gates.reward_epochs * epochs // fit.epochs}
-    gates = replace(fit.gates, **{**reward_epochs, **gate_changes})
-    return replace(fit, gates=gates, **{**phases, **changes})
+
+    def phase(of: object, name: str) -> dict[str, int]:
+        return {name: getattr(of, name) * epochs // fit.epochs}
+
+    phases = phase(fit, "backbone_epochs") | phase(fit, "warmup_epochs")
+    kinds = {}
+    for name, last_phase in _LAST_PHASES.items():
+        settings = getattr(fit, name)
+        if settings is not None:
+            kinds[name] = replace(settings, **{**phase(settings, last_phase), **kind_changes})
+    return replace(fit, **{**phases, **kinds, **changes})
 
 
 def _parse(key: str, text: str, kind: Any) -> Any:

@@ -5,7 +5,6 @@ Shapes: ``B`` batch, ``G`` gates.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import torch
@@ -17,6 +16,7 @@ from offramp.routing.reinforce import hybrid_loss
 from offramp.routing.skip import GatedOutput, SkipNetwork, sampled, straight_through
 from offramp.training.config import FitConfig, GateConfig
 from offramp.training.data import check_labels
+from offramp.training.schedules import two_cosines
 from offramp.training.task import Task
 
 BLOCKS_METRIC = "blocks_run"
@@ -91,22 +91,10 @@ class SkipTask(Task):
     def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         """Two cosines to zero, one after the other: of the supervised and the rewarded epochs."""
         factor = partial(
-            _learning_rate_factor,
-            num_supervised=self.first_reward_epoch,
-            num_rewarded=self.gates.reward_epochs,
-            reward_factor=self.gates.reward_learning_rate / self.config.learning_rate,
+            two_cosines,
+            num_first=self.first_reward_epoch,
+            num_second=self.gates.reward_epochs,
+            second_factor=self.gates.reward_learning_rate / self.config.learning_rate,
+            warmup_epochs=self.config.warmup_epochs,
         )
         return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def _learning_rate_factor(
-    epoch: int, *, num_supervised: int, num_rewarded: int, reward_factor: float
-) -> float:
-    if epoch < num_supervised:
-        return _cosine_factor(epoch, num_supervised)
-    return reward_factor * _cosine_factor(epoch - num_supervised, num_rewarded)
-
-
-def _cosine_factor(epoch: int, num_epochs: int) -> float:
-    share = min(epoch / max(num_epochs, 1), 1.0)
-    return (1 + math.cos(math.pi * share)) / 2

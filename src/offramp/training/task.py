@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from offramp.training.config import FitConfig
 from offramp.training.data import check_labels, epoch_seed
 from offramp.training.losses import joint_loss, weights_in_epoch
 from offramp.training.regimes import balanced_outputs, set_training_mode
+from offramp.training.schedules import cosine_factor
 
 ACCURACY_METRIC = "accuracy_exit_{}"
 """Name of the logged calibration accuracy of an exit."""
@@ -110,8 +112,12 @@ class Task(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule(optimizer)}}
 
     def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        """The learning rate over the epochs: a cosine to zero."""
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.config.epochs)
+        """The learning rate over the epochs: a cosine to zero, after a rise if there is one."""
+        epochs, warmup_epochs = self.config.epochs, self.config.warmup_epochs
+        if not warmup_epochs:
+            return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+        factor = partial(cosine_factor, num_epochs=epochs, warmup_epochs=warmup_epochs)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 class MultiExitTask(Task):

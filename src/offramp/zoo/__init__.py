@@ -7,15 +7,17 @@ from typing import Any
 
 from offramp.errors import ArtifactError
 from offramp.model.multi_exit import MultiExitNetwork
+from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
 from offramp.zoo.convnet import convnet
 from offramp.zoo.lite0 import lite0
 from offramp.zoo.mlp import mlp
 from offramp.zoo.resnet import resnet
 from offramp.zoo.skipnet import skipnet
-from offramp.zoo.text import minilm
+from offramp.zoo.text import minilm, skim
+from offramp.zoo.vit import vit
 
-Network = MultiExitNetwork | SkipNetwork
+Network = MultiExitNetwork | SkipNetwork | HaltingNetwork
 """Whatever a recipe trains and a run folder holds."""
 
 NETWORKS: dict[str, Callable[..., Network]] = {
@@ -24,7 +26,9 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "lite0": lite0,
     "minilm": minilm,
     "resnet": resnet,
+    "skim": skim,
     "skipnet": skipnet,
+    "vit": vit,
 }
 """Functions that build a network from plain values."""
 

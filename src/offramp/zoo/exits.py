@@ -22,3 +22,21 @@ def kept_exits(ends: tuple[int, ...], num_exits: int | None) -> tuple[int, ...]:
             f"The 'num_exits' parameter must be an int in [1, {len(ends)}]. Got {num_exits}."
         )
     return ends[len(ends) - num_exits :]
+
+
+def is_plain(num_exits: int | None) -> bool:
+    """Whether a network of one exit, that saves inside, is asked for without what saves.
+
+    Args:
+        num_exits: 1 for the plain network, or None.
+    Returns:
+        Whether it is 1.
+    Raises:
+        InvalidArgumentError: If it is another number.
+    """
+    if num_exits not in (None, 1):
+        raise InvalidArgumentError(
+            "The 'num_exits' parameter must be 1, for the plain network, or None: this network "
+            f"has one exit. Got {num_exits}."
+        )
+    return num_exits == 1

@@ -14,7 +14,9 @@ from offramp.model.layer_lists import InOrder, bert_steps
 from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.model.ragged import Ragged
 from offramp.model.torchvision_ops import define_missing_ops
-from offramp.zoo.exits import kept_exits
+from offramp.routing.halting import HaltingNetwork, add_halting
+from offramp.routing.token_parts import MaskedEmbed, TokenParts, as_one_exit, bert_layers
+from offramp.zoo.exits import is_plain, kept_exits
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -72,6 +74,48 @@ def minilm(
     network = MultiExitNetwork(stages, heads)
     network.ragged = Ragged(mask_index=1, pad_id=pad_id)
     return network
+
+
+def skim(
+    *,
+    num_classes: int,
+    depth: int = 6,
+    gate_scale: float = 10.0,
+    gate_center: float = 30.0,
+    num_exits: int | None = None,
+) -> HaltingNetwork | MultiExitNetwork:
+    """Build MiniLM, pretrained on sentences, whose tokens halt: words that are read are dropped.
+
+    Weights and inputs are those of :func:`minilm`; the answer is that of the first token, passed
+    through a layer with tanh and classified.
+
+    Args:
+        num_classes: Number of classes.
+        depth: Layers to keep, the first ones, at most 6.
+        gate_scale: Factor on a token's first coordinate in its halting score.
+        gate_center: What is taken off after that.
+        num_exits: 1 for the plain network, whose tokens stay; None for one whose tokens halt.
+    Returns:
+        A network for token ids.
+    Raises:
+        InvalidArgumentError: If there are not so many layers, or num_exits is another number.
+        MissingExtraError: If transformers or the package of weights is not installed.
+    Reference: Wang et al. (2020), MiniLM; Yin et al. (2022), A-ViT, for how tokens halt.
+    """
+    bert = _pretrained_bert()
+    layers = bert_layers(bert)
+    if not 1 <= depth <= len(layers):
+        raise InvalidArgumentError(
+            f"The 'depth' parameter must be an int in [1, {len(layers)}]. Got {depth}."
+        )
+    width, pad_id = bert.config.hidden_size, bert.config.pad_token_id
+    head = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, num_classes))
+    embed = MaskedEmbed(bert.embeddings, pad_id)
+    ragged = Ragged(mask_index=1, pad_id=pad_id)
+    plain = as_one_exit(TokenParts(embed, layers[:depth], head, ragged))
+    if is_plain(num_exits):
+        return plain
+    return add_halting(plain, gate_scale=gate_scale, gate_center=gate_center)
 
 
 class _WithMask(nn.Module):

@@ -40,6 +40,16 @@ def test_of_a_network_that_skips_blocks_the_only_exit_is_collected(skip_network)
     assert found.costs.exit_macs() == (found.costs.plain_macs,)  # no gate is asked
 
 
+def test_of_a_network_whose_tokens_halt_they_stay_as_long_as_they_can(halting_network):
+    images, labels = torch.randn(5, 3, 12, 12), torch.arange(5)
+    found = collect(halting_network, zip(images.split(2), labels.split(2), strict=True))
+    with torch.no_grad():
+        expected = halting_network(images, threshold=1.0).logits
+    torch.testing.assert_close(found.logits_KNC, expected[None])
+    assert found.labels_N.tolist() == labels.tolist()
+    assert found.costs.exit_macs() == (halting_network.costs(images).plain_macs,)
+
+
 def test_empty_loader_is_refused(network):
     with pytest.raises(DataError, match="at least one batch"):
         collect(network, [])

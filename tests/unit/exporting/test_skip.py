@@ -16,11 +16,11 @@ from offramp.exporting.quantize import quantize
 from offramp.exporting.skip_single import write_skip_single
 from offramp.inference.agreement import answer_in_batches, compare_with_gated_sum
 from offramp.inference.skipping import SkipRunner
-from offramp.policy.gate_policy import GatePolicy
 from offramp.policy.policies import never_leave
+from offramp.policy.routing_policy import GatePolicy
 from offramp.routing.gates import Gates
 from offramp.routing.skip import SkipNetwork, add_gates
-from offramp.runtime import PlainSession, Session, read_bundle, with_gate_threshold
+from offramp.runtime import PlainSession, Session, read_bundle, with_routing_threshold
 from offramp.zoo.resnet import resnet
 
 IMAGES = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -68,7 +68,7 @@ def test_session_answers_as_the_runner_and_the_gated_sum(exported, where, batch_
     network, bundle = exported
     threshold = {"all run": 0.0, "none run": 1.0}.get(where, bundle.skip.threshold)
     policy = GatePolicy(threshold)
-    session = Session(with_gate_threshold(bundle, threshold), threads=1)
+    session = Session(with_routing_threshold(bundle, threshold), threads=1)
     found = answer_in_batches(session, IMAGES, batch_size=batch_size)
     agreement = compare_with_gated_sum(found, network, threshold, IMAGES)
     assert agreement.holds
@@ -98,7 +98,7 @@ def test_nan_runs_every_block(exported):
     _, bundle = exported
     images = IMAGES.clone()
     images[3] = float("nan")
-    session = Session(with_gate_threshold(bundle, 1.0))
+    session = Session(with_routing_threshold(bundle, 1.0))
     assert session.run(images).blocks[3].all()
     assert session.run(images[3:4]).blocks.all()
 
@@ -173,7 +173,7 @@ def test_another_network_is_told_apart(exported):
 
 def test_int8_is_refused(exported, tmp_path):
     _, bundle = exported
-    with pytest.raises(InvalidArgumentError, match=r"int8 .* skips blocks: run it in float32"):
+    with pytest.raises(InvalidArgumentError, match=r"int8 .* family skip: run it in float32"):
         quantize(bundle, tmp_path / "int8", IMAGES)
     assert list(tmp_path.iterdir()) == []
 

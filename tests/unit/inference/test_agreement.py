@@ -9,14 +9,17 @@ from offramp.inference.agreement import (
     answer_in_batches,
     check_agreement,
     compare_blocks,
+    compare_tokens,
     compare_with_all_exits,
     compare_with_gated_sum,
+    compare_with_masked,
     is_near,
 )
+from offramp.inference.halting import HaltingRunner
 from offramp.inference.runner import AdaptiveRunner
 from offramp.inference.skipping import SkipRunner
-from offramp.policy.gate_policy import GatePolicy
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, always_leave_at, never_leave
+from offramp.policy.routing_policy import GatePolicy, HaltingPolicy
 from offramp.results import AdaptiveResult
 
 
@@ -159,3 +162,88 @@ def test_rounding_excuses_other_blocks_only_where_the_ways_part(blocks, near, mo
     agreement = blocks_compared(blocks, near)
     assert (agreement.moved, agreement.moved_far) == (moved, moved_far)
     assert agreement.holds == (moved_far == 0)
+
+
+# Tokens that are dropped
+
+
+@pytest.fixture
+def dropping(halting_network):
+    images = torch.randn(40, 3, 12, 12)
+    runner = HaltingRunner(halting_network, HaltingPolicy(0.7))
+    return runner, images, runner.run(images)
+
+
+def test_dropping_that_agrees_passes_in_batches_too(dropping):
+    runner, images, result = dropping
+    assert len(result.tokens.unique()) > 5
+    check_agreement(result, runner, images)
+    ones = answer_in_batches(runner, images, batch_size=1)
+    agreement = compare_with_masked(ones, runner.network, 0.7, images)
+    assert agreement.holds
+    assert (agreement.num_samples, agreement.moved_far) == (40, 0)
+    assert max(agreement.differences) < 1e-4
+
+
+@pytest.mark.parametrize("field", ["output", "tokens"])
+def test_wrong_dropping_is_refused_before_the_clock_starts(dropping, field):
+    runner, images, result = dropping
+    values = getattr(result, field) + 1
+    with pytest.raises(OfframpError, match="Nothing was timed"):
+        check_agreement(replace(result, **{field: values}), runner, images)
+
+
+def tokens_compared(tokens, near, first_layers=None):
+    """One sample, two classes, four layers, ten tokens of which one halts behind each layer."""
+    result = AdaptiveResult(
+        output=torch.zeros(1, 2),
+        exit_index=torch.zeros(1, dtype=torch.int64),
+        confidence=torch.zeros(1),
+        macs=torch.zeros(1, dtype=torch.int64),
+        tokens=torch.tensor([tokens]),
+    )
+    return compare_tokens(
+        result,
+        torch.zeros(1, 2),
+        torch.tensor([[10, 9, 8, 7]]),
+        is_near_BL=torch.tensor([near]),
+        first_layers=first_layers,
+    )
+
+
+NEVER, AT_0, AT_1, AT_2 = (
+    [False] * 4,
+    *([layer == at for layer in range(4)] for at in range(3)),
+)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "near", "moved", "moved_far"),
+    [
+        ([10, 9, 8, 7], NEVER, 0, 0),
+        ([10, 9, 7, 7], NEVER, 1, 1),
+        ([10, 9, 7, 7], AT_1, 1, 0),
+        ([10, 9, 7, 6], AT_1, 1, 0),
+        ([10, 9, 7, 7], AT_2, 1, 1),  # near, but behind where the ways part
+        ([10, 9, 7, 7], AT_0, 1, 1),
+        ([9, 9, 8, 7], AT_0, 1, 1),  # everything runs the first layer
+    ],
+)
+def test_rounding_excuses_other_tokens_only_where_the_ways_part(tokens, near, moved, moved_far):
+    agreement = tokens_compared(tokens, near)
+    assert (agreement.moved, agreement.moved_far) == (moved, moved_far)
+    assert agreement.holds == (moved_far == 0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "near", "moved", "moved_far"),
+    [
+        ([10, 10, 8, 8], NEVER, 0, 0),  # within a step all run on
+        ([10, 10, 9, 9], AT_0, 1, 0),
+        ([10, 10, 9, 9], AT_1, 1, 0),
+        ([10, 10, 9, 9], AT_2, 1, 1),
+    ],
+)
+def test_tokens_are_compared_where_they_are_dropped(tokens, near, moved, moved_far):
+    agreement = tokens_compared(tokens, near, first_layers=(0, 2))
+    assert (agreement.moved, agreement.moved_far) == (moved, moved_far)

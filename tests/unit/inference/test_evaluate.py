@@ -6,7 +6,7 @@ import torch
 
 from offramp.calibration.collect import ExitLogits, collect
 from offramp.errors import DataError, ShapeError
-from offramp.inference.evaluate import BlocksEvaluation, ExitEvaluation, evaluate
+from offramp.inference.evaluate import BlocksEvaluation, ExitEvaluation, TokensEvaluation, evaluate
 from offramp.inference.runner import AdaptiveRunner
 from offramp.measure.cost import ExitCosts
 from offramp.policy.policies import ThresholdPolicy, always_leave_at
@@ -124,10 +124,43 @@ def test_blocks_by_hand():
     assert content["blocks"]["run_rates"] == [1.0, 0.4]
 
 
-def test_networks_that_skip_nothing_say_nothing_of_blocks():
-    found = evaluate(Scripted(*RUNNER_SAYS), loader(), LOGITS)
+class Dropping:
+    """Three layers: the first sample of a batch keeps its four tokens, the others lose them."""
+
+    def run(self, batch):
+        tokens = torch.tensor([[4, 4, 4]] + [[4, 2, 0]] * (len(batch) - 1))
+        return AdaptiveResult(
+            output=torch.nn.functional.one_hot(torch.zeros(len(batch), dtype=torch.int64), 2),
+            exit_index=torch.zeros(len(batch), dtype=torch.int64),
+            confidence=torch.ones(len(batch)),
+            macs=tokens.sum(1),
+            tokens=tokens.numpy(),  # as a bundle has it
+        )
+
+
+def test_tokens_by_hand():
+    logits = torch.nn.functional.one_hot(LABELS, 2).float()[None]
+    costs = ExitCosts(stage_macs=(12,), head_macs=(0,))
+    found = evaluate(
+        Dropping(), loader(), ExitLogits(logits_KNC=logits, labels_N=LABELS, costs=costs)
+    )
+    # Two of five samples, in batches of 3 and 2, keep all: 12 each; the others run 4 and 2.
+    assert found.tokens == TokensEvaluation(
+        per_layer=pytest.approx((4.0, 2.8, 1.6)),
+        mean_depth=pytest.approx((2 * 12 + 3 * 6) / 20),
+        macs_saved=pytest.approx(1 - 8.4 / 12),
+    )
     assert found.blocks is None
-    assert "blocks" not in found.to_dict()
+    content = json.loads(json.dumps(found.to_dict()))
+    assert content == found.to_dict()
+    assert content["tokens"]["per_layer"] == pytest.approx([4.0, 2.8, 1.6])
+    assert "blocks" not in content
+
+
+def test_networks_that_skip_nothing_say_nothing_of_blocks_or_tokens():
+    found = evaluate(Scripted(*RUNNER_SAYS), loader(), LOGITS)
+    assert (found.blocks, found.tokens) == (None, None)
+    assert not {"blocks", "tokens"} & found.to_dict().keys()
 
 
 @pytest.mark.parametrize("exit_index", [0, 1, 2])

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from offramp.errors import NotCalibratedError
+from offramp.inference.halting import HaltingRunner
 from offramp.inference.runner import AdaptiveRunner, make_runner
 from offramp.inference.skipping import SkipRunner
 from offramp.measure.cost import counting_macs
 from offramp.model.multi_exit import MultiExitNetwork
-from offramp.policy.gate_policy import GatePolicy
 from offramp.policy.policies import (
     PatiencePolicy,
     Policy,
@@ -17,6 +17,7 @@ from offramp.policy.policies import (
     always_leave_at,
     never_leave,
 )
+from offramp.policy.routing_policy import GatePolicy, HaltingPolicy
 
 INF, NAN = math.inf, math.nan
 
@@ -226,20 +227,27 @@ def test_network_that_was_trained_since_runs_in_evaluation_mode(network):
 # A runner for each family
 
 
-def test_each_family_gets_its_runner(network, skip_network):
+def test_each_family_gets_its_runner(network, skip_network, halting_network):
     early = make_runner(network, never_leave(3))
     assert isinstance(early, AdaptiveRunner)
     assert early.policy == never_leave(3)
     skipping = make_runner(skip_network, GatePolicy(0.25))
     assert isinstance(skipping, SkipRunner)
     assert skipping.policy == GatePolicy(0.25)
+    dropping = make_runner(halting_network, HaltingPolicy(0.5))
+    assert isinstance(dropping, HaltingRunner)
+    assert dropping.policy == HaltingPolicy(0.5)
 
 
-def test_policies_of_another_family_are_refused(network, skip_network):
+def test_policies_of_another_family_are_refused(network, skip_network, halting_network):
     one_exit = MultiExitNetwork([nn.Identity()], [nn.Identity()])
     with pytest.raises(NotCalibratedError, match=r"for a MultiExitNetwork\. Got a GatePolicy"):
         make_runner(one_exit, GatePolicy())
     with pytest.raises(NotCalibratedError, match=r"for a SkipNetwork\. Got a ThresholdPolicy"):
         make_runner(skip_network, never_leave(1))
+    with pytest.raises(NotCalibratedError, match=r"for a HaltingNetwork\. Got a GatePolicy"):
+        make_runner(halting_network, GatePolicy())
+    with pytest.raises(NotCalibratedError, match=r"for a SkipNetwork\. Got a HaltingPolicy"):
+        make_runner(skip_network, HaltingPolicy())
     with pytest.raises(NotCalibratedError, match="offramp calibrate"):
         make_runner(network, None)

@@ -6,7 +6,7 @@ from torch import nn
 
 from offramp.errors import InvalidArgumentError
 from offramp.inference.skipping import SkipRunner
-from offramp.policy.gate_policy import GatePolicy
+from offramp.policy.routing_policy import GatePolicy
 from offramp.routing.skip import add_gates, at_threshold
 from offramp.zoo.resnet import resnet
 

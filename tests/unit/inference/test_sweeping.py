@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from offramp.errors import DataError, InvalidArgumentError
-from offramp.inference.sweeping import GATE_THRESHOLDS, collect_sweep
+from offramp.inference.sweeping import GATE_THRESHOLDS, HALTING_THRESHOLDS, collect_sweep
 from offramp.routing.skip import at_threshold
 
 
@@ -41,6 +41,36 @@ def test_thresholds_are_few_even_in_score_and_include_both_ends(skip_network, ba
     scores = torch.logit(torch.tensor(GATE_THRESHOLDS[1:-1], dtype=torch.float64))
     steps = [float(after - before) for before, after in pairwise(scores)]
     assert steps == pytest.approx([2 / 3] * 18)
+
+
+@pytest.fixture
+def small_batches():
+    images, labels = torch.randn(9, 3, 12, 12), torch.arange(9) % 5
+    return list(zip(images.split(4), labels.split(4), strict=True))
+
+
+def test_every_threshold_says_and_costs_what_the_masked_pass_does(halting_network, small_batches):
+    images = torch.cat([batch for batch, _ in small_batches])
+    costs = halting_network.costs(images)
+    found = collect_sweep(halting_network, small_batches, [0.8, 0.4])
+    assert found.thresholds == (0.4, 0.8, 1.0)  # where tokens stay longest is always among them
+    assert found.labels_N.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+    assert found.plain_macs == costs.plain_macs
+    for k, threshold in enumerate(found.thresholds):
+        with torch.no_grad():
+            expected = halting_network(images, threshold=threshold)
+        torch.testing.assert_close(found.logits_KNC[k], expected.logits, rtol=1e-4, atol=1e-4)
+        assert torch.equal(found.macs_KN[k], costs.macs(expected.tokens))
+    assert found.mean_macs_K[0] < found.mean_macs_K[1] < found.mean_macs_K[2]
+
+
+def test_thresholds_of_tokens_are_as_many_and_hold_that_of_training(halting_network, small_batches):
+    found = collect_sweep(halting_network, small_batches[:1])
+    assert found.thresholds == HALTING_THRESHOLDS
+    assert (len(found.thresholds), found.thresholds[-1]) == (21, 1.0)
+    assert 0.99 in found.thresholds
+    assert list(found.thresholds) == sorted(set(found.thresholds))
+    assert all(before <= after for before, after in pairwise(found.mean_macs_K))
 
 
 def test_wrong_input_is_refused(skip_network, batches):

@@ -7,7 +7,6 @@ import torch
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.policy.as_dict import policy_from_dict, policy_to_dict
 from offramp.policy.confidence import confidence_from_entropy_nats
-from offramp.policy.gate_policy import GatePolicy
 from offramp.policy.policies import (
     PatiencePolicy,
     Policy,
@@ -16,6 +15,7 @@ from offramp.policy.policies import (
     always_leave_at,
     never_leave,
 )
+from offramp.policy.routing_policy import GatePolicy, HaltingPolicy
 
 INF, NAN = math.inf, math.nan
 
@@ -177,6 +177,7 @@ def test_patience_below_two_is_refused(patience):
         ThresholdPolicy(()),
         PatiencePolicy(3, 5, rule="entropy"),
         GatePolicy(0.25),
+        HaltingPolicy(0.75),
     ],
 )
 def test_policy_survives_json(policy):

@@ -11,7 +11,7 @@ from offramp.runtime import (
     Session,
     Step,
     read_bundle,
-    with_gate_threshold,
+    with_routing_threshold,
     with_thresholds,
 )
 from offramp.runtime.bundle import NOBODY_LEAVES, TensorSpec, file_sha256, write_bundle
@@ -122,7 +122,9 @@ def test_foreign_file_is_refused(bundle):
 
 def test_family_of_a_later_version_is_refused(bundle):
     edit(bundle, lambda content: content.update(family="dreams"))
-    with pytest.raises(ArtifactError, match=r"family exits, skip .* Got 'dreams'.*upgrade"):
+    with pytest.raises(
+        ArtifactError, match=r"family exits, skip, halting .* Got 'dreams'.*upgrade"
+    ):
         read_bundle(bundle.folder)
 
 
@@ -156,8 +158,8 @@ def test_other_thresholds(bundle):
 
 
 def test_without_gates_there_is_no_threshold_of_gates(bundle):
-    with pytest.raises(InvalidArgumentError, match="family exits, which has no gates"):
-        with_gate_threshold(bundle, 0.5)
+    with pytest.raises(InvalidArgumentError, match="family exits: use with_thresholds"):
+        with_routing_threshold(bundle, 0.5)
 
 
 def test_what_an_older_offramp_does_not_know_is_left_out(bundle):

@@ -164,5 +164,5 @@ def test_a_bundle_that_changes_under_a_session_is_noticed(folder, tmp_path, chan
 
 
 def test_without_gates_there_are_no_blocks_to_run(session):
-    with pytest.raises(InvalidArgumentError, match="with exits: it has no gates"):
+    with pytest.raises(InvalidArgumentError, match="family exits: it has no gates"):
         session.run_every_block(X)

@@ -25,7 +25,7 @@ from offramp.runtime import (
     PlainSession,
     Session,
     read_bundle,
-    with_gate_threshold,
+    with_routing_threshold,
     with_thresholds,
 )
 from offramp.runtime.bundle import write_bundle
@@ -186,7 +186,7 @@ def step_by_step(bundle):
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0], ids=["all", "some", "none"])
 @pytest.mark.parametrize("batch_size", [1, 5, 32])
 def test_answers_are_those_worked_out_by_hand(bundle, make, threshold, batch_size):
-    session = Session(make(with_gate_threshold(bundle, threshold)), threads=1)
+    session = Session(make(with_routing_threshold(bundle, threshold)), threads=1)
     for x in np.split(X, range(batch_size, len(X), batch_size)):
         check(session.run(x), x, threshold)
 
@@ -253,7 +253,7 @@ def test_blocks_run_on_those_that_want_them_and_on_no_others(bundle, calls):
 def test_where_all_go_one_way_nothing_is_taken_apart(
     bundle, calls, threshold, expected, batch_size
 ):
-    Session(step_by_step(with_gate_threshold(bundle, threshold))).run(X[:batch_size])
+    Session(step_by_step(with_routing_threshold(bundle, threshold))).run(X[:batch_size])
     assert calls == [(f"{name}.onnx", batch_size) for name in expected]
 
 
@@ -285,13 +285,13 @@ def test_in_one_graph_what_is_skipped_does_not_run(bundle, tmp_path, x, branches
 
 def test_single_samples_follow_a_threshold_set_anew(bundle):
     for threshold in (0.1, 0.9):
-        session = Session(with_gate_threshold(bundle, threshold))
+        session = Session(with_routing_threshold(bundle, threshold))
         for x in X[:10, None]:
             check(session.run(x), x, threshold)
 
 
 def test_a_threshold_set_anew_is_written_and_read(bundle, changed):
-    made = with_gate_threshold(read_bundle(changed), 0.9)
+    made = with_routing_threshold(read_bundle(changed), 0.9)
     assert made.policy == {"kind": "gates", "threshold": 0.9}
     write_bundle(made)
     assert read_bundle(changed) == made
@@ -301,11 +301,11 @@ def test_a_threshold_set_anew_is_written_and_read(bundle, changed):
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan")])
 def test_a_threshold_must_be_a_probability(bundle, threshold):
     with pytest.raises(InvalidArgumentError, match=r"\[0, 1\]"):
-        with_gate_threshold(bundle, threshold)
+        with_routing_threshold(bundle, threshold)
 
 
 def test_thresholds_of_exits_are_refused(bundle):
-    with pytest.raises(InvalidArgumentError, match="use with_gate_threshold"):
+    with pytest.raises(InvalidArgumentError, match="use with_routing_threshold"):
         with_thresholds(bundle, [0.5])
 
 
@@ -350,7 +350,7 @@ def test_inputs_of_another_shape_are_refused(bundle):
 
 
 def test_its_steps_have_no_exits_to_be_run_up_to(bundle):
-    with pytest.raises(InvalidArgumentError, match="skips blocks"):
+    with pytest.raises(InvalidArgumentError, match="family skip: its steps give no answers"):
         Session(bundle).run_step(0, [X])
 
 

@@ -8,8 +8,8 @@ from huggingface_hub import ModelCard
 
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.model.checkpoint import save_weights
-from offramp.policy.gate_policy import GatePolicy
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, never_leave
+from offramp.policy.routing_policy import GatePolicy
 from offramp.training.card import check_evaluation, model_card
 from offramp.training.catalogue import find_recipe
 from offramp.training.hub import save_pretrained

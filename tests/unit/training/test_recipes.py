@@ -7,6 +7,7 @@ import torch
 from offramp.errors import ArtifactError, InvalidArgumentError, OfframpError
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.model.torchvision_ops import define_missing_ops
+from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
 from offramp.training.catalogue import RECIPES, find_recipe
 from offramp.training.data import RandomWarp
@@ -35,7 +36,7 @@ def test_recipe_builds_a_network_for_its_data_in_every_variant(recipe):
         replace(recipe, variant=variant).build_network()
         for variant in ("adaptive", "plain", "static")
     )
-    assert isinstance(adaptive, SkipNetwork) or adaptive.num_exits > 1
+    assert isinstance(adaptive, SkipNetwork | HaltingNetwork) or adaptive.num_exits > 1
     assert isinstance(plain, MultiExitNetwork)
     assert isinstance(static, MultiExitNetwork)
     assert plain.num_exits == static.num_exits == 1
@@ -299,7 +300,32 @@ def test_recipes_without_gates_have_no_settings_of_theirs(digits):
 
 
 @pytest.mark.parametrize("variant", ["plain", "static"])
-def test_rivals_of_a_recipe_with_gates_train_as_long_without_them(skipping, variant):
-    recipe = override(skipping, {"variant": variant, "epochs": "9"})
-    assert recipe.config_as_trained() == replace(recipe.fit, gates=None)
+@pytest.mark.parametrize("name", ["emnist-skipnet", "emnist-avit"])
+def test_rivals_of_a_recipe_that_saves_inside_train_as_long_without(name, variant):
+    recipe = override(find_recipe(name), {"variant": variant, "epochs": "9"})
+    assert recipe.config_as_trained() == replace(recipe.fit, gates=None, halting=None)
     assert recipe.config_as_trained().epochs == 9
+
+
+@pytest.fixture
+def halting() -> Recipe:
+    return find_recipe("emnist-avit")
+
+
+def test_settings_of_halting_are_parsed(halting):
+    asked = {"ponder_weight": "0.01", "target_depth": "2", "gate_center": "4.5"}
+    changed = override(halting, asked)
+    assert changed.fit.halting == replace(halting.fit.halting, ponder_weight=0.01, target_depth=2)
+    assert changed.network_options["gate_center"] == 4.5
+
+
+def test_other_epochs_keep_the_shares_that_halt_and_that_rise():
+    recipe = find_recipe("cifar10-avit")
+    before, after = recipe.fit, override(recipe, {"epochs": "40"}).fit
+    assert (before.epochs, before.halting.halting_epochs, before.warmup_epochs) == (100, 25, 5)
+    assert (after.halting.halting_epochs, after.warmup_epochs) == (10, 2)
+
+
+def test_recipes_without_halting_have_no_settings_of_it(skipping):
+    with pytest.raises(InvalidArgumentError, match="no setting 'ponder_weight'"):
+        override(skipping, {"ponder_weight": "1"})

@@ -7,8 +7,8 @@ import torch
 from offramp.artifacts import SCHEMA_VERSION
 from offramp.errors import ArtifactError, DataError, InvalidArgumentError
 from offramp.model.checkpoint import save_weights
-from offramp.policy.gate_policy import GatePolicy
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, never_leave
+from offramp.policy.routing_policy import GatePolicy
 from offramp.training.catalogue import find_recipe
 from offramp.training.run import (
     CALIBRATION_SPLIT,

@@ -6,6 +6,7 @@ from offramp.zoo import build
 from offramp.zoo.convnet import convnet
 from offramp.zoo.mlp import mlp
 from offramp.zoo.resnet import BasicBlock, resnet
+from offramp.zoo.vit import DropPath, vit
 
 BLOCKS = ((("conv", 2, 2),), (("separable", 3, 1),), (("separable", 3, 1), ("separable", 4, 2)))
 
@@ -78,7 +79,11 @@ def test_build_finds_the_network_by_name():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("transformer", {}, "of mlp, convnet, lite0, minilm, resnet, skipnet. Got 'transf"),
+        (
+            "transformer",
+            {},
+            "of mlp, convnet, lite0, minilm, resnet, skim, skipnet, vit. Got 'transf",
+        ),
         ("mlp", {"in_features": 6}, "does not take these options"),
         ("mlp", {"in_features": 6, "widths": [5], "num_classes": 4, "depth": 2}, "depth"),
         ("mlp", {"in_features": 6, "widths": [-5], "num_classes": 4}, "does not take"),
@@ -150,3 +155,32 @@ def test_basic_block_adds_its_input():
 def test_resnet_that_does_not_fit_together_is_refused(change):
     with pytest.raises(InvalidArgumentError, match="Got"):
         resnet(**{**RESNET18, **change})
+
+
+VIT = {"in_channels": 1, "side": 8, "patch": 4, "width": 16, "depth": 3, "num_heads": 2}
+
+
+def test_vit_costs_its_closed_form():
+    costs = vit(**VIT, num_classes=5, mlp_ratio=2.0, num_exits=1).costs(torch.zeros(1, 1, 8, 8))
+    layer = 5 * (4 + 2 * 2) * 16 * 16 + 2 * 5 * 5 * 16
+    assert costs.stage_macs == (4 * 16 * 16 + 3 * layer,)
+    assert costs.head_macs == (16 * 5,)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"patch": 3}, {"patch": 0}, {"num_heads": 3}, {"num_exits": 2}]
+)
+def test_vit_refuses_what_does_not_fit(changes):
+    (name,) = changes
+    with pytest.raises(InvalidArgumentError, match=f"'{name}'"):
+        vit(**{**VIT, "num_classes": 5, **changes})
+
+
+def test_paths_are_dropped_by_sample_in_training_only():
+    torch.manual_seed(0)
+    drop, x = DropPath(0.25), torch.ones(4000, 2, 3)
+    dropped = drop(x)
+    assert dropped.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert (dropped == dropped[:, :1, :1]).all()
+    assert float(dropped.mean()) == pytest.approx(1, abs=0.05)
+    assert torch.equal(drop.eval()(x), x)

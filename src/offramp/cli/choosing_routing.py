@@ -1,30 +1,70 @@
-"""What ``offramp calibrate`` does for a run that skips blocks: its gates share one threshold."""
+"""What ``offramp calibrate`` does for a run that one threshold steers: of gates, or of tokens."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from offramp.cli.calibration_data import conclude, prepare
 from offramp.cli.choosing import Wanted
 from offramp.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from offramp.routing.skip import SkipNetwork
+    from offramp.inference.sweeping import SteeredNetwork
     from offramp.training.run import Run
 
 
-def refuse_exits(loaded: Run, wanted: Wanted, *, rule: str | None) -> None:
+class Words(NamedTuple):
+    """What is said of a network that one threshold steers.
+
+    Attributes:
+        does: What it does inside.
+        share: What shares the threshold.
+        way: What it does, as a noun.
+        whole: The network where it does least of that.
+    """
+
+    does: str
+    share: str
+    way: str
+    whole: str
+
+
+_GATES = Words(does="skips blocks inside", share="gates", way="skipping", whole="the whole network")
+_TOKENS = Words(
+    does="drops tokens inside",
+    share="tokens",
+    way="dropping tokens",
+    whole="the network with a threshold of 1",
+)
+
+
+def words_for(network: SteeredNetwork) -> Words:
+    """What is said of a network.
+
+    Args:
+        network: The network.
+    Returns:
+        Words for messages.
+    """
+    from offramp.routing.skip import SkipNetwork
+
+    return _GATES if isinstance(network, SkipNetwork) else _TOKENS
+
+
+def refuse_exits(loaded: Run, network: SteeredNetwork, wanted: Wanted, *, rule: str | None) -> None:
     """Refuse options that are about exits.
 
     Args:
-        loaded: A run that skips blocks.
+        loaded: A run that one threshold steers.
+        network: Its network.
         wanted: What is asked.
         rule: What ``--rule`` was given.
     Raises:
         InvalidArgumentError: If there is one; the first is named.
     """
+    words = words_for(network)
     given = {
         "--rule": rule,
         "--patience": wanted.patience,
@@ -35,38 +75,40 @@ def refuse_exits(loaded: Run, wanted: Wanted, *, rule: str | None) -> None:
     for name, value in given.items():
         if value is not None:
             raise InvalidArgumentError(
-                f"{name} is about exits. The run {loaded.folder} skips blocks inside, and its "
-                f"gates share one threshold: leave {name} out."
+                f"{name} is about exits. The run {loaded.folder} {words.does}, and its "
+                f"{words.share} share one threshold: leave {name} out."
             )
 
 
-def set_gates_by_hand(loaded: Run, threshold: str) -> None:
-    """Write a threshold of the gates into the run.
+def set_threshold_by_hand(loaded: Run, network: SteeredNetwork, threshold: str) -> None:
+    """Write a threshold of the gates or tokens into the run.
 
     Args:
-        loaded: A run that skips blocks.
+        loaded: A run that one threshold steers.
+        network: Its network.
         threshold: What ``--thresholds`` was given.
     Raises:
         InvalidArgumentError: If it is not one number in [0, 1].
     """
-    from offramp.policy.gate_policy import GatePolicy
+    from offramp.inference.sweeping import steering_policy
     from offramp.training.run import write_policy
 
+    words = words_for(network)
     try:
-        policy = GatePolicy(float(threshold))
+        policy = steering_policy(network)(float(threshold))
     except ValueError as error:
         raise InvalidArgumentError(
-            f"Expected one number in [0, 1] for --thresholds: the gates of {loaded.folder} share "
-            f"it. Got {threshold!r}."
+            f"Expected one number in [0, 1] for --thresholds: the {words.share} of "
+            f"{loaded.folder} share it. Got {threshold!r}."
         ) from error
     about = {"asked": {"thresholds": threshold}, "data": None, "reached": None}
     write_policy(loaded.folder, policy, calibration=about)
-    print(f"threshold of the gates set by hand: {policy.threshold}")
+    print(f"threshold of the {words.share} set by hand: {policy.threshold}")
 
 
-def choose_gates(
+def choose_routing(
     loaded: Run,
-    network: SkipNetwork,
+    network: SteeredNetwork,
     wanted: Wanted,
     *,
     data: str | None,
@@ -84,9 +126,9 @@ def choose_gates(
         prior: As for :func:`~offramp.cli.calibration_data.prepare`.
     """
     from offramp.calibration.sweep import choose_threshold, choose_threshold_with_guarantee
-    from offramp.inference.sweeping import collect_sweep
-    from offramp.policy.gate_policy import GatePolicy
+    from offramp.inference.sweeping import collect_sweep, steering_policy
 
+    words = words_for(network)
     prepared = prepare(
         loaded, partial(collect_sweep, network), data=data, device=device, prior=prior
     )
@@ -97,19 +139,17 @@ def choose_gates(
         chosen = choose_threshold_with_guarantee(sweep, **wanted.risk_limit)
     promise = None
     if chosen.guarantee is not None:
-        sentence = chosen.guarantee.sentence(
-            prepared.population, way="skipping", last="the whole network"
-        )
+        sentence = chosen.guarantee.sentence(prepared.population, way=words.way, last=words.whole)
         promise = asdict(chosen.guarantee) | {"sentence": sentence}
     print(
-        f"threshold {chosen.threshold:.4f} of the gates, chosen on {len(prepared.batches):,} "
-        "calibration samples"
+        f"threshold {chosen.threshold:.4f} of the {words.share}, chosen on "
+        f"{len(prepared.batches):,} calibration samples"
     )
     asked = wanted.to_dict()
     del asked["rule"]  # of exits
     conclude(
         prepared,
-        GatePolicy(chosen.threshold),
+        steering_policy(network)(chosen.threshold),
         asked=asked,
         reached={"accuracy": chosen.accuracy, "mean_macs": chosen.mean_macs},
         promise=promise,

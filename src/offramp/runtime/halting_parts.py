@@ -1,0 +1,108 @@
+"""What ``bundle.json`` says of a network whose tokens halt.
+
+An ONNX file each for the embedding, for groups of layers, and for the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from offramp.runtime.files import OnnxFile, TensorSpec, read_spec
+
+HALTING_OUTPUTS = ("output", "confidence", "tokens")
+"""What the file for single samples puts out: logits, confidence, and the tokens in each step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HaltingStep:
+    """Layers in a row, behind which tokens that have halted are dropped.
+
+    Attributes:
+        file: Maps ``(tokens, total, rows, is_token, places, threshold)`` to ``(tokens, total,
+            stays, answer)``. Tokens of all samples lie one after the other, without padding, the
+            class token first: ``tokens`` (N, D) and ``total`` (N), the sum of each one's scores.
+            For attention they are laid out in rows of B samples of at most T tokens: ``rows``
+            (B, T) are their numbers, ``is_token`` (B, T) says where there is one, ``places`` (N)
+            are the places in B times T that they come from. ``stays`` (N) says which go on, and
+            ``answer`` (B, D) what the class token adds to each sample's answer.
+        num_layers: How many layers. Tokens that halt inside are masked until the end.
+    """
+
+    file: OnnxFile
+    num_layers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class HaltingParts:
+    """A network whose tokens halt, part by part.
+
+    Attributes:
+        inputs: What the embedding is given.
+        embed: Maps the inputs to tokens, shape (B, T, D), and which are no padding, (B, T).
+        steps: In the order in which they run.
+        head: Maps the answer, shape (B, D), to ``(output, confidence)``.
+        threshold: What the sum of a token's scores must reach for it to halt; an input of the
+            steps, so that another one needs no other files.
+        fixed_macs: MACs a sample of embedding and head.
+        token_macs: MACs of each layer, for each token in it.
+        pair_macs: MACs of each layer, for each pair of tokens in it.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    embed: OnnxFile
+    steps: tuple[HaltingStep, ...]
+    head: OnnxFile
+    threshold: float
+    fixed_macs: int
+    token_macs: tuple[int, ...]
+    pair_macs: tuple[int, ...]
+
+    @property
+    def files(self) -> tuple[OnnxFile, ...]:
+        """All files."""
+        return (self.embed, *(step.file for step in self.steps), self.head)
+
+    @property
+    def first_layers(self) -> tuple[int, ...]:
+        """Number of the layer that each step begins with."""
+        counts = [step.num_layers for step in self.steps]
+        return tuple(sum(counts[:index]) for index in range(len(counts)))
+
+
+def read_halting_parts(content: Mapping[str, Any]) -> HaltingParts:
+    """Read the parts as ``bundle.json`` holds them.
+
+    Args:
+        content: As ``dataclasses.asdict`` made it of :class:`HaltingParts`.
+    Returns:
+        The parts.
+    Raises:
+        KeyError: If something is missing.
+        TypeError: If there is something more, or of another type.
+        ValueError: If a number is none, or there are not as many MACs as layers.
+    """
+    read: dict[str, Any] = {
+        "inputs": tuple(read_spec(spec) for spec in content["inputs"]),
+        "embed": OnnxFile(**content["embed"]),
+        "steps": tuple(_read_step(step) for step in content["steps"]),
+        "head": OnnxFile(**content["head"]),
+        "threshold": float(content["threshold"]),
+        "fixed_macs": int(content["fixed_macs"]),
+        "token_macs": tuple(map(int, content["token_macs"])),
+        "pair_macs": tuple(map(int, content["pair_macs"])),
+    }
+    parts = HaltingParts(**{**content, **read})
+    num_layers = sum(step.num_layers for step in parts.steps)
+    if not num_layers == len(parts.token_macs) == len(parts.pair_macs):
+        raise ValueError(f"MACs of other than {num_layers} layers")
+    return parts
+
+
+def _read_step(content: Mapping[str, Any]) -> HaltingStep:
+    read: dict[str, Any] = {
+        "file": OnnxFile(**content["file"]),
+        "num_layers": int(content["num_layers"]),
+    }
+    return HaltingStep(**{**content, **read})

@@ -1,0 +1,175 @@
+"""The steps of a bundle whose tokens halt: each on the tokens that are left, without padding.
+
+Shapes: ``B`` batch, ``T`` tokens of the longest sample, ``N`` tokens of all samples together, ``D``
+width of a token, ``L`` layers, ``S`` steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from offramp.results import AdaptiveResult
+from offramp.runtime.bundle import Bundle
+from offramp.runtime.halting_parts import HALTING_OUTPUTS, HaltingParts
+from offramp.runtime.loading import LoadedFile, Loader
+from offramp.runtime.padding import mask_of_inputs, trim_tokens
+
+Array = npt.NDArray[Any]
+
+_RUNS_ALONE_MACS = 2e8
+"""From so many MACs of the plain network on, each sample of a batch runs alone, as one graph: a
+call costs little beside it, and what it computes stays in the cache."""
+
+
+class HaltingSteps:
+    """Runs step after step on the tokens that have not halted.
+
+    Args:
+        bundle: The bundle.
+        parts: Its parts.
+        loader: Loads its files.
+    Raises:
+        ArtifactError: If a file cannot be loaded.
+    """
+
+    def __init__(self, bundle: Bundle, parts: HaltingParts, loader: Loader) -> None:
+        self._bundle = bundle
+        self._parts = parts
+        self._single = loader.single(HALTING_OUTPUTS, {"threshold": parts.threshold})
+        self._runs_alone = bundle.plain_macs >= _RUNS_ALONE_MACS
+        self._embed = LoadedFile(loader, parts.embed.name)
+        self._steps = [LoadedFile(loader, step.file.name) for step in parts.steps]
+        self._head = LoadedFile(loader, parts.head.name)
+        self._threshold = np.array(parts.threshold, dtype=np.float32)
+        self._num_layers_S = np.array([step.num_layers for step in parts.steps])
+        self._token_macs_L = np.array(parts.token_macs)
+        self._pair_macs_L = np.array(parts.pair_macs)
+
+    def run(self, inputs: list[Array]) -> AdaptiveResult[Array]:
+        """Answer a batch.
+
+        Args:
+            inputs: The network's inputs, as :func:`~offramp.runtime.session.check_inputs` made
+                them.
+        Returns:
+            Logits, the largest class probability, MACs and tokens in each layer of each sample, in
+            the order of the batch; every sample leaves by the only exit.
+        """
+        if self._runs_alone and len(inputs[0]) > 1 and self._single is not None:
+            samples = zip(*(np.split(tensor, len(tensor)) for tensor in inputs), strict=True)
+            answers = zip(*(self._answer(list(sample)) for sample in samples), strict=True)
+            output, confidence_B, tokens_BS = (np.concatenate(each) for each in answers)
+        else:
+            output, confidence_B, tokens_BS = self._answer(inputs)
+        tokens_BL = self._in_layers(tokens_BS)
+        macs_BL = tokens_BL * (self._token_macs_L + tokens_BL * self._pair_macs_L)
+        return AdaptiveResult(
+            output=output,
+            exit_index=np.zeros(len(output), dtype=np.int64),
+            confidence=confidence_B,
+            macs=self._parts.fixed_macs + macs_BL.sum(1),
+            tokens=tokens_BL,
+        )
+
+    def _answer(self, inputs: list[Array]) -> tuple[Array, Array, Array]:
+        """Logits, confidence, and the tokens in each step."""
+        inputs, has_tokens = self._trimmed(inputs)
+        if self._single is not None and len(inputs[0]) == 1 and has_tokens:
+            output, confidence_B, tokens_BS = self._single.run(inputs)
+            return output, confidence_B, tokens_BS
+        return self._run_steps(inputs)
+
+    def run_every_token(self, inputs: list[Array]) -> tuple[Array, Array, Array]:
+        """See :meth:`offramp.runtime.Session.run_every_token`."""
+        inputs, _ = self._trimmed(inputs)
+        x_BTD, is_valid_BT = self._embed.run(*inputs)
+        x_ND, total_N = x_BTD.reshape(-1, x_BTD.shape[2]), np.zeros_like(x_BTD[..., 0].ravel())
+        rows_BT = np.arange(len(x_ND)).reshape(is_valid_BT.shape)
+        places_N = rows_BT.ravel()
+        answer_BD, runs_BT = np.zeros_like(x_BTD[:, 0]), is_valid_BT.copy()
+        tokens, margins = [], []
+        for step in self._steps:
+            tokens.append(runs_BT.sum(1))
+            looked_at_BT = runs_BT.copy()
+            looked_at_BT[:, 0] = True  # somebody is, even in a sample that is answered
+            x_ND, total_N, stays_N, part_BD = step.run(
+                x_ND, total_N, rows_BT, looked_at_BT, places_N, self._threshold
+            )
+            answer_BD += np.where(runs_BT[:, :1], part_BD, 0)
+            margin_BT = np.abs(total_N - self._threshold)[rows_BT]
+            margins.append(np.where(runs_BT, margin_BT, np.inf).min(1))
+            stays_BT = stays_N[rows_BT]
+            runs_BT &= stays_BT & stays_BT[:, :1]
+        tokens_BL, margin_BL = (self._in_layers(np.stack(each, 1)) for each in (tokens, margins))
+        return self._head.run(answer_BD)[0], tokens_BL, margin_BL
+
+    def _trimmed(self, inputs: list[Array]) -> tuple[list[Array], bool]:
+        """Inputs without padding that all samples have, and whether anything else is there."""
+        padding = self._bundle.padding
+        if padding is None:
+            return inputs, True
+        mask_BT = mask_of_inputs(padding, inputs)
+        return trim_tokens(inputs, self._parts.inputs, mask_BT), bool(mask_BT.any())
+
+    def _in_layers(self, of_steps_BS: Array) -> Array:
+        """The same for each layer of a step."""
+        of_layers_BL: Array = of_steps_BS.repeat(self._num_layers_S, axis=1)
+        return of_layers_BL
+
+    def _run_steps(self, inputs: list[Array]) -> tuple[Array, Array, Array]:
+        """Logits, confidence, and the tokens in each step."""
+        x_BTD, is_valid_BT = self._embed.run(*inputs)
+        answer_BD = np.zeros_like(x_BTD[:, 0])
+        tokens_BS = np.zeros((len(x_BTD), len(self._steps)), dtype=np.int64)
+        x_ND, lengths_B = x_BTD[is_valid_BT], is_valid_BT.sum(1)
+        total_N, numbers_B = np.zeros_like(x_ND[:, 0]), np.arange(len(x_BTD))
+        for index, step in enumerate(self._steps):
+            is_running_B = lengths_B > 0
+            if not is_running_B.any():
+                break
+            numbers_B, lengths_B = numbers_B[is_running_B], lengths_B[is_running_B]
+            tokens_BS[numbers_B, index] = lengths_B
+            x_ND, total_N, stays_N, part_BD = step.run(
+                x_ND, total_N, *lay_out(lengths_B), self._threshold
+            )
+            answer_BD[numbers_B] += part_BD
+            if index < len(self._steps) - 1:
+                kept_N, lengths_B = _kept(stays_N, lengths_B)
+                if not kept_N.all():
+                    x_ND, total_N = x_ND[kept_N], total_N[kept_N]
+        output, confidence_B = self._head.run(answer_BD)
+        return output, confidence_B, tokens_BS
+
+
+def lay_out(lengths_B: Array) -> tuple[Array, Array, Array]:
+    """Where tokens that lie one after the other stand in a padded batch, and the way back.
+
+    Args:
+        lengths_B: Tokens of each sample, shape (B,), each at least 1.
+    Returns:
+        rows: Number of the token at each place, shape (B, T), int64; that of the sample's first
+            where there is none.
+        is_token: Where there is one, shape (B, T), bool.
+        places: Place of each token in B times T, shape (N,), int64.
+    Example:
+        >>> rows, _, places = lay_out(np.array([2, 3]))
+        >>> rows.tolist(), places.tolist()
+        ([[0, 1, 0], [2, 3, 4]], [0, 1, 3, 4, 5])
+    """
+    starts_B1 = (lengths_B.cumsum() - lengths_B)[:, None]
+    positions_T = np.arange(lengths_B.max())
+    is_token_BT: Array = positions_T < lengths_B[:, None]
+    rows_BT: Array = starts_B1 + np.where(is_token_BT, positions_T, 0)
+    return rows_BT, is_token_BT, np.flatnonzero(is_token_BT)
+
+
+def _kept(stays_N: Array, lengths_B: Array) -> tuple[Array, Array]:
+    """Which tokens go on, none of a sample whose class token does not, and how many of each."""
+    ends_B = lengths_B.cumsum()
+    goes_on_B = stays_N[ends_B - lengths_B]
+    kept_N: Array = stays_N & goes_on_B.repeat(lengths_B)
+    counts_B = np.diff(kept_N.cumsum()[ends_B - 1], prepend=0)
+    return kept_N, counts_B
