@@ -23,6 +23,8 @@ SETTINGS = {
     "num_classes": 10,
     "widths": "8,8",
     "blocks": "0,4",  # three of them gated
+    "gates": "recurrent",  # that can be drawn, without norms to fit
+    "gate_width": 10,
     "augment": "false",
     "calibration_share": 0.3,
     "uniform_prior": "false",
