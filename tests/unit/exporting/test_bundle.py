@@ -191,7 +191,7 @@ def test_mismatch_writes_nothing_and_names_the_exit(tmp_path, network, monkeypat
     def broken(*arguments, **options):
         raise ExportMismatchError("logits differ")
 
-    monkeypatch.setattr(export_module, "check_parity", broken)
+    monkeypatch.setattr(export_module, "_check_bundle", broken)
     with pytest.raises(ExportMismatchError):
         export(network, never_leave(3), tmp_path / "bundle", X, plain=False)
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
