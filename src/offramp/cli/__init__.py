@@ -9,7 +9,18 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from offramp import __version__
-from offramp.cli import calibrate, evaluate, export, frontier, place, predict, push, time, train
+from offramp.cli import (
+    calibrate,
+    evaluate,
+    export,
+    frontier,
+    place,
+    predict,
+    push,
+    show,
+    time,
+    train,
+)
 from offramp.errors import OfframpError
 
 app = typer.Typer(
@@ -28,6 +39,7 @@ app.command("time")(time.time)
 app.command("export")(export.export)
 app.command("place")(place.place)
 app.command("predict")(predict.predict)
+app.command("show")(show.show)
 app.command("push")(push.push)
 app.command("pull")(push.pull)
 

@@ -55,6 +55,10 @@ class Step:
         parameter_bytes: Bytes of weights in it.
         exit_macs_by_length: For samples of unequal length, ``exit_macs`` of one of T tokens as
             numbers c0, c1, c2: c0 + c1 T + c2 T^2.
+        exit_macs_by_size: For images of any size, ``exit_macs`` as numbers to be multiplied with
+            :func:`~offramp.runtime.dense.map_cells`.
+        pixel_threshold: How sure a pixel must be to count as sure; an input of the step, where the
+            policy counts pixels, else None.
     """
 
     file: str
@@ -70,6 +74,16 @@ class Step:
     payload_bytes: int
     parameter_bytes: int
     exit_macs_by_length: tuple[int, ...] | None = None
+    exit_macs_by_size: tuple[int, ...] | None = None
+    pixel_threshold: float | None = None
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What the policy compares with there, by the names of the step's last inputs."""
+        numbers = {"temperature": self.temperature, "threshold": self.threshold}
+        if self.pixel_threshold is not None:
+            numbers["pixel_threshold"] = self.pixel_threshold
+        return numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +123,8 @@ class Bundle:
         single_sha256: Hash of that file.
         padding: For samples of unequal length, where padding is marked; else None.
         skip: The parts of a network that skips blocks; None for one with exits.
+        pixel_multiple: Of a network that says a class for every pixel, and takes images of any
+            size: of what height and width are multiples. None for other networks.
     """
 
     folder: Path
@@ -128,6 +144,7 @@ class Bundle:
     single_sha256: str | None = None
     padding: Padding | None = None
     skip: SkipParts | None = None
+    pixel_multiple: int | None = None
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -150,11 +167,13 @@ def single_numbers(steps: Sequence[Step]) -> dict[str, float]:
     Args:
         steps: The steps of the bundle.
     Returns:
-        Temperature and threshold of every step, by the name of the initialiser.
+        Numbers of every step, by the name of the initialiser.
     """
-    temperatures = {f"temperature_{i}": step.temperature for i, step in enumerate(steps)}
-    thresholds = {f"threshold_{i}": step.threshold for i, step in enumerate(steps)}
-    return temperatures | thresholds
+    return {
+        f"{name}_{i}": number
+        for i, step in enumerate(steps)
+        for name, number in step.numbers.items()
+    }
 
 
 def with_thresholds(bundle: Bundle, thresholds: Sequence[float]) -> Bundle:
@@ -228,9 +247,17 @@ def write_bundle(bundle: Bundle) -> None:
     """
     content = asdict(bundle)
     del content["folder"]
-    if bundle.skip is None:
-        del content["skip"]  # which an older Offramp does not know
+    # What an older Offramp does not know is written only where it is needed.
+    _delete_none(content, "skip", "pixel_multiple")
+    for step in content["steps"]:
+        _delete_none(step, "exit_macs_by_size", "pixel_threshold")
     write_json(bundle.folder / BUNDLE_FILE, content)
+
+
+def _delete_none(content: dict[str, Any], *names: str) -> None:
+    for name in names:
+        if content[name] is None:
+            del content[name]
 
 
 def read_bundle(folder: Path | str) -> Bundle:
@@ -298,6 +325,9 @@ def _read_step(content: Mapping[str, Any]) -> Step:
         "features": tuple(read_spec(spec) for spec in content["features"]),
         "state": tuple(read_spec(spec) for spec in content["state"]),
     }
-    by_length = content.get("exit_macs_by_length")
-    parts["exit_macs_by_length"] = None if by_length is None else tuple(map(int, by_length))
+    for name in ("exit_macs_by_length", "exit_macs_by_size"):
+        numbers = content.get(name)
+        parts[name] = None if numbers is None else tuple(map(int, numbers))
+    pixel_threshold = content.get("pixel_threshold")
+    parts["pixel_threshold"] = None if pixel_threshold is None else float(pixel_threshold)
     return Step(**{**content, **parts})

@@ -8,7 +8,7 @@ import pickle
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from offramp.routing.skip import SkipNetwork
 from offramp.training.config import FitConfig
 from offramp.training.config_checks import check_config
 from offramp.training.data import Batches, EpochSampler, make_loader
+from offramp.training.dense_task import MEAN_IOU_METRIC, DenseTask
 from offramp.training.regimes import frozen_backbone
 from offramp.training.skip_task import BLOCKS_METRIC, SkipTask
 from offramp.training.task import ACCURACY_METRIC, MultiExitTask, Task
@@ -187,11 +188,8 @@ class _EpochReport(Callback):
             for before, after in zip(self._marks, _profiled_seconds(trainer), strict=True)
         )
         metrics = trainer.callback_metrics
-        accuracies = [
-            float(metrics[name])
-            for name in map(ACCURACY_METRIC.format, range(self.num_exits))
-            if name in metrics
-        ]
+        accuracies = self._per_exit(ACCURACY_METRIC, metrics)
+        ious = self._per_exit(MEAN_IOU_METRIC, metrics)
         epoch, loss = trainer.current_epoch + 1, float(metrics["train_loss_epoch"])
         epoch_s = time.perf_counter() - self._start
         blocks_run = float(metrics[BLOCKS_METRIC]) if BLOCKS_METRIC in metrics else None
@@ -200,19 +198,24 @@ class _EpochReport(Callback):
                 "epoch": epoch,
                 "train_loss": loss,
                 "exit_accuracy": accuracies,
+                **({"exit_mean_iou": ious} if ious else {}),
                 **({} if blocks_run is None else {BLOCKS_METRIC: blocks_run}),
                 "epoch_s": round(epoch_s, 3),
                 "data_share": round(data_s / (data_s + step_s), 4),
             }
         )
-        exits = "  ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies)
+        exits = "  ".join(f"{100 * share:.2f}" for share in ious or accuracies)
         print(
             f"epoch {epoch}/{trainer.max_epochs}  loss {loss:.4f}"
-            + (f"  exits {exits} %" if accuracies else "")
+            + (f"  exits {exits} %{' mean IoU' if ious else ''}" if accuracies else "")
             + (f"  blocks run {100 * blocks_run:.1f} %" if blocks_run is not None else "")
             + f"  {epoch_s:.1f} s",
             flush=True,
         )
+
+    def _per_exit(self, metric: str, metrics: Mapping[str, Tensor]) -> list[float]:
+        names = map(metric.format, range(self.num_exits))
+        return [float(metrics[name]) for name in names if name in metrics]
 
     def _append(self, record: dict[str, Any]) -> None:
         """Add a line; lines of this epoch and later ones stem from a run that was killed."""
@@ -225,6 +228,8 @@ class _EpochReport(Callback):
 def _task(network: MultiExitNetwork | SkipNetwork, config: FitConfig) -> Task:
     if isinstance(network, SkipNetwork):
         return SkipTask(network, config)
+    if network.is_dense:
+        return DenseTask(network, config)
     return MultiExitTask(network, config)
 
 

@@ -78,7 +78,7 @@ def test_build_finds_the_network_by_name():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("transformer", {}, "of mlp, convnet, lite0, minilm, resnet, skipnet. Got 'transf"),
+        ("transformer", {}, "resnet, segmentation, skipnet. Got 'transf"),
         ("mlp", {"in_features": 6}, "does not take these options"),
         ("mlp", {"in_features": 6, "widths": [5], "num_classes": 4, "depth": 2}, "depth"),
         ("mlp", {"in_features": 6, "widths": [-5], "num_classes": 4}, "does not take"),
