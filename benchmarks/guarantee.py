@@ -40,8 +40,9 @@ import offramp.calibration.guarantee as guarantee_module
 from offramp import ExitLogits, calibrate
 from offramp.calibration.guarantee import calibrate_with_guarantee
 from offramp.calibration.risk import RISKS
+from offramp.calibration.rules import policy_like
 from offramp.calibration.search import evaluate_thresholds
-from offramp.calibration.thresholds import confidences, policy_like
+from offramp.calibration.thresholds import confidences
 from offramp.errors import InfeasibleTargetError
 from offramp.policy.policies import ThresholdedPolicy, ThresholdPolicy
 from pools import NAMES, read_pool, rivals

@@ -35,14 +35,9 @@ from rich.table import Table
 
 from offramp import ExitLogits, calibrate
 from offramp.calibration.controller import fit_controller
+from offramp.calibration.rules import Rule, policy_like
 from offramp.calibration.search import evaluate_thresholds
-from offramp.calibration.thresholds import (
-    Calibration,
-    Rule,
-    confidences,
-    measure_policy,
-    policy_like,
-)
+from offramp.calibration.thresholds import Calibration, confidences, measure_policy
 from pools import NAMES, read_pool, rivals
 from record import circumstances, write_json
 

@@ -26,10 +26,11 @@ from offramp.errors import (
 from offramp.results import AdaptiveResult
 
 if TYPE_CHECKING:
-    from offramp.calibration.collect import ExitLogits, collect
+    from offramp.calibration.collect import collect
     from offramp.calibration.controller import fit_controller
     from offramp.calibration.frontier import Frontier, frontier
     from offramp.calibration.guarantee import Guarantee, calibrate_with_guarantee
+    from offramp.calibration.logits import DenseLogits, ExitLogits
     from offramp.calibration.sweep import (
         Sweep,
         choose_threshold,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from offramp.inference.sweeping import collect_sweep
     from offramp.inference.timing import time_runner
     from offramp.measure.cost import ExitCosts, count_macs
+    from offramp.measure.dense import label_maps, mean_iou
     from offramp.model.cut import add_exits
     from offramp.model.multi_exit import MultiExitNetwork
     from offramp.policy.confidence import (
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
         max_probability_confidence,
     )
     from offramp.policy.controller import ControllerPolicy
+    from offramp.policy.dense_policies import AgreementPolicy, DensePolicy
     from offramp.policy.policies import (
         PatiencePolicy,
         Policy,
@@ -73,7 +76,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ExitLogits": "offramp.calibration.collect",
+    "DenseLogits": "offramp.calibration.logits",
+    "ExitLogits": "offramp.calibration.logits",
     "collect": "offramp.calibration.collect",
     "Frontier": "offramp.calibration.frontier",
     "frontier": "offramp.calibration.frontier",
@@ -85,6 +89,8 @@ _HOMES = {
     "fit_controller": "offramp.calibration.controller",
     "fit_temperatures": "offramp.calibration.temperature",
     "ControllerPolicy": "offramp.policy.controller",
+    "AgreementPolicy": "offramp.policy.dense_policies",
+    "DensePolicy": "offramp.policy.dense_policies",
     "Calibration": "offramp.calibration.thresholds",
     "calibrate": "offramp.calibration.thresholds",
     "export": "offramp.exporting.bundle",
@@ -99,6 +105,8 @@ _HOMES = {
     "time_runner": "offramp.inference.timing",
     "ExitCosts": "offramp.measure.cost",
     "count_macs": "offramp.measure.cost",
+    "label_maps": "offramp.measure.dense",
+    "mean_iou": "offramp.measure.dense",
     "add_exits": "offramp.model.cut",
     "MultiExitNetwork": "offramp.model.multi_exit",
     "entropy_confidence": "offramp.policy.confidence",
@@ -131,12 +139,15 @@ _HOMES = {
 __all__ = [
     "AdaptiveResult",
     "AdaptiveRunner",
+    "AgreementPolicy",
     "ArtifactError",
     "BackboneCutError",
     "Calibration",
     "ControllerPolicy",
     "DataError",
     "DataNotFoundError",
+    "DenseLogits",
+    "DensePolicy",
     "Evaluation",
     "ExitCosts",
     "ExitLogits",
@@ -187,9 +198,11 @@ __all__ = [
     "fit_temperatures",
     "from_pretrained",
     "frontier",
+    "label_maps",
     "load",
     "margin_confidence",
     "max_probability_confidence",
+    "mean_iou",
     "never_leave",
     "place",
     "push_to_hub",

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from offramp.calibration.collect import ExitLogits
 from offramp.calibration.guarantee import calibrate_with_guarantee
-from offramp.calibration.risk import RISKS
+from offramp.calibration.risk import RISKS_OF_SAMPLES
 from offramp.calibration.search import evaluate_thresholds
 from offramp.calibration.thresholds import calibrate, confidences, expected_correctness
 from offramp.errors import InfeasibleTargetError
@@ -84,7 +84,7 @@ def looser_pairs(low, high):
     return st.tuples(st.floats(low, high), st.floats(low, high)).map(sorted)
 
 
-@given(answers(with_nan=True), looser_pairs(0, 0.99), st.sampled_from(sorted(RISKS)))
+@given(answers(with_nan=True), looser_pairs(0, 0.99), st.sampled_from(RISKS_OF_SAMPLES))
 def test_a_looser_target_never_costs_more(logits, targets, risk):
     costs = []
     for target in targets:
@@ -159,7 +159,7 @@ def promised(logits: ExitLogits, target: float, risk: str) -> float:
 
 
 @settings(max_examples=40)
-@given(many_answers(), looser_pairs(0.01, 0.5), st.sampled_from(sorted(RISKS)))
+@given(many_answers(), looser_pairs(0.01, 0.5), st.sampled_from(RISKS_OF_SAMPLES))
 def test_a_looser_promise_never_costs_more(logits, targets, risk):
     tight, loose = (promised(logits, target, risk) for target in targets)
     # Further along the same candidates; on all samples, a next candidate may cost a little more.
@@ -167,7 +167,7 @@ def test_a_looser_promise_never_costs_more(logits, targets, risk):
 
 
 @settings(max_examples=40)
-@given(many_answers(), st.integers(0, 100), st.sampled_from(sorted(RISKS)))
+@given(many_answers(), st.integers(0, 100), st.sampled_from(RISKS_OF_SAMPLES))
 def test_order_does_not_matter_for_a_promise(logits, seed, risk):
     assert promised(logits, 0.2, risk) == pytest.approx(promised(shuffled(logits, seed), 0.2, risk))
 

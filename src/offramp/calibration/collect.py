@@ -1,13 +1,12 @@
 """Every exit's logits over a data set, computed once.
 
-Shapes: ``K`` exits, ``N`` samples, ``C`` classes.
+Shapes: ``K`` exits, ``N`` samples, ``B`` batch, ``C`` classes.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from offramp.artifacts import atomic_path
-from offramp.calibration.labelled import LabelledLogits
-from offramp.errors import ArtifactError, DataError, ShapeError
+from offramp.calibration.logits import DenseLogits, ExitLogits
+from offramp.errors import ArtifactError, DataError
 from offramp.measure.cost import ExitCosts, evaluation_mode
+from offramp.measure.dense import confusion_matrices, label_maps
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_inputs
 from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
@@ -29,38 +29,6 @@ from offramp.runtime.session import check_inputs
 
 _ABOUT = "exits"
 """Where a file of logits says what its exits cost."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExitLogits(LabelledLogits):
-    """What every exit says about every sample, and what the exits cost.
-
-    Attributes:
-        logits_KNC: Raw logits, shape (K, N, C), float32, on the CPU.
-        labels_N: Classes, shape (N,), int64, on the CPU.
-        prior: Share of each class in the population that figures are about, C numbers that sum
-            to 1, none negative; None where the samples are drawn from it as they are.
-        costs: MACs per sample of each stage and head.
-        numbers: Of each exit in the network, ascending; 0 to K - 1 if left out.
-    """
-
-    costs: ExitCosts
-    numbers: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.numbers:
-            object.__setattr__(self, "numbers", tuple(range(self.costs.num_exits)))
-        expected = (self.costs.num_exits, len(self.labels_N))
-        if self.logits_KNC.ndim != 3 or self.logits_KNC.shape[:2] != expected:
-            raise ShapeError(
-                f"Expected logits of shape (K, N, C) for K = {self.costs.num_exits} exits and "
-                f"N = {len(self.labels_N)} labels. Got {tuple(self.logits_KNC.shape)}."
-            )
-        if len(self.numbers) != self.costs.num_exits:
-            raise ShapeError(
-                f"Expected {self.costs.num_exits} numbers, one per exit. Got {self.numbers}."
-            )
-        super().__post_init__()
 
 
 @torch.inference_mode()
@@ -77,7 +45,8 @@ def collect(
             of the plain network.
         loader: Batches of (inputs, labels); inputs is a tuple where the network takes several.
     Returns:
-        The logits of all exits, with labels and costs.
+        The logits of all exits, with labels and costs; of a network that says a class for every
+        pixel, ``DenseLogits``.
     Raises:
         DataError: If the loader yields no sample.
     """
@@ -87,13 +56,12 @@ def collect(
         say, network = partial(_where_tokens_stay, network), network.without_halting()
     elif isinstance(network, SkipNetwork):
         say = network = network.without_gates()
-    outputs, labels, lengths = [], [], []
+    gathered, lengths = _Gathered(), []
     inputs = None
     with evaluation_mode(network):  # whose weights are those of what answers
         for batch, labels_B in loader:
             inputs = as_inputs(batch, device)
-            outputs.append(torch.stack(tuple(say(*inputs))).float().cpu())
-            labels.append(labels_B.cpu())
+            gathered.add(torch.stack(tuple(say(*inputs))), labels_B)
             if network.ragged is not None:
                 lengths.append(network.ragged.lengths(inputs))
     if inputs is None:
@@ -102,7 +70,7 @@ def collect(
         costs = network.costs_of_lengths(torch.cat(lengths), inputs)
     else:
         costs = network.costs(*inputs)
-    return ExitLogits(logits_KNC=torch.cat(outputs, dim=1), labels_N=torch.cat(labels), costs=costs)
+    return gathered.logits(costs)
 
 
 def _where_tokens_stay(network: HaltingNetwork, *inputs: Tensor) -> tuple[Tensor]:
@@ -135,18 +103,58 @@ def collect_from_session(session: Session, loader: Iterable[tuple[Tensor, Tensor
         dearest = 0.0 if bundle.family == "skip" else 1.0
         run = partial(_only_exit, Session(with_routing_threshold(bundle, dearest)))
         stages, heads, numbers = (bundle.plain_macs,), (0,), (0,)
-    outputs, labels = [], []
+    gathered = _Gathered()
     for batch, labels_B in loader:
-        outputs.append(run(as_inputs(batch)))
-        labels.append(labels_B)
-    if not labels:
+        gathered.add(run(as_inputs(batch)), labels_B)
+    if gathered.is_empty:
         raise DataError("Expected at least one batch of samples to collect logits from. Got none.")
-    return ExitLogits(
-        logits_KNC=torch.cat(outputs, dim=1),
-        labels_N=torch.cat(labels),
-        costs=ExitCosts(stage_macs=stages, head_macs=heads),
-        numbers=numbers,
+    return gathered.logits(ExitCosts(stage_macs=stages, head_macs=heads), numbers)
+
+
+class _Gathered:
+    """Logits and labels, batch after batch; dense ones at half precision, with their figures."""
+
+    def __init__(self) -> None:
+        self._outputs: list[Tensor] = []
+        self._labels: list[Tensor] = []
+        self._confusion: list[Tensor] = []
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._labels
+
+    def add(self, outputs_KBC: Tensor, labels_B: Tensor) -> None:
+        outputs_KBC = outputs_KBC.float()
+        if outputs_KBC.ndim == 5:
+            labels_B = labels_B.to(outputs_KBC.device)
+            self._confusion.append(_confusion(outputs_KBC, labels_B).cpu())
+            outputs_KBC, labels_B = outputs_KBC.half(), labels_B.to(torch.uint8)
+        self._outputs.append(outputs_KBC.cpu())
+        self._labels.append(labels_B.cpu())
+
+    def logits(self, costs: ExitCosts, numbers: tuple[int, ...] = ()) -> ExitLogits:
+        outputs_KNC, labels_N = torch.cat(self._outputs, dim=1), torch.cat(self._labels)
+        if not self._confusion:
+            return ExitLogits(
+                logits_KNC=outputs_KNC, labels_N=labels_N, costs=costs, numbers=numbers
+            )
+        return DenseLogits(
+            logits_KNC=outputs_KNC,
+            labels_N=labels_N,
+            costs=costs,
+            numbers=numbers,
+            confusion_KNCC=torch.cat(self._confusion, dim=1),
+        )
+
+
+def _confusion(outputs_KBChw: Tensor, labels_BHW: Tensor) -> Tensor:
+    size = (labels_BHW.shape[1], labels_BHW.shape[2])
+    num_classes = outputs_KBChw.shape[2]
+    of_exits = (
+        confusion_matrices(label_maps(logits, size), labels_BHW, num_classes=num_classes)
+        for logits in outputs_KBChw
     )
+    return torch.stack(list(of_exits))
 
 
 def _every_exit(session: Session, inputs: Features) -> Tensor:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from offramp.calibration.collect import ExitLogits
+from offramp.calibration.logits import ExitLogits
 from offramp.calibration.thresholds import expected_correctness
 from offramp.errors import InvalidArgumentError
 from offramp.policy.controller import ControllerPolicy, ExitScorer, scorer_inputs

@@ -14,17 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from offramp.calibration.collect import ExitLogits
+from offramp.calibration.logits import ExitLogits
+from offramp.calibration.rules import Rule, policies_like, policy_like
 from offramp.calibration.sweep import Sweep, choose_threshold
-from offramp.calibration.thresholds import (
-    Rule,
-    calibrate,
-    measure_policy,
-    policy_like,
-)
+from offramp.calibration.thresholds import calibrate, measure_policy
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError, ShapeError
 from offramp.policy.as_dict import without_inf
-from offramp.policy.policies import ThresholdedPolicy, never_leave
+from offramp.policy.policies import ThresholdedPolicy
 
 _MAX_NUM_POINTS = 1000
 
@@ -42,6 +38,10 @@ class FrontierPoint:
             network of one exit, where there is nothing to choose, without such data.
         accuracy: Adaptive accuracy on the test data, a fraction.
         mean_macs: Mean MACs per sample on the test data; may exceed the budget a little.
+        calibration_mean_iou: Mean IoU on the data that chose the thresholds; None where a sample
+            has one class.
+        mean_iou: Mean IoU on the test data; None where a sample has one class.
+        pixel_threshold: How sure a pixel must be to count as sure; None where none is counted.
     """
 
     budget_macs: float
@@ -49,10 +49,18 @@ class FrontierPoint:
     calibration_accuracy: float | None
     accuracy: float
     mean_macs: float
+    calibration_mean_iou: float | None = None
+    mean_iou: float | None = None
+    pixel_threshold: float | None = None
+
+    @property
+    def quality(self) -> float:
+        """The figure that counts: mean IoU where there is one, else accuracy."""
+        return self.accuracy if self.mean_iou is None else self.mean_iou
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain values for JSON; a threshold of +inf becomes None."""
-        return asdict(self) | {"thresholds": without_inf(self.thresholds)}
+        return _without_dense(asdict(self)) | {"thresholds": without_inf(self.thresholds)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +71,18 @@ class ExitAlone:
         index: The exit's number in the network, from 0.
         accuracy: On the test data, a fraction.
         macs: MACs per sample.
+        mean_iou: On the test data; None where a sample has one class.
     """
 
     index: int
     accuracy: float
     macs: int
+    mean_iou: float | None = None
+
+    @property
+    def quality(self) -> float:
+        """The figure that counts: mean IoU where there is one, else accuracy."""
+        return self.accuracy if self.mean_iou is None else self.mean_iou
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +93,8 @@ class Frontier:
         points: What each budget led to, from the least budget on; equal thresholds once.
         exits: Each exit alone.
         plain_macs: MACs per sample of the plain network.
-        area: Under the curve of the points, as a mean accuracy; see :func:`frontier`.
+        area: Under the curve of the points, as a mean accuracy, or a mean of mean IoU; see
+            :func:`frontier`.
     """
 
     points: tuple[FrontierPoint, ...]
@@ -92,7 +108,7 @@ class Frontier:
             "plain_macs": self.plain_macs,
             "area": self.area,
             "points": [point.to_dict() for point in self.points],
-            "exits": [asdict(alone) for alone in self.exits],
+            "exits": [_without_dense(asdict(alone)) for alone in self.exits],
         }
 
 
@@ -101,7 +117,7 @@ def frontier(
     test: ExitLogits,
     *,
     num_points: int = 10,
-    rule: Rule = "entropy",
+    rule: Rule | None = None,
 ) -> Frontier:
     """Follow the trade-off of accuracy and cost on data that chose none of its points.
 
@@ -139,10 +155,10 @@ def frontier(
         points = [_only_point(test)]
     else:
         _check_same_network(calibration, test)
-        policy = policy_like(rule, calibration)
-        least_macs = _least_macs(calibration, policy)
+        policies = policies_like(rule, calibration)
+        least_macs = min(_least_macs(calibration, policy) for policy in policies)
         budgets = np.geomspace(least_macs, plain_macs, num_points).tolist()
-        points = _points(calibration, test, policy, budgets)
+        points = _points(calibration, test, policies, budgets)
     return Frontier(
         points=tuple(points),
         exits=_exits_alone(test),
@@ -236,13 +252,14 @@ def _only_point(test: ExitLogits) -> FrontierPoint:
             "The 'calibration' parameter may be None for a network of one exit only. "
             f"Got one of {test.costs.num_exits} exits: give data to choose its thresholds on."
         )
-    reached = measure_policy(test, never_leave(1))
+    reached = measure_policy(test, policy_like(None, test))
     return FrontierPoint(
         budget_macs=float(test.costs.plain_macs),
         thresholds=(),
         calibration_accuracy=None,
         accuracy=reached.accuracy,
         mean_macs=reached.mean_macs,
+        mean_iou=reached.mean_iou,
     )
 
 
@@ -257,22 +274,30 @@ def _least_macs(calibration: ExitLogits, policy: ThresholdedPolicy) -> float:
 
 
 def _points(
-    calibration: ExitLogits, test: ExitLogits, policy: ThresholdedPolicy, budgets: Sequence[float]
+    calibration: ExitLogits,
+    test: ExitLogits,
+    policies: Sequence[ThresholdedPolicy],
+    budgets: Sequence[float],
 ) -> list[FrontierPoint]:
     """What each budget leads to; none for a budget that cannot be kept."""
-    points: dict[tuple[float, ...], FrontierPoint] = {}
+    points: dict[object, FrontierPoint] = {}
     for budget_macs in budgets:
         with suppress(InfeasibleTargetError):
-            chosen = calibrate(calibration, budget_macs=budget_macs, rule=policy)
-            if chosen.policy.thresholds in points:
+            chosen = calibrate(calibration, budget_macs=budget_macs, rule=lambda _: policies)
+            pixel_threshold = getattr(chosen.policy, "pixel_threshold", None)
+            numbers = chosen.policy.thresholds, pixel_threshold
+            if numbers in points:
                 continue
             reached = measure_policy(test, chosen.policy)
-            points[chosen.policy.thresholds] = FrontierPoint(
+            points[numbers] = FrontierPoint(
                 budget_macs=budget_macs,
                 thresholds=chosen.policy.thresholds,
                 calibration_accuracy=chosen.accuracy,
                 accuracy=reached.accuracy,
                 mean_macs=reached.mean_macs,
+                calibration_mean_iou=chosen.mean_iou,
+                mean_iou=reached.mean_iou,
+                pixel_threshold=pixel_threshold,
             )
     return list(points.values())
 
@@ -284,10 +309,10 @@ def _macs_alone(logits: ExitLogits) -> list[int]:
 
 
 def _exits_alone(test: ExitLogits) -> tuple[ExitAlone, ...]:
-    correct_KN = test.correct_KN.numpy().astype(np.float64)
-    accuracy_K = np.average(correct_KN, axis=1, weights=test.weights_N).tolist()
-    rows = zip(test.numbers, accuracy_K, _macs_alone(test), strict=True)
-    return tuple(ExitAlone(index=k, accuracy=accuracy, macs=macs) for k, accuracy, macs in rows)
+    everybody = np.ones(len(test.labels_N), dtype=np.int64)
+    figures = [test.figures(k * everybody) for k in range(test.costs.num_exits)]
+    rows = zip(test.numbers, figures, _macs_alone(test), strict=True)
+    return tuple(ExitAlone(index=k, macs=macs, **vars(reached)) for k, reached, macs in rows)
 
 
 def _area(points: Sequence[FrontierPoint], *, plain_macs: int) -> float:
@@ -295,15 +320,26 @@ def _area(points: Sequence[FrontierPoint], *, plain_macs: int) -> float:
     by_cost = sorted(points, key=lambda point: point.mean_macs)
     best, least_macs = by_cost[0], by_cost[0].mean_macs
     if least_macs >= plain_macs:
-        return best.accuracy
+        return best.quality
     total = 0.0
     ends = [min(point.mean_macs, plain_macs) for point in by_cost] + [plain_macs]
     for point, (start, end) in zip(by_cost, pairwise(ends), strict=True):
         if _on_calibration(point) > _on_calibration(best):
             best = point
-        total += best.accuracy * (end - start)
+        total += best.quality * (end - start)
     return total / (plain_macs - least_macs)
 
 
 def _on_calibration(point: FrontierPoint) -> float:
+    if point.calibration_mean_iou is not None:
+        return point.calibration_mean_iou
     return -math.inf if point.calibration_accuracy is None else point.calibration_accuracy
+
+
+def _without_dense(figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures without those of dense outputs where a sample has one class."""
+    return {
+        name: value
+        for name, value in figures.items()
+        if value is not None or not name.endswith(("mean_iou", "pixel_threshold"))
+    }

@@ -19,18 +19,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from offramp.calibration.collect import ExitLogits
-from offramp.calibration.risk import RISKS, check_risk
+from offramp.calibration.logits import ExitLogits
+from offramp.calibration.risk import RISKS, check_risk, check_risk_fits
+from offramp.calibration.rules import Rule, policies_like
 from offramp.calibration.search import Floats, exits_left_by
 from offramp.calibration.sequence import choose_test, part_samples, passing_values
 from offramp.calibration.thresholds import (
     Calibration,
-    Rule,
+    calibrate,
     confidences,
     costs_under,
     measure_policy,
     plausibility,
-    policy_like,
     search_for,
 )
 from offramp.errors import InvalidArgumentError
@@ -106,7 +106,7 @@ def calibrate_with_guarantee(
     max_risk: float,
     risk: str = "accuracy_gap",
     guarantee: float | str = 0.95,
-    rule: Rule = "entropy",
+    rule: Rule | None = None,
     seed: int = 0,
 ) -> GuaranteedCalibration:
     """Choose thresholds so that the true risk is within a target, and say with what probability.
@@ -138,8 +138,9 @@ def calibrate_with_guarantee(
     """
     check_risk(risk, max_risk)
     check_guarantee(max_risk, guarantee)
+    check_risk_fits(risk, logits)
     finding, testing = part_samples(logits, seed)
-    candidates = _front(finding, policy_like(rule, finding), risk)
+    candidates = _front(finding, _best_of(rule, finding, max_risk, risk), risk)
     test = choose_test(risk, testing, guarantee=guarantee)
     losses = zip(
         _losses(finding, candidates, risk), _losses(testing, candidates, risk), strict=True
@@ -179,6 +180,16 @@ def check_guarantee(max_risk: float, guarantee: float | str) -> None:
             "The 'guarantee' parameter must be a probability in (0, 1), e.g. 0.95, or 'mean'. "
             f"Got {guarantee!r}."
         )
+
+
+def _best_of(
+    rule: Rule | None, finding: ExitLogits, max_risk: float, risk: str
+) -> ThresholdedPolicy:
+    """The policy to be tested: of several, the one that would save most on what finds it."""
+    policies = policies_like(rule, finding)
+    if len(policies) == 1:
+        return policies[0]
+    return calibrate(finding, max_risk=max_risk, risk=risk, rule=lambda _: policies).policy
 
 
 def _front(finding: ExitLogits, policy: ThresholdedPolicy, risk: str) -> list[ThresholdedPolicy]:

@@ -6,6 +6,7 @@ Shapes: ``K`` ways, ``N`` samples, ``C`` classes.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,10 @@ class LabelledLogits:
         labels_N: Classes, shape (N,), int64, on the CPU.
         prior: Share of each class in the population that figures are about, C numbers that sum
             to 1, none negative; None where the samples are drawn from it as they are.
+        is_dense: Whether every pixel of a sample has a class of its own.
     """
+
+    is_dense: ClassVar[bool] = False
 
     logits_KNC: Tensor
     labels_N: Tensor
@@ -39,6 +43,12 @@ class LabelledLogits:
     def correct_KN(self) -> Tensor:
         """Whether each way is right about each sample, shape (K, N), bool."""
         return self.logits_KNC.argmax(-1) == self.labels_N
+
+    @property
+    def said_N(self) -> Tensor:
+        """Numbers that tell samples apart by what is said of them, shape (D, N)."""
+        top = self.logits_KNC.sort(-1).values[..., -2:].movedim(-1, 0).flatten(0, 1)
+        return torch.cat([top, self.correct_KN.float()])
 
     @property
     def class_counts(self) -> npt.NDArray[np.int64]:

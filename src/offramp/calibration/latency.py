@@ -11,19 +11,19 @@ Shapes: ``K`` exits, ``N`` samples.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from offramp.calibration.collect import ExitLogits
+from offramp.calibration.logits import ExitLogits
+from offramp.calibration.rules import Rule, policies_like
 from offramp.calibration.search import Floats
 from offramp.calibration.thresholds import (
     Calibration,
-    Rule,
     calibrate,
     calibrate_within,
     expected_correctness,
-    policy_like,
     reached_under,
     search_thresholds,
 )
@@ -79,7 +79,7 @@ def calibrate_for_latency(
     *,
     batch_size: int,
     max_drop: float,
-    rule: Rule = "entropy",
+    rule: Rule | None = None,
 ) -> LatencyCalibration:
     """Choose thresholds for an accuracy target, and switch off exits that do not pay.
 
@@ -98,7 +98,7 @@ def calibrate_for_latency(
     """
     num_exits = logits.costs.num_exits
     _check_fits(profile, num_exits=num_exits, batch_size=batch_size)
-    policy = policy_like(rule, logits)
+    policy = _cheapest_of(policies_like(rule, logits), logits, max_drop)
 
     def reaching(policy: ThresholdedPolicy) -> list[float]:
         return _reaching(logits, policy, batch_size)
@@ -139,7 +139,7 @@ def calibrate_to_milliseconds(
     *,
     budget_ms: float,
     batch_size: int,
-    rule: Rule = "entropy",
+    rule: Rule | None = None,
 ) -> LatencyCalibration:
     """Choose thresholds for a mean time per sample, by measured times of the parts.
 
@@ -158,13 +158,12 @@ def calibrate_to_milliseconds(
         InfeasibleTargetError: If no thresholds are predicted to be so fast on this data.
         ShapeError: If the profile is of a network with another number of exits.
     """
-    if not 0 < budget_ms < math.inf:
-        raise InvalidArgumentError(
-            f"The 'budget_ms' parameter must be a number of milliseconds above 0. Got {budget_ms}."
-        )
+    _check_budget(budget_ms)
     num_exits = logits.costs.num_exits
     _check_fits(profile, num_exits=num_exits, batch_size=batch_size)
-    policy = policy_like(rule, logits)
+    policy, *others = policies_like(rule, logits)
+    if others:
+        return _best_of((policy, *others), logits, profile, budget_ms, batch_size)
     costs, worth_KN = _costs_in_ns(profile, batch_size), expected_correctness(logits)
 
     def within(allowed_ns: float) -> tuple[float, Calibration]:
@@ -188,11 +187,43 @@ def calibrate_to_milliseconds(
         middle_ns = (low_ns + high_ns) / 2
         found = within(middle_ns)
         if found[0] <= budget_ms * batch_size:
-            low_ns, best = middle_ns, max(best, found, key=lambda each: each[1].accuracy)
+            low_ns, best = middle_ns, max(best, found, key=lambda each: each[1].quality)
         else:
             high_ns = middle_ns
     plain_ms = profile.batch_ms([batch_size] * num_exits, off=range(num_exits - 1))
     return LatencyCalibration(chosen=best[1], switched_off=(), batch_ms=best[0], plain_ms=plain_ms)
+
+
+def _check_budget(budget_ms: float) -> None:
+    if not 0 < budget_ms < math.inf:
+        raise InvalidArgumentError(
+            f"The 'budget_ms' parameter must be a number of milliseconds above 0. Got {budget_ms}."
+        )
+
+
+def _cheapest_of(
+    policies: Sequence[ThresholdedPolicy], logits: ExitLogits, max_drop: float
+) -> ThresholdedPolicy:
+    """Of several policies the one that keeps to a target at the least MACs."""
+    if len(policies) == 1:
+        return policies[0]
+    return calibrate(logits, max_drop=max_drop, rule=lambda _: policies).policy
+
+
+def _best_of(
+    policies: Sequence[ThresholdedPolicy],
+    logits: ExitLogits,
+    profile: Profile,
+    budget_ms: float,
+    batch_size: int,
+) -> LatencyCalibration:
+    found = [
+        calibrate_to_milliseconds(
+            logits, profile, budget_ms=budget_ms, batch_size=batch_size, rule=policy
+        )
+        for policy in policies
+    ]
+    return max(found, key=lambda each: (each.chosen.quality, -each.batch_ms))
 
 
 def _nothing_is_allowed(worth_J: Floats, cost_J: Floats) -> Floats:

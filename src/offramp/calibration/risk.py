@@ -21,6 +21,9 @@ from offramp.calibration.labelled import LabelledLogits
 from offramp.calibration.search import Floats
 from offramp.errors import InvalidArgumentError
 
+PIXEL_ERROR_GAP = "pixel_error_gap"
+"""The only risk of images with a class for every pixel: mean IoU is no mean over images."""
+
 _ROUNDING = 1e-9
 """By how much a sum of whole losses may be off one."""
 
@@ -107,8 +110,20 @@ RISKS = {
             f"{way}'s Brier score (in [0, 1]) is at most {target:g} above {last}'s"
         ),
     ),
+    PIXEL_ERROR_GAP: Risk(
+        losses=_accuracy_gap,
+        is_binary=False,
+        counts_errors=True,
+        in_words=lambda target, way, last: (
+            f"{way} gets at most {100 * target:g} % more of an image's pixels wrong than {last}, "
+            "on average over images"
+        ),
+    ),
 }
 """The risks by the name that files and the command line use; no loss is above 1."""
+
+RISKS_OF_SAMPLES = tuple(name for name in RISKS if name != PIXEL_ERROR_GAP)
+"""Those where a sample has one class."""
 
 
 def check_risk(risk: str, max_risk: float, *, name: str = "max_risk") -> None:
@@ -126,6 +141,29 @@ def check_risk(risk: str, max_risk: float, *, name: str = "max_risk") -> None:
     if not 0 <= max_risk < 1:
         raise InvalidArgumentError(
             f"The {name!r} parameter must be a fraction in [0, 1). Got {max_risk}."
+        )
+
+
+def check_risk_fits(risk: str, logits: LabelledLogits) -> None:
+    """Refuse a risk that these samples have not.
+
+    Args:
+        risk: Its name.
+        logits: What is said of them.
+    Raises:
+        InvalidArgumentError: If it is about one class a sample and these have one for every
+            pixel, or the other way round.
+    """
+    if logits.is_dense and risk != PIXEL_ERROR_GAP:
+        raise InvalidArgumentError(
+            f"Where every pixel has a class, the risk must be {PIXEL_ERROR_GAP}, the mean over "
+            "images of their wrong pixels: mean IoU is no mean over images, and nothing is "
+            f"promised of it. Got {risk!r}: give 'max_risk' with {PIXEL_ERROR_GAP}."
+        )
+    if not logits.is_dense and risk == PIXEL_ERROR_GAP:
+        raise InvalidArgumentError(
+            f"The risk {PIXEL_ERROR_GAP} is for networks that say a class for every pixel. "
+            f"This one says one for a sample: use one of {', '.join(RISKS_OF_SAMPLES)}."
         )
 
 

@@ -5,7 +5,11 @@ are sorted by confidence, and running sums give worth and cost of letting the su
 of this over the exits climb a price for compute (worth minus price times cost); a sweep over prices
 walks along the trade-off.
 
-Shapes: ``K`` exits, ``N`` samples, ``J`` candidate thresholds of one exit.
+Where worth is no mean over samples, as mean IoU is none, samples count as vectors, and a function
+says what a mean vector is worth.
+
+Shapes: ``K`` exits, ``N`` samples, ``J`` candidate thresholds of one exit, ``D`` numbers of a
+vector.
 """
 
 from __future__ import annotations
@@ -21,6 +25,9 @@ from offramp.measure.cost import ExitCosts
 Floats = npt.NDArray[np.float64]
 Score = Callable[[Floats, Floats], Floats]
 """From mean worths and mean MACs of candidates to how good each is; -inf where not allowed."""
+
+Worth = Callable[[Floats], Floats]
+"""From mean vectors of candidates, shape (J, D), to what they are worth, shape (J,)."""
 
 _PRICES = np.geomspace(1e-3, 3.0, 24)
 """Worth that a plain network's worth of MACs has, from cheap to dear."""
@@ -82,9 +89,11 @@ class ThresholdSearch:
 
     Args:
         confidence_KN: Confidence of each exit, shape (K, N); NaN where a sample may not leave.
-        worth_KN: How good it is that a sample leaves by an exit, shape (K, N).
+        worth_KN: How good it is that a sample leaves by an exit, shape (K, N); vectors of shape
+            (K, N, D) where ``worth`` is given.
         costs: MACs of stages and heads.
         weights_N: How much each sample counts, shape (N,), 1 on average.
+        worth: What mean vectors are worth; None where worth is a mean.
         off: Exits that stay off.
         may_switch_off: Whether exits may be switched off one by one. If not, an exit that nobody
             shall leave by gets a threshold of 1 and runs on.
@@ -97,6 +106,7 @@ class ThresholdSearch:
         costs: ExitCosts,
         *,
         weights_N: Floats,
+        worth: Worth | None = None,
         off: frozenset[int] = frozenset(),
         may_switch_off: bool = True,
     ) -> None:
@@ -105,7 +115,8 @@ class ThresholdSearch:
         self.worth_KN = worth_KN
         self.costs = costs
         self.weights_N = weights_N
-        self.num_exits, self.num_samples = worth_KN.shape
+        self.num_exits, self.num_samples = worth_KN.shape[:2]
+        self._worth: Worth = worth or (lambda mean_J: mean_J)
         self.searched = [k for k in range(self.num_exits - 1) if k not in off]
         self._may_switch_off = may_switch_off
         self.order_KN = np.argsort(-self.confidence_KN, axis=1, kind="stable")
@@ -123,10 +134,10 @@ class ThresholdSearch:
         """
         self._score = score
         nobody = (math.inf,) * (self.num_exits - 1)
-        worth, self.cheapest_macs = evaluate_thresholds(
-            self.confidence_KN, self.worth_KN, self.costs, nobody, self.weights_N
-        )
-        self._best = float(score(np.array(worth), np.array(self.cheapest_macs))), nobody
+        off = frozenset(range(self.num_exits - 1))
+        self.cheapest_macs = float(self.costs.exit_macs(off)[-1])
+        worth_1 = self._worth(np.average(self.worth_KN[-1:], axis=1, weights=self.weights_N))
+        self._best = float(score(worth_1, np.array([self.cheapest_macs]))[0]), nobody
         for prices, is_open in ((_PRICES, False), (_PRICES[::-1], True)):
             thresholds = self._start(is_open=is_open)
             for price in prices:
@@ -206,16 +217,18 @@ class ThresholdSearch:
         exit_macs = self.costs.exit_macs(frozenset(others_off))
         without_k = [*thresholds[:k], math.inf, *thresholds[k + 1 :]]
         exit_N = exits_left_by(self.confidence_KN, without_k)
-        worth_N = self.weights_N * self.worth_KN[exit_N, np.arange(self.num_samples)]
+        weighs_N = self.weights_N.reshape(-1, *(1 for _ in self.worth_KN.shape[2:]))
+        worth_N = weighs_N * self.worth_KN[exit_N, np.arange(self.num_samples)]
         macs_N = self.weights_N * np.asarray(exit_macs, dtype=np.float64)[exit_N]
 
         order = self.order_KN[k]
         order = order[exit_N[order] > k]  # whoever reaches exit k, surest first
         weights = self.weights_N[order]
-        gain = np.cumsum(weights * self.worth_KN[k][order] - worth_N[order])
+        gain = np.cumsum(weighs_N[order] * self.worth_KN[k][order] - worth_N[order], axis=0)
         saving = np.cumsum(weights * exit_macs[k] - macs_N[order])
         ends, cuts = _cuts(self.confidence_KN[k][order])
-        worth_J = (worth_N.sum() + np.append(0.0, gain[ends])) / self.num_samples
+        gains_J = np.concatenate([np.zeros((1, *gain.shape[1:])), gain[ends]])
+        worth_J = self._worth((worth_N.sum(0) + gains_J) / self.num_samples)
         macs_J = np.append(macs_N.sum(), macs_N.sum() + saving[ends]) / self.num_samples
         if self._may_switch_off:
             macs_J[0] -= self.costs.head_macs[k] * weights.sum() / self.num_samples

@@ -13,7 +13,6 @@ from functools import partial
 from typing import TypeVar
 
 import numpy as np
-import torch
 from scipy.stats import binom
 
 from offramp.calibration.labelled import LabelledLogits
@@ -48,12 +47,7 @@ def part_samples(logits: Logits, seed: int) -> tuple[Logits, Logits]:
     Raises:
         InvalidArgumentError: If there are fewer than two samples, or two of a class of the prior.
     """
-    said = torch.cat(
-        [
-            logits.logits_KNC.sort(-1).values[..., -2:].movedim(-1, 0).flatten(0, 1),
-            logits.correct_KN.float(),
-        ]
-    ).numpy()
+    said = logits.said_N.numpy()
     in_order = np.lexsort(said)
     digest = hashlib.sha256(np.ascontiguousarray(said[:, in_order]).tobytes()).digest()
     generator = np.random.default_rng([seed, *np.frombuffer(digest, dtype=np.uint32).tolist()])

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from offramp.calibration.risk import check_risk
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError
 
+QUALITY_GAP = "quality_gap"
+"""Names what ``max_drop`` limits where it is no mean over samples: the mean IoU that is lost."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -41,6 +44,7 @@ def as_target(
     budget_macs: float | None,
     budget_share: float | None,
     plain_macs: int,
+    drop: str = "accuracy_gap",
 ) -> Budget | RiskLimit:
     """Read the target from what ``calibrate`` was given.
 
@@ -51,6 +55,7 @@ def as_target(
         budget_macs: A budget.
         budget_share: A budget as a share of the plain network's MACs.
         plain_macs: MACs per sample of the plain network.
+        drop: Name of the risk that ``max_drop`` limits.
     Returns:
         The only target.
     Raises:
@@ -76,7 +81,7 @@ def as_target(
         return Budget(budget_share * plain_macs)
     if max_drop is not None:
         check_risk("accuracy_gap", max_drop, name="max_drop")
-        return RiskLimit("accuracy_gap", max_drop)
+        return RiskLimit(drop, max_drop)
     assert max_risk is not None  # one of four is given
     check_risk(risk, max_risk)
     return RiskLimit(risk, max_risk)

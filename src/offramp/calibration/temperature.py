@@ -21,7 +21,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from offramp.calibration.collect import ExitLogits
+from offramp.calibration.logits import ExitLogits
 from offramp.calibration.search import Floats, exits_left_by
 from offramp.errors import InvalidArgumentError, ShapeError
 from offramp.measure.metrics import Reliability, auroc, brier_score, reliability
@@ -206,13 +206,13 @@ def _samples_of(
     The largest logit is taken from all of a sample, so that its probabilities stay the same and no
     exponential overflows.
     """
-    logits_NC = logits.logits_KNC[exit_index].detach().double()
+    logits_NC, labels_N, sample_N = logits.samples_at(exit_index)
     logits_NC = logits_NC - logits_NC.amax(-1, keepdim=True)
-    weights_N = torch.tensor(logits.weights_N)
+    weights_N = torch.tensor(logits.weights_N[sample_N])
     counts_N = (weights_N > 0) & ~logits_NC.isnan().any(-1)
     if reached_KN is not None:
-        counts_N &= torch.tensor(reached_KN[exit_index])
-    return logits_NC[counts_N], logits.labels_N[counts_N].long(), weights_N[counts_N]
+        counts_N &= torch.tensor(reached_KN[exit_index][sample_N])
+    return logits_NC[counts_N], labels_N[counts_N], weights_N[counts_N]
 
 
 def _fit(logits_NC: Tensor, labels_N: Tensor, weights_N: Tensor) -> float:

@@ -6,22 +6,30 @@ Shapes: ``K`` exits, ``N`` samples, ``C`` classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from offramp.calibration.collect import ExitLogits
-from offramp.calibration.risk import RISKS
-from offramp.calibration.search import Floats, Score, ThresholdSearch, evaluate_thresholds
-from offramp.calibration.targets import RiskLimit, as_target, budget_too_low, risk_too_low
+from offramp.calibration.logits import ExitLogits
+from offramp.calibration.risk import RISKS, check_risk_fits
+from offramp.calibration.rules import Rule, policies_like
+from offramp.calibration.search import Floats, Score, ThresholdSearch, exits_left_by
+from offramp.calibration.targets import (
+    QUALITY_GAP,
+    RiskLimit,
+    as_target,
+    budget_too_low,
+    risk_too_low,
+)
 from offramp.calibration.temperature import BoolArray, fit_temperature, reached
 from offramp.errors import InvalidArgumentError
 from offramp.measure.cost import ExitCosts
-from offramp.policy.policies import Setting, State, ThresholdedPolicy, never_leave
+from offramp.policy.policies import Setting, State, ThresholdedPolicy
 
-Rule = str | ThresholdedPolicy | Callable[[ExitLogits], ThresholdedPolicy]
-"""The name of a confidence function, a policy, or a function that makes one from samples."""
+_CHUNK = 2**24
+"""So many logits at a time are asked about, where there are more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +38,21 @@ class Calibration:
 
     Attributes:
         policy: The policy with its thresholds.
-        accuracy: Adaptive accuracy on the calibration data, a fraction.
+        accuracy: Adaptive accuracy on the calibration data, a fraction; of pixels, where every
+            pixel has a class.
         mean_macs: Mean MACs per sample on the calibration data.
+        mean_iou: Mean IoU on the calibration data; None where a sample has one class.
     """
 
     policy: ThresholdedPolicy
     accuracy: float
     mean_macs: float
+    mean_iou: float | None = None
+
+    @property
+    def quality(self) -> float:
+        """The figure that counts: mean IoU where there is one, else accuracy."""
+        return self.accuracy if self.mean_iou is None else self.mean_iou
 
 
 def calibrate(
@@ -47,7 +63,7 @@ def calibrate(
     risk: str = "accuracy_gap",
     budget_macs: float | None = None,
     budget_share: float | None = None,
-    rule: Rule = "entropy",
+    rule: Rule | None = None,
     off: frozenset[int] = frozenset(),
 ) -> Calibration:
     """Choose thresholds for an accuracy target or for a budget.
@@ -59,14 +75,19 @@ def calibrate(
     Args:
         logits: Every exit's logits on held-out data.
         max_drop: Spend least while losing at most this much accuracy against the final exit, a
-            fraction in [0, 1), e.g. 0.01. Always possible: every exit can be switched off.
+            fraction in [0, 1), e.g. 0.01. Always possible: every exit can be switched off. Where
+            every pixel has a class, so much mean IoU.
         max_risk: The same for another risk: spend least while it is at most this.
-        risk: What ``max_risk`` bounds: accuracy_gap, disagreement, error or brier_gap.
+        risk: What ``max_risk`` bounds: accuracy_gap, disagreement, error or brier_gap; where
+            every pixel has a class, pixel_error_gap.
         budget_macs: Be most accurate at no more than this many mean MACs per sample; candidates
             are compared by :func:`expected_correctness`.
         budget_share: The same, as a share of the plain network's MACs, above 0.
-        rule: Confidence function: entropy, max_probability or margin; or a policy, of which all
-            but the thresholds is kept; or a function that makes one from the samples.
+        rule: Confidence function: entropy (the default), max_probability or margin; where every
+            pixel has a class, pixel_share (the default, whose threshold for pixels is chosen too),
+            mean_max_probability, mean_entropy, low_quantile or agreement. Or a policy, of which
+            all but the thresholds is kept; or a function that makes one from the samples, or
+            several, of which the best is chosen.
         off: Exits to switch off whatever they could do.
     Returns:
         The policy with accuracy and mean MACs on this data.
@@ -81,13 +102,15 @@ def calibrate(
         budget_macs=budget_macs,
         budget_share=budget_share,
         plain_macs=logits.costs.plain_macs,
+        drop=QUALITY_GAP if logits.is_dense else "accuracy_gap",
     )
-    policy = policy_like(rule, logits)
-    _check_off(off, num_exits=policy.num_exits)
+    policies = policies_like(rule, logits)
+    _check_off(off, num_exits=logits.costs.num_exits)
     if isinstance(target, RiskLimit):
-        return _within_risk(logits, policy, target, off=off)
-    worth_KN, costs = expected_correctness(logits), costs_under(logits, policy)
-    return calibrate_within(logits, policy, target.macs, worth_KN=worth_KN, costs=costs, off=off)
+        reached = [_within_risk(logits, policy, target, off=off) for policy in policies]
+        return min(reached, key=lambda each: (each.mean_macs, -each.quality))
+    reached = [_within_budget(logits, policy, target.macs, off=off) for policy in policies]
+    return max(reached, key=lambda each: (each.quality, -each.mean_macs))
 
 
 def _check_off(off: frozenset[int], *, num_exits: int) -> None:
@@ -96,29 +119,6 @@ def _check_off(off: frozenset[int], *, num_exits: int) -> None:
             f"The 'off' parameter must hold exits in [0, {num_exits - 2}], the final one never. "
             f"Got {sorted(off)}."
         )
-
-
-def policy_like(rule: Rule, logits: ExitLogits) -> ThresholdedPolicy:
-    """The policy whose thresholds are to be chosen.
-
-    Args:
-        rule: As for :func:`calibrate`.
-        logits: Every exit's logits.
-    Returns:
-        A policy; its own thresholds do not matter.
-    Raises:
-        InvalidArgumentError: If there is no such confidence function, or the policy is for another
-            number of exits.
-    """
-    num_exits = logits.costs.num_exits
-    if isinstance(rule, str):
-        return replace(never_leave(num_exits), rule=rule)
-    policy = rule if isinstance(rule, ThresholdedPolicy) else rule(logits)
-    if policy.num_exits != num_exits:
-        raise InvalidArgumentError(
-            f"Expected a policy for {num_exits} exits. Got one for {policy.num_exits}."
-        )
-    return policy
 
 
 def confidences(
@@ -134,9 +134,15 @@ def confidences(
         Shape (K, N), float64; NaN where a sample may not leave, where the logits are NaN and at
         exits that are off.
     """
-    confidence_KN = np.full(logits.logits_KNC.shape[:2], np.nan)
+    per_sample = max(1, logits.logits_KNC[:, :1].numel())
+    chunks = torch.split(logits.logits_KNC, max(1, _CHUNK // per_sample), dim=1)
+    return np.concatenate([_confidences(chunk, policy, off) for chunk in chunks], axis=1)
+
+
+def _confidences(logits_KNC: Tensor, policy: ThresholdedPolicy, off: frozenset[int]) -> Floats:
+    confidence_KN = np.full(logits_KNC.shape[:2], np.nan)
     state: State = ()
-    for k, logits_NC in enumerate(logits.logits_KNC):
+    for k, logits_NC in enumerate(logits_KNC):
         if k not in off:
             lowest = Setting(policy.setting(k).temperature, 0.0)
             may_leave_N, confidence_N, state = policy.decide(k, logits_NC, state, lowest)
@@ -194,6 +200,7 @@ def search_for(
         worth_KN,
         costs,
         weights_N=logits.weights_N,
+        worth=None if worth_KN.ndim == 2 else logits.quality,
         off=off,
         may_switch_off=not policy.needs_every_exit,
     )
@@ -247,15 +254,13 @@ def measure_policy(logits: ExitLogits, policy: ThresholdedPolicy) -> Calibration
         It, with its accuracy and mean MACs.
     """
     confidence_KN = confidences(logits, policy, policy.off_exits)
-    correct_KN = logits.correct_KN.numpy().astype(np.float64)
-    accuracy, mean_macs = evaluate_thresholds(
-        confidence_KN,
-        correct_KN,
-        costs_under(logits, policy),
-        policy.thresholds,
-        logits.weights_N,
+    exit_N = exits_left_by(confidence_KN, policy.thresholds)
+    macs_K = np.array(costs_under(logits, policy).exit_macs(policy.off_exits), dtype=np.float64)
+    return Calibration(
+        policy=policy,
+        mean_macs=float(np.average(macs_K[exit_N], weights=logits.weights_N)),
+        **vars(logits.figures(exit_N)),
     )
-    return Calibration(policy=policy, accuracy=accuracy, mean_macs=mean_macs)
 
 
 def _within_risk(
@@ -265,20 +270,35 @@ def _within_risk(
     *,
     off: frozenset[int],
 ) -> Calibration:
-    losses_KN = RISKS[limit.risk].losses(logits)
-    floor = -limit.most - 1e-12
+    worth_KN, best_possible = _worth_against(limit.risk, logits)
+    floor = best_possible - limit.most - 1e-12
     found, best_score, _ = search_thresholds(
         logits,
         policy,
-        -losses_KN,
+        worth_KN,
         lambda worth_J, macs_J: np.where(worth_J >= floor, -macs_J, -np.inf),
         costs=costs_under(logits, policy),
         off=off,
     )
     if best_score == -math.inf:
-        lowest = float(np.average(losses_KN, axis=1, weights=logits.weights_N).min())
+        lowest = -float(np.average(worth_KN, axis=1, weights=logits.weights_N).max())
         raise risk_too_low(limit, lowest=lowest, where="any exit")
     return measure_policy(logits, found)
+
+
+def _worth_against(risk: str, logits: ExitLogits) -> tuple[Floats, float]:
+    """What is to be kept high where a risk is limited, and what it is without the risk."""
+    if risk == QUALITY_GAP:  # the final exit itself is always within it
+        return logits.scores_KN, float(logits.quality_K[-1])
+    check_risk_fits(risk, logits)
+    return -RISKS[risk].losses(logits), 0.0
+
+
+def _within_budget(
+    logits: ExitLogits, policy: ThresholdedPolicy, macs: float, *, off: frozenset[int]
+) -> Calibration:
+    worth_KN, costs = expected_correctness(logits), costs_under(logits, policy)
+    return calibrate_within(logits, policy, macs, worth_KN=worth_KN, costs=costs, off=off)
 
 
 def calibrate_within(
@@ -328,8 +348,11 @@ def expected_correctness(logits: ExitLogits) -> Floats:
     Args:
         logits: Every exit's logits on held-out data.
     Returns:
-        Shape (K, N); about in [0, 1], since the constants may lead a little beyond.
+        Shape (K, N); about in [0, 1], since the constants may lead a little beyond. Where every
+        pixel has a class, the confusion matrices as they are: an image's many pixels are no luck.
     """
+    if logits.is_dense:
+        return logits.scores_KN
     correct_KN = logits.correct_KN.numpy().astype(np.float64)
     expected_KN = plausibility(logits)
     offset_K = np.average(correct_KN - expected_KN, axis=1, weights=logits.weights_N)
@@ -346,8 +369,11 @@ def plausibility(logits: ExitLogits) -> Floats:
     Args:
         logits: Every exit's logits on held-out data.
     Returns:
-        Shape (K, N), in [0, 1]. Right or wrong stands in where the final exit's logits are NaN.
+        Shape (K, N), in [0, 1]. Right or wrong stands in where the final exit's logits are NaN,
+        and the share of right pixels where every pixel has a class.
     """
+    if logits.is_dense:
+        return logits.correct_KN.numpy()
     final_NC = logits.logits_KNC[-1].double()
     p_NC = (final_NC / fit_temperature(logits, -1)).softmax(-1)
     p_KN = p_NC.gather(1, logits.logits_KNC.argmax(-1).T).T.numpy()

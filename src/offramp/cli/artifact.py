@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.data import DataLoader
 
-    from offramp.calibration.collect import ExitLogits
+    from offramp.calibration.logits import ExitLogits
     from offramp.inference.runner import TorchRunner
     from offramp.runtime import Bundle, Session
     from offramp.training.recipes import Recipe

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from offramp.cli.choosing import LEARNED, Timing, Wanted, choose
+from offramp.cli.choosing_pixels import default_rule, dense_policy_by_hand
 from offramp.cli.choosing_routing import choose_routing, refuse_exits, set_threshold_by_hand
 from offramp.cli.options import DataOption, DeviceOption, RunFolder
 from offramp.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from offramp.policy.policies import ThresholdPolicy
+    from offramp.policy.policies import ThresholdedPolicy, ThresholdPolicy
     from offramp.training.run import Run
 
 
@@ -59,8 +61,14 @@ RuleOption = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="entropy (default), max_probability, margin, learned; by hand also entropy_nats.",
+        help="entropy (default), max_probability, margin, learned; by hand also entropy_nats. Of "
+        "pixels: pixel_share (default), mean_max_probability, mean_entropy, low_quantile, "
+        "agreement.",
     ),
+]
+PixelThresholdOption = Annotated[
+    float | None,
+    typer.Option(help="For pixel_share: how sure a pixel must be; chosen too where left out."),
 ]
 PatienceOption = Annotated[
     int | None,
@@ -108,6 +116,7 @@ def calibrate(
     budget_share: BudgetShareOption = None,
     budget_ms: BudgetMsOption = None,
     rule: RuleOption = None,
+    pixel_threshold: PixelThresholdOption = None,
     patience: PatienceOption = None,
     temperatures: TemperaturesOption = None,
     prior: PriorOption = None,
@@ -128,6 +137,7 @@ def calibrate(
         budget_ms=budget_ms,
         guarantee=_read_guarantee(guarantee),
         rule="entropy" if rule is None else rule,
+        pixel_threshold=pixel_threshold,
         patience=patience,
         temperatures=temperatures,
         timing=_read_timing(aim, max_drop, budget_ms, batch_size=batch_size, backend=backend),
@@ -142,6 +152,8 @@ def calibrate(
     from offramp.training.run import load
 
     loaded, where = load(run), {"data": data, "device": device, "prior": prior}
+    if rule is None and isinstance(loaded.network, MultiExitNetwork):
+        wanted = replace(wanted, rule=default_rule(loaded.network.is_dense))
     if not isinstance(loaded.network, MultiExitNetwork):
         refuse_exits(loaded, loaded.network, wanted, rule=rule)
         if thresholds is None:
@@ -151,7 +163,7 @@ def calibrate(
     elif thresholds is None:
         choose(loaded, wanted, **where)
     else:
-        _set_by_hand(loaded, thresholds, wanted.rule)
+        _set_by_hand(loaded, thresholds, wanted)
 
 
 def _require_one_target(*targets: object) -> None:
@@ -236,23 +248,24 @@ def _check_combination(wanted: Wanted, *, risk_given: bool, by_hand: bool) -> No
         raise InvalidArgumentError(f"{given[0]} and {given[1]} do not go together: give one.")
 
 
-def _set_by_hand(loaded: Run, thresholds: str, rule: str) -> None:
+def _set_by_hand(loaded: Run, thresholds: str, wanted: Wanted) -> None:
     from offramp.training.run import write_policy
 
-    num_classes = loaded.require_recipe().network_options["num_classes"]
-    policy = _policy_by_hand(
-        thresholds, rule, num_exits=loaded.network.num_exits, num_classes=num_classes
-    )
-    asked = {"thresholds": thresholds, "rule": rule}
+    rule, values = wanted.rule, _read_thresholds(thresholds, loaded.network.num_exits)
+    asked: dict[str, Any] = {"thresholds": thresholds, "rule": rule}
+    policy: ThresholdedPolicy
+    if loaded.multi_exit.is_dense:
+        policy = dense_policy_by_hand(values, rule, wanted.pixel_threshold)
+        asked["pixel_threshold"] = wanted.pixel_threshold
+    else:
+        num_classes = loaded.require_recipe().network_options["num_classes"]
+        policy = _policy_by_hand(thresholds, values, rule, num_classes=num_classes)
     about = {"asked": asked, "data": None, "reached": None}
     write_policy(loaded.folder, policy, calibration=about)
-    print(f"thresholds set by hand: {policy.thresholds}, rule {policy.rule}")
+    print(f"thresholds set by hand: {policy.thresholds}, rule {getattr(policy, 'rule', rule)}")
 
 
-def _policy_by_hand(text: str, rule: str, *, num_exits: int, num_classes: int) -> ThresholdPolicy:
-    from offramp.policy.confidence import confidence_from_entropy_nats
-    from offramp.policy.policies import ThresholdPolicy
-
+def _read_thresholds(text: str, num_exits: int) -> tuple[float, ...]:
     try:
         values = [math.inf if part == "off" else float(part) for part in text.split(",")]
     except ValueError as error:
@@ -264,6 +277,15 @@ def _policy_by_hand(text: str, rule: str, *, num_exits: int, num_classes: int) -
             f"Expected {num_exits - 1} thresholds, one per exit but the final one. "
             f"Got {len(values)}: {text!r}."
         )
+    return tuple(values)
+
+
+def _policy_by_hand(
+    text: str, values: tuple[float, ...], rule: str, *, num_classes: int
+) -> ThresholdPolicy:
+    from offramp.policy.confidence import confidence_from_entropy_nats
+    from offramp.policy.policies import ThresholdPolicy
+
     if rule == "entropy_nats":
         words = text.split(",")
         return ThresholdPolicy(
@@ -272,4 +294,4 @@ def _policy_by_hand(text: str, rule: str, *, num_exits: int, num_classes: int) -
                 for word, value in zip(words, values, strict=True)
             )
         )
-    return ThresholdPolicy(tuple(values), rule=rule)
+    return ThresholdPolicy(values, rule=rule)

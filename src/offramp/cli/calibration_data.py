@@ -95,10 +95,15 @@ def prepare(
     batches, names, fingerprint = load_batches(recipe, CALIBRATION_SPLIT, data or loaded.data)
     shares = None if prior is None else _read_prior(prior, names)
     loaded.network.to(where)
-    logits = collect(make_loader(batches, batch_size=256))
-    # So many of each class were drawn: a promise is about a population of these shares.
-    drawn = tuple((logits.class_counts / len(batches)).tolist())
-    logits = replace(logits, prior=shares or drawn)
+    logits = collect(make_loader(batches, batch_size=batches.run_batch_size))
+    if not logits.is_dense:
+        # So many of each class were drawn: a promise is about a population of these shares.
+        drawn = tuple((logits.class_counts / len(batches)).tolist())
+        logits = replace(logits, prior=shares or drawn)
+    elif shares is not None:
+        raise InvalidArgumentError(
+            "--prior weights samples by their class. Images with a class for every pixel have none."
+        )
     named: str | dict[str, float] = "uniform" if recipe.uniform_prior else "as in train"
     if shares is not None:
         named = prior if prior == "uniform" else dict(zip(names, shares, strict=True))
@@ -149,7 +154,8 @@ def conclude(
         prepared: The run and the samples that the policy was chosen on.
         policy: The policy.
         asked: What was asked.
-        reached: Its ``accuracy`` and ``mean_macs`` on these samples.
+        reached: Its ``accuracy`` and ``mean_macs`` on these samples, and its ``mean_iou``, where
+            every pixel has a class.
         promise: The guarantee and its ``sentence``; None without.
         plain_macs: MACs per sample of the plain network.
     """
@@ -157,8 +163,11 @@ def conclude(
 
     about = {"asked": asked, "data": prepared.data, "reached": reached, "guarantee": promise}
     write_policy(prepared.run.folder, policy, calibration=about)
+    quality = f"accuracy {percent(reached['accuracy'])}"
+    if "mean_iou" in reached:
+        quality = f"mean IoU {percent(reached['mean_iou'])}"
     print(
-        f"there: accuracy {percent(reached['accuracy'])} at {reached['mean_macs']:,.0f} mean MACs, "
+        f"there: {quality} at {reached['mean_macs']:,.0f} mean MACs, "
         f"{percent(reached['mean_macs'] / plain_macs)} of the plain network's"
     )
     if promise is not None:

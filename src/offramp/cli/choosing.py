@@ -8,11 +8,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from offramp.cli.calibration_data import Prepared, conclude, prepare
+from offramp.cli.choosing_pixels import with_pixel_threshold
 from offramp.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from offramp.calibration.collect import ExitLogits
-    from offramp.calibration.thresholds import Calibration, Rule
+    from offramp.calibration.logits import ExitLogits
+    from offramp.calibration.rules import Rule
+    from offramp.calibration.thresholds import Calibration
     from offramp.measure.profile import Profile
     from offramp.policy.policies import ThresholdedPolicy
     from offramp.training.run import Run
@@ -41,11 +43,13 @@ def rule_named(name: str) -> Rule:
         InvalidArgumentError: If there is none of that name.
     """
     from offramp.calibration.controller import fit_controller
+    from offramp.policy.confidence import AGREEMENT, DENSE_RULES
     from offramp.policy.policies import check_rule
 
     if name == LEARNED:
         return fit_controller
-    check_rule(name)
+    if name not in (*DENSE_RULES, AGREEMENT):
+        check_rule(name)
     return name
 
 
@@ -75,6 +79,7 @@ class Wanted:
         budget_ms: Mean milliseconds per sample.
         guarantee: Probability, or "mean"; None without a promise.
         rule: Confidence function, or ``LEARNED``.
+        pixel_threshold: How sure a pixel must be to count as sure; None to choose it too.
         patience: Exits in a row that must agree; None for thresholds alone.
         temperatures: all or survivors; None without temperatures.
         timing: For targets that need the clock.
@@ -88,6 +93,7 @@ class Wanted:
     budget_ms: float | None = None
     guarantee: float | str | None = None
     rule: str = "entropy"
+    pixel_threshold: float | None = None
     patience: int | None = None
     temperatures: str | None = None
     timing: Timing | None = None
@@ -134,16 +140,40 @@ class Wanted:
             given |= {"for": "latency"} if self.budget_ms is None else {}
         return given
 
-    def make_policy(self, logits: ExitLogits) -> ThresholdedPolicy:
-        """The policy whose thresholds are to be chosen, fitted on samples where it needs them.
+    def make_policies(self, logits: ExitLogits) -> tuple[ThresholdedPolicy, ...]:
+        """The policies whose thresholds are to be chosen, fitted on samples where they need them.
 
         Args:
             logits: Every exit's logits on these samples.
         Returns:
-            A policy; its own thresholds do not matter.
+            One, or several of which the best is to be chosen; their own thresholds do not matter.
+        Raises:
+            InvalidArgumentError: If what is wanted is not for a network with such outputs.
         """
-        from offramp.calibration.thresholds import policy_like
-        from offramp.policy.policies import PatiencePolicy, ThresholdPolicy
+        from offramp.calibration.rules import policies_like
+
+        if not logits.is_dense:
+            if self.pixel_threshold is not None:
+                raise InvalidArgumentError(
+                    "--pixel-threshold is for networks that say a class for every pixel. This one "
+                    "says one for a sample: leave it out."
+                )
+            return (self._make_policy(logits),)
+        if self.patience is not None or self.rule == LEARNED:
+            raise InvalidArgumentError(
+                "--patience and --rule learned are about one class a sample. This network says one "
+                "for every pixel: use --rule agreement for exits that agree."
+            )
+        policies = policies_like(rule_named(self.rule), logits)
+        if self.pixel_threshold is not None:
+            policies = (with_pixel_threshold(policies[0], self.pixel_threshold),)
+        if self.temperatures is None:
+            return policies
+        return tuple(self._tempered(logits, policy) for policy in policies)
+
+    def _make_policy(self, logits: ExitLogits) -> ThresholdedPolicy:
+        from offramp.calibration.rules import policy_like
+        from offramp.policy.policies import PatiencePolicy
 
         if self.patience is not None:
             if self.patience >= logits.costs.num_exits:
@@ -153,9 +183,16 @@ class Wanted:
                 )
             return PatiencePolicy(self.patience, logits.costs.num_exits, rule=self.rule)
         policy = policy_like(rule_named(self.rule), logits)
-        if self.temperatures is None:
-            return policy
-        assert isinstance(policy, ThresholdPolicy)
+        return policy if self.temperatures is None else self._tempered(logits, policy)
+
+    def _tempered(self, logits: ExitLogits, policy: ThresholdedPolicy) -> ThresholdedPolicy:
+        from offramp.policy.dense_policies import DensePolicy
+        from offramp.policy.policies import ThresholdPolicy
+
+        if not isinstance(policy, ThresholdPolicy | DensePolicy):
+            raise InvalidArgumentError(
+                f"--temperatures do not change what --rule {self.rule} goes by: leave them out."
+            )
         return replace(policy, temperatures=self._fit_temperatures(logits, policy))
 
     def _fit_temperatures(self, logits: ExitLogits, policy: ThresholdedPolicy) -> tuple[float, ...]:
@@ -199,9 +236,9 @@ def choose(
     if wanted.timing is not None:
         chosen = _choose_by_the_clock(prepared, wanted, wanted.timing)
     elif wanted.guarantee is not None:
-        chosen = calibrate_with_guarantee(logits, rule=wanted.make_policy, **wanted.risk_limit)
+        chosen = calibrate_with_guarantee(logits, rule=wanted.make_policies, **wanted.risk_limit)
     else:
-        chosen = calibrate(logits, rule=wanted.make_policy, **wanted.target)
+        chosen = calibrate(logits, rule=wanted.make_policies, **wanted.target)
     _print_policy(prepared, chosen.policy)
     promise = None
     if isinstance(chosen, GuaranteedCalibration):
@@ -211,7 +248,11 @@ def choose(
         prepared,
         chosen.policy,
         asked=wanted.to_dict(),
-        reached={"accuracy": chosen.accuracy, "mean_macs": chosen.mean_macs},
+        reached={
+            "accuracy": chosen.accuracy,
+            "mean_macs": chosen.mean_macs,
+            **({} if chosen.mean_iou is None else {"mean_iou": chosen.mean_iou}),
+        },
         promise=promise,
         plain_macs=logits.costs.plain_macs,
     )
@@ -225,6 +266,8 @@ def _print_policy(prepared: Prepared[ExitLogits], policy: ThresholdedPolicy) -> 
     how = described.get("rule", described["kind"])
     if "patience" in described:
         how = f"{how}, {described['patience']} exits in a row"
+    if how == "pixel_share":
+        how = f"{how} of pixels surer than {described['pixel_threshold']}"
     print(
         f"thresholds {shown} (rule {how}), chosen on {len(prepared.batches):,} calibration samples"
     )
@@ -272,9 +315,9 @@ def _choose_by_the_clock(
         check_risk(
             "accuracy_gap", wanted.max_drop, name="max_drop"
         )  # refused before the parts are timed
-    policy = wanted.make_policy(prepared.logits)
-    profile = _time_parts(prepared, policy, timing)
-    how: dict[str, Any] = {"batch_size": timing.batch_size, "rule": policy}
+    policies = wanted.make_policies(prepared.logits)
+    profile = _time_parts(prepared, policies[0], timing)
+    how: dict[str, Any] = {"batch_size": timing.batch_size, "rule": lambda _: policies}
     if wanted.budget_ms is not None:
         found = calibrate_to_milliseconds(
             prepared.logits, profile, budget_ms=wanted.budget_ms, **how

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 def evaluate(
     run: RunOrBundle,
-    split: Annotated[str, typer.Option(help="A split of the data, or calibration.")] = "test",
+    split: Annotated[
+        str | None,
+        typer.Option(help="A split of the data, or calibration; default the data's last."),
+    ] = None,
     data: DataOption = None,
     plain: Annotated[
         Path | None,
@@ -54,7 +57,7 @@ def evaluate(
 def measure(
     run: Path,
     *,
-    split: str,
+    split: str | None = None,
     data: str | None,
     plain: Path | None,
     in_sample: bool = False,
@@ -65,7 +68,7 @@ def measure(
 
     Args:
         run: Its folder.
-        split: A split of the data, or calibration.
+        split: A split of the data, or calibration; the data's last if None.
         data: Where the data is; where the run was trained on if None.
         plain: A plain network trained as long, to stand beside.
         in_sample: Whether data that training or thresholds saw will do.
@@ -79,33 +82,41 @@ def measure(
     from offramp.inference.evaluate import evaluate as evaluate_runner
     from offramp.training.data import make_loader
     from offramp.training.run import load_batches
+    from offramp.training.sources import SOURCES
 
     asked = open_artifact(run, device)
     recipe = asked.recipe
+    split = split or SOURCES[recipe.data].judging_split
     batches, _, fingerprint = load_batches(recipe, split, data or asked.data)
     seen = asked.has_seen(split, fingerprint)
     if seen and not in_sample:
         raise InSampleError(
             f"The samples of {split} trained {run} or may have chosen its thresholds: figures on "
-            "them can be too good. Use --split test, or --in-sample to see them labelled as such."
+            f"them can be too good. Use --split {SOURCES[recipe.data].judging_split}, or "
+            "--in-sample to see them labelled as such."
         )
 
-    def figures(of: Artifact, plain_accuracy: float | None = None) -> Evaluation:
-        loader = make_loader(batches.unaugmented(), batch_size=256)
+    def figures(of: Artifact, rival: Evaluation | None = None) -> Evaluation:
+        loader = make_loader(batches.unaugmented(), batch_size=batches.run_batch_size)
         on_device = ((inputs.to(of.device), labels) for inputs, labels in loader)
-        return evaluate_runner(
-            of.runner, on_device, of.collect(loader), plain_accuracy=plain_accuracy
-        )
+        beside = {} if rival is None else _as_plain(rival)
+        return evaluate_runner(of.runner, on_device, of.collect(loader), **beside)
 
     rival = None if plain is None else _open_rival(plain, device, asked)
-    plain_accuracy = None if rival is None else figures(rival).final_exit_accuracy
-    evaluation = figures(asked, plain_accuracy)
+    evaluation = figures(asked, None if rival is None else figures(rival))
     content = {"recipe": recipe.name, "split": split, **evaluation.to_dict()}
     if seen:
         content["in_sample"] = True
     if show:
         _print_table(evaluation, label=f"{recipe.name}, {split}" + " (IN SAMPLE)" * seen)
     return content
+
+
+def _as_plain(rival: Evaluation) -> dict[str, float | None]:
+    return {
+        "plain_accuracy": rival.final_exit_accuracy,
+        "plain_mean_iou": rival.final_exit_mean_iou,
+    }
 
 
 def _open_rival(folder: Path, device: str | None, asked: Artifact) -> Artifact:
@@ -140,10 +151,14 @@ def _print_table(evaluation: Evaluation, *, label: str) -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-    print(f"{less:26}{percent(evaluation.accuracy)}")
-    print(f"{whole:26}{percent(evaluation.final_exit_accuracy)}")
-    if evaluation.plain_accuracy is not None:
-        print(f"plain network             {percent(evaluation.plain_accuracy)}")
+    figures = (evaluation.accuracy, evaluation.final_exit_accuracy, evaluation.plain_accuracy)
+    if evaluation.mean_iou is not None:
+        less = "mean IoU with early exit"
+        of_exit, of_plain = evaluation.final_exit_mean_iou, evaluation.plain_mean_iou
+        figures = (evaluation.mean_iou, of_exit or 0.0, of_plain)
+    for name, figure in zip((less, whole, "plain network"), figures, strict=True):
+        if figure is not None:
+            print(f"{name:26}{percent(figure)}")
     if blocks is not None:
         print(f"gated blocks run          {percent(1 - blocks.saved)}")
     if tokens is not None:
@@ -160,9 +175,15 @@ Rows = tuple[Sequence[str], list[tuple[str, ...]]]
 
 
 def _exit_rows(evaluation: Evaluation) -> Rows:
-    return ("exit", "accuracy alone", "samples leaving", "MACs"), [
+    rows: list[tuple[str, ...]] = [
         (str(row.index), percent(row.accuracy), percent(row.share), f"{row.macs:,}")
         for row in evaluation.exits
+    ]
+    if evaluation.mean_iou is None:
+        return ("exit", "accuracy alone", "samples leaving", "MACs"), rows
+    ious = [percent(row.mean_iou) for row in evaluation.exits]
+    return ("exit", "mean IoU alone", "pixel accuracy", "images leaving", "MACs"), [
+        (number, iou, *others) for iou, (number, *others) in zip(ious, rows, strict=True)
     ]
 
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from offramp.training.run import Run
 
 _PARITY_SAMPLES = 512
-_BATCH_SIZE = 256
 _SHARE_TOLERANCE = 0.01
 """Thresholds are chosen anew where quantising moves the share of an exit by more than this."""
 _BEYOND_THRESHOLDS = ("guarantee", "patience", "temperatures")
@@ -63,13 +62,14 @@ def export(
         )
     split = CALIBRATION_SPLIT if recipe.calibration_share else "train"
     batches = load_batches(recipe, split, data or loaded.data)[0].unaugmented()
-    spread = range(0, len(batches), max(1, len(batches) // _PARITY_SAMPLES))
-    samples, _ = batches.__getitems__(list(spread)[:_PARITY_SAMPLES])
+    count = min(_PARITY_SAMPLES, 2 * batches.run_batch_size)
+    spread = range(0, len(batches), max(1, len(batches) // count))
+    samples, _ = batches.__getitems__(list(spread)[:count])
     folder = out or run / BUNDLE_FOLDER
     if quantize is None:
         _write_float(loaded, folder, samples, plain=plain, layers_per_step=layers_per_step)
     else:
-        loader = make_loader(batches, batch_size=_BATCH_SIZE)
+        loader = make_loader(batches, batch_size=batches.run_batch_size)
         _write_int8(loaded, folder, samples, loader, plain=plain)
     print(f"exported {run}: {folder}")
 
@@ -136,6 +136,7 @@ def _choose_anew(folder: Path, loader: DataLoader[Any], calibration: dict[str, A
     """
     from offramp.calibration.collect import collect_from_session
     from offramp.calibration.thresholds import calibrate
+    from offramp.policy.confidence import PIXEL_SHARE
     from offramp.runtime import Session, with_thresholds
     from offramp.runtime.bundle import write_bundle
 
@@ -143,7 +144,7 @@ def _choose_anew(folder: Path, loader: DataLoader[Any], calibration: dict[str, A
     target = {name: asked[name] for name in (*TARGETS, "risk") if asked.get(name) is not None}
     needs_more = any(asked.get(name) for name in _BEYOND_THRESHOLDS)
     needs_more |= bool((calibration.get("data") or {}).get("weighted"))
-    needs_more |= asked.get("rule") == LEARNED
+    needs_more |= asked.get("rule") in (LEARNED, PIXEL_SHARE)
     if not target or needs_more:
         how = "set by hand" if "thresholds" in asked or not asked else "chosen for float32"
         print(f"shares moved by more than {_SHARE_TOLERANCE}; the thresholds were {how} and stay")

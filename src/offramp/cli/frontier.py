@@ -13,6 +13,7 @@ import typer
 
 from offramp.cli.artifact import is_bundle, open_artifact
 from offramp.cli.choosing import rule_named
+from offramp.cli.choosing_pixels import default_rule
 from offramp.cli.options import (
     DataOption,
     DeviceOption,
@@ -34,14 +35,19 @@ def frontier(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Run folders, or bundles, of one data.")
     ],
-    split: Annotated[str, typer.Option(help="The split of the data that judges.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="The split that judges; default the data's last.")
+    ] = None,
     data: DataOption = None,
     points: Annotated[
         int, typer.Option(help="Budgets, from the cheapest exit to the plain network.")
     ] = 10,
     rule: Annotated[
-        str, typer.Option(help="entropy, max_probability, margin, learned.")
-    ] = "entropy",
+        str | None,
+        typer.Option(
+            help="entropy, max_probability, margin, learned; or, of pixels, as calibrate has them."
+        ),
+    ] = None,
     json_file: JsonOption = None,
     device: DeviceOption = None,
 ) -> None:
@@ -49,9 +55,12 @@ def frontier(
 
     A run's own policy plays no part. Gates and tokens have no --rule.
     """
+    from offramp.training.sources import SOURCES
+
     _check_asked(split, points, rule)
     opened = [_open(folder, device) for folder in runs]
     _require_one_data_set(opened)
+    split = split or SOURCES[opened[0].recipe.data].judging_split
     curves: list[_Curve] = []
     for run in opened:
         curve = _follow(run, split, data, num_points=points, rule=rule)
@@ -62,7 +71,8 @@ def frontier(
     if json_file != "-" and len(curves) > 1:
         _print_areas(curves)
     if json_file is not None:
-        about = {"split": split, "data": opened[0].recipe.data, "rule": rule}
+        rules = [curve.rule for curve in curves if curve.rule is not None]
+        about = {"split": split, "data": opened[0].recipe.data, "rule": (*rules, "entropy")[0]}
         write_figures(about | {"runs": [curve.to_dict() for curve in curves]}, json_file)
 
 
@@ -124,7 +134,7 @@ class _Curve:
         }
 
 
-def _check_asked(split: str, num_points: int, rule: str) -> None:
+def _check_asked(split: str | None, num_points: int, rule: str | None) -> None:
     """Refuse what needs no data to be refused."""
     from offramp.calibration.frontier import check_num_points
     from offramp.training.run import CALIBRATION_SPLIT
@@ -135,7 +145,8 @@ def _check_asked(split: str, num_points: int, rule: str) -> None:
             "would be too good. Use --split test."
         )
     check_num_points(num_points)
-    rule_named(rule)
+    if rule is not None:
+        rule_named(rule)
 
 
 def _open(folder: Path, device: str | None) -> _Opened:
@@ -195,7 +206,9 @@ def _require_same_samples(curves: Sequence[_Curve], split: str) -> None:
         )
 
 
-def _follow(run: _Opened, split: str, data: str | None, *, num_points: int, rule: str) -> _Curve:
+def _follow(
+    run: _Opened, split: str, data: str | None, *, num_points: int, rule: str | None
+) -> _Curve:
     """Collect what the network says on both splits, and choose on the one for the other."""
     from offramp.calibration.frontier import frontier as measure
     from offramp.calibration.frontier import sweep_frontier
@@ -210,6 +223,7 @@ def _follow(run: _Opened, split: str, data: str | None, *, num_points: int, rule
     if run.is_steered:
         found = sweep_frontier(calibration, test, num_points=num_points)
     else:
+        rule = rule or default_rule(test.is_dense)
         found = measure(calibration, test, num_points=num_points, rule=rule_named(rule))
         if calibration is not None:
             reliability = describe_temperatures(test, fit_temperatures(calibration))
@@ -229,7 +243,7 @@ def _collect(run: _Opened, split: str, data: str | None) -> tuple[Any, str]:
     from offramp.training.run import load_batches
 
     batches, _, fingerprint = load_batches(run.recipe, split, data or run.data)
-    return run.collect(make_loader(batches, batch_size=256)), fingerprint
+    return run.collect(make_loader(batches, batch_size=batches.run_batch_size)), fingerprint
 
 
 def _print_curve(curve: _Curve, split: str) -> None:
@@ -238,24 +252,25 @@ def _print_curve(curve: _Curve, split: str) -> None:
 
     found = curve.frontier
     table = Table(title=f"{curve.run.name}, {split}, {curve.num_samples:,} samples")
-    for column in ("budget", "thresholds", "accuracy", "mean MACs", "of plain"):
+    quality = "accuracy" if found.points[0].mean_iou is None else "mean IoU"
+    for column in ("budget", "thresholds", quality, "mean MACs", "of plain"):
         table.add_column(column, justify="right")
     for point in found.points:
         table.add_row(
             percent(point.budget_macs / found.plain_macs),
             ", ".join("off" if t == math.inf else f"{t:.3f}" for t in point.thresholds) or "-",
-            percent(point.accuracy),
+            percent(point.quality),
             f"{point.mean_macs:,.0f}",
             percent(point.mean_macs / found.plain_macs),
         )
     Console().print(table)
     for alone in found.exits:
         print(
-            f"exit {alone.index} alone  {percent(alone.accuracy)} at {alone.macs:,} MACs, "
+            f"exit {alone.index} alone  {percent(alone.quality)} at {alone.macs:,} MACs, "
             f"{percent(alone.macs / found.plain_macs)} of the plain network's"
         )
     print(
-        f"area          {percent(found.area)} mean accuracy over costs up to the plain "
+        f"area          {percent(found.area)} mean {quality} over costs up to the plain "
         f"network's {found.plain_macs:,} MACs"
     )
     if len(found.exits) > 1 or curve.run.is_steered:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,9 +28,8 @@ def predict(
     inputs = _read_samples(samples, asked.recipe).to(asked.device)
     result = asked.runner.run(inputs)
     for position, sample in enumerate(samples):
-        index = int(result.output[position].argmax())
+        label = _named(result.output[position], names)
         plain_macs = asked.plain_macs(inputs[position : position + 1])
-        label = names[index] if index < len(names) else str(index)
         way = f"exit {int(result.exit_index[position])}"
         if result.blocks is not None:
             blocks = result.blocks[position]
@@ -43,6 +42,27 @@ def predict(
             f"{sample}: {label}  confidence {float(result.confidence[position]):.3f}  {way}  "
             f"{percent(int(result.macs[position]) / plain_macs)} of the plain network's MACs"
         )
+
+
+_MOST_NAMED = 3
+"""So many classes of an image are named, where every pixel has one."""
+
+
+def _named(output: Any, names: tuple[str, ...]) -> str:
+    """The label that logits say; where they are of pixels, those of most of them."""
+    import torch
+
+    logits = torch.as_tensor(output)
+
+    def name(index: int) -> str:
+        return names[index] if index < len(names) else str(index)
+
+    if logits.ndim == 1:
+        return name(int(logits.argmax()))
+    counts_C = torch.bincount(logits.argmax(0).flatten(), minlength=len(logits))
+    most = counts_C.argsort(descending=True)[:_MOST_NAMED].tolist()
+    shares = (counts_C / counts_C.sum()).tolist()
+    return ", ".join(f"{name(index)} {percent(shares[index])}" for index in most if shares[index])
 
 
 def _read_samples(samples: list[str], recipe: Recipe) -> Tensor:

@@ -1,4 +1,4 @@
-"""``offramp show``."""
+"""``offramp show``: a picture of what a run says of an image, and of what it took."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from offramp.artifacts import atomic_path
 from offramp.cli.artifact import is_bundle
-from offramp.cli.options import DeviceOption, RunFolder, pick_device
+from offramp.cli.options import DeviceOption, RunFolder, percent, pick_device
 from offramp.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -21,23 +21,30 @@ def show(
     run: RunFolder,
     image: Annotated[Path, typer.Option(metavar="FILE", help="An upright image.")],
     out: Annotated[
-        Path | None, typer.Option(metavar="PNG", help="To write; default FILE-depth.png, here.")
+        Path | None,
+        typer.Option(metavar="PNG", help="To write; default FILE-depth.png or -exits.png, here."),
     ] = None,
     device: DeviceOption = None,
 ) -> None:
-    """Draw how many layers each patch of an image runs before its token halts."""
-    path = Path(f"{image.stem}-depth.png") if out is None else out
-    if path.suffix.lower() != ".png":
-        raise InvalidArgumentError(f"--out must name a .png file. Got {path}.")
+    """Draw an image: layers before each token halts, or each exit's map of classes."""
+    if out is not None and out.suffix.lower() != ".png":
+        raise InvalidArgumentError(f"--out must name a .png file. Got {out}.")
     if is_bundle(run):
         raise InvalidArgumentError(
-            f"{run} is a bundle, which does not say how far each token went. Give the run that it "
+            f"{run} is a bundle, which answers and keeps the rest to itself. Give the run that it "
             "was exported from."
         )
+    from offramp.model.multi_exit import MultiExitNetwork
     from offramp.training.run import load
 
     loaded = load(run)
-    _draw(loaded, _runner_of(loaded, pick_device(device)), image, path)
+    if isinstance(loaded.network, MultiExitNetwork) and loaded.network.is_dense:
+        path = out or Path(f"{image.stem}-exits.png")
+        _draw_exits(loaded, image, path, device)
+    else:
+        path = out or Path(f"{image.stem}-depth.png")
+        _draw_depths(loaded, _runner_of(loaded, pick_device(device)), image, path)
+    print(f"drawn in {path}")
 
 
 def _runner_of(loaded: Run, device: str) -> HaltingRunner:
@@ -49,8 +56,9 @@ def _runner_of(loaded: Run, device: str) -> HaltingRunner:
     runner = make_runner(loaded.network.to(device), loaded.policy)
     if not isinstance(runner, HaltingRunner):
         raise InvalidArgumentError(
-            f"Expected a run whose tokens halt, such as emnist-avit's: how far they go is drawn. "
-            f"{loaded.folder} is of {recipe.name}, which has none to draw."
+            "Expected a run whose tokens halt, such as emnist-avit's, or one that says a class for "
+            f"every pixel, such as camvid-seg's. {loaded.folder} is of {recipe.name}, of which "
+            "there is nothing to draw: use offramp predict."
         )
     if SOURCES[recipe.data].image_shape is None:
         raise InvalidArgumentError(
@@ -59,7 +67,7 @@ def _runner_of(loaded: Run, device: str) -> HaltingRunner:
     return runner
 
 
-def _draw(loaded: Run, runner: HaltingRunner, image: Path, path: Path) -> None:
+def _draw_depths(loaded: Run, runner: HaltingRunner, image: Path, path: Path) -> None:
     import torch
     from PIL import Image
 
@@ -91,4 +99,38 @@ def _draw(loaded: Run, runner: HaltingRunner, image: Path, path: Path) -> None:
         f"{float(grid.double().mean()):.2f} of {runner.network.num_layers} layers"
     )
     print(f"tokens in each layer: {per_layer}")
-    print(f"drawn in {path}")
+
+
+def _draw_exits(loaded: Run, image: Path, path: Path, device: str | None) -> None:
+    import torch
+
+    from offramp.inference.agreement import all_exits_loop
+    from offramp.inference.pictures import read_picture
+    from offramp.inference.runner import AdaptiveRunner, make_runner
+    from offramp.inference.sheets import draw_sheet, exit_maps
+    from offramp.training.sources import SOURCES
+
+    recipe = loaded.require_recipe()
+    network = loaded.multi_exit.to(pick_device(device))
+    runner = make_runner(network, loaded.policy)
+    assert isinstance(runner, AdaptiveRunner)  # of a network with exits
+    pixels_CHW = read_picture(image, SOURCES[recipe.data])
+    where = next(network.parameters()).device
+    inputs = recipe.require_normalisation()(pixels_CHW[None]).to(where)
+    with torch.inference_mode():
+        _, chosen_B, confidence_KB = all_exits_loop(network, runner.policy, inputs)
+        outputs = network(inputs)
+    result = runner.run(inputs)
+    sheet = draw_sheet(
+        pixels_CHW.numpy(),
+        exit_maps(outputs, confidence_KB[:, 0], int(chosen_B[0])),
+        loaded.class_names,
+        pixel_threshold=getattr(runner.policy, "pixel_threshold", 0.9),
+    )
+    with atomic_path(path) as temporary:
+        sheet.save(temporary, format="PNG")
+    share = int(result.macs[0]) / network.costs(inputs).plain_macs
+    print(
+        f"{image}: exit {int(result.exit_index[0])}  confidence {float(result.confidence[0]):.3f}  "
+        f"{percent(share)} of the plain network's MACs"
+    )

@@ -24,13 +24,17 @@ if TYPE_CHECKING:
 
     from offramp.inference.timing import Timing
 
+_SIZES = (1, 32, 256)
 _SAMPLES = 2048
 """Real test samples that are timed, at most."""
 
 
 def time(
     run: RunOrBundle,
-    batch_size: Annotated[str, typer.Option(metavar="B,...", help="Samples a batch.")] = "1,32,256",
+    batch_size: Annotated[
+        str | None,
+        typer.Option(metavar="B,...", help="Samples a batch; default 1,32,256 as far as they go."),
+    ] = None,
     backend: Annotated[
         str | None,
         typer.Option(
@@ -51,12 +55,14 @@ def time(
     from offramp.inference.timing import time_runner
     from offramp.runtime import Session
 
-    backends, sizes = _parse_backends(backend, run), _parse_batch_sizes(batch_size)
+    backends = _parse_backends(backend, run)
+    wanted = None if batch_size is None else _parse_batch_sizes(batch_size)
     if bundle is not None and is_bundle(run):
         raise InvalidArgumentError(f"--bundle is for a run; {run} is a bundle already.")
     asked = open_artifact(run, device)
     use_threads(threads)
     inputs, runner = _real_samples(asked, data), asked.runner
+    sizes = wanted or [size for size in _SIZES if size <= len(inputs)]
     if isinstance(runner, Session):
         from offramp.inference.timing_processes import time_bundle
 
@@ -81,10 +87,13 @@ def _real_samples(asked: Artifact, data: str | None) -> Tensor:
     import torch
 
     from offramp.training.run import load_batches
+    from offramp.training.sources import SOURCES
 
-    batches, _, _ = load_batches(asked.recipe, "test", data or asked.data)
+    split = SOURCES[asked.recipe.data].judging_split
+    batches, _, _ = load_batches(asked.recipe, split, data or asked.data)
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0))
-    inputs, _ = batches.__getitems__(order[:_SAMPLES].tolist())
+    count = min(_SAMPLES, 8 * batches.run_batch_size)
+    inputs, _ = batches.__getitems__(order[:count].tolist())
     return inputs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,14 +23,18 @@ from offramp.exporting.single import write_single
 from offramp.inference.agreement import Agreement, compare_with_all_exits
 from offramp.measure.cost import ExitCosts, parameter_bytes, payload_bytes
 from offramp.model.multi_exit import Features, MultiExitNetwork
-from offramp.policy.policies import Policy, State, never_leave
+from offramp.policy.policies import Policy, State, ThresholdedPolicy, never_leave
 from offramp.results import AdaptiveResult
 from offramp.runtime import Bundle, Step, with_thresholds
 from offramp.runtime.bundle import Padding
+from offramp.runtime.dense import map_cells
 from offramp.runtime.files import file_sha256
 
 _LENGTHS = (8, 16, 32)
 """In tokens: where the MACs of samples of unequal length are counted."""
+
+_SIZES = ((8, 8), (9, 8), (10, 11), (12, 16), (13, 9), (16, 9), (17, 25), (21, 15))
+"""In multiples of what images may measure: where the MACs of images of any size are counted."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +63,22 @@ class ExitsExport:
         """
         network, policy = self.network, self.policy
         costs = network.costs(*inputs).with_decisions(policy.decision_macs)
-        steps = _write_steps(network, policy, inputs, costs, folder)
+        by_size = _macs_by_size(network, policy, inputs)
+        steps = _write_steps(network, policy, inputs, costs, folder, by_size)
         write_single(folder, steps, folder / SINGLE_FILE)
         return {
             "steps": steps,
             "plain_file": PLAIN_FILE if plain else None,
-            "plain_sha256": _write_plain(network, inputs, folder) if plain else None,
+            "plain_sha256": (
+                _write_plain(network, inputs, folder, free_pixels=by_size is not None)
+                if plain
+                else None
+            ),
             "plain_macs": costs.plain_macs,
             "single_file": SINGLE_FILE,
             "single_sha256": file_sha256(folder / SINGLE_FILE),
             "padding": None if network.ragged is None else Padding(**asdict(network.ragged)),
+            "pixel_multiple": None if by_size is None else network.pixel_multiple,
         }
 
     def compare(self, result: AdaptiveResult[Any], inputs: Features) -> Agreement:
@@ -77,11 +88,21 @@ class ExitsExport:
     def extremes(self, bundle: Bundle) -> list[tuple[Bundle, ExitsExport]]:
         """The bundle at thresholds that run every part of it: nobody leaves."""
         nobody = with_thresholds(bundle, [math.inf] * (len(bundle.steps) - 1))
-        return [(nobody, ExitsExport(self.network, never_leave(self.network.num_exits)))]
+        stays = self.policy
+        if isinstance(stays, ThresholdedPolicy):
+            stays = stays.with_thresholds([math.inf] * (self.network.num_exits - 1))
+        else:
+            stays = never_leave(self.network.num_exits)
+        return [(nobody, ExitsExport(self.network, stays))]
 
 
 def _write_steps(
-    network: MultiExitNetwork, policy: Policy, inputs: Features, costs: ExitCosts, folder: Path
+    network: MultiExitNetwork,
+    policy: Policy,
+    inputs: Features,
+    costs: ExitCosts,
+    folder: Path,
+    by_size: Sequence[tuple[int, ...]] | None,
 ) -> tuple[Step, ...]:
     exit_macs = costs.exit_macs(policy.off_exits)
     by_length = _macs_by_length(network, policy, inputs)
@@ -97,17 +118,18 @@ def _write_steps(
         for stage in plan.stages:
             next_features = network.run_stage(stage, next_features)
         _, _, next_state = policy.step(k, network.run_exit(k, next_features), state)
-        specs = tensor_specs(features, state, num_tokens)
+        specs = tensor_specs(features, state, num_tokens, free_pixels=by_size is not None)
         handed_on = () if is_last else tensor_specs(next_features, next_state, num_tokens)
         path = folder / f"step_{k}.onnx"
         write_onnx(
             module,
             (*features, *state),
             path,
-            scalars=("temperature", "threshold"),
+            scalars=policy.number_names,
             input_names=[spec.name for spec in specs],
             output_names=["output", "confidence", "leave", *(f"next_{s.name}" for s in handed_on)],
             free_tokens=[spec.has_tokens for spec in specs],
+            free_pixels=by_size is not None,
         )
         steps.append(
             Step(
@@ -124,6 +146,12 @@ def _write_steps(
                 payload_bytes=0 if is_last else payload_bytes(*next_features, *next_state),
                 parameter_bytes=parameter_bytes(module),
                 exit_macs_by_length=None if by_length is None else by_length[k],
+                exit_macs_by_size=None if by_size is None else by_size[k],
+                pixel_threshold=(
+                    float(setting.pixel_threshold)
+                    if "pixel_threshold" in policy.number_names
+                    else None
+                ),
             )
         )
         features, state = next_features, next_state
@@ -165,12 +193,39 @@ def _macs_by_length(
     return tuple(tuple(numbers.tolist()) for numbers in numbers_3K.T)
 
 
-def _write_plain(network: MultiExitNetwork, inputs: Features, folder: Path) -> str:
+def _macs_by_size(
+    network: MultiExitNetwork, policy: Policy, inputs: Features
+) -> list[tuple[int, ...]] | None:
+    """MACs up to each exit by the cells of feature maps; None where images have one size only.
+
+    That is so too where maps are no whole parts of the image, as in a network that scales it.
+    """
+    if network.pixel_multiple is None:
+        return None
+    sizes = [tuple(network.pixel_multiple * n for n in size) for size in _SIZES]
+    at_size = np.array(
+        [
+            network.costs(*(t.new_zeros((1, *t.shape[1:-2], *size)) for t in inputs))
+            .with_decisions(policy.decision_macs)
+            .exit_macs(policy.off_exits)
+            for size in sizes
+        ]
+    )
+    cells = np.stack([map_cells(*size) for size in sizes])
+    numbers = np.linalg.lstsq(cells, at_size, rcond=None)[0].round().astype(np.int64)
+    if (cells @ numbers != at_size).any():
+        return None
+    return [tuple(of_exit.tolist()) for of_exit in numbers.T]
+
+
+def _write_plain(
+    network: MultiExitNetwork, inputs: Features, folder: Path, *, free_pixels: bool
+) -> str:
     path = folder / PLAIN_FILE
     plain = network.plain().eval()
     example = _first_sample(network, inputs)
     num_tokens = None if network.ragged is None else example[0].shape[1]
-    specs = tensor_specs(example, (), num_tokens)
+    specs = tensor_specs(example, (), num_tokens, free_pixels=free_pixels)
     write_onnx(
         plain,
         example,
@@ -178,5 +233,6 @@ def _write_plain(network: MultiExitNetwork, inputs: Features, folder: Path) -> s
         input_names=[spec.name for spec in specs],
         output_names=["output"],
         free_tokens=[spec.has_tokens for spec in specs],
+        free_pixels=free_pixels,
     )
     return file_sha256(path)

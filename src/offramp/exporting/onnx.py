@@ -89,13 +89,14 @@ class StepModule(nn.Module):
         self._num_features = num_features
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Map (features..., state..., temperature, threshold).
+        """Map (features..., state..., numbers of the policy...).
 
         Returns:
             ``(output, confidence, leave, features..., state...)``, the last two not at the final
             exit.
         """
-        *carried, temperature, threshold = tensors
+        names = self._policy.number_names
+        carried, numbers = tensors[: -len(names)], tensors[-len(names) :]
         features = tuple(carried[: self._num_features])
         for stage in self.stages:
             features = as_features(stage(*features))
@@ -104,7 +105,7 @@ class StepModule(nn.Module):
             self._exit_index,
             output,
             tuple(carried[self._num_features :]),
-            Setting(temperature, threshold),
+            Setting(**dict(zip(names, numbers, strict=True))),
         )
         if self._exit_index == self._policy.num_exits - 1:
             return output, confidence, leave
@@ -120,6 +121,7 @@ def write_onnx(
     input_names: Sequence[str],
     output_names: Sequence[str],
     free_tokens: Sequence[bool] | None = None,
+    free_pixels: bool = False,
 ) -> None:
     """Write a module as one ONNX file, its batch size free.
 
@@ -132,6 +134,7 @@ def write_onnx(
         output_names: Names of all outputs.
         free_tokens: Whether the second axis of each input, its tokens, is free as well; none if
             None.
+        free_pixels: Whether the last two axes of each input, its pixels, are free instead.
     Raises:
         MissingExtraError: If the packages that write ONNX are not installed.
         ArtifactError: If torch cannot export the module.
@@ -142,6 +145,10 @@ def write_onnx(
         {0: batch, 1: tokens} if is_free else {0: batch}
         for is_free in free_tokens or [False] * len(example)
     ]
+    if free_pixels:
+        # How the sizes of several maps hang together is for the tracer to find out.
+        any_size = torch.export.Dim.AUTO
+        axes = [{0: batch, t.ndim - 2: any_size, t.ndim - 1: any_size} for t in example]
     model = run_exporter(
         module,
         example_inputs(example, scalars),
@@ -217,7 +224,11 @@ def example_inputs(example: Features, scalars: Sequence[str]) -> Features:
 
 
 def tensor_specs(
-    features: Features, state: Sequence[Tensor] = (), num_tokens: int | None = None
+    features: Features,
+    state: Sequence[Tensor] = (),
+    num_tokens: int | None = None,
+    *,
+    free_pixels: bool = False,
 ) -> tuple[TensorSpec, ...]:
     """Describe what goes into a file.
 
@@ -225,6 +236,7 @@ def tensor_specs(
         features: Tensors with the batch axis first.
         state: More of them, which remember something of each sample.
         num_tokens: The axis of so many tokens is free; None where no samples have any.
+        free_pixels: Whether the last two axes of all tensors are free.
     Returns:
         Names, types and shapes.
     """
@@ -234,14 +246,20 @@ def tensor_specs(
         TensorSpec(
             name=name,
             dtype=str(tensor.dtype).removeprefix("torch."),
-            sample_shape=(
-                (None, *tensor.shape[2:])
-                if tokens is not None and tensor.shape[1:2] == (tokens,)
-                else tuple(tensor.shape[1:])
-            ),
+            sample_shape=_sample_shape(tensor, tokens, free_pixels),
         )
         for name, tensor, tokens in named
     )
+
+
+def _sample_shape(
+    tensor: Tensor, num_tokens: int | None, free_pixels: bool
+) -> tuple[int | None, ...]:
+    if free_pixels:
+        return (*tensor.shape[1:-2], None, None)
+    if num_tokens is not None and tensor.shape[1:2] == (num_tokens,):
+        return (None, *tensor.shape[2:])
+    return tuple(tensor.shape[1:])
 
 
 def _repeated(tensor: Tensor, count: int) -> Tensor:

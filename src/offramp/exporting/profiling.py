@@ -121,10 +121,11 @@ class _Exit(nn.Module):
         self._policy, self._k, self._num_features = policy, k, num_features
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        *carried, temperature, threshold = tensors
+        names = self._policy.number_names
+        carried, numbers = tensors[: -len(names)], tensors[-len(names) :]
         features, state = carried[: self._num_features], carried[self._num_features :]
         output = self.head(*features)
-        setting = Setting(temperature, threshold)
+        setting = Setting(**dict(zip(names, numbers, strict=True)))
         leave_B, confidence_B, kept = self._policy.decide(self._k, output, tuple(state), setting)
         return output, confidence_B, leave_B, *kept
 
@@ -155,8 +156,7 @@ def _export_parts(
             (*features, *state),
             folder / f"exit_{k}.onnx",
             num_outputs=3 + len(next_state),
-            temperature=1.0,
-            threshold=0.5,
+            **dict.fromkeys(policy.number_names, 0.5),
         )
         hand_over = _Call(
             _HandOver(), features, folder / f"handover_{k}.onnx", num_outputs=len(features)

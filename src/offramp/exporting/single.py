@@ -19,8 +19,6 @@ from offramp.runtime.bundle import SINGLE_OUTPUTS, Step, single_numbers
 if TYPE_CHECKING:
     import onnx
 
-_NUMBERS = 2
-"""Temperature and threshold, the last inputs of every step."""
 _ANSWERS = 2
 """Output and confidence, the first outputs of a step; then come leave and what is carried."""
 
@@ -41,8 +39,9 @@ def write_single(folder: Path, steps: Sequence[Step], path: Path) -> None:
     from onnx import helper, numpy_helper
 
     models = [onnx.load(folder / step.file) for step in steps]
-    inputs = list(models[0].graph.input)[:-_NUMBERS]
-    nodes, weights = _nested(models, 0, [value.name for value in inputs])
+    numbers_of_steps = [list(step.numbers) for step in steps]
+    inputs = list(models[0].graph.input)[: -len(numbers_of_steps[0])]
+    nodes, weights = _nested(models, numbers_of_steps, 0, [value.name for value in inputs])
     numbers = [
         numpy_helper.from_array(np.array(value, dtype=np.float32), name)
         for name, value in single_numbers(steps).items()
@@ -54,7 +53,11 @@ def write_single(folder: Path, steps: Sequence[Step], path: Path) -> None:
 
 
 def _nested(
-    models: Sequence[onnx.ModelProto], index: int, carried: Sequence[str], suffix: str = ""
+    models: Sequence[onnx.ModelProto],
+    numbers_of_steps: Sequence[Sequence[str]],
+    index: int,
+    carried: Sequence[str],
+    suffix: str = "",
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     """Nodes and weights of a step and, inside an ``If``, of all that follow.
 
@@ -64,7 +67,7 @@ def _nested(
 
     is_last = index == len(models) - 1
     answers = [f"{name}{suffix}" for name in SINGLE_OUTPUTS]
-    numbers = [f"temperature_{index}", f"threshold_{index}"]
+    numbers = [f"{name}_{index}" for name in numbers_of_steps[index]]
     step = RenamedGraph(models[index].graph, f"step_{index}/", [*carried, *numbers])
     if is_last:
         step.name_outputs(answers[:_ANSWERS])
@@ -81,7 +84,7 @@ def _nested(
         [],
         _outputs(stopped, models),
     )
-    nodes, weights = _nested(models, index + 1, carried, f"_after_{index}")
+    nodes, weights = _nested(models, numbers_of_steps, index + 1, carried, f"_after_{index}")
     after = [f"{name}_after_{index}" for name in SINGLE_OUTPUTS]
     go_on = helper.make_graph(
         nodes, f"go_on_{index}", [], _outputs(after, models), initializer=weights

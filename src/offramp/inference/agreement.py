@@ -123,7 +123,8 @@ def _agreement(
 ) -> Agreement:
     """Compare logits of those that went the same way, group by group, and count the others."""
     gap_BC = (said_BC - expected_BC).abs()
-    is_beyond_B = ~(gap_BC <= DECISION_TOLERANCE + 1e-3 * expected_BC.abs()).all(-1)
+    is_within_BC = gap_BC <= DECISION_TOLERANCE + 1e-3 * expected_BC.abs()
+    is_beyond_B = ~is_within_BC.flatten(1).all(-1)
     differences = [
         float(gap_BC[here].max()) if (here := went_alike_B & group_B).any() else 0.0
         for group_B in groups
@@ -343,7 +344,7 @@ def all_exits_loop(
     confidences = []
     for k, output in enumerate(outputs):
         if policy.is_off(k):  # its head does not run, and the policy never hears of it
-            confidences.append(torch.full_like(output[:, 0], math.nan))
+            confidences.append(output.new_full((len(output),), math.nan))
             continue
         leave_B, confidence_B, state = policy.step(k, output, state)
         confidences.append(confidence_B)

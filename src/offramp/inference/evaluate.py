@@ -9,12 +9,14 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.calibration.collect import ExitLogits
+from offramp.calibration.logits import ExitLogits
 from offramp.errors import DataError, ShapeError
 from offramp.inference.runner import Runner
+from offramp.measure.dense import confusion_matrices, label_maps, mean_iou, pixel_accuracy
 from offramp.model.multi_exit import as_inputs
 
 
@@ -24,15 +26,17 @@ class ExitEvaluation:
 
     Attributes:
         index: Its number in the network, from 0.
-        accuracy: Over all samples at that exit, a fraction.
+        accuracy: Over all samples at that exit, a fraction; of pixels, where each has a class.
         share: Of the samples that left there, a fraction.
         macs: Of the samples that left there, the mean; where none did, that of running every head.
+        mean_iou: Over all samples at that exit; None where a sample has one class.
     """
 
     index: int
     accuracy: float
     share: float
     macs: int
+    mean_iou: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,10 @@ class Evaluation:
         exits: Figures of each exit; exits that are off in a bundle have none.
         blocks: Figures of the gated blocks; None where blocks are not skipped.
         tokens: Figures of the tokens; None where they do not halt.
+        mean_iou: Of the adaptive network; this and the next two are None where a sample has one
+            class.
+        final_exit_mean_iou: Of the final exit on every sample.
+        plain_mean_iou: Of a plain network trained as long; None too where none was given.
     """
 
     num_samples: int
@@ -93,11 +101,18 @@ class Evaluation:
     exits: tuple[ExitEvaluation, ...]
     blocks: BlocksEvaluation | None = None
     tokens: TokensEvaluation | None = None
+    mean_iou: float | None = None
+    final_exit_mean_iou: float | None = None
+    plain_mean_iou: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain values for JSON, under the keys of ``offramp evaluate --json``."""
         content = asdict(self)
         content["exits"] = list(content["exits"])
+        if self.mean_iou is None:
+            for figures in (content, *content["exits"]):
+                for name in [name for name in figures if name.endswith("mean_iou")]:
+                    del figures[name]
         for name, rates in (("blocks", "run_rates"), ("tokens", "per_layer")):
             if content[name] is None:
                 del content[name]
@@ -111,10 +126,12 @@ class Answers:
     """What a runner said of every sample of a loader.
 
     Attributes:
-        predictions_N: Predicted classes, shape (N,), int64.
+        predictions_N: Predicted classes, shape (N,), int64; of each pixel, shape (N, H, W), uint8,
+            where the labels are masks.
         exit_index_N: Exits the samples left by, shape (N,), int64.
         macs_N: MACs that ran for each, shape (N,), int64.
-        labels_N: True classes, shape (N,), int64.
+        labels_N: True classes, shape (N,), int64; of each pixel, shape (N, H, W), uint8.
+        num_classes: Classes that could be predicted.
         blocks_NG: Gated blocks that ran, shape (N, G), bool; None where blocks are not skipped.
         tokens_NL: Tokens that ran each layer, shape (N, L), int64; None where they do not halt.
     """
@@ -123,13 +140,26 @@ class Answers:
     exit_index_N: Tensor
     macs_N: Tensor
     labels_N: Tensor
+    num_classes: int
     blocks_NG: Tensor | None = None
     tokens_NL: Tensor | None = None
 
     @property
     def accuracy(self) -> float:
-        """Share of right predictions."""
+        """Share of right predictions; of pixels whose class is known, where each has one."""
+        if self.labels_N.ndim > 1:
+            return float(pixel_accuracy(self.confusion_NCC.sum(0)))
         return float((self.predictions_N == self.labels_N).double().mean())
+
+    @property
+    def mean_iou(self) -> float | None:
+        """Mean intersection over union; None where a sample has one class."""
+        return float(mean_iou(self.confusion_NCC.sum(0))) if self.labels_N.ndim > 1 else None
+
+    @property
+    def confusion_NCC(self) -> Tensor:
+        """Pixels of each image by true and predicted class, shape (N, C, C), int64."""
+        return confusion_matrices(self.predictions_N, self.labels_N, num_classes=self.num_classes)
 
     @property
     def mean_macs(self) -> float:
@@ -163,10 +193,11 @@ def answer(runner: Runner, loader: Iterable[tuple[Any, Tensor]]) -> Answers:
     predictions, exits, macs, labels, blocks, tokens = [], [], [], [], [], []
     for batch, labels_B in loader:
         result = runner.run(*as_inputs(batch))
-        predictions.append(torch.as_tensor(result.output).argmax(-1).cpu())
+        output = torch.as_tensor(result.output)
+        predictions.append(predicted(output, labels_B).cpu())
         exits.append(torch.as_tensor(result.exit_index).cpu())
         macs.append(torch.as_tensor(result.macs).cpu())
-        labels.append(labels_B.cpu())
+        labels.append(labels_B.cpu().to(predictions[-1].dtype))
         if result.blocks is not None:
             blocks.append(torch.as_tensor(result.blocks).cpu())
         if result.tokens is not None:
@@ -178,9 +209,24 @@ def answer(runner: Runner, loader: Iterable[tuple[Any, Tensor]]) -> Answers:
         exit_index_N=torch.cat(exits),
         macs_N=torch.cat(macs),
         labels_N=torch.cat(labels),
+        num_classes=output.shape[1],
         blocks_NG=torch.cat(blocks) if blocks else None,
         tokens_NL=torch.cat(tokens) if tokens else None,
     )
+
+
+def predicted(output: Tensor, labels_B: Tensor) -> Tensor:
+    """The classes that logits say, for each sample or each pixel, as the labels are.
+
+    Args:
+        output: Raw logits, shape (B, C), or dense ones, shape (B, C, h, w).
+        labels_B: Labels, shape (B,), or masks, shape (B, H, W).
+    Returns:
+        Classes, shape (B,), int64, or (B, H, W), uint8.
+    """
+    if output.ndim == 2:
+        return output.argmax(-1)
+    return label_maps(output, (labels_B.shape[1], labels_B.shape[2]))
 
 
 def evaluate(
@@ -189,6 +235,7 @@ def evaluate(
     logits: ExitLogits,
     *,
     plain_accuracy: float | None = None,
+    plain_mean_iou: float | None = None,
 ) -> Evaluation:
     """Run every sample with a runner and compare with what each exit alone would have said.
 
@@ -199,6 +246,7 @@ def evaluate(
         logits: Every exit's logits on the same samples in the same order, from ``collect``, or
             ``collect_from_session`` for a bundle.
         plain_accuracy: Of a plain network trained as long, to stand beside the figures.
+        plain_mean_iou: Its mean IoU, where every pixel has a class.
     Returns:
         The figures.
     Raises:
@@ -215,20 +263,24 @@ def evaluate(
     for k in torch.unique(answers.exit_index_N).tolist():
         macs[k] = round(float(answers.macs_N[answers.exit_index_N == k].double().mean()))
     shares = answers.shares(logits.numbers[-1] + 1)
-    accuracy_K = logits.correct_KN.double().mean(1).tolist()
+    everybody = np.ones(len(answers.labels_N), dtype=np.int64)
+    alone = [logits.figures(k * everybody) for k in range(logits.costs.num_exits)]
     return Evaluation(
         num_samples=len(answers.labels_N),
         accuracy=answers.accuracy,
         mean_macs=answers.mean_macs,
         plain_macs=logits.costs.plain_macs,
-        final_exit_accuracy=accuracy_K[-1],
+        final_exit_accuracy=alone[-1].accuracy,
         plain_accuracy=plain_accuracy,
         exits=tuple(
-            ExitEvaluation(index=k, accuracy=accuracy, share=shares[k], macs=macs[k])
-            for k, accuracy in zip(logits.numbers, accuracy_K, strict=True)
+            ExitEvaluation(index=k, share=shares[k], macs=macs[k], **vars(figures))
+            for k, figures in zip(logits.numbers, alone, strict=True)
         ),
         blocks=_describe_blocks(answers, plain_macs=logits.costs.plain_macs),
         tokens=_describe_tokens(answers, plain_macs=logits.costs.plain_macs),
+        mean_iou=answers.mean_iou,
+        final_exit_mean_iou=alone[-1].mean_iou,
+        plain_mean_iou=plain_mean_iou,
     )
 
 

@@ -12,7 +12,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from offramp.errors import DataError, DataNotFoundError, reason
-from offramp.training.sources import MAX_IMAGE_PIXELS, DataSource
+from offramp.training.parquet import MAX_IMAGE_PIXELS
+from offramp.training.sources import DataSource
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -22,8 +23,8 @@ def read_picture(path: Path | str, source: DataSource) -> Tensor:
 
     Colour becomes grey where the data set is grey; dark strokes on a light ground are inverted
     where its strokes are light. A picture of another size is cut to its ink (data sets of
-    strokes) or its middle square (others) and resized. Height and width are swapped where the
-    data set stores them so.
+    strokes) or its middle square (others, but for scenes with masks) and resized. Height and width
+    are swapped where the data set stores them so.
 
     Args:
         path: A PNG, JPEG, or any file that Pillow reads.
@@ -42,11 +43,10 @@ def read_picture(path: Path | str, source: DataSource) -> Tensor:
     if source.light_on_dark and _border_value(picture) > 127:
         picture = ImageOps.invert(picture)
     if picture.size != (width, height):
-        picture = (
-            _ink_square(picture, source.ink_margin)
-            if source.light_on_dark
-            else _middle_square(picture)
-        )
+        if source.light_on_dark:
+            picture = _ink_square(picture, source.ink_margin)
+        elif source.ignored_label is None:
+            picture = _middle_square(picture)
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     pixels: Pixels = np.asarray(picture, dtype=np.uint8).reshape(height, width, channels)
     axes = (2, 1, 0) if source.transposed else (2, 0, 1)

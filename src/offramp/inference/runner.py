@@ -5,7 +5,10 @@ Shapes: ``B`` batch, ``C`` classes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable
+from itertools import pairwise
+from statistics import median
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +23,11 @@ from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPoli
 from offramp.results import AdaptiveResult
 from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
+from offramp.runtime.deadline import Deadline
 from offramp.zoo import Network
+
+_TIMED_ROUNDS = 7
+_WARM_UP_ROUNDS = 2
 
 
 class Runner(Protocol):
@@ -37,6 +44,8 @@ class AdaptiveRunner:
     Args:
         network: The network; it is put in evaluation mode.
         policy: Who leaves where.
+    Attributes:
+        step_ms: What :meth:`time_steps` measured; None before.
     Raises:
         NotCalibratedError: If there is no policy, or it is for another number of exits.
     """
@@ -55,25 +64,33 @@ class AdaptiveRunner:
         self.network = network.eval()
         self.policy = policy
         self._off = policy.off_exits
+        self.step_ms: tuple[float, ...] | None = None
         self._macs_by_size: dict[Hashable, Tensor] = {}
 
     @torch.inference_mode()
-    def run(self, *inputs: Tensor) -> AdaptiveResult[Tensor]:
+    def run(self, *inputs: Tensor, deadline_ms: float | None = None) -> AdaptiveResult[Tensor]:
         """Answer a batch.
 
         Args:
             inputs: The network's inputs, each with the batch axis first, on its device.
+            deadline_ms: A step (the stages up to an exit that is on) that would end later than so
+                many milliseconds after the call, by what :meth:`time_steps` measured, is not
+                started: whoever is left gets the answer of the last exit before it. The first
+                step always runs.
         Returns:
             Logits, exit, confidence and MACs of each sample, in the order of the batch.
+        Raises:
+            InvalidArgumentError: If the deadline is not above 0, or the steps were not timed.
         """
+        deadline = None if deadline_ms is None else Deadline(deadline_ms, self.step_ms)
         if self.network.training:  # a caller may have trained it since
             self.network.eval()
         inputs = self.network.trimmed(inputs)
         if len(inputs[0]) == 1:
-            output, confidence_B, exit_index = self._run_one(inputs)
+            output, confidence_B, exit_index = self._run_one(inputs, deadline)
             exit_index_B = torch.full((1,), exit_index, device=output.device)
         else:
-            output, confidence_B, exit_index_B = self._run_many(inputs)
+            output, confidence_B, exit_index_B = self._run_many(inputs, deadline)
         return AdaptiveResult(
             output=output,
             exit_index=exit_index_B,
@@ -81,19 +98,55 @@ class AdaptiveRunner:
             macs=self._macs(inputs, exit_index_B),
         )
 
-    def _run_one(self, features: Features) -> tuple[Tensor, Tensor, int]:
+    @torch.inference_mode()
+    def time_steps(self, *inputs: Tensor) -> tuple[float, ...]:
+        """Measure what each step takes, so that a deadline can be kept.
+
+        Args:
+            inputs: A batch like those to come.
+        Returns:
+            Milliseconds of each step, nobody leaving: medians, kept in ``step_ms``.
+        """
+        inputs = self.network.trimmed(inputs)
+        laps = [self._time_once(inputs) for _ in range(_TIMED_ROUNDS + _WARM_UP_ROUNDS)]
+        self.step_ms = tuple(map(median, zip(*laps[_WARM_UP_ROUNDS:], strict=True)))
+        return self.step_ms
+
+    def _time_once(self, features: Features) -> list[float]:
+        state: State = ()
+        marks = [time.perf_counter()]
+        for k in range(self.network.num_exits):
+            features = self.network.run_stage(k, features)
+            if k not in self._off:
+                _, (leave_B, _, state) = self._ask(k, features, state)
+                bool(leave_B.all())  # waits for the device
+                marks.append(time.perf_counter())
+        return [1e3 * (end - start) for start, end in pairwise(marks)]
+
+    def _is_too_late(self, k: int, deadline: Deadline | None) -> bool:
+        """Whether stage k begins a step that shall not begin."""
+        if deadline is None or (k - 1) in self._off:
+            return False
+        return not deadline.allows(k - sum(off < k for off in self._off))
+
+    def _run_one(self, features: Features, deadline: Deadline | None) -> tuple[Tensor, Tensor, int]:
         """A single sample needs no indexing: it leaves or goes on."""
         state: State = ()
         for k in range(self.network.num_exits):
+            if self._is_too_late(k, deadline):
+                break
             features = self.network.run_stage(k, features)
             if k in self._off:
                 continue
             output, (leave_B, confidence_B, state) = self._ask(k, features, state)
+            left_by = k
             if k == self.network.num_exits - 1 or bool(leave_B):
                 break
-        return output, confidence_B, k
+        return output, confidence_B, left_by
 
-    def _run_many(self, features: Features) -> tuple[Tensor, Tensor, Tensor]:
+    def _run_many(
+        self, features: Features, deadline: Deadline | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """After every exit, go on with the survivors only.
 
         Whoever reaches an exit is given its answer, which a later exit overwrites: so the answers
@@ -103,6 +156,8 @@ class AdaptiveRunner:
         rows_B = torch.arange(len(features[0]), device=features[0].device)
         answers: tuple[Tensor, Tensor, Tensor] | None = None
         for k in range(self.network.num_exits):
+            if self._is_too_late(k, deadline):
+                break
             features = self.network.run_stage(k, features)
             if k in self._off:
                 continue

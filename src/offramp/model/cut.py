@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from offramp.errors import BackboneCutError, InvalidArgumentError, reason
 from offramp.measure.cost import count_macs, evaluation_mode, require_samples
 from offramp.model.chain import Chain
+from offramp.model.dense_heads import ReadsEverything
 from offramp.model.graph import Graph, NotTraceableError
 from offramp.model.heads import head_for
 from offramp.model.layer_lists import find_layer_list
@@ -90,7 +91,8 @@ def add_exits(
         example: One batch of inputs, each with the batch axis first, for the heads' sizes and the
             check; a tuple where the backbone takes several.
         num_exits: With "auto": exits, the final one counted, at least 2.
-        heads: One exit head for each path; chosen from the features' shape where not given.
+        heads: One exit head for each path; chosen from the features' shape where not given. One
+            of the class ``ReadsEverything`` is given all that crosses, the module's output first.
     Returns:
         A network with ``len(at) + 1`` exits whose final exit equals the backbone.
     Raises:
@@ -157,7 +159,9 @@ def _reading_first(
 ) -> list[nn.Module]:
     """Heads that let pass by what crosses beside the tensors that an exit reads."""
     return [
-        head if len(features) == num_read else ReadsFirst(head, num_read)
+        head
+        if len(features) == num_read or isinstance(head, ReadsEverything)
+        else ReadsFirst(head, num_read)
         for head, features in zip(heads, stage_features, strict=False)
     ]
 

@@ -51,11 +51,18 @@ class MultiExitNetwork(nn.Module):
         """The key here of each key in the backbone's state dict; empty without a backbone."""
         self.ragged: Ragged | None = None
         """Where padding is marked; None for a network whose samples are all of one size."""
+        self.pixel_multiple: int | None = None
+        """Where an exit says a class for every pixel: of what height and width are multiples."""
 
     @property
     def num_exits(self) -> int:
         """Number of exits, the final one counted."""
         return len(self.exits)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether an exit says a class for every pixel: logits of shape (B, C, h, w)."""
+        return self.pixel_multiple is not None
 
     def share_keys_with(self, backbone: nn.Module) -> None:
         """Note which of a backbone's weights stands where in this network, which shares them.

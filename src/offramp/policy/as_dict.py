@@ -8,6 +8,7 @@ from typing import Any
 
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.policy.controller import ControllerPolicy, scorers_from_dicts, scorers_to_dicts
+from offramp.policy.dense_policies import AgreementPolicy, DensePolicy
 from offramp.policy.policies import PatiencePolicy, Policy, ThresholdPolicy
 from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
 
@@ -47,11 +48,22 @@ def policy_to_dict(policy: Policy | RoutingPolicy) -> dict[str, Any]:
             "thresholds": without_inf(policy.thresholds),
             "scorers": scorers_to_dicts(policy.scorers),
         }
+    if isinstance(policy, DensePolicy):
+        return {
+            "kind": "dense",
+            "rule": policy.rule,
+            "thresholds": without_inf(policy.thresholds),
+            "pixel_threshold": policy.pixel_threshold,
+            "temperatures": None if policy.temperatures is None else list(policy.temperatures),
+        }
+    if isinstance(policy, AgreementPolicy):
+        return {"kind": "agreement", "thresholds": without_inf(policy.thresholds)}
     if isinstance(policy, RoutingPolicy):
         return {"kind": policy.kind, "threshold": policy.threshold}
     raise InvalidArgumentError(
-        "Expected a ThresholdPolicy, a PatiencePolicy, a ControllerPolicy, a GatePolicy or a "
-        f"HaltingPolicy. Got {type(policy).__name__}."
+        "Expected a ThresholdPolicy, a PatiencePolicy, a ControllerPolicy, a DensePolicy, an "
+        "AgreementPolicy, a GatePolicy or a HaltingPolicy. "
+        f"Got {type(policy).__name__}."
     )
 
 
@@ -85,12 +97,22 @@ def policy_from_dict(content: dict[str, Any]) -> Policy | RoutingPolicy:
             return ControllerPolicy(
                 _with_inf(content["thresholds"]), scorers_from_dicts(content["scorers"])
             )
+        if content["kind"] == "dense":
+            temperatures = content["temperatures"]
+            return DensePolicy(
+                _with_inf(content["thresholds"]),
+                rule=content["rule"],
+                pixel_threshold=content["pixel_threshold"],
+                temperatures=None if temperatures is None else tuple(temperatures),
+            )
+        if content["kind"] == "agreement":
+            return AgreementPolicy(_with_inf(content["thresholds"]))
         if content["kind"] in _ROUTING:
             return _ROUTING[content["kind"]](content["threshold"])
     except (KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ArtifactError(f"Expected a policy, got a damaged one ({error}).") from error
     raise ArtifactError(
-        "Expected a threshold, patience, controller, gates or halting policy. "
+        "Expected a threshold, patience, controller, dense, agreement, gates or halting policy. "
         f"Got kind {content['kind']!r}."
     )
 

@@ -1,6 +1,6 @@
 """Confidence of an exit's logits: one number in [0, 1] per sample, higher is surer.
 
-Shapes: ``B`` batch, ``C`` classes.
+Shapes: ``B`` batch, ``C`` classes, ``H W`` cells of dense logits.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from offramp.errors import InvalidArgumentError, ShapeError
@@ -65,12 +66,120 @@ def margin_confidence(logits_BC: Tensor) -> Tensor:
     return top_B2[..., 0] - top_B2[..., 1]
 
 
+def pixel_share_confidence(logits_BCHW: Tensor, pixel_threshold: float | Tensor) -> Tensor:
+    """The share of pixels whose largest class probability reaches a threshold.
+
+    All pixels count: at run time nobody knows which of them have no label.
+
+    Args:
+        logits_BCHW: Raw logits, shape (B, C, H, W), float, C at least 2.
+        pixel_threshold: In [0, 1].
+    Returns:
+        Share per image, shape (B,); NaN where a logit is NaN.
+    Raises:
+        ShapeError: If there are not four axes, or fewer than two classes.
+    Reference: Kouris et al. (2022), Multi-Exit Semantic Segmentation Networks, section 5.2.
+    Example:
+        >>> logits = torch.tensor([[[[5.0, 0.0]], [[0.0, 0.0]]]])  # one pixel sure, one not
+        >>> pixel_share_confidence(logits, 0.9)
+        tensor([0.5000])
+    """
+    top_BHW = top_probability(logits_BCHW)
+    is_sure_BHW = (top_BHW >= pixel_threshold).to(top_BHW.dtype)
+    return torch.where(top_BHW.isnan(), top_BHW, is_sure_BHW).mean((1, 2))
+
+
+def mean_max_probability_confidence(logits_BCHW: Tensor) -> Tensor:
+    """The largest class probability of a pixel, the mean over all pixels.
+
+    Args:
+        logits_BCHW: Raw logits, shape (B, C, H, W), float, C at least 2.
+    Returns:
+        Mean per image, shape (B,), in [1/C, 1].
+    Raises:
+        ShapeError: If there are not four axes, or fewer than two classes.
+    """
+    return top_probability(logits_BCHW).mean((1, 2))
+
+
+def mean_entropy_confidence(logits_BCHW: Tensor) -> Tensor:
+    """:func:`entropy_confidence` of a pixel, the mean over all pixels.
+
+    Args:
+        logits_BCHW: Raw logits, shape (B, C, H, W), float, C at least 2.
+    Returns:
+        Mean per image, shape (B,), in [0, 1].
+    Raises:
+        ShapeError: If there are not four axes, or fewer than two classes.
+    """
+    _check_dense(logits_BCHW)
+    return entropy_confidence(logits_BCHW.movedim(1, -1)).mean((1, 2))
+
+
+def low_quantile_confidence(logits_BCHW: Tensor) -> Tensor:
+    """The largest class probability that one pixel in twenty does not reach.
+
+    Args:
+        logits_BCHW: Raw logits, shape (B, C, H, W), float, C at least 2.
+    Returns:
+        The 5 % quantile of the pixels' largest probability per image, shape (B,), in [1/C, 1]; NaN
+        where a logit is NaN.
+    Raises:
+        ShapeError: If there are not four axes, or fewer than two classes.
+    """
+    top_BP = top_probability(logits_BCHW).flatten(1)
+    lowest_BP = top_BP.topk(top_BP.shape[1] // 20 + 1, dim=1, largest=False).values
+    return lowest_BP.amax(1) + 0 * top_BP.sum(1)  # a sum is NaN where a pixel is
+
+
+def agreement_confidence(labels_BHW: Tensor, before_BHW: Tensor) -> Tensor:
+    """The share of pixels whose class the exit before predicted too.
+
+    Args:
+        labels_BHW: Predicted classes, shape (B, H, W), int.
+        before_BHW: What the exit before predicted, the same shape.
+    Returns:
+        Share per image, shape (B,), in [0, 1].
+    """
+    return (labels_BHW == before_BHW).float().mean((1, 2))
+
+
+def top_probability(logits_BCHW: Tensor) -> Tensor:
+    """The largest class probability of every pixel.
+
+    Args:
+        logits_BCHW: Raw logits, shape (B, C, H, W), float, C at least 2.
+    Returns:
+        Shape (B, H, W), in [1/C, 1].
+    Raises:
+        ShapeError: If there are not four axes, or fewer than two classes.
+    """
+    _check_dense(logits_BCHW)
+    logits = logits_BCHW.float()
+    # As softmax, of which only the largest is needed; engines are slow at softmax over axis 1.
+    return (logits - logits.amax(1, keepdim=True)).exp().sum(1).reciprocal()
+
+
 CONFIDENCE_RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "entropy": entropy_confidence,
     "max_probability": max_probability_confidence,
     "margin": margin_confidence,
 }
 """The confidence functions by the name that policies, files and the command line use."""
+
+PIXEL_SHARE = "pixel_share"
+"""The dense confidence that has a threshold for pixels beside that for images."""
+
+AGREEMENT = "agreement"
+"""The dense confidence that remembers what the exit before predicted."""
+
+DENSE_RULES: dict[str, Callable[[Tensor, float | Tensor], Tensor]] = {
+    PIXEL_SHARE: pixel_share_confidence,
+    "mean_max_probability": lambda logits, _: mean_max_probability_confidence(logits),
+    "mean_entropy": lambda logits, _: mean_entropy_confidence(logits),
+    "low_quantile": lambda logits, _: low_quantile_confidence(logits),
+}
+"""The same for dense logits, where no memory is needed; the second argument is for pixels."""
 
 
 def confidence_from_entropy_nats(entropy_nats: float, num_classes: int) -> float:
@@ -107,3 +216,11 @@ def _log_softmax(logits_BC: Tensor) -> Tensor:
             f"Got shape {tuple(logits_BC.shape)}."
         )
     return logits_BC.float().log_softmax(-1)
+
+
+def _check_dense(logits_BCHW: Tensor) -> None:
+    if logits_BCHW.ndim != 4 or logits_BCHW.shape[1] < 2:
+        raise ShapeError(
+            "Expected dense logits of shape (B, C, H, W) with at least 2 classes. "
+            f"Got shape {tuple(logits_BCHW.shape)}."
+        )

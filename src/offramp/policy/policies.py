@@ -32,10 +32,12 @@ class Setting(NamedTuple):
         temperature: Divides the logits before the confidence is taken, positive.
         threshold: What a policy compares with; +inf where nobody can leave, so that the head need
             not run. The final exit's is never +inf.
+        pixel_threshold: How sure a pixel must be to count as sure, where pixels are counted.
     """
 
     temperature: float | Tensor = 1.0
     threshold: float | Tensor = 0.0
+    pixel_threshold: float | Tensor = 0.0
 
 
 class Policy(ABC):
@@ -109,6 +111,11 @@ class Policy(ABC):
         return 0
 
     @property
+    def number_names(self) -> tuple[str, ...]:
+        """The fields of a setting that :meth:`decide` reads: inputs of an exported stage."""
+        return ("temperature", "threshold")
+
+    @property
     def decision_macs(self) -> tuple[int, ...]:
         """What :meth:`macs` says of each exit."""
         return tuple(self.macs(k) for k in range(self.num_exits))
@@ -172,16 +179,8 @@ class ThresholdPolicy(ThresholdedPolicy):
     def __post_init__(self) -> None:
         object.__setattr__(self, "thresholds", checked_thresholds(self.thresholds))
         check_rule(self.rule)
-        if self.temperatures is None:
-            return
-        object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
-        if len(self.temperatures) != self.num_exits or not all(
-            0 < t < math.inf for t in self.temperatures
-        ):
-            raise InvalidArgumentError(
-                f"The 'temperatures' parameter must hold {self.num_exits} positive numbers, one "
-                f"per exit. Got {self.temperatures}."
-            )
+        temperatures = checked_temperatures(self.temperatures, num_exits=self.num_exits)
+        object.__setattr__(self, "temperatures", temperatures)
 
     @classmethod
     def from_entropy_nats(
@@ -206,7 +205,7 @@ class ThresholdPolicy(ThresholdedPolicy):
 
     def decide(self, exit_index: int, output: Tensor, state: State, setting: Setting) -> Decision:
         """See :meth:`Policy.decide`; keeps no state."""
-        confidence_B = CONFIDENCE_RULES[self.rule](_tempered(output, setting))
+        confidence_B = CONFIDENCE_RULES[self.rule](tempered(output, setting))
         if exit_index == len(self.thresholds):
             return torch.ones_like(confidence_B, dtype=torch.bool), confidence_B, state
         return confidence_B >= setting.threshold, confidence_B, state
@@ -259,7 +258,7 @@ class PatiencePolicy(ThresholdedPolicy):
 
     def decide(self, exit_index: int, output: Tensor, state: State, setting: Setting) -> Decision:
         """See :meth:`Policy.decide`; the state is the last label and the length of its streak."""
-        confidence_B = CONFIDENCE_RULES[self.rule](_tempered(output, setting))
+        confidence_B = CONFIDENCE_RULES[self.rule](tempered(output, setting))
         # A label that no exit predicts: what is not a number agrees with nothing after it.
         label_B = output.argmax(-1).masked_fill(confidence_B.isnan(), -1)
         streak_B = torch.ones_like(label_B)
@@ -327,6 +326,30 @@ def checked_thresholds(thresholds: Sequence[float]) -> tuple[float, ...]:
     return numbers
 
 
+def checked_temperatures(
+    temperatures: Sequence[float] | None, *, num_exits: int
+) -> tuple[float, ...] | None:
+    """Temperatures as floats, each of them allowed.
+
+    Args:
+        temperatures: Numbers; None for none.
+        num_exits: How many there must be.
+    Returns:
+        The same.
+    Raises:
+        InvalidArgumentError: If there is not one positive number per exit.
+    """
+    if temperatures is None:
+        return None
+    numbers = tuple(float(t) for t in temperatures)
+    if len(numbers) != num_exits or not all(0 < t < math.inf for t in numbers):
+        raise InvalidArgumentError(
+            f"The 'temperatures' parameter must hold {num_exits} positive numbers, one per exit. "
+            f"Got {numbers}."
+        )
+    return numbers
+
+
 def check_rule(rule: str) -> None:
     """Refuse a confidence function that there is not.
 
@@ -341,6 +364,14 @@ def check_rule(rule: str) -> None:
         )
 
 
-def _tempered(output: Tensor, setting: Setting) -> Tensor:
+def tempered(output: Tensor, setting: Setting) -> Tensor:
+    """Divide logits by a setting's temperature, unless that is plainly 1.
+
+    Args:
+        output: Raw logits.
+        setting: The setting.
+    Returns:
+        Logits of the same shape.
+    """
     is_plain = isinstance(setting.temperature, float) and setting.temperature == 1
     return output if is_plain else output / setting.temperature

@@ -56,6 +56,10 @@ class Step:
         parameter_bytes: Bytes of weights in it.
         exit_macs_by_length: For samples of unequal length, ``exit_macs`` of one of T tokens as
             numbers c0, c1, c2: c0 + c1 T + c2 T^2.
+        exit_macs_by_size: For images of any size, ``exit_macs`` as numbers to be multiplied with
+            :func:`~offramp.runtime.dense.map_cells`.
+        pixel_threshold: How sure a pixel must be to count as sure; an input of the step, where the
+            policy counts pixels, else None.
     """
 
     file: str
@@ -71,6 +75,16 @@ class Step:
     payload_bytes: int
     parameter_bytes: int
     exit_macs_by_length: tuple[int, ...] | None = None
+    exit_macs_by_size: tuple[int, ...] | None = None
+    pixel_threshold: float | None = None
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What the policy compares with there, by the names of the step's last inputs."""
+        numbers = {"temperature": self.temperature, "threshold": self.threshold}
+        if self.pixel_threshold is not None:
+            numbers["pixel_threshold"] = self.pixel_threshold
+        return numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +125,8 @@ class Bundle:
         padding: For samples of unequal length, where padding is marked; else None.
         skip: The parts of a network that skips blocks; else None.
         halting: The parts of a network whose tokens halt; else None.
+        pixel_multiple: Of a network that says a class for every pixel, and takes images of any
+            size: of what height and width are multiples. None for other networks.
     """
 
     folder: Path
@@ -131,6 +147,7 @@ class Bundle:
     padding: Padding | None = None
     skip: SkipParts | None = None
     halting: HaltingParts | None = None
+    pixel_multiple: int | None = None
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -162,11 +179,13 @@ def single_numbers(steps: Sequence[Step]) -> dict[str, float]:
     Args:
         steps: The steps of the bundle.
     Returns:
-        Temperature and threshold of every step, by the name of the initialiser.
+        Numbers of every step, by the name of the initialiser.
     """
-    temperatures = {f"temperature_{i}": step.temperature for i, step in enumerate(steps)}
-    thresholds = {f"threshold_{i}": step.threshold for i, step in enumerate(steps)}
-    return temperatures | thresholds
+    return {
+        f"{name}_{i}": number
+        for i, step in enumerate(steps)
+        for name, number in step.numbers.items()
+    }
 
 
 def with_thresholds(bundle: Bundle, thresholds: Sequence[float]) -> Bundle:
@@ -242,10 +261,17 @@ def write_bundle(bundle: Bundle) -> None:
     """
     content = asdict(bundle)
     del content["folder"]
-    for family in ("skip", "halting"):  # which an older Offramp does not know
-        if content[family] is None:
-            del content[family]
+    # What an older Offramp does not know is written only where it is needed.
+    _delete_none(content, "skip", "halting", "pixel_multiple")
+    for step in content["steps"]:
+        _delete_none(step, "exit_macs_by_size", "pixel_threshold")
     write_json(bundle.folder / BUNDLE_FILE, content)
+
+
+def _delete_none(content: dict[str, Any], *names: str) -> None:
+    for name in names:
+        if content[name] is None:
+            del content[name]
 
 
 def read_bundle(folder: Path | str) -> Bundle:
@@ -318,6 +344,9 @@ def _read_step(content: Mapping[str, Any]) -> Step:
         "features": tuple(read_spec(spec) for spec in content["features"]),
         "state": tuple(read_spec(spec) for spec in content["state"]),
     }
-    by_length = content.get("exit_macs_by_length")
-    parts["exit_macs_by_length"] = None if by_length is None else tuple(map(int, by_length))
+    for name in ("exit_macs_by_length", "exit_macs_by_size"):
+        numbers = content.get(name)
+        parts[name] = None if numbers is None else tuple(map(int, numbers))
+    pixel_threshold = content.get("pixel_threshold")
+    parts["pixel_threshold"] = None if pixel_threshold is None else float(pixel_threshold)
     return Step(**{**content, **parts})

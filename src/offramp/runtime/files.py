@@ -16,7 +16,8 @@ class TensorSpec:
     Attributes:
         name: Its name in the ONNX file.
         dtype: Its numpy type, for example float32.
-        sample_shape: Its shape without the batch axis; None for the tokens of the longest sample.
+        sample_shape: Its shape without the batch axis; None for the tokens of the longest sample,
+            and for height and width of images of any size.
     """
 
     name: str
@@ -28,10 +29,10 @@ class TensorSpec:
         """Whether its first axis after the batch is as long as the longest sample."""
         return None in self.sample_shape
 
-    def fits(self, sample_shape: Sequence[int]) -> bool:
-        """Whether a tensor has this shape, the batch axis left out; free axes at least 1."""
+    def fits(self, sample_shape: Sequence[int], multiple: int = 1) -> bool:
+        """Whether a tensor has this shape, the batch axis left out; free axes some multiple."""
         return len(sample_shape) == len(self.sample_shape) and all(
-            size == expected if expected is not None else size > 0
+            size == expected if expected is not None else size > 0 and size % multiple == 0
             for size, expected in zip(sample_shape, self.sample_shape, strict=True)
         )
 

@@ -6,7 +6,10 @@ Shapes: ``B`` batch, ``C`` classes, ``G`` gates.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,8 @@ import onnxruntime
 from offramp.errors import ArtifactError, InvalidArgumentError, ShapeError
 from offramp.results import AdaptiveResult
 from offramp.runtime.bundle import Bundle, read_bundle
+from offramp.runtime.deadline import Deadline
+from offramp.runtime.dense import label_maps
 from offramp.runtime.exit_steps import ExitSteps
 from offramp.runtime.halting_steps import HaltingSteps
 from offramp.runtime.loading import Loader
@@ -23,6 +28,9 @@ from offramp.runtime.padding import mask_of_inputs, trim_tokens
 from offramp.runtime.skip_steps import SkipSteps
 
 Array = npt.NDArray[Any]
+
+_TIMED_ROUNDS = 7
+_WARM_UP_ROUNDS = 2
 
 
 class Session:
@@ -63,12 +71,19 @@ class Session:
             self._steps = HaltingSteps(self.bundle, self.bundle.halting, loader)
         else:
             self._steps = ExitSteps(self.bundle, loader)
+        self.step_ms: tuple[float, ...] | None = None
+        """What :meth:`time_steps` measured; None before."""
 
-    def run(self, *inputs: npt.ArrayLike) -> AdaptiveResult[Array]:
+    def run(
+        self, *inputs: npt.ArrayLike, deadline_ms: float | None = None
+    ) -> AdaptiveResult[Array]:
         """Answer a batch.
 
         Args:
             inputs: The network's inputs, each with the batch axis first.
+            deadline_ms: A step that would end later than so many milliseconds after the call, by
+                what :meth:`time_steps` measured, is not started: whoever is left gets the answer
+                of the exit before it. The first step always runs.
         Returns:
             Logits, exit, confidence and MACs of each sample, in the order of the batch; and which
             blocks ran, where the network skips some, or how many tokens, where they halt.
@@ -76,8 +91,47 @@ class Session:
             ShapeError: If the inputs are not of the shape that the bundle was exported for.
             ArtifactError: If the bundle was replaced after it was opened, and before the first
                 batch of one.
+            InvalidArgumentError: If the deadline is not above 0, the steps were not timed, or the
+                network skips blocks.
         """
-        return self._steps.run(check_inputs(self.bundle, inputs))
+        arrays = check_inputs(self.bundle, inputs)
+        if deadline_ms is None:
+            return self._steps.run(arrays)
+        return self._exit_steps().run(arrays, Deadline(deadline_ms, self.step_ms))
+
+    def label_maps(
+        self, *inputs: npt.ArrayLike, deadline_ms: float | None = None
+    ) -> AdaptiveResult[Array]:
+        """Answer a batch of images with a class for every pixel.
+
+        Args:
+            inputs: As for :meth:`run`.
+            deadline_ms: As for :meth:`run`.
+        Returns:
+            As :meth:`run`, with labels as output, of the images' own size: shape (B, H, W), uint8.
+        Raises:
+            ShapeError: As :meth:`run`, or if the network says one class for a sample.
+            InvalidArgumentError: As :meth:`run`.
+        """
+        result = self.run(*inputs, deadline_ms=deadline_ms)
+        height, width = np.shape(inputs[0])[2:]
+        return replace(result, output=label_maps(result.output, (height, width)))
+
+    def time_steps(self, *inputs: npt.ArrayLike) -> tuple[float, ...]:
+        """Measure what each step takes, so that a deadline can be kept.
+
+        Args:
+            inputs: A batch like those to come.
+        Returns:
+            Milliseconds of each step, nobody leaving: medians, kept in ``step_ms``.
+        Raises:
+            InvalidArgumentError: If the network skips blocks.
+            ShapeError: If the inputs are not of the shape that the bundle was exported for.
+        """
+        steps, arrays = self._exit_steps(), check_inputs(self.bundle, inputs)
+        laps = [steps.time_steps(arrays) for _ in range(_TIMED_ROUNDS + _WARM_UP_ROUNDS)]
+        self.step_ms = tuple(map(median, zip(*laps[_WARM_UP_ROUNDS:], strict=True)))
+        return self.step_ms
 
     def run_step(
         self, index: int, carried: Sequence[Array]
@@ -93,12 +147,15 @@ class Session:
         Raises:
             InvalidArgumentError: If the network has one exit: its steps end with none.
         """
+        return self._exit_steps().run_step(index, carried)
+
+    def _exit_steps(self) -> ExitSteps:
         if not isinstance(self._steps, ExitSteps):
             raise InvalidArgumentError(
                 f"Expected a bundle of a network with exits. {self.bundle.folder} holds one of the "
                 f"family {self.bundle.family}: its steps give no answers of their own."
             )
-        return self._steps.run_step(index, carried)
+        return self._steps
 
     def run_every_block(self, *inputs: npt.ArrayLike) -> tuple[Array, Array, Array]:
         """Run every gate and every block on every sample, and choose afterwards.
@@ -195,15 +252,18 @@ def check_inputs(bundle: Bundle, inputs: Sequence[npt.ArrayLike]) -> list[Array]
     """
     specs = bundle.inputs
     arrays = [np.asarray(value) for value in inputs]
+    multiple = bundle.pixel_multiple or 1
     fits = len(arrays) == len(specs) and all(
-        array.ndim and spec.fits(array.shape[1:]) and len(array) == len(arrays[0]) > 0
+        array.ndim and spec.fits(array.shape[1:], multiple) and len(array) == len(arrays[0]) > 0
         for array, spec in zip(arrays, specs, strict=True)
     )
     if not fits:
-        shown = [["T" if n is None else str(n) for n in spec.sample_shape] for spec in specs]
+        free = iter("HW") if bundle.pixel_multiple else repeat("T")
+        shown = [[next(free) if n is None else str(n) for n in s.sample_shape] for s in specs]
         expected = ", ".join(f"(B, {', '.join(sizes)})" for sizes in shown)
+        sizes = f", H and W multiples of {multiple}" if bundle.pixel_multiple else ""
         shapes = ", ".join(str(array.shape) for array in arrays)
-        raise ShapeError(f"Expected inputs of shape {expected}, B at least 1. Got {shapes}.")
+        raise ShapeError(f"Expected inputs of shape {expected}, B at least 1{sizes}. Got {shapes}.")
     return [
         np.ascontiguousarray(array, dtype=spec.dtype)
         for array, spec in zip(arrays, specs, strict=True)

@@ -48,6 +48,10 @@ def _minilm(name: str, *, summary: str, expected: str, data: str, num_classes: i
 
 
 _CIFAR10_PIXELS = Normalisation(mean=0.473, deviation=0.251)
+_SCENES = RandomWarp(degrees=3.0, scale=0.35, shear=0.0, shift=20.0, mirror=True, colour=0.25)
+_CAMVID_WEIGHTS = (0.5, 0.45, 2.1, 0.4, 1.0, 0.7, 2.0, 2.0, 0.9, 2.6, 3.9)
+"""Square roots of the median share of the pixels over the class's own, in train."""
+
 _SHIFT_AND_MIRROR = RandomWarp(degrees=0.0, scale=0.0, shear=0.0, shift=4.0, mirror=True)
 
 RECIPES = {
@@ -166,6 +170,50 @@ RECIPES = {
                 loss_weights=(0.3, 0.5, 0.7, 1.0),
                 backbone_epochs=1,
                 distillation=0.5,
+            ),
+        ),
+        Recipe(
+            name="camvid-seg",
+            summary="street scenes, a class for every pixel: four exits, from scratch",
+            expected="not measured yet",
+            data="camvid",
+            network="segmentation",
+            network_options={"num_classes": 11, "widths": (32, 64, 128), "stages": 4},
+            static_options={"stages": 2},
+            normalisation=Normalisation(mean=0.42, deviation=0.3),
+            augment=_SCENES,
+            calibration_share=0.15,
+            fit=FitConfig(
+                epochs=200,
+                batch_size=8,
+                learning_rate=0.002,
+                weight_decay=0.02,
+                loss_weights=(0.5, 0.7, 0.8, 1.0),
+                class_weights=_CAMVID_WEIGHTS,
+            ),
+        ),
+        Recipe(
+            name="camvid-lite0",
+            summary="street scenes: EfficientNet-Lite0 pretrained on ImageNet, four dense exits",
+            expected="not measured yet",
+            data="camvid",
+            network="lite0_segmentation",
+            network_options={
+                "num_classes": 11,
+                "padding": "symmetric",
+                "exits_after": (2, 3, 4),
+            },
+            static_options={"scale": 0.7},
+            normalisation=Normalisation(mean=127 / 255, deviation=128 / 255),
+            augment=_SCENES,
+            calibration_share=0.15,
+            fit=FitConfig(
+                epochs=120,
+                batch_size=8,
+                learning_rate=0.001,
+                weight_decay=0.02,
+                loss_weights=(0.3, 0.5, 0.7, 1.0),
+                class_weights=_CAMVID_WEIGHTS,
             ),
         ),
         _minilm(

@@ -109,6 +109,8 @@ class FitConfig:
         distillation: Share of the early exits' loss that comes from the final exit, in [0, 1].
         class_balance: "sampling" draws every class as often, with replacement, for test data
             whose classes are equally likely while those of train are not.
+        class_weights: Of each class in the loss, of a network that says one for every pixel; all
+            1 if None.
         seed: Of the order of samples, of augmentation and of dropout.
         device: cpu, cuda, or auto (cuda where there is one).
         devices: Processes that train together (DDP), at least 1.
@@ -131,6 +133,7 @@ class FitConfig:
     label_smoothing: float = 0.0
     distillation: float = 0.0
     class_balance: Literal["none", "sampling"] = "none"
+    class_weights: tuple[float, ...] | None = None
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 1
@@ -174,6 +177,10 @@ class FitConfig:
             "label_smoothing": (0 <= self.label_smoothing < 1, "in [0, 1)"),
             "distillation": (0 <= self.distillation <= 1, "in [0, 1]"),
             "class_balance": (self.class_balance in ("none", "sampling"), "none or sampling"),
+            "class_weights": (
+                all(0 <= weight < math.inf for weight in self.class_weights or ()),
+                "numbers of at least 0",
+            ),
             "device": (self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
             "devices": (self.devices >= 1, "an int of at least 1"),
             "seed": (0 <= self.seed < 2**32, "an int in [0, 2**32 - 1]"),

@@ -36,6 +36,12 @@ def check_config(
         _check_regimes(network, config)
     else:
         _check_regimes_unused(config)
+    is_dense = isinstance(network, MultiExitNetwork) and network.is_dense
+    if config.class_weights is not None and not is_dense:
+        raise InvalidArgumentError(
+            "The 'class_weights' parameter is about networks that say a class for every pixel. "
+            "This one says one for an image: leave it out, or balance with class_balance."
+        )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InvalidArgumentError(
             "The device cuda was asked for, but torch sees no CUDA device here. Use --device cpu."

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from offramp.errors import DataError, InvalidArgumentError
+from offramp.training.colour import recoloured
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -75,6 +76,16 @@ class Batches(Dataset[tuple[Tensor, Tensor]], ABC):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         inputs, labels = self.__getitems__([index])
         return inputs[0], labels[0]
+
+    @property
+    def run_batch_size(self) -> int:
+        """Samples to run at a time where nothing is trained: so many fit in memory."""
+        return 256
+
+    @property
+    def strata_N(self) -> Tensor:
+        """By what calibration data is drawn evenly, shape (N,), int64: the classes."""
+        return self.labels_N
 
     @abstractmethod
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -229,6 +240,8 @@ class RandomWarp:
         elastic: Standard deviation in pixels of a smooth random displacement, which is drawn at
             5 x 5 points and interpolated between them; 0 for none.
         mirror: Whether to swap left and right of half of the images.
+        colour: Largest relative change of contrast and of saturation, either way, and largest
+            shift of brightness in deviations of the pixels.
     Reference: Simard et al. (2003), "Best practices for convolutional neural networks applied to
         visual document analysis", section 2, for elastic distortions of handwriting.
     """
@@ -239,9 +252,19 @@ class RandomWarp:
     shift: float = 2.0
     elastic: float = 0.0
     mirror: bool = False
+    colour: float = 0.0
 
     def __call__(self, images: Tensor) -> Tensor:
         """Transform a batch of shape (B, C, H, W); borders repeat outwards."""
+        return self.warp(images, self.grid(images))
+
+    def warp(self, images: Tensor, grid_BHW2: Tensor) -> Tensor:
+        """Take normalised images (B, C, H, W) at the places that :meth:`grid` drew, recoloured."""
+        warped = F.grid_sample(images, grid_BHW2, padding_mode="border", align_corners=False)
+        return recoloured(warped, self.colour) if self.colour else warped
+
+    def grid(self, images: Tensor) -> Tensor:
+        """Draw the places of the pixels of images (B, C, H, W), as ``F.grid_sample`` has them."""
 
         def uniform(limit: float) -> Tensor:
             return (torch.rand(len(images), device=images.device) * 2 - 1) * limit
@@ -259,7 +282,7 @@ class RandomWarp:
             grid = grid + smooth.movedim(1, -1) * grid.new_tensor([2 / width, 2 / height])
         if self.mirror:
             grid[torch.rand(len(images), device=images.device) < 0.5, :, :, 0] *= -1
-        return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        return grid
 
 
 def make_loader(
@@ -305,7 +328,7 @@ def split_off_calibration(
         raise InvalidArgumentError(
             f"The 'calibration_share' parameter must be in (0, 0.5]. Got {share}."
         )
-    labels_N = dataset.labels_N
+    labels_N = dataset.strata_N
     class_counts = torch.bincount(labels_N)
     present = int((class_counts > 0).sum())
     generator = torch.Generator().manual_seed(seed)

@@ -8,7 +8,7 @@ import pickle
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from offramp.routing.skip import SkipNetwork
 from offramp.training.config import FitConfig
 from offramp.training.config_checks import check_config
 from offramp.training.data import Batches, EpochSampler, make_loader
+from offramp.training.dense_task import MEAN_IOU_METRIC, DenseTask
 from offramp.training.halting_task import TOKENS_METRIC, HaltingTask
 from offramp.training.regimes import frozen_backbone
 from offramp.training.skip_task import BLOCKS_METRIC, SkipTask
@@ -193,11 +194,8 @@ class _EpochReport(Callback):
             for before, after in zip(self._marks, _profiled_seconds(trainer), strict=True)
         )
         metrics = trainer.callback_metrics
-        accuracies = [
-            float(metrics[name])
-            for name in map(ACCURACY_METRIC.format, range(self.num_exits))
-            if name in metrics
-        ]
+        accuracies = self._per_exit(ACCURACY_METRIC, metrics)
+        ious = self._per_exit(MEAN_IOU_METRIC, metrics)
         epoch, loss = trainer.current_epoch + 1, float(metrics["train_loss_epoch"])
         epoch_s = time.perf_counter() - self._start
         run = {name: float(metrics[name]) for name in _SHARES if name in metrics}
@@ -206,19 +204,24 @@ class _EpochReport(Callback):
                 "epoch": epoch,
                 "train_loss": loss,
                 "exit_accuracy": accuracies,
+                **({"exit_mean_iou": ious} if ious else {}),
                 **run,
                 "epoch_s": round(epoch_s, 3),
                 "data_share": round(data_s / (data_s + step_s), 4),
             }
         )
-        exits = "  ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies)
+        exits = "  ".join(f"{100 * share:.2f}" for share in ious or accuracies)
         print(
             f"epoch {epoch}/{trainer.max_epochs}  loss {loss:.4f}"
-            + (f"  exits {exits} %" if accuracies else "")
+            + (f"  exits {exits} %{' mean IoU' if ious else ''}" if accuracies else "")
             + "".join(f"  {_SHARES[name]} {100 * share:.1f} %" for name, share in run.items())
             + f"  {epoch_s:.1f} s",
             flush=True,
         )
+
+    def _per_exit(self, metric: str, metrics: Mapping[str, Tensor]) -> list[float]:
+        names = map(metric.format, range(self.num_exits))
+        return [float(metrics[name]) for name in names if name in metrics]
 
     def _append(self, record: dict[str, Any]) -> None:
         """Add a line; lines of this epoch and later ones stem from a run that was killed."""
@@ -233,6 +236,8 @@ def _task(network: MultiExitNetwork | SkipNetwork | HaltingNetwork, config: FitC
         return SkipTask(network, config)
     if isinstance(network, HaltingNetwork):
         return HaltingTask(network, config)
+    if network.is_dense:
+        return DenseTask(network, config)
     return MultiExitTask(network, config)
 
 

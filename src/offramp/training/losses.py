@@ -20,6 +20,7 @@ def joint_loss(
     weights: Sequence[float],
     label_smoothing: float = 0.0,
     distillation: float = 0.0,
+    class_weights_C: Tensor | None = None,
 ) -> Tensor:
     """Weighted sum of the exits' losses.
 
@@ -32,6 +33,8 @@ def joint_loss(
         weights: One weight per exit.
         label_smoothing: Share of the target spread over all classes, in [0, 1).
         distillation: Share of the exits' loss that comes from the final exit, in [0, 1].
+        class_weights_C: How much a sample of each class counts in the cross entropy, shape (C,);
+            all alike if None.
     Returns:
         A scalar.
     Raises:
@@ -45,7 +48,9 @@ def joint_loss(
         )
     total = outputs[-1].new_zeros(())
     for k, (logits_BC, weight) in enumerate(zip(outputs, weights, strict=True)):
-        loss = F.cross_entropy(logits_BC, labels_B, label_smoothing=label_smoothing)
+        loss = F.cross_entropy(
+            logits_BC, labels_B, weight=class_weights_C, label_smoothing=label_smoothing
+        )
         if distillation and k < len(outputs) - 1:
             divergence = distillation_loss(logits_BC, outputs[-1])
             loss = (1 - distillation) * loss + distillation * divergence

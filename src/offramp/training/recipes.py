@@ -137,8 +137,9 @@ class Recipe:
         try:
             augment, pixels = content["augment"], content["normalisation"]
             config = dict(content["fit"])
-            if config["loss_weights"] is not None:
-                config["loss_weights"] = tuple(config["loss_weights"])
+            for name in ("loss_weights", "class_weights"):
+                if config.get(name) is not None:
+                    config[name] = tuple(config[name])
             if config.get("gates") is not None:
                 config["gates"] = GateConfig(**config["gates"])
             if config.get("halting") is not None:

@@ -20,8 +20,10 @@ from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPoli
 from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
 from offramp.training.data import Batches, ImageBatches, check_labels, split_off_calibration
+from offramp.training.masks import MaskBatches
+from offramp.training.parquet import Split, TextSplit, known_labels
 from offramp.training.recipes import Recipe
-from offramp.training.sources import Split, TextSplit, load_split
+from offramp.training.sources import load_split
 from offramp.training.text import TextBatches, encode
 from offramp.zoo import Network
 from offramp.zoo.text import load_tokenizer
@@ -337,7 +339,7 @@ def load_training_data(
 
 def _load_checked(recipe: Recipe, split: str, data: str | None) -> Split | TextSplit:
     whole = load_split(recipe.data, split, data)
-    check_labels(whole.labels_N, num_classes=recipe.network_options["num_classes"])
+    check_labels(known_labels(whole.labels_N), num_classes=recipe.network_options["num_classes"])
     return whole
 
 
@@ -345,7 +347,8 @@ def _as_batches(recipe: Recipe, whole: Split | TextSplit) -> Batches:
     """All samples of a split, as the recipe's network takes them, augmented as it says."""
     if isinstance(whole, TextSplit):
         return TextBatches(encode(load_tokenizer(), whole.texts), whole.labels_N)
-    return ImageBatches(
+    kind = ImageBatches if whole.labels_N.ndim == 1 else MaskBatches
+    return kind(
         whole.store,
         whole.labels_N,
         normalise=recipe.require_normalisation(),

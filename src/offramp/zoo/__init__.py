@@ -11,8 +11,10 @@ from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
 from offramp.zoo.convnet import convnet
 from offramp.zoo.lite0 import lite0
+from offramp.zoo.lite0_segmentation import lite0_segmentation
 from offramp.zoo.mlp import mlp
 from offramp.zoo.resnet import resnet
+from offramp.zoo.segmentation import segmentation
 from offramp.zoo.skipnet import skipnet
 from offramp.zoo.text import minilm, skim
 from offramp.zoo.vit import vit
@@ -24,8 +26,10 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "mlp": mlp,
     "convnet": convnet,
     "lite0": lite0,
+    "lite0_segmentation": lite0_segmentation,
     "minilm": minilm,
     "resnet": resnet,
+    "segmentation": segmentation,
     "skim": skim,
     "skipnet": skipnet,
     "vit": vit,

@@ -58,8 +58,11 @@ def lite0(
             f"The 'exits_after' parameter must hold growing ints in [0, 5]. Got {exits_after}."
         )
     *kept, _ = kept_exits((*exits_after, _LAST_GROUP), num_exits)
-    network = _pretrained(num_classes)
-    heads = [conv_head(_width_after(network, group), num_classes) for group in kept]
+    network = pretrained_lite0(num_classes)
+    heads = [
+        conv_head(width_after(network.get_submodule(f"blocks.{group}")), num_classes)
+        for group in kept
+    ]
     enlarge = nn.Upsample(size=(side, side), mode="bilinear", align_corners=False)
     cut = add_exits(
         nn.Sequential(OrderedDict(enlarge=enlarge, net=network)),
@@ -73,13 +76,27 @@ def lite0(
     return cut
 
 
-def _width_after(network: nn.Module, group: int) -> int:
-    """Channels that a group of blocks puts out: those of its last normalisation."""
-    modules = network.get_submodule(f"blocks.{group}").modules()
-    return [m.num_features for m in modules if isinstance(m, nn.BatchNorm2d)][-1]
+def width_after(module: nn.Module) -> int:
+    """Channels that a module puts out: those of its last normalisation.
+
+    Args:
+        module: A group of blocks.
+    Returns:
+        Channels.
+    """
+    return [m.num_features for m in module.modules() if isinstance(m, nn.BatchNorm2d)][-1]
 
 
-def _pretrained(num_classes: int) -> nn.Module:
+def pretrained_lite0(num_classes: int) -> nn.Module:
+    """Timm's EfficientNet-Lite0 with pretrained weights, all but the classifier.
+
+    Args:
+        num_classes: Number of classes.
+    Returns:
+        The network.
+    Raises:
+        MissingExtraError: If timm or the package of weights is not installed.
+    """
     define_missing_ops()
     try:
         import timm

@@ -7,9 +7,9 @@ import torch
 from made_up_logits import TWO_COSTS, three_exits, two_exits
 
 from offramp.calibration.collect import ExitLogits
+from offramp.calibration.search import evaluate_thresholds
 from offramp.calibration.thresholds import (
     calibrate,
-    evaluate_thresholds,
     expected_correctness,
 )
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError

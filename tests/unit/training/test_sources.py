@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from offramp.errors import DataError, DataNotFoundError, InvalidArgumentError, MissingExtraError
-from offramp.training import sources
+from offramp.training import parquet
 from offramp.training.sources import SOURCES, load_split, nearest, read_parquet
 
 GREY, COLOUR = (1, 4, 3), (3, 4, 3)
@@ -76,10 +76,10 @@ def test_classes_without_names_are_called_by_their_number(path):
 def test_large_split_streams_and_equals_the_decoded_one(path, monkeypatch):
     write_parquet(path, map(encode, random_pixels(5, GREY)), [0] * 5)
     decoded = read_parquet(path, image_shape=GREY)
-    monkeypatch.setattr(sources, "MAX_DECODED_BYTES", 5 * 12 - 1)
+    monkeypatch.setattr(parquet, "MAX_DECODED_BYTES", 5 * 12 - 1)
     streamed = read_parquet(path, image_shape=GREY)
     assert isinstance(decoded.store, torch.Tensor)
-    assert isinstance(streamed.store, sources.EncodedImages)
+    assert isinstance(streamed.store, parquet.EncodedImages)
     rows = torch.tensor([4, 1, 1])
     assert torch.equal(streamed.store[rows], decoded.store[rows])
     assert streamed.fingerprint() == decoded.fingerprint()

@@ -82,7 +82,7 @@ def test_build_finds_the_network_by_name():
         (
             "transformer",
             {},
-            "of mlp, convnet, lite0, minilm, resnet, skim, skipnet, vit. Got 'transf",
+            "resnet, segmentation, skim, skipnet, vit. Got 'transf",
         ),
         ("mlp", {"in_features": 6}, "does not take these options"),
         ("mlp", {"in_features": 6, "widths": [5], "num_classes": 4, "depth": 2}, "depth"),

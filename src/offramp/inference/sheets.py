@@ -1,0 +1,152 @@
+"""What each exit of a segmentation network says of an image, drawn side by side.
+
+Shapes: ``C`` channels or classes, ``K`` exits, ``H W`` pixels, ``h w`` cells of logits.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from offramp.measure.dense import at_size, label_maps
+from offramp.policy.confidence import top_probability
+
+Pixels = npt.NDArray[np.uint8]
+
+_LINE = 14
+"""Height of a line of text, in pixels."""
+_GAP = 4
+_INK, _PAPER, _TAKEN = (20, 20, 20), (255, 255, 255), (200, 30, 30)
+_UNSURE = 0.35
+"""Brightness of pixels that are not sure, as a share of the others'."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitMap:
+    """What an exit says of an image.
+
+    Attributes:
+        exit_index: Its number.
+        logits_Chw: Its raw logits, shape (C, h, w).
+        confidence: The policy's, in [0, 1].
+        is_taken: Whether the image leaves there.
+    """
+
+    exit_index: int
+    logits_Chw: Tensor
+    confidence: float
+    is_taken: bool
+
+
+def class_colours(num_classes: int) -> Pixels:
+    """Colours that tell classes apart.
+
+    Args:
+        num_classes: How many.
+    Returns:
+        Red, green and blue of each, shape (C, 3), uint8.
+    """
+    hues = [(0.61 * index) % 1 for index in range(num_classes)]  # far from those before
+    levels = [0.95 if index % 2 == 0 else 0.65 for index in range(num_classes)]
+    colours = [colorsys.hsv_to_rgb(h, 0.7, v) for h, v in zip(hues, levels, strict=True)]
+    return (np.array(colours) * 255).round().astype(np.uint8)
+
+
+def draw_sheet(
+    image_CHW: Pixels,
+    maps: Sequence[ExitMap],
+    class_names: Sequence[str],
+    *,
+    pixel_threshold: float,
+) -> Image.Image:
+    """Draw an image and, for each exit, its label map over its sure pixels.
+
+    Args:
+        image_CHW: The image as the network saw it, shape (3, H, W), uint8.
+        maps: What each exit that ran says.
+        class_names: Name of each class.
+        pixel_threshold: Pixels whose largest class probability is below are drawn darker.
+    Returns:
+        A picture: the image and the exits in a row, class colours below.
+    """
+    height, width = image_CHW.shape[1:]
+    num_classes = maps[0].logits_Chw.shape[0]
+    colours = class_colours(num_classes)
+    columns = len(maps) + 1
+    rows = [(width + _GAP) * columns - _GAP, 2 * (height + _GAP + _LINE)]
+    legend = _legend(class_names, colours, rows[0])
+    sheet = Image.new("RGB", (rows[0], rows[1] + legend.height), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    sheet.paste(Image.fromarray(np.moveaxis(image_CHW, 0, 2)), (0, _LINE))
+    pen.text((0, 0), "image", _INK)
+    pen.text((0, height + _GAP + _LINE), "sure pixels", _INK)
+    for column, each in enumerate(maps, start=1):
+        left, below = column * (width + _GAP), height + _GAP + _LINE
+        labels, is_sure = _labels_and_sure(each.logits_Chw, (height, width), pixel_threshold)
+        taken = ", taken" if each.is_taken else ""
+        words = f"exit {each.exit_index}{taken}  {each.confidence:.3f}"
+        pen.text((left, 0), words, _TAKEN if each.is_taken else _INK)
+        pen.text((left, below), f"{100 * is_sure.mean():.1f} % sure", _INK)
+        painted = colours[labels]
+        sheet.paste(Image.fromarray(painted), (left, _LINE))
+        dimmed = np.where(is_sure[..., None], painted, (painted * _UNSURE).astype(np.uint8))
+        sheet.paste(Image.fromarray(dimmed), (left, below + _LINE))
+    sheet.paste(legend, (0, rows[1]))
+    return sheet
+
+
+def _labels_and_sure(
+    logits_Chw: Tensor, size: tuple[int, int], pixel_threshold: float
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    labels_HW = label_maps(logits_Chw[None], size)[0].long().numpy()
+    top_1HW = top_probability(at_size(logits_Chw[None], size))
+    return labels_HW, (top_1HW[0] >= pixel_threshold).numpy()
+
+
+def _legend(class_names: Sequence[str], colours: Pixels, width: int) -> Image.Image:
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    places: list[tuple[int, int]] = []
+    x = y = 0
+    names = [class_names[i] if i < len(class_names) else str(i) for i in range(len(colours))]
+    for name in names:
+        needed = _LINE + _GAP + int(pen.textlength(name)) + 3 * _GAP
+        if x + needed > width and x:
+            x, y = 0, y + _LINE + _GAP
+        places.append((x, y))
+        x += needed
+    legend = Image.new("RGB", (width, y + _LINE + _GAP), _PAPER)
+    pen = ImageDraw.Draw(legend)
+    for (left, top), name, colour in zip(places, names, colours.tolist(), strict=True):
+        pen.rectangle((left, top, left + _LINE - 2, top + _LINE - 2), tuple(colour))
+        pen.text((left + _LINE + _GAP, top), name, _INK)
+    return legend
+
+
+@torch.inference_mode()
+def exit_maps(outputs: Sequence[Tensor], confidences_K: Tensor, taken: int) -> list[ExitMap]:
+    """Gather what exits say of one image.
+
+    Args:
+        outputs: Logits of every exit, shape (1, C, h, w) each.
+        confidences_K: The policy's confidence at each exit, shape (K,); NaN where an exit is off.
+        taken: The exit that the image leaves by.
+    Returns:
+        Those of the exits that are on.
+    """
+    return [
+        ExitMap(
+            exit_index=k,
+            logits_Chw=output[0].float().cpu(),
+            confidence=float(confidences_K[k]),
+            is_taken=k == taken,
+        )
+        for k, output in enumerate(outputs)
+        if not bool(confidences_K[k].isnan())
+    ]

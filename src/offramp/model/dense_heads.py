@@ -1,0 +1,105 @@
+"""Exit heads that predict a class for every pixel.
+
+Shapes: ``B`` batch, ``C`` channels or classes, ``H W`` pixels of a map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ReadsEverything(nn.Module):
+    """An exit head that is given all that crosses its cut, the module's output first."""
+
+
+def dense_head(channels: int, num_classes: int, *, width: int, fine: int = 2) -> nn.Module:
+    """A separable convolution, then the logits of several pixels a cell.
+
+    Costs a few percent of the stage that it hangs on: what is wide is a 1x1 convolution, and the
+    finer grid is made of channels, not of convolutions on a finer map.
+
+    Args:
+        channels: Channels of the feature map.
+        num_classes: Number of classes.
+        width: Channels between the two.
+        fine: Along each axis, so many predictions for a cell of the map.
+    Returns:
+        A module from (B, channels, H, W) to (B, num_classes, fine * H, fine * W).
+    Reference: Shi et al. (2016), Real-Time Single Image and Video Super-Resolution Using an
+        Efficient Sub-Pixel Convolutional Neural Network, section 3.2, for the finer grid.
+    """
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
+        nn.Conv2d(channels, width, 1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(width, num_classes * fine**2, 1),
+        nn.PixelShuffle(fine),
+    )
+
+
+class PyramidHead(ReadsEverything):
+    """A dense head on maps of several sizes: brought to one width, added up, then a dense head.
+
+    The first map is the one of the module that the exit follows, the deepest. Of the others the
+    next deeper is added to each finer one, so that only the finest pays for a 3x3 convolution.
+
+    Args:
+        channels: Channels of each map, in the order in which they are given.
+        num_classes: Number of classes.
+        width: Channels that they are brought to.
+    Reference: Lin et al. (2017), Feature Pyramid Networks, section 3, for the way down.
+    """
+
+    def __init__(self, channels: Sequence[int], num_classes: int, *, width: int) -> None:
+        super().__init__()
+        self.laterals = nn.ModuleList(_lateral(each, width) for each in channels)
+        self.context = GlobalContext(width)
+        self.head = dense_head(width, num_classes, width=max(width, 64))
+
+    def forward(self, deepest_BCHW: Tensor, *others: Tensor) -> Tensor:
+        """Map maps, the deepest first and then from fine to coarse, to logits."""
+        deepest, *finer = self.laterals
+        top = self.context(deepest(deepest_BCHW))
+        for lateral, x_BCHW in zip(reversed(finer), reversed(others), strict=True):
+            y_BCHW = lateral(x_BCHW)
+            top = y_BCHW + upsampled(top, y_BCHW)
+        logits: Tensor = self.head(top)
+        return logits
+
+
+class GlobalContext(nn.Module):
+    """Adds to every pixel what the whole map says in the mean.
+
+    Args:
+        channels: Channels of the map.
+    Reference: Liu et al. (2016), ParseNet, section 3.1; here added, not joined on.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        return x_BCHW + F.relu(self.mix(x_BCHW.mean((2, 3), keepdim=True)))
+
+
+def upsampled(x_BCHW: Tensor, like_BCHW: Tensor) -> Tensor:
+    """Interpolate a map to the size of a finer one.
+
+    Args:
+        x_BCHW: The map.
+        like_BCHW: The finer one.
+    Returns:
+        The map with the height and width of the other.
+    """
+    size = like_BCHW.shape[-2:]
+    return F.interpolate(x_BCHW, size, mode="bilinear", align_corners=False)
+
+
+def _lateral(channels: int, width: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width))

@@ -1,0 +1,42 @@
+"""Stopping in time: a step that would end too late by its measured time is not started."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from offramp.errors import InvalidArgumentError
+
+
+class Deadline:
+    """Runs from when it is made.
+
+    Args:
+        deadline_ms: So many milliseconds from now, above 0.
+        step_ms: What each step takes, measured; None if nothing was.
+    Raises:
+        InvalidArgumentError: If the deadline is no positive number, or the steps were not timed.
+    """
+
+    def __init__(self, deadline_ms: float, step_ms: Sequence[float] | None) -> None:
+        if not deadline_ms > 0:
+            raise InvalidArgumentError(
+                f"The 'deadline_ms' parameter must be a number above 0. Got {deadline_ms}."
+            )
+        if step_ms is None:
+            raise InvalidArgumentError(
+                "A deadline needs to know what each step takes: call time_steps(...) once, on "
+                "inputs like those to come."
+            )
+        self._step_ms = step_ms
+        self._end = time.perf_counter() + deadline_ms / 1e3
+
+    def allows(self, step: int) -> bool:
+        """Whether a step would end in time.
+
+        Args:
+            step: Its number, from 0. The first always runs: without it there is no answer.
+        Returns:
+            True if it may start now.
+        """
+        return step == 0 or time.perf_counter() + self._step_ms[step] / 1e3 <= self._end

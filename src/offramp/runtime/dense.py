@@ -1,0 +1,78 @@
+"""Dense outputs of a bundle: label maps from logits, sizes that are allowed, what they cost.
+
+Shapes: ``B`` batch, ``C`` classes, ``H W`` pixels of images, ``h w`` cells of logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from offramp.errors import ShapeError
+
+Array = npt.NDArray[Any]
+
+MAP_STRIDES = (4, 8, 16, 32)
+"""Pixels along each axis that a cell of a feature map may stand for."""
+
+
+def label_maps(logits_BChw: Array, size: tuple[int, int]) -> Array:
+    """The likeliest class of every pixel: coarse logits are interpolated linearly first.
+
+    Args:
+        logits_BChw: Raw logits, shape (B, C, h, w), float, at most 255 classes.
+        size: Height and width of the maps, in pixels.
+    Returns:
+        Labels, shape (B, H, W), uint8.
+    Raises:
+        ShapeError: If the logits have other axes.
+    """
+    if logits_BChw.ndim != 4:
+        raise ShapeError(f"Expected dense logits of shape (B, C, H, W). Got {logits_BChw.shape}.")
+    down_Hh, right_Ww = (
+        _interpolation(target, coarse).astype(logits_BChw.dtype)
+        for target, coarse in zip(size, logits_BChw.shape[2:], strict=True)
+    )
+    labels: Array = (down_Hh @ logits_BChw @ right_Ww.T).argmax(1).astype(np.uint8)
+    return labels
+
+
+def _interpolation(target: int, coarse: int) -> Array:
+    """The matrix that interpolates between the middles of cells, shape (target, coarse)."""
+    place = ((np.arange(target) + 0.5) * coarse / target - 0.5).clip(0, coarse - 1)
+    lower = np.minimum(place.astype(np.int64), max(coarse - 2, 0))
+    share = place - lower
+    matrix = np.zeros((target, coarse))
+    rows = np.arange(target)
+    matrix[rows, lower] = 1 - share
+    matrix[rows, np.minimum(lower + 1, coarse - 1)] += share
+    return matrix
+
+
+def map_cells(height: int, width: int) -> Array:
+    """Cells of feature maps of an image: what its MACs grow with.
+
+    Args:
+        height: In pixels.
+        width: In pixels.
+    Returns:
+        1, then the cells of a map of each of :data:`MAP_STRIDES`, int64.
+    """
+    return np.array([1, *(-(-height // s) * -(-width // s) for s in MAP_STRIDES)])
+
+
+def macs_at(numbers: Sequence[Sequence[int]], height: int, width: int) -> Array:
+    """MACs up to each step for an image of some size.
+
+    Args:
+        numbers: Of each step, what a cell of each map takes, as :func:`map_cells` has them.
+        height: In pixels.
+        width: In pixels.
+    Returns:
+        One number per step, int64.
+    """
+    macs: Array = np.array(numbers, dtype=np.int64) @ map_cells(height, width)
+    return macs

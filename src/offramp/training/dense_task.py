@@ -1,0 +1,113 @@
+"""The Lightning task that trains a network whose exits say a class for every pixel.
+
+Shapes: ``B`` batch, ``C`` classes, ``K`` exits, ``N`` pixels, ``H W`` of masks, ``h w`` of logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.errors import DataError
+from offramp.measure.dense import (
+    IGNORED_LABEL,
+    confusion_matrices,
+    label_maps,
+    labels_of_cells,
+    mean_iou,
+    pixel_accuracy,
+)
+from offramp.model.multi_exit import Features, MultiExitNetwork, as_inputs
+from offramp.training.config import FitConfig
+from offramp.training.data import check_labels
+from offramp.training.losses import joint_loss
+from offramp.training.parquet import known_labels
+from offramp.training.task import ACCURACY_METRIC, MultiExitTask
+
+MEAN_IOU_METRIC = "mean_iou_exit_{}"
+"""Name of the logged mean IoU of an exit on calibration data."""
+
+
+class DenseTask(MultiExitTask):
+    """Trains every exit at once on masks, and reports each exit's mean IoU.
+
+    Args:
+        network: The network to train, in place.
+        config: How to train it.
+    """
+
+    class_weights_C: Tensor | None
+
+    def __init__(self, network: MultiExitNetwork, config: FitConfig) -> None:
+        super().__init__(network, config)
+        weights_C = None if config.class_weights is None else torch.tensor(config.class_weights)
+        self.register_buffer("class_weights_C", weights_C, persistent=False)
+
+    def loss(self, inputs: Features, labels_B: Tensor) -> Tensor:
+        """The joint loss over the pixels whose class is known, one a cell of the logits."""
+        outputs = self._outputs(inputs)
+        _check(labels_B, num_classes=outputs[-1].shape[1])
+        labels_Bhw = one_pixel_a_cell(labels_B, outputs[-1].shape[-2:])
+        is_known_Bhw = labels_Bhw != IGNORED_LABEL
+        return joint_loss(
+            [logits_BChw.movedim(1, -1)[is_known_Bhw] for logits_BChw in outputs],
+            labels_Bhw[is_known_Bhw],
+            weights=self.loss_weights(self.current_epoch),
+            label_smoothing=self.config.label_smoothing,
+            distillation=self.config.distillation,
+            class_weights_C=self.class_weights_C,
+        )
+
+    def on_validation_epoch_start(self) -> None:
+        """Start counting."""
+        self._confusion_KCC: Tensor | int = 0
+
+    def validation_step(self, batch: tuple[Any, Tensor], batch_index: int) -> None:
+        """Count each exit's pixels by true and predicted class."""
+        inputs, labels_BHW = batch
+        outputs = self.answers(as_inputs(inputs))
+        num_classes = outputs[-1].shape[1]
+        _check(labels_BHW, num_classes=num_classes)
+        size = (labels_BHW.shape[1], labels_BHW.shape[2])
+        counts = [
+            confusion_matrices(label_maps(logits, size), labels_BHW, num_classes=num_classes).sum(0)
+            for logits in outputs
+        ]
+        self._confusion_KCC = self._confusion_KCC + torch.stack(counts).cpu()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log each exit's mean IoU, and its share of right pixels."""
+        confusion_KCC = torch.as_tensor(self._confusion_KCC).double()
+        figures = {MEAN_IOU_METRIC: mean_iou, ACCURACY_METRIC: pixel_accuracy}
+        for name, figure in figures.items():
+            for k, value in enumerate(figure(confusion_KCC).tolist()):
+                self.log(name.format(k), value, rank_zero_only=True)
+
+
+def one_pixel_a_cell(labels_BHW: Tensor, size: torch.Size) -> Tensor:
+    """Draw which pixel of each cell of coarser logits says the cell's class.
+
+    The same of every cell; over many draws each pixel counts as much. Where cells hold no whole
+    number of pixels, the nearest pixel to the middle.
+
+    Args:
+        labels_BHW: Classes, shape (B, H, W), int64.
+        size: Height h and width w of the logits.
+    Returns:
+        Classes, shape (B, h, w).
+    """
+    down, right = (labels_BHW.shape[1] / size[0], labels_BHW.shape[2] / size[1])
+    if down == int(down) and right == int(right):
+        y = int(torch.randint(int(down), ()))
+        x = int(torch.randint(int(right), ()))
+        return labels_BHW[:, y :: int(down), x :: int(right)]
+    return labels_of_cells(labels_BHW, size)
+
+
+def _check(labels_BHW: Tensor, *, num_classes: int) -> None:
+    known_N = known_labels(labels_BHW)
+    if len(known_N) == 0:
+        raise DataError("Expected masks with a class somewhere. Got a batch that has none.")
+    check_labels(known_N, num_classes=num_classes)
