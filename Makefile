@@ -27,7 +27,7 @@ test-slow: $(READY)  ## The tests that take minutes; some need OFFRAMP_DATA.
 BACKBONES = $(VENV)-backbones
 SITE = import site; print(site.getsitepackages()[0])
 
-test-backbones: $(BACKBONES)/.installed  ## torchvision's, timm's and transformers' models, cut; 5 minutes.
+test-backbones: $(BACKBONES)/.installed  ## torchvision's, timm's and transformers' models, cut; 8 minutes.
 	PYTHONPATH=src $(BACKBONES)/bin/python -m pytest -q tests/backbones tests/unit/training/test_recipes.py
 
 $(BACKBONES)/.installed: $(READY)
