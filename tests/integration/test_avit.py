@@ -263,7 +263,7 @@ REFUSED = {
     "steps": ("export run --layers-per-step 9", ("layers_per_step", "[1, 4]")),
     "rival": ("evaluate run --plain run", ("no halting", "variant=plain")),
     "frontier": ("frontier run/bundle", ("drops tokens", "Give the run")),
-    "nothing to draw": ("show plain --image 0.png", ("tokens halt", "none to draw")),
+    "nothing to draw": ("show plain --image 0.png", ("tokens halt", "nothing to draw")),
     "bundle": ("show run/bundle --image 0.png", ("is a bundle", "Give the run")),
     "no image": ("show run --image nowhere.png", ("no image file nowhere.png",)),
     "text": ("show run --image run/recipe.json", ("unreadable",)),

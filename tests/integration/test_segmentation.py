@@ -172,6 +172,6 @@ def test_show_and_pixel_thresholds_are_for_networks_of_pixels(
     image = tmp_path / "a.png"
     Image.new("L", (8, 8)).save(image)
     outcome = offramp("show", run, "--image", image)
-    assert_one_line(outcome.stderr, ("says one for an image",))
+    assert_one_line(outcome.stderr, ("a class for every pixel", "nothing to draw"))
     outcome = offramp("calibrate", run, "--max-drop", 0.01, "--pixel-threshold", 0.5)
     assert_one_line(outcome.stderr, ("--pixel-threshold is for networks",))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from offramp.errors import InvalidArgumentError
-from offramp.training.config import FitConfig, GateConfig, HaltingConfig
+from offramp.training.catalogue_inside import INSIDE_RECIPES
+from offramp.training.config import FitConfig
 from offramp.training.data import Normalisation, RandomWarp
+from offramp.training.pixels import CIFAR10_PIXELS, LETTER_WARP, SHIFT_AND_MIRROR
 from offramp.training.recipes import Recipe
 from offramp.training.sources import nearest
 
@@ -47,12 +49,9 @@ def _minilm(name: str, *, summary: str, expected: str, data: str, num_classes: i
     )
 
 
-_CIFAR10_PIXELS = Normalisation(mean=0.473, deviation=0.251)
 _SCENES = RandomWarp(degrees=3.0, scale=0.35, shear=0.0, shift=20.0, mirror=True, colour=0.25)
 _CAMVID_WEIGHTS = (0.5, 0.45, 2.1, 0.4, 1.0, 0.7, 2.0, 2.0, 0.9, 2.6, 3.9)
 """Square roots of the median share of the pixels over the class's own, in train."""
-
-_SHIFT_AND_MIRROR = RandomWarp(degrees=0.0, scale=0.0, shear=0.0, shift=4.0, mirror=True)
 
 RECIPES = {
     recipe.name: recipe
@@ -107,7 +106,7 @@ RECIPES = {
                 ),
             },
             normalisation=Normalisation(mean=0.5, deviation=0.5),
-            augment=RandomWarp(degrees=8.0, scale=0.08, shear=0.1, shift=2.0, elastic=0.6),
+            augment=LETTER_WARP,
             calibration_share=0.02,
             uniform_prior=True,
             fit=FitConfig(
@@ -133,8 +132,8 @@ RECIPES = {
                 "num_classes": 10,
             },
             static_options={"widths": (16, 36, 72, 120)},
-            normalisation=_CIFAR10_PIXELS,
-            augment=_SHIFT_AND_MIRROR,
+            normalisation=CIFAR10_PIXELS,
+            augment=SHIFT_AND_MIRROR,
             calibration_share=0.1,
             fit=FitConfig(
                 epochs=30,
@@ -161,7 +160,7 @@ RECIPES = {
             },
             static_options={"side": 64},
             normalisation=Normalisation(mean=127 / 255, deviation=128 / 255),
-            augment=_SHIFT_AND_MIRROR,
+            augment=SHIFT_AND_MIRROR,
             calibration_share=0.1,
             fit=FitConfig(
                 epochs=5,
@@ -230,167 +229,7 @@ RECIPES = {
             data="trec6",
             num_classes=6,
         ),
-        Recipe(
-            name="emnist-skipnet",
-            summary="a residual network that skips blocks: 13 gates, labels first, then reward",
-            expected="not measured yet",
-            data="emnist47",
-            network="skipnet",
-            network_options={
-                "in_channels": 1,
-                "widths": (16, 16, 32),
-                "blocks": (0, 7, 7),
-                "num_classes": 47,
-                "gates": "feed_forward",
-                "gate_width": 4,
-            },
-            static_options={"blocks": (0, 4, 4)},
-            normalisation=Normalisation(mean=0.5, deviation=0.5),
-            augment=RandomWarp(degrees=8.0, scale=0.08, shear=0.1, shift=2.0, elastic=0.6),
-            calibration_share=0.02,
-            uniform_prior=True,
-            fit=FitConfig(
-                epochs=18,
-                batch_size=128,
-                optimizer="sgd",
-                learning_rate=0.1,
-                weight_decay=5e-4,
-                class_balance="sampling",
-                gates=GateConfig(
-                    reward_epochs=6,
-                    reward_learning_rate=0.01,
-                    alpha=1.0,
-                    policy_weight=2.0,
-                    baseline=True,
-                ),
-            ),
-        ),
-        Recipe(
-            name="cifar10-skipnet38",
-            summary="the SkipNet paper's ResNet-38 with recurrent gates, its schedule",
-            expected="not measured yet; training takes a GPU",
-            data="cifar10",
-            network="skipnet",
-            network_options={
-                "in_channels": 3,
-                "widths": (16, 32, 64),
-                "blocks": (6, 6, 6),
-                "num_classes": 10,
-                "gates": "recurrent",
-            },
-            static_options={"blocks": (4, 4, 4)},
-            normalisation=_CIFAR10_PIXELS,
-            augment=_SHIFT_AND_MIRROR,
-            calibration_share=0.1,
-            fit=FitConfig(
-                epochs=210,
-                batch_size=128,
-                optimizer="sgd",
-                learning_rate=0.1,
-                weight_decay=1e-4,
-                gates=GateConfig(reward_epochs=28),
-            ),
-        ),
-        Recipe(
-            name="emnist-avit",
-            summary="a vision transformer whose tokens halt: blank paper first",
-            expected="not measured yet",
-            data="emnist47",
-            network="vit",
-            network_options={
-                "in_channels": 1,
-                "side": 28,
-                "patch": 4,
-                "width": 96,
-                "depth": 8,
-                "num_heads": 3,
-                "mlp_ratio": 2.0,
-                "num_classes": 47,
-                "gate_scale": 5.0,
-                "gate_center": 8.0,
-            },
-            static_options={"depth": 5},
-            normalisation=Normalisation(mean=0.5, deviation=0.5),
-            augment=RandomWarp(degrees=8.0, scale=0.08, shear=0.1, shift=2.0, elastic=0.6),
-            calibration_share=0.02,
-            uniform_prior=True,
-            fit=FitConfig(
-                epochs=14,
-                batch_size=128,
-                learning_rate=2e-3,
-                warmup_epochs=1,
-                weight_decay=0.05,
-                class_balance="sampling",
-                halting=HaltingConfig(
-                    halting_epochs=4,
-                    halting_learning_rate=5e-4,
-                    ponder_weight=0.005,
-                    target_depth=3.0,
-                ),
-            ),
-        ),
-        Recipe(
-            name="cifar10-avit",
-            summary="a vision transformer of DeiT-tiny's size for small images; tokens halt",
-            expected="not measured yet; training takes a GPU",
-            data="cifar10",
-            network="vit",
-            network_options={
-                "in_channels": 3,
-                "side": 32,
-                "patch": 4,
-                "width": 192,
-                "depth": 12,
-                "num_heads": 3,
-                "num_classes": 10,
-                "drop_path": 0.1,
-                "gate_scale": 5.0,
-                "gate_center": 8.0,
-            },
-            static_options={"depth": 7},
-            normalisation=_CIFAR10_PIXELS,
-            augment=_SHIFT_AND_MIRROR,
-            calibration_share=0.1,
-            fit=FitConfig(
-                epochs=100,
-                learning_rate=1e-3,
-                warmup_epochs=5,
-                weight_decay=0.05,
-                label_smoothing=0.1,
-                halting=HaltingConfig(
-                    halting_epochs=25,
-                    halting_learning_rate=5e-4,
-                    ponder_weight=0.005,
-                    target_depth=6.0,
-                ),
-            ),
-        ),
-        Recipe(
-            name="sst2-skim",
-            summary="film reviews, good or bad: pretrained MiniLM that drops words it has read",
-            expected="not measured yet",
-            data="sst2_sentences",
-            network="skim",
-            network_options={
-                "num_classes": 2,
-                "depth": 6,
-                "gate_scale": 5.0,
-                "gate_center": 5.0,
-            },
-            static_options={"depth": 4},
-            calibration_share=0.15,
-            fit=FitConfig(
-                epochs=5,
-                batch_size=32,
-                learning_rate=1e-4,
-                halting=HaltingConfig(
-                    halting_epochs=3,
-                    halting_learning_rate=5e-5,
-                    ponder_weight=0.02,
-                    target_depth=3.0,
-                ),
-            ),
-        ),
+        *INSIDE_RECIPES,
         Recipe(
             name="resnet18-32",
             summary="ResNet-18 for 32x32 images, three exits; large enough for the clock",
@@ -405,8 +244,8 @@ RECIPES = {
                 "num_classes": 10,
             },
             static_options={"widths": (48, 96, 192, 384)},
-            normalisation=_CIFAR10_PIXELS,
-            augment=_SHIFT_AND_MIRROR,
+            normalisation=CIFAR10_PIXELS,
+            augment=SHIFT_AND_MIRROR,
             calibration_share=0.1,
             fit=FitConfig(epochs=60, optimizer="sgd", learning_rate=0.1, weight_decay=5e-4),
         ),
