@@ -102,8 +102,8 @@ INSIDE_RECIPES = (
             halting=HaltingConfig(
                 halting_epochs=4,
                 halting_learning_rate=5e-4,
-                ponder_weight=0.005,
-                target_depth=3.0,
+                ponder_weight=5e-4,
+                target_depth=5.0,
             ),
         ),
     ),
