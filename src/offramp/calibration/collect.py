@@ -18,7 +18,7 @@ from torch import Tensor
 
 from offramp.artifacts import atomic_path
 from offramp.calibration.logits import DenseLogits, ExitLogits
-from offramp.errors import ArtifactError, DataError
+from offramp.errors import ArtifactError, DataError, InvalidArgumentError
 from offramp.measure.cost import ExitCosts, evaluation_mode
 from offramp.measure.dense import confusion_matrices, label_maps
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_inputs
@@ -178,7 +178,13 @@ def write_logits(path: Path | str, logits: ExitLogits) -> None:
         logits: Every exit's logits; a prior is not kept.
     Raises:
         ArtifactError: If the file cannot be written.
+        InvalidArgumentError: If they are of every pixel.
     """
+    if isinstance(logits, DenseLogits):
+        raise InvalidArgumentError(
+            "Expected logits of one class a sample. Got those of every pixel, which are not kept: "
+            "collect them anew."
+        )
     tensors = {"logits_KNC": logits.logits_KNC.half().contiguous(), "labels_N": logits.labels_N}
     about = {
         "stage_macs": logits.costs.stage_macs,

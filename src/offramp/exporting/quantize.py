@@ -49,7 +49,8 @@ def quantize(bundle: Bundle | Path | str, folder: Path | str, samples: npt.Array
         The int8 bundle.
     Raises:
         ArtifactError: If the folder holds something else or cannot be written.
-        InvalidArgumentError: If the network skips blocks, or its tokens halt.
+        InvalidArgumentError: If the network skips blocks, its tokens halt, or it says a class for
+            every pixel.
         MissingExtraError: If the packages that quantise are not installed.
     """
     session = Session(bundle)
@@ -58,6 +59,11 @@ def quantize(bundle: Bundle | Path | str, folder: Path | str, samples: npt.Array
         raise InvalidArgumentError(
             f"int8 is for networks with exits. {bundle.folder} holds one of the family "
             f"{bundle.family}: run it in float32."
+        )
+    if bundle.pixel_multiple is not None:
+        raise InvalidArgumentError(
+            f"int8 is for networks that say one class for a sample. {bundle.folder} holds one that "
+            "says a class for every pixel: run it in float32."
         )
     inputs_of_steps = _inputs_of_steps(session, np.asarray(samples)[:_RANGE_SAMPLES])
     with new_bundle_folder(Path(folder)) as making:

@@ -17,6 +17,7 @@ from offramp import (
     fit_temperatures,
     frontier,
 )
+from offramp.calibration.collect import write_logits
 from offramp.calibration.thresholds import confidences, measure_policy
 from offramp.errors import ShapeError
 from offramp.inference.runner import AdaptiveRunner
@@ -157,3 +158,9 @@ def test_logits_of_whole_samples_are_no_dense_ones(logits):
             costs=logits.costs,
             confusion_KNCC=logits.confusion_KNCC,
         )
+
+
+def test_logits_of_every_pixel_are_not_kept_in_a_file(logits, tmp_path):
+    with pytest.raises(InvalidArgumentError, match="those of every pixel"):
+        write_logits(tmp_path / "logits", logits)
+    assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ import torch
 from offramp import AdaptiveRunner, AgreementPolicy, DensePolicy, Session, ShapeError, export
 from offramp.calibration.collect import collect, collect_from_session
 from offramp.errors import InvalidArgumentError
+from offramp.exporting.quantize import quantize
 from offramp.measure.dense import label_maps
 from offramp.policy.confidence import pixel_share_confidence, top_probability
 from offramp.runtime import PlainSession
@@ -96,3 +97,9 @@ def test_agreement_hands_its_memory_on(network, tmp_path):
         found = session.run(images.numpy())
         assert found.exit_index.tolist() == expected.exit_index.tolist()
         np.testing.assert_allclose(found.confidence, expected.confidence.numpy(), atol=1e-5)
+
+
+def test_int8_is_refused(session, tmp_path):
+    with pytest.raises(InvalidArgumentError, match="a class for every pixel: run it in float32"):
+        quantize(session.bundle, tmp_path / "int8", X.numpy())
+    assert not (tmp_path / "int8").exists()
