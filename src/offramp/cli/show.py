@@ -50,11 +50,11 @@ def show(
 def _runner_of(loaded: Run, device: str) -> HaltingRunner:
     from offramp.inference.halting import HaltingRunner
     from offramp.inference.runner import make_runner
+    from offramp.routing.halting import HaltingNetwork
     from offramp.training.sources import SOURCES
 
     recipe = loaded.require_recipe()
-    runner = make_runner(loaded.network.to(device), loaded.policy)
-    if not isinstance(runner, HaltingRunner):
+    if not isinstance(loaded.network, HaltingNetwork):
         raise InvalidArgumentError(
             "Expected a run whose tokens halt, such as emnist-avit's, or one that says a class for "
             f"every pixel, such as camvid-seg's. {loaded.folder} is of {recipe.name}, of which "
@@ -64,6 +64,8 @@ def _runner_of(loaded: Run, device: str) -> HaltingRunner:
         raise InvalidArgumentError(
             f"Expected a run on images. {loaded.folder} is of {recipe.name}, which reads texts."
         )
+    runner = make_runner(loaded.network.to(device), loaded.policy)
+    assert isinstance(runner, HaltingRunner)  # its tokens halt
     return runner
 
 
