@@ -47,7 +47,7 @@ from offramp.training.run import (
     load_training_data,
     write_recipe,
 )
-from record import circumstances, write_json
+from record import circumstances, read_rows, write_json
 
 THRESHOLDS = tuple(step / 10 for step in range(11))
 AS_TRAINED = 0.5
@@ -80,7 +80,7 @@ def configs(
         for alpha in alphas
     }
     if from_scratch:
-        alone = replace(gates, alpha=alphas[0], supervised=False, reward_learning_rate=0.01)
+        alone = replace(gates, alpha=alphas[0], supervised=False)
         named["reward alone, from scratch"] = replace(fit_config, gates=alone)
     return named
 
@@ -100,20 +100,6 @@ def keep(network: SkipNetwork, folder: Path, start: Run, config: FitConfig) -> N
     create_folder(folder)
     write_recipe(folder, recipe=recipe, class_names=start.class_names, data=start.data)
     save_weights(network, folder / WEIGHTS_FILE)
-
-
-def read_rows(path: Path | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows measured before; refuses a file of another start."""
-    if path is None or not path.exists():
-        return []
-    content = json.loads(path.read_text(encoding="utf-8"))
-    different = [key for key, value in settings.items() if content.get(key) != value]
-    if different:
-        raise typer.BadParameter(
-            f"{path} holds results of other settings ({', '.join(different)}): choose another file"
-        )
-    rows: list[dict[str, Any]] = content["rows"]
-    return rows
 
 
 def at_half(row: dict[str, Any]) -> int:

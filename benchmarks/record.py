@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 
 import offramp
 from offramp.artifacts import atomic_path
@@ -35,3 +36,17 @@ def circumstances() -> dict[str, Any]:
 def write_json(content: dict[str, Any], path: Path) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_rows(path: Path | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows that were measured before; refuses a file of other settings."""
+    if path is None or not path.exists():
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    different = [key for key, value in settings.items() if content.get(key) != value]
+    if different:
+        raise typer.BadParameter(
+            f"{path} holds results of other settings ({', '.join(different)}): choose another file"
+        )
+    rows: list[dict[str, Any]] = content["rows"]
+    return rows

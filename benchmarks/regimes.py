@@ -46,7 +46,7 @@ from offramp.training.config import FitConfig
 from offramp.training.data import Batches, make_loader
 from offramp.training.recipes import Recipe
 from offramp.training.run import WEIGHTS_FILE, load_batches, load_training_data
-from record import circumstances, write_json
+from record import circumstances, read_rows, write_json
 
 SUBSET_SEED = 0
 DISTILLATION = 0.5
@@ -169,18 +169,11 @@ def describe(task: Task, run: Path, joint: FitConfig) -> dict[str, Any]:
     return described
 
 
-def read_rows(path: Path | None, settings: dict[str, Any], epochs: int) -> list[dict[str, Any]]:
-    """Rows of these regimes that were measured before; refuses a file of other settings."""
-    if path is None or not path.exists():
-        return []
-    content = json.loads(path.read_text(encoding="utf-8"))
-    different = [key for key, value in settings.items() if content.get(key) != value]
-    if different:
-        raise typer.BadParameter(
-            f"{path} holds results of other settings ({', '.join(different)}): choose another file"
-        )
+def rows_before(path: Path | None, settings: dict[str, Any], epochs: int) -> list[dict[str, Any]]:
+    """Rows of these regimes, as they are now, that were measured before."""
     known = regimes(epochs)
-    return [row for row in content["rows"] if known.get(row["regime"]) == row["changes"]]
+    rows = read_rows(path, settings)
+    return [row for row in rows if known.get(row["regime"]) == row["changes"]]
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -254,7 +247,7 @@ def main(
     check_start(task)
     joint = settings_of_joint(task.recipe, epochs=epochs, learning_rate=learning_rate)
     settings = describe(task, start, joint)
-    rows = read_rows(json_file, settings, epochs)
+    rows = rows_before(json_file, settings, epochs)
     before = collect(task.start, task.test).correct_KN[-1].double().mean().item()
     measured = {(row["regime"], row["seed"]) for row in rows}
     for seed in (int(part) for part in seeds.split(",")):

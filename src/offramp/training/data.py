@@ -144,7 +144,7 @@ class ImageBatches(Batches):
             images = self.augment(images)
         return images, self.labels_N[index_B]
 
-    def subset(self, index_B: Tensor) -> ImageBatches:
+    def subset(self, index_B: Tensor) -> Self:
         """The same images, fewer of them; the store is shared.
 
         Args:
@@ -152,7 +152,7 @@ class ImageBatches(Batches):
         Returns:
             A data set of those positions, in that order.
         """
-        return ImageBatches(
+        return type(self)(
             self.store,
             self.labels_N[index_B],
             normalise=self.normalise,
@@ -160,11 +160,11 @@ class ImageBatches(Batches):
             rows_N=self.rows_N[index_B],
         )
 
-    def unaugmented(self) -> ImageBatches:
+    def unaugmented(self) -> Self:
         """The same images without augmentation."""
         return self.augmented(None)
 
-    def augmented(self, augment: Callable[[Tensor], Tensor] | None) -> ImageBatches:
+    def augmented(self, augment: Callable[[Tensor], Tensor] | None) -> Self:
         """The same images with another augmentation.
 
         Args:
@@ -172,7 +172,7 @@ class ImageBatches(Batches):
         Returns:
             A data set that shares the store.
         """
-        return ImageBatches(
+        return type(self)(
             self.store,
             self.labels_N,
             normalise=self.normalise,

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from offramp.measure.dense import IGNORED_LABEL
-from offramp.training.data import Batches, ImageStore, Normalisation, RandomWarp
+from offramp.training.data import ImageBatches, RandomWarp
 
 
-class MaskBatches(Batches):
+class MaskBatches(ImageBatches):
     """Images with masks, decoded and normalised, fetched a batch at a time.
 
     Args:
@@ -27,20 +27,7 @@ class MaskBatches(Batches):
         rows_N: Rows of the store that belong to this data set, in order; all of them if None.
     """
 
-    def __init__(
-        self,
-        store: ImageStore,
-        labels_N: Tensor,
-        *,
-        normalise: Normalisation,
-        augment: RandomWarp | None = None,
-        rows_N: Tensor | None = None,
-    ) -> None:
-        self.store = store
-        self.labels_N = labels_N
-        self.normalise = normalise
-        self.augment = augment
-        self.rows_N = torch.arange(len(labels_N)) if rows_N is None else rows_N
+    augment: RandomWarp | None
 
     @property
     def run_batch_size(self) -> int:
@@ -68,26 +55,6 @@ class MaskBatches(Batches):
             grid = self.augment.grid(images)
             images, masks = self.augment.warp(images, grid), warped_masks(masks, grid)
         return images, masks.long()
-
-    def subset(self, index_B: Tensor) -> MaskBatches:
-        """The same images and masks, fewer of them; the store is shared.
-
-        Args:
-            index_B: Positions in this data set to keep, shape (B,), int64.
-        Returns:
-            A data set of those positions, in that order.
-        """
-        return MaskBatches(
-            self.store,
-            self.labels_N[index_B],
-            normalise=self.normalise,
-            augment=self.augment,
-            rows_N=self.rows_N[index_B],
-        )
-
-    def unaugmented(self) -> MaskBatches:
-        """The same images and masks as they are."""
-        return MaskBatches(self.store, self.labels_N, normalise=self.normalise, rows_N=self.rows_N)
 
 
 def warped_masks(masks_BHW: Tensor, grid_BHW2: Tensor) -> Tensor:
