@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from offramp.errors import ArtifactError
 from offramp.exporting.onnx import (
@@ -23,6 +24,7 @@ from offramp.exporting.single import write_single
 from offramp.inference.agreement import Agreement, compare_with_all_exits
 from offramp.measure.cost import ExitCosts, parameter_bytes, payload_bytes
 from offramp.model.multi_exit import Features, MultiExitNetwork
+from offramp.offload.codec import channel_scales
 from offramp.policy.policies import Policy, State, ThresholdedPolicy, never_leave
 from offramp.results import AdaptiveResult
 from offramp.runtime import Bundle, Step, with_thresholds
@@ -109,6 +111,7 @@ def _write_steps(
     features = _first_sample(network, inputs)
     num_tokens = None if network.ragged is None else features[0].shape[1]
     state: State = ()
+    scales = _channel_scales(network, inputs)
     steps = []
     for plan in plan_steps(policy):
         k, is_last = plan.exit_index, plan.exit_index == network.num_exits - 1
@@ -152,10 +155,28 @@ def _write_steps(
                     if "pixel_threshold" in policy.number_names
                     else None
                 ),
+                channel_scales=scales[plan.stages[0]],
             )
         )
         features, state = next_features, next_state
     return tuple(steps)
+
+
+def _channel_scales(
+    network: MultiExitNetwork, inputs: Features
+) -> list[tuple[tuple[float, ...], ...]]:
+    """Of each feature before each stage, how much a number of 8 bits counts in each channel."""
+    features = network.trimmed(inputs)
+    scales = []
+    for stage in range(network.num_exits):
+        scales.append(
+            tuple(
+                channel_scales(tensor.numpy()) if tensor.dtype == torch.float32 else ()
+                for tensor in features
+            )
+        )
+        features = network.run_stage(stage, features)
+    return scales
 
 
 def _first_sample(network: MultiExitNetwork, inputs: Features) -> Features:

@@ -60,6 +60,9 @@ class Step:
             :func:`~offramp.runtime.dense.map_cells`.
         pixel_threshold: How sure a pixel must be to count as sure; an input of the step, where the
             policy counts pixels, else None.
+        channel_scales: Of each feature, by how much a number of 8 bits counts in each channel, so
+            that it can cross a link in int8; empty for one that is not float32. None in bundles
+            that were exported before links were.
     """
 
     file: str
@@ -77,6 +80,7 @@ class Step:
     exit_macs_by_length: tuple[int, ...] | None = None
     exit_macs_by_size: tuple[int, ...] | None = None
     pixel_threshold: float | None = None
+    channel_scales: tuple[tuple[float, ...], ...] | None = None
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -264,7 +268,7 @@ def write_bundle(bundle: Bundle) -> None:
     # What an older Offramp does not know is written only where it is needed.
     _delete_none(content, "skip", "halting", "pixel_multiple")
     for step in content["steps"]:
-        _delete_none(step, "exit_macs_by_size", "pixel_threshold")
+        _delete_none(step, "exit_macs_by_size", "pixel_threshold", "channel_scales")
     write_json(bundle.folder / BUNDLE_FILE, content)
 
 
@@ -347,6 +351,10 @@ def _read_step(content: Mapping[str, Any]) -> Step:
     for name in ("exit_macs_by_length", "exit_macs_by_size"):
         numbers = content.get(name)
         parts[name] = None if numbers is None else tuple(map(int, numbers))
+    scales = content.get("channel_scales")
+    parts["channel_scales"] = (
+        None if scales is None else tuple(tuple(map(float, s)) for s in scales)
+    )
     pixel_threshold = content.get("pixel_threshold")
     parts["pixel_threshold"] = None if pixel_threshold is None else float(pixel_threshold)
     return Step(**{**content, **parts})

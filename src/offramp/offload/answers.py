@@ -1,0 +1,133 @@
+"""Answers that travel between parts: what they hold, and whether what came can be one.
+
+Shapes: ``B`` batch, ``C`` classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from offramp.errors import PayloadError
+from offramp.runtime.exit_steps import PartResult
+from offramp.runtime.files import TensorSpec
+from offramp.runtime.part import PartSession
+
+Array = npt.NDArray[Any]
+
+ANSWER_DTYPES = {
+    "output": "float32",
+    "exit_index": "int64",
+    "confidence": "float32",
+    "answered_by": "int64",
+    "fell_back": "bool",
+}
+"""What a part answers, by name, and of which type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartAnswer:
+    """What a part of a network and those behind it answered to a batch.
+
+    Attributes:
+        output: Raw logits, shape (B, C) or dense.
+        exit_index: Exits that answered, shape (B,), int64.
+        confidence: The policy's there, shape (B,).
+        answered_by: How many links away each was answered, 0 for here, shape (B,), int64.
+        fell_back: Whether the exit was not sure, and nobody behind it could be asked, shape (B,),
+            bool.
+    """
+
+    output: Array
+    exit_index: Array
+    confidence: Array
+    answered_by: Array
+    fell_back: Array
+
+
+def as_answer(session: PartSession, part: PartResult) -> PartAnswer:
+    """What a part answers by itself.
+
+    Args:
+        session: Ran the part.
+        part: What came of it.
+    Returns:
+        The answers; nobody has fallen back yet.
+    """
+    exits = np.array([step.exit_index for step in session.bundle.steps])
+    return PartAnswer(
+        output=part.output,
+        exit_index=exits[part.step],
+        confidence=part.confidence,
+        answered_by=np.zeros(len(part.output), dtype=np.int64),
+        fell_back=np.zeros(len(part.output), dtype=np.bool_),
+    )
+
+
+def read_answer(
+    outputs: Mapping[str, Array],
+    *,
+    exits: Sequence[int],
+    rows: int,
+    logits_shape: tuple[int, ...] | None = None,
+) -> PartAnswer:
+    """Read what came back over a link, from a part that may be broken.
+
+    Args:
+        outputs: Tensors by name.
+        exits: That the part and those behind it have.
+        rows: Samples that were sent.
+        logits_shape: Of a sample; None where it is not known.
+    Returns:
+        The answers, one link farther away.
+    Raises:
+        PayloadError: If they cannot be those of such a part.
+    """
+    arrays = {}
+    for name, dtype in ANSWER_DTYPES.items():
+        array = outputs.get(name)
+        sample_shape = logits_shape if name == "output" else ()
+        if array is None or array.dtype.name != dtype or not _fits(array, rows, sample_shape):
+            expected = "" if sample_shape is None else f" of shape {(rows, *sample_shape)}"
+            got = "nothing" if array is None else f"{array.dtype} {array.shape}"
+            raise PayloadError(
+                f"Expected {name} as {dtype}{expected} for {rows} samples from the link. Got {got}."
+            )
+        arrays[name] = array
+    confidence_B = arrays["confidence"]
+    is_valid = (
+        np.isfinite(arrays["output"]).all()
+        and np.isin(arrays["exit_index"], exits).all()
+        and ((confidence_B >= 0) & (confidence_B <= 1)).all()
+        and (arrays["answered_by"] >= 0).all()
+    )
+    if not is_valid:
+        raise PayloadError(
+            f"Expected finite logits of the exits {exits} and confidences in [0, 1] from the link. "
+            "Got others."
+        )
+    return PartAnswer(**{**arrays, "answered_by": arrays["answered_by"] + 1})
+
+
+def _fits(array: Array, rows: int, sample_shape: tuple[int, ...] | None) -> bool:
+    if sample_shape is None:
+        return array.ndim > 1 and len(array) == rows
+    return array.shape == (rows, *sample_shape)
+
+
+def answer_specs(output_shape: tuple[int | None, ...]) -> tuple[TensorSpec, ...]:
+    """What a part answers, as a server describes it.
+
+    Args:
+        output_shape: Shape of a sample's logits; None for what is free.
+    Returns:
+        One description per tensor.
+    """
+    return tuple(
+        TensorSpec(name=name, dtype=dtype, sample_shape=output_shape if name == "output" else ())
+        for name, dtype in ANSWER_DTYPES.items()
+    )

@@ -1,0 +1,73 @@
+"""A circuit breaker: after some failures in a row nobody asks any more until a probe succeeds."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from offramp.errors import InvalidArgumentError
+
+
+class CircuitBreaker:
+    """Keeps callers from a part that is gone, and finds out by itself when it is back.
+
+    Closed, calls go through. After ``failures`` in a row it opens: calls are not tried, and a
+    thread probes every ``probe_s`` seconds; the first probe that succeeds closes it. No caller ever
+    waits for a probe.
+
+    Args:
+        probe: Says whether the other part is there; an exception counts as no.
+        failures: So many failures in a row open it, at least 1.
+        probe_s: Seconds between probes, above 0.
+    """
+
+    def __init__(self, probe: Callable[[], bool], *, failures: int, probe_s: float) -> None:
+        if failures < 1 or not probe_s > 0:
+            raise InvalidArgumentError(
+                "Expected at least 1 failure that opens a breaker, and seconds above 0 between "
+                f"probes. Got {failures} and {probe_s}."
+            )
+        self._probe = probe
+        self._limit = failures
+        self._probe_s = probe_s
+        self._failed_in_a_row = 0
+        self._lock = threading.Lock()
+        self._is_open = False
+        self._stopped = threading.Event()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether calls are not to be tried."""
+        return self._is_open
+
+    def succeeded(self) -> None:
+        """Say that a call went well."""
+        with self._lock:
+            self._failed_in_a_row = 0
+
+    def failed(self) -> None:
+        """Say that a call failed; the last of too many in a row starts the probing."""
+        with self._lock:
+            self._failed_in_a_row += 1
+            if self._is_open or self._failed_in_a_row < self._limit:
+                return
+            self._is_open = True
+        threading.Thread(target=self._probe_until_back, name="offramp-probe", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop probing."""
+        self._stopped.set()
+
+    def _probe_until_back(self) -> None:
+        while not self._stopped.wait(self._probe_s):
+            if self._is_back():
+                with self._lock:
+                    self._failed_in_a_row = 0
+                    self._is_open = False
+                return
+
+    def _is_back(self) -> bool:
+        try:
+            return self._probe()
+        except Exception:  # whatever goes wrong, the other part is not there
+            return False

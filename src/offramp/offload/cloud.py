@@ -1,0 +1,164 @@
+"""The part behind a link, as a server serves it: it takes features, and goes on from there.
+
+Shapes: ``B`` batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from offramp.errors import PayloadError
+from offramp.offload.answers import ANSWER_DTYPES, PartAnswer, answer_specs, as_answer
+from offramp.offload.codec import decode
+from offramp.offload.edge import EdgeRunner
+from offramp.runtime.bundle import Bundle
+from offramp.runtime.part import PartSession, carried_specs, check_carried, cuts, first_step
+from offramp.serving.served import Parameter
+
+Array = npt.NDArray[Any]
+
+
+class PartModel:
+    """Serves a part of a network, which goes on with what another part sends.
+
+    Its version is the bundle's :func:`identity`, so that whoever has another bundle asks for a
+    version that is not there. Features may come in the types of any codec.
+
+    Args:
+        bundle: The bundle that both parts have.
+        answer: Answers a batch of what the part is given.
+        name: Name of the whole model; the part's own is :func:`part_name`.
+        starts_after: The stage before its first.
+        output_shape: Shape of a sample's logits.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        answer: Callable[[list[Array]], PartAnswer],
+        *,
+        name: str,
+        starts_after: int,
+        output_shape: tuple[int | None, ...],
+    ) -> None:
+        first = first_step(bundle, starts_after, "starts_after")
+        self.name, self.version = part_name(name, starts_after), identity(bundle)
+        self.inputs = carried_specs(bundle, first)
+        self.outputs = answer_specs(output_shape)
+        self.metadata = {"starts_after": str(starts_after), "bundle": self.version}
+        self._step = bundle.steps[first]
+        self._multiple = (bundle.pixel_multiple or 1) if first == 0 else 1
+        self._answer = answer
+
+    def prepare(
+        self, inputs: Mapping[str, Array], parameters: Mapping[str, Parameter]
+    ) -> list[Array]:
+        """Check what was sent and read it.
+
+        Args:
+            inputs: Features and state by name, in the types of any codec.
+            parameters: Of the request; none is needed.
+        Returns:
+            What the part is given.
+        Raises:
+            PayloadError: If names, types or values are wrong.
+            ShapeError: If shapes are.
+        """
+        names = [spec.name for spec in self.inputs]
+        if set(names) != set(inputs):
+            raise PayloadError(
+                f"Expected the inputs {', '.join(names)}. "
+                f"Got {', '.join(sorted(inputs)) or 'none'}."
+            )
+        carried = decode([inputs[name] for name in names], self._step)
+        for name, tensor in zip(names, carried, strict=True):
+            if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
+                raise PayloadError(
+                    f"Input {name!r} must hold finite numbers. It has NaN or infinity in it."
+                )
+        return check_carried(self.inputs, carried, multiple=self._multiple)
+
+    def run(self, arrays: list[Array]) -> dict[str, Array]:
+        """Answer a batch.
+
+        Args:
+            arrays: As :meth:`prepare` made them.
+        Returns:
+            What a part answers, by name.
+        """
+        answer = self._answer(arrays)
+        return {
+            name: np.asarray(getattr(answer, name)).astype(dtype, copy=False)
+            for name, dtype in ANSWER_DTYPES.items()
+        }
+
+
+def cloud_models(session: PartSession, name: str) -> list[PartModel]:
+    """Serve what is behind every cut of the part that ends with the last stage.
+
+    Args:
+        session: That part; its steps are loaded once for all.
+        name: Name of the whole model.
+    Returns:
+        One model per cut.
+    """
+
+    def behind(cut: int) -> PartModel:
+        return PartModel(
+            session.bundle,
+            lambda carried: as_answer(session, session.run(carried, starts_after=cut)),
+            name=name,
+            starts_after=cut,
+            output_shape=session.output_shape,
+        )
+
+    return [behind(cuts(session.bundle)[first]) for first in session.part]
+
+
+def middle_model(runner: EdgeRunner, name: str) -> PartModel:
+    """Serve a part between two others.
+
+    Args:
+        runner: The part, with its link.
+        name: Name of the whole model.
+    Returns:
+        The model.
+    """
+    return PartModel(
+        runner.bundle,
+        runner.answer,
+        name=name,
+        starts_after=runner.starts_after,
+        output_shape=runner.output_shape,
+    )
+
+
+def identity(bundle: Bundle) -> str:
+    """What two parts must have alike: the steps and all numbers that decide.
+
+    Args:
+        bundle: The bundle.
+    Returns:
+        16 hexadecimal digits.
+    """
+    steps = json.dumps([asdict(step) for step in bundle.steps], sort_keys=True)
+    return hashlib.sha256(steps.encode()).hexdigest()[:16]
+
+
+def part_name(name: str, starts_after: int) -> str:
+    """What the part of a model is called that starts behind a stage.
+
+    Args:
+        name: Of the whole model.
+        starts_after: The stage before its first; -1 for the whole.
+    Returns:
+        For example ``emnist-convnet.from2`` for the stages from 2 on.
+    """
+    return f"{name}.from{starts_after + 1}"

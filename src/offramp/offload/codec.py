@@ -1,0 +1,172 @@
+"""How features are written for a link: as they are, at half precision, or in 8 bits a number.
+
+Shapes: ``S`` samples that go on, ``C`` channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from offramp.errors import ArtifactError, InvalidArgumentError, PayloadError
+from offramp.runtime.bundle import Step
+
+Array = npt.NDArray[Any]
+
+_LARGEST_INT8 = 127
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codec:
+    """A way to write what crosses a link.
+
+    Only features that are float32 change; masks, ids and what a policy remembers cross as they
+    are.
+
+    Attributes:
+        name: What options call it.
+        dtype: Of a float32 feature on the link.
+        compresses: Whether the link compresses the payload with zstd, without loss.
+    """
+
+    name: str
+    dtype: str
+    compresses: bool = False
+
+
+CODECS = {
+    codec.name: codec
+    for codec in (
+        Codec(name="float32", dtype="float32"),
+        Codec(name="float16", dtype="float16"),
+        Codec(name="int8", dtype="int8"),
+        Codec(name="int8+zstd", dtype="int8", compresses=True),
+    )
+}
+"""By name, from exact to small."""
+_DTYPES = tuple(dict.fromkeys(codec.dtype for codec in CODECS.values()))
+
+
+def find_codec(name: str) -> Codec:
+    """Look a codec up.
+
+    Args:
+        name: float32, float16, int8 or int8+zstd.
+    Returns:
+        The codec.
+    Raises:
+        InvalidArgumentError: If there is none of that name.
+    """
+    if name not in CODECS:
+        raise InvalidArgumentError(
+            f"The 'codec' parameter must be one of {', '.join(CODECS)}. Got {name!r}."
+        )
+    return CODECS[name]
+
+
+def encode(carried: Sequence[Array], step: Step, codec: Codec) -> list[Array]:
+    """Write what a step is given in the types of a codec.
+
+    Args:
+        carried: The step's features, then its state, each with the batch axis first.
+        step: The step, which knows how large each channel gets.
+        codec: How to write it.
+    Returns:
+        As many tensors of the same shapes. In 8 bits a number is off by half a step of its
+        channel at most, a step being 1/127 of the largest that calibration data had there; what
+        is larger is cut off. At half precision it is off by 2^-11 of itself.
+    Raises:
+        ArtifactError: If 8 bits are asked for and the bundle does not know how large they get.
+    """
+    scales = _scales(step) if codec.dtype == "int8" else None
+    encoded = []
+    for index, tensor in enumerate(carried):
+        if not _changes(step, index):
+            encoded.append(tensor)
+        elif scales is not None:
+            steps = np.rint(tensor / along_channels(scales[index], tensor.ndim))
+            encoded.append(steps.clip(-_LARGEST_INT8, _LARGEST_INT8).astype(np.int8))
+        else:
+            largest = np.finfo(codec.dtype).max
+            encoded.append(tensor.clip(-largest, largest).astype(codec.dtype, copy=False))
+    return encoded
+
+
+def decode(carried: Sequence[Array], step: Step) -> list[Array]:
+    """Read what came over a link; its types say which codec wrote it.
+
+    Args:
+        carried: What :func:`encode` made.
+        step: The step that it is for.
+    Returns:
+        The tensors in the types that the step is given.
+    Raises:
+        PayloadError: If a tensor has another type than any codec gives it.
+    """
+    specs = (*step.features, *step.state)
+    if len(carried) != len(specs):
+        raise PayloadError(f"Expected {len(specs)} tensors. Got {len(carried)}.")
+    decoded = []
+    for index, (tensor, spec) in enumerate(zip(carried, specs, strict=True)):
+        allowed = _DTYPES if _changes(step, index) else (spec.dtype,)
+        if tensor.dtype.name not in allowed:
+            raise PayloadError(
+                f"Expected {spec.name} as {', '.join(allowed)}. Got {tensor.dtype.name}."
+            )
+        if tensor.dtype.name == "int8" and _changes(step, index):
+            tensor = tensor * along_channels(_scales(step)[index], tensor.ndim)
+        decoded.append(tensor.astype(spec.dtype, copy=False))
+    return decoded
+
+
+def channel_scales(features: Array) -> tuple[float, ...]:
+    """How much a step of 8 bits stands for in each channel.
+
+    Args:
+        features: On calibration data, shape (N, C, H, W), or (N, ..., C) with other axes.
+    Returns:
+        One number per channel: 1/127 of the largest absolute value; 1 where all are 0.
+    Example:
+        >>> channel_scales(np.array([[127.0, 0.0], [-254.0, 0.0]]))
+        (2.0, 1.0)
+    """
+    axis = _channel_axis(features.ndim)
+    others = tuple(i for i in range(features.ndim) if i != axis)
+    largest_C = np.abs(features).max(axis=others)
+    return tuple(float(x) / _LARGEST_INT8 if x > 0 else 1.0 for x in largest_C)
+
+
+def along_channels(scale_C: Array, ndim: int) -> Array:
+    """Lay one number per channel so that it multiplies a tensor of features.
+
+    Args:
+        scale_C: Shape (C,).
+        ndim: Axes of the tensor.
+    Returns:
+        Shape (C,) or (C, 1, 1).
+    """
+    return scale_C[:, None, None] if _channel_axis(ndim) == 1 else scale_C
+
+
+def _channel_axis(ndim: int) -> int:
+    """Maps have channels before pixels; tokens and vectors have them last."""
+    return 1 if ndim == 4 else ndim - 1
+
+
+def _changes(step: Step, index: int) -> bool:
+    """Whether codecs write a tensor that crosses in types of their own."""
+    return index < len(step.features) and step.features[index].dtype == "float32"
+
+
+def _scales(step: Step) -> list[Array]:
+    """Of each feature."""
+    if step.channel_scales is None:
+        raise ArtifactError(
+            f"The bundle does not say how large the features before {step.file} get, which int8 "
+            "needs. Export the run again, or choose the codec float16."
+        )
+    return [np.array(scale_C, dtype=np.float32) for scale_C in step.channel_scales]

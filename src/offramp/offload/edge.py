@@ -1,0 +1,315 @@
+"""The edge part: answers what it can, asks the part behind the link for the rest, waits for nobody.
+
+Shapes: ``B`` batch, ``S`` samples that no exit here was sure of, ``C`` classes.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from offramp.errors import (
+    AuthenticationError,
+    InvalidArgumentError,
+    LinkTimeoutError,
+    OffloadError,
+    OfframpError,
+)
+from offramp.offload.answers import PartAnswer, as_answer, read_answer
+from offramp.offload.breaker import CircuitBreaker
+from offramp.offload.codec import encode, find_codec
+from offramp.offload.link import Link
+from offramp.results import AdaptiveResult
+from offramp.runtime.bundle import Bundle, read_bundle
+from offramp.runtime.part import ALL_BEYOND, PartSession, carried_specs, first_step
+from offramp.runtime.session import check_inputs
+from offramp.runtime.step_macs import StepMacs
+
+Array = npt.NDArray[Any]
+
+_BACKOFF_S = 0.02
+"""Before a call is tried again, on average; drawn between half and one and a half of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgeConfig:
+    """How an edge part deals with its link.
+
+    Attributes:
+        codec: How features cross it: float32, float16, int8 or int8+zstd.
+        deadline_ms: Milliseconds after which a call is answered without the part behind the link.
+        retries: So often a call that failed at once is tried again, as long as the deadline allows
+            what the last call that went well took.
+        failures: So many failures in a row switch the link off.
+        probe_s: Seconds between two looks whether it is there again.
+    """
+
+    codec: str = "float32"
+    deadline_ms: float = 1000.0
+    retries: int = 2
+    failures: int = 3
+    probe_s: float = 0.5
+
+    def __post_init__(self) -> None:
+        find_codec(self.codec)
+        valid = {
+            "deadline_ms": (self.deadline_ms > 0, "a number above 0"),
+            "retries": (self.retries >= 0, "an int of at least 0"),
+            "failures": (self.failures >= 1, "an int of at least 1"),
+            "probe_s": (self.probe_s > 0, "a number above 0"),
+        }
+        for name, (is_valid, expected) in valid.items():
+            if not is_valid:
+                raise InvalidArgumentError(
+                    f"The {name!r} parameter must be {expected}. Got {getattr(self, name)!r}."
+                )
+
+
+@dataclass(kw_only=True)
+class Traffic:
+    """What an edge part and its link did so far.
+
+    Attributes:
+        samples: Samples that were answered.
+        offloaded: Of those, answered behind the link.
+        fell_back: Of those, answered here although no exit here was sure of them.
+        calls: Times that the link was asked, retries counted.
+        failed_calls: Of those, without a usable answer.
+        sent_bytes: Bytes that went over the link in calls that were answered, headers included.
+        received_bytes: Bytes that came back in them.
+    """
+
+    samples: int = 0
+    offloaded: int = 0
+    fell_back: int = 0
+    calls: int = 0
+    failed_calls: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+
+class EdgeRunner:
+    """Runs the stages up to a cut, and leaves the samples that are still unsure to a link.
+
+    A Runner. If the part behind the link is slow, wrong or gone, the answer is that of the deepest
+    exit here, marked ``fell_back``; when it returns, it is asked again by itself. Several threads
+    may call :meth:`run` at once.
+
+    Args:
+        bundle: A bundle's folder, or what :func:`~offramp.runtime.read_bundle` made of it; the part
+            behind the link must have the same.
+        split_after: The last stage that runs here; -1 sends everything on as it comes, and then
+            nothing can be answered without the link.
+        link: To the part behind it.
+        starts_after: The stage before the first that runs here; -1 on the edge itself, more on a
+            machine between the edge and the cloud.
+        config: How to deal with the link.
+        threads: Threads that compute within an operation; onnxruntime's choice if None.
+    Attributes:
+        traffic: What was answered where, and bytes.
+        last_error: Why the link was of no use the last time; None if it never was.
+    Raises:
+        ArtifactError: If the bundle is damaged, or holds no scales for int8.
+        InvalidArgumentError: If the bundle has no cut there, or all of it would run here.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle | Path | str,
+        *,
+        split_after: int,
+        link: Link,
+        starts_after: int = ALL_BEYOND,
+        config: EdgeConfig = EdgeConfig(),
+        threads: int | None = None,
+    ) -> None:
+        self.bundle = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
+        self.config = config
+        self.traffic = Traffic()
+        self.last_error: OfframpError | None = None
+        self._codec = find_codec(config.codec)
+        self._link = link
+        self.starts_after = starts_after
+        self._next = first_step(self.bundle, split_after, "split_after")
+        if self._next == len(self.bundle.steps):
+            raise InvalidArgumentError(
+                f"The 'split_after' parameter must be below {split_after}: with all stages here "
+                "there is nothing to link to. Use a Session."
+            )
+        self._local: PartSession | None = None
+        if split_after > starts_after:
+            self._local = PartSession(
+                self.bundle, starts_after=starts_after, split_after=split_after, threads=threads
+            )
+        elif split_after < starts_after:
+            raise InvalidArgumentError(
+                f"The 'split_after' parameter must be at least {starts_after}, where this part "
+                f"starts. Got {split_after}."
+            )
+        self._macs = StepMacs(self.bundle)
+        self._lock = threading.Lock()
+        self._usual_s = 0.0
+        self._breaker = CircuitBreaker(
+            lambda: link.is_ready(timeout_s=config.deadline_ms / 1e3),
+            failures=config.failures,
+            probe_s=config.probe_s,
+        )
+
+    def run(
+        self, *inputs: npt.ArrayLike, deadline_ms: float | None = None
+    ) -> AdaptiveResult[Array]:
+        """Answer a batch.
+
+        Args:
+            inputs: The network's inputs, each with the batch axis first.
+            deadline_ms: Milliseconds after which it is answered with what there is; as configured
+                if None.
+        Returns:
+            Logits, exit, confidence and MACs of each sample, all machines counted; how many links
+            away it was answered, and whether an exit answered that was not sure.
+        Raises:
+            ShapeError: If the inputs are not of the shape that the bundle was exported for.
+            OffloadError: If nothing runs here and the link is of no use.
+        """
+        started = time.perf_counter()
+        carried, measured = self._macs.trim(check_inputs(self.bundle, inputs))
+        answer = self.answer(carried, deadline_ms=deadline_ms, started=started)
+        return AdaptiveResult(
+            output=answer.output,
+            exit_index=answer.exit_index,
+            confidence=answer.confidence,
+            macs=self._macs.of_exits(answer.exit_index, measured),
+            answered_by=answer.answered_by,
+            fell_back=answer.fell_back,
+        )
+
+    def answer(
+        self,
+        carried: list[Array],
+        *,
+        deadline_ms: float | None = None,
+        started: float | None = None,
+    ) -> PartAnswer:
+        """Answer a batch of what this part is given, wherever it starts.
+
+        Args:
+            carried: Features and state, each with the batch axis first.
+            deadline_ms: As for :meth:`run`.
+            started: When the call began, by ``time.perf_counter``; now if None.
+        Returns:
+            The answers.
+        """
+        limit_s = (self.config.deadline_ms if deadline_ms is None else deadline_ms) / 1e3
+        end = (time.perf_counter() if started is None else started) + limit_s
+        if self._local is None:
+            answer = self._ask(carried, end, None)
+            self._count(len(answer.output), answer.fell_back, offloaded=len(answer.output))
+            return answer
+        part = self._local.run(carried)
+        answer = as_answer(self._local, part)
+        offloaded = 0
+        if len(part.rows):
+            try:
+                behind = self._ask(part.carried, end, answer.output.shape[1:])
+            except OfframpError:
+                answer.fell_back[part.rows] = True
+            else:
+                _overwrite(answer, part.rows, behind)
+                offloaded = len(part.rows)
+        self._count(len(answer.output), answer.fell_back, offloaded=offloaded)
+        return answer
+
+    @property
+    def output_shape(self) -> tuple[int | None, ...]:
+        """Shape of a sample's logits; None for axes that are as long as the image's.
+
+        Raises:
+            InvalidArgumentError: If nothing runs here, so that it is not known.
+        """
+        if self._local is None:
+            raise InvalidArgumentError("A part that only passes samples on does not know logits.")
+        return self._local.output_shape
+
+    def close(self) -> None:
+        """Stop looking for the other part, and let go of the link."""
+        self._breaker.close()
+        self._link.close()
+
+    def _ask(
+        self, carried: list[Array], end: float, logits_shape: tuple[int, ...] | None
+    ) -> PartAnswer:
+        """Ask the part behind the link, more than once if there is time."""
+        step = self.bundle.steps[self._next]
+        if self._breaker.is_open:
+            raise OffloadError(f"The link is off since it failed: {self.last_error}")
+        encoded = encode(carried, step, self._codec)
+        names = [spec.name for spec in carried_specs(self.bundle, self._next)]
+        inputs = dict(zip(names, encoded, strict=True))
+        for left in reversed(range(self.config.retries + 1)):
+            try:
+                answer = self._call(inputs, end, logits_shape)
+            except OfframpError as error:
+                self._failed(error)
+                pause_s = _BACKOFF_S * random.uniform(0.5, 1.5)
+                # Tried again only if it can still make it.
+                in_time = time.perf_counter() + pause_s + self._usual_s < end
+                if not left or not in_time or not _may_pass(error) or self._breaker.is_open:
+                    raise
+                time.sleep(pause_s)
+            else:
+                self._breaker.succeeded()
+                return answer
+        raise AssertionError("the last attempt returns or raises")
+
+    def _call(
+        self, inputs: Mapping[str, Array], end: float, logits_shape: tuple[int, ...] | None
+    ) -> PartAnswer:
+        started = time.perf_counter()
+        if started >= end:
+            raise LinkTimeoutError("The deadline was over before the link was asked.")
+        reply = self._link.send(inputs, timeout_s=end - started, compresses=self._codec.compresses)
+        rows = len(next(iter(inputs.values())))
+        exits = [step.exit_index for step in self.bundle.steps[self._next :]]
+        answer = read_answer(reply.outputs, exits=exits, rows=rows, logits_shape=logits_shape)
+        with self._lock:
+            self._usual_s = time.perf_counter() - started
+            self.traffic.calls += 1
+            self.traffic.sent_bytes += reply.sent_bytes
+            self.traffic.received_bytes += reply.received_bytes
+        return answer
+
+    def _failed(self, error: OfframpError) -> None:
+        with self._lock:
+            self.last_error = error
+            self.traffic.calls += 1
+            self.traffic.failed_calls += 1
+        self._breaker.failed()
+
+    def _count(self, samples: int, fell_back_B: Array, *, offloaded: int) -> None:
+        with self._lock:
+            self.traffic.samples += samples
+            self.traffic.offloaded += offloaded
+            self.traffic.fell_back += int(fell_back_B.sum())
+
+
+def _may_pass(error: OfframpError) -> bool:
+    """Whether the same call may go well a moment later."""
+    return isinstance(error, OffloadError) and not isinstance(
+        error, (LinkTimeoutError, AuthenticationError)
+    )
+
+
+def _overwrite(answer: PartAnswer, rows: Array, behind: PartAnswer) -> None:
+    """Put in the answers of the part behind the link, which is one link farther away."""
+    answer.output[rows] = behind.output
+    answer.exit_index[rows] = behind.exit_index
+    answer.confidence[rows] = behind.confidence
+    answer.answered_by[rows] = behind.answered_by
+    answer.fell_back[rows] = behind.fell_back
