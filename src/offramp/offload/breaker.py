@@ -16,12 +16,12 @@ class CircuitBreaker:
     waits for a probe.
 
     Args:
-        probe: Says whether the other part is there; an exception counts as no.
+        probe: Asks whether the other part is there; raises if it is not.
         failures: So many failures in a row open it, at least 1.
         probe_s: Seconds between probes, above 0.
     """
 
-    def __init__(self, probe: Callable[[], bool], *, failures: int, probe_s: float) -> None:
+    def __init__(self, probe: Callable[[], None], *, failures: int, probe_s: float) -> None:
         if failures < 1 or not probe_s > 0:
             raise InvalidArgumentError(
                 "Expected at least 1 failure that opens a breaker, and seconds above 0 between "
@@ -60,14 +60,11 @@ class CircuitBreaker:
 
     def _probe_until_back(self) -> None:
         while not self._stopped.wait(self._probe_s):
-            if self._is_back():
-                with self._lock:
-                    self._failed_in_a_row = 0
-                    self._is_open = False
-                return
-
-    def _is_back(self) -> bool:
-        try:
-            return self._probe()
-        except Exception:  # whatever goes wrong, the other part is not there
-            return False
+            try:
+                self._probe()
+            except Exception:  # whatever goes wrong, the other part is not there
+                continue
+            with self._lock:
+                self._failed_in_a_row = 0
+                self._is_open = False
+            return

@@ -157,7 +157,7 @@ class EdgeRunner:
         self._lock = threading.Lock()
         self._usual_s = 0.0
         self._breaker = CircuitBreaker(
-            lambda: link.is_ready(timeout_s=config.deadline_ms / 1e3),
+            lambda: link.check(timeout_s=config.deadline_ms / 1e3),
             failures=config.failures,
             probe_s=config.probe_s,
         )

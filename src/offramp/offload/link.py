@@ -55,11 +55,14 @@ class Link(Protocol):
             PayloadError: If what came back is no answer.
         """
 
-    def is_ready(self, *, timeout_s: float) -> bool:
-        """Whether the other part is there and has the model, asked without samples.
+    def check(self, *, timeout_s: float) -> None:
+        """Make sure, without samples, that the other part is there and has the same bundle.
 
         Args:
             timeout_s: How long to wait at the most.
+        Raises:
+            OffloadError: If it cannot be reached or refuses.
+            ArtifactError: If it has another bundle.
         """
 
     def close(self) -> None:
@@ -93,10 +96,9 @@ class InProcessLink:
             received_bytes=count_bytes(outputs.values()),
         )
 
-    def is_ready(self, *, timeout_s: float) -> bool:
-        """Always."""
+    def check(self, *, timeout_s: float) -> None:
+        """It is there."""
         del timeout_s
-        return True
 
     def close(self) -> None:
         """Nothing to let go of."""

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from offramp.errors import InvalidArgumentError
+from offramp.errors import InvalidArgumentError, OffloadError
 from offramp.offload.breaker import CircuitBreaker
 
 
@@ -14,8 +14,12 @@ def wait_until(condition, *, timeout_s=5.0):
         time.sleep(0.002)
 
 
+def refuse():
+    raise OffloadError("gone")
+
+
 def test_opens_after_failures_in_a_row_only():
-    breaker = CircuitBreaker(lambda: False, failures=2, probe_s=60)
+    breaker = CircuitBreaker(refuse, failures=2, probe_s=60)
     breaker.failed()
     breaker.succeeded()
     breaker.failed()
@@ -26,15 +30,13 @@ def test_opens_after_failures_in_a_row_only():
 
 
 def test_closes_by_itself_once_a_probe_succeeds():
-    answers = iter([False, OSError("no route"), True])
+    errors = iter([OffloadError("gone"), OSError("no route"), None])
     probed = []
 
     def probe():
-        answer = next(answers)
-        probed.append(answer)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        probed.append(next(errors))
+        if probed[-1] is not None:
+            raise probed[-1]
 
     breaker = CircuitBreaker(probe, failures=1, probe_s=0.01)
     breaker.failed()
@@ -44,7 +46,7 @@ def test_closes_by_itself_once_a_probe_succeeds():
 
 
 def test_one_thread_probes_however_many_fail():
-    breaker = CircuitBreaker(lambda: False, failures=1, probe_s=60)
+    breaker = CircuitBreaker(refuse, failures=1, probe_s=60)
     before = threading.active_count()
     for _ in range(10):
         breaker.failed()
@@ -56,4 +58,4 @@ def test_one_thread_probes_however_many_fail():
 @pytest.mark.parametrize(("failures", "probe_s"), [(0, 1.0), (1, 0.0), (1, float("nan"))])
 def test_senseless_numbers_are_refused(failures, probe_s):
     with pytest.raises(InvalidArgumentError, match="at least 1 failure"):
-        CircuitBreaker(lambda: True, failures=failures, probe_s=probe_s)
+        CircuitBreaker(refuse, failures=failures, probe_s=probe_s)

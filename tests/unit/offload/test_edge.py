@@ -42,8 +42,9 @@ class FaultyLink:
         reply = self.link.send(inputs, timeout_s=timeout_s, compresses=compresses)
         return reply if fault is None else fault(reply)
 
-    def is_ready(self, *, timeout_s):
-        return self.is_back
+    def check(self, *, timeout_s):
+        if not self.is_back:
+            raise OffloadError("gone")
 
     def close(self):
         pass
