@@ -12,6 +12,11 @@
       TrainingDivergedError(RuntimeError)  the training loss is no longer finite
       ArtifactError(ValueError)            a run is corrupt, foreign, too new, or exists already
       ExportMismatchError(RuntimeError)    a bundle answers otherwise than the network it is of
+      OffloadError(ConnectionError)        the other machine did not answer, or would not
+        LinkTimeoutError                   no answer in time
+        ServerBusyError                    the server takes no more work now; try again later
+        AuthenticationError                the token is missing or wrong
+      PayloadError(ValueError)             what came over a link is damaged or not allowed
       MissingExtraError(ImportError)       an optional dependency is missing; says what to install
 
 A message says what was expected, what came, and what to do. The command line prints it as one
@@ -76,6 +81,26 @@ class ArtifactError(OfframpError, ValueError):
 
 class ExportMismatchError(OfframpError, RuntimeError):
     """A bundle answers otherwise than the network it was exported from; says which exit."""
+
+
+class OffloadError(OfframpError, ConnectionError):
+    """Another machine did not answer, or would not."""
+
+
+class LinkTimeoutError(OffloadError):
+    """An answer did not come in time: the link or the server was too slow for the deadline."""
+
+
+class ServerBusyError(OffloadError):
+    """The server takes no more work now; trying again later may help."""
+
+
+class AuthenticationError(OffloadError):
+    """The server wants a token, and none or a wrong one was sent."""
+
+
+class PayloadError(OfframpError, ValueError):
+    """What came over a link is damaged, too large, or of a kind that is not allowed."""
 
 
 class MissingExtraError(OfframpError, ImportError):

@@ -22,6 +22,10 @@ class AdaptiveResult(Generic[Array]):
         blocks: Which blocks ran, shape (B, gates), bool; None where blocks are not skipped.
         tokens: Tokens that ran each layer, shape (B, layers), int64, 0 once the sample has left;
             None where tokens do not halt.
+        answered_by: The part that answered each sample, shape (B,), int64: 0 for the edge part, 1
+            for the cloud part; None where the network is not split.
+        fell_back: Whether the edge part answered in place of a cloud part that did not, shape (B,),
+            bool; None where the network is not split.
     """
 
     output: Array
@@ -30,3 +34,5 @@ class AdaptiveResult(Generic[Array]):
     macs: Array
     blocks: Array | None = None
     tokens: Array | None = None
+    answered_by: Array | None = None
+    fell_back: Array | None = None
