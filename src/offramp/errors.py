@@ -16,7 +16,7 @@
         LinkTimeoutError                   no answer in time
         ServerBusyError                    the server takes no more work now; try again later
         AuthenticationError                the token is missing or wrong
-      PayloadError(ValueError)             what came over a link is damaged, too large or not allowed
+      PayloadError(ValueError)             what came over a link is damaged or not allowed
       MissingExtraError(ImportError)       an optional dependency is missing; says what to install
 
 A message says what was expected, what came, and what to do. The command line prints it as one

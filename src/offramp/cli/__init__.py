@@ -17,6 +17,7 @@ from offramp.cli import (
     place,
     predict,
     push,
+    serve,
     show,
     time,
     train,
@@ -42,6 +43,7 @@ app.command("predict")(predict.predict)
 app.command("show")(show.show)
 app.command("push")(push.push)
 app.command("pull")(push.pull)
+app.command("serve")(serve.serve)
 
 
 _INTERRUPTED = 130

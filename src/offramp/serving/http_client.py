@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from offramp.serving.http_messages import read_binary_message
+from offramp.serving.http_messages import read_message
 from offramp.serving.served import Parameter
 from offramp.serving.tensors import datatype_of, to_bytes
 
@@ -54,4 +54,4 @@ def read_answer(body: bytes, header_length: str | None, *, max_bytes: int) -> di
     Raises:
         PayloadError: If it is no answer.
     """
-    return read_binary_message(body, header_length, max_bytes, tensors="outputs")[1]
+    return read_message(body, header_length, max_bytes, tensors="outputs")[1]

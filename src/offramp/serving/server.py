@@ -1,0 +1,259 @@
+"""One server, two protocols: how it is set up, started and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import re
+import signal
+import ssl
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from aiohttp import web
+
+from offramp.errors import InvalidArgumentError
+from offramp.serving.grpc_api import make_handler
+from offramp.serving.http_api import make_app
+from offramp.serving.served import ServedModel
+from offramp.serving.service import Service
+
+_MESSAGE_ROOM = 1 << 16
+"""Bytes of a gRPC message beside its tensors."""
+_TOKEN = re.compile(r"[!-~]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """How a server listens, and how much it takes.
+
+    Attributes:
+        host: Address to listen on; this machine only, unless told.
+        http_port: 0 picks a free one.
+        grpc_port: 0 picks a free one; None for no gRPC.
+        token: What clients must show as "authorization: Bearer TOKEN", visible ASCII; None lets
+            everybody in.
+        tls_cert: PEM file with the server's certificate, and those that lead to its root; None for
+            no TLS. Holds for both protocols.
+        tls_key: PEM file with its key, without a passphrase.
+        max_payload_bytes: The most that a request may have, in bytes, also once it is decompressed.
+        max_batch_rows: The most samples of a request, and of several that are answered together.
+        max_queue_rows: Samples that may wait for a model; whoever comes then is told to try later.
+        max_delay_ms: How long a batch waits for more requests while several come at a time, in
+            milliseconds; a lone request never waits.
+        grace_s: Seconds in which what waits is answered after a signal to stop.
+    """
+
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int | None = 8001
+    token: str | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    max_payload_bytes: int = 16 * 2**20
+    max_batch_rows: int = 256
+    max_queue_rows: int = 1024
+    max_delay_ms: float = 2.0
+    grace_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("http_port", "grpc_port"):
+            port = getattr(self, name)
+            if port is not None and not 0 <= port <= 65535:
+                raise InvalidArgumentError(f"The {name!r} must be in [0, 65535]. Got {port}.")
+        for name in ("max_payload_bytes", "max_batch_rows", "max_queue_rows"):
+            if getattr(self, name) < 1:
+                raise InvalidArgumentError(
+                    f"The {name!r} must be an int of at least 1. Got {getattr(self, name)}."
+                )
+        for name in ("max_delay_ms", "grace_s"):
+            if not 0 <= getattr(self, name) < 1e6:
+                raise InvalidArgumentError(
+                    f"The {name!r} must be a number from 0 to below 1,000,000. "
+                    f"Got {getattr(self, name)}."
+                )
+        if self.token is not None and not _TOKEN.fullmatch(self.token):
+            raise InvalidArgumentError(
+                "The 'token' must be one word of visible ASCII characters, at least one. "
+                f"Got {len(self.token)} characters that are not."
+            )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise InvalidArgumentError("TLS needs both 'tls_cert' and 'tls_key'. Got one of them.")
+
+    @property
+    def is_open_to_others(self) -> bool:
+        """Whether other machines may reach it without a token."""
+        if self.token is not None or self.host == "localhost":
+            return False
+        try:
+            return not ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # a name: nobody knows what it will mean
+            return True
+
+
+class Server:
+    """Serves models over HTTP and gRPC.
+
+    Args:
+        models: What is served; their names must differ.
+        config: How.
+    Raises:
+        InvalidArgumentError: If the certificate or the key cannot be read.
+    """
+
+    def __init__(self, models: Sequence[ServedModel], config: ServerConfig) -> None:
+        self._models, self._config = models, config
+        self._tls = None if config.tls_cert is None else _read_tls(config)
+        self._service: Service | None = None
+        self._http: web.AppRunner | None = None
+        self._grpc: grpc.aio.Server | None = None
+        self.http_port = 0
+        """The port that HTTP listens on, once started."""
+        self.grpc_port: int | None = None
+        """The port that gRPC listens on, once started; None for no gRPC."""
+
+    @property
+    def addresses(self) -> str:
+        """Where clients find it, for people to read."""
+        config = self._config
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        secure = "s" if self._tls else ""
+        http = f"http{secure}://{host}:{self.http_port}"
+        return (
+            http if self.grpc_port is None else f"{http} and grpc{secure}://{host}:{self.grpc_port}"
+        )
+
+    async def start(self) -> None:
+        """Begin to listen.
+
+        Raises:
+            InvalidArgumentError: If a port is in use or the host is not this machine's, or there is
+                no model, or two of one name.
+        """
+        config = self._config
+        self._service = Service(
+            self._models,
+            token=config.token,
+            max_batch_rows=config.max_batch_rows,
+            max_queue_rows=config.max_queue_rows,
+            max_delay_ms=config.max_delay_ms,
+        )
+        try:
+            await self._start_http(self._service)
+            if config.grpc_port is not None:
+                await self._start_grpc(self._service, config.grpc_port)
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Be ready no more, refuse new work, answer what waits within the grace, and close."""
+        if self._service is not None:
+            await self._service.close(self._config.grace_s)
+        if self._grpc is not None:
+            await self._grpc.stop(grace=1.0)
+        if self._http is not None:
+            await self._http.cleanup()
+
+    async def _start_http(self, service: Service) -> None:
+        config = self._config
+        app = make_app(service, config.max_payload_bytes)
+        self._http = web.AppRunner(
+            app,
+            access_log=None,
+            auto_decompress=False,
+            handler_cancellation=True,
+            shutdown_timeout=1.0,
+        )
+        await self._http.setup()
+        context = None
+        if self._tls is not None:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(str(config.tls_cert), str(config.tls_key))
+        site = web.TCPSite(self._http, config.host, config.http_port, ssl_context=context)
+        try:
+            await site.start()
+        except OSError as error:
+            raise _cannot_listen(config.host, config.http_port, "http", error) from error
+        self.http_port = self._http.addresses[0][1]
+
+    async def _start_grpc(self, service: Service, port: int) -> None:
+        config = self._config
+        self._grpc = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", config.max_payload_bytes + _MESSAGE_ROOM),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),  # else a second server would share the port unnoticed
+            ]
+        )
+        self._grpc.add_generic_rpc_handlers((make_handler(service, config.max_payload_bytes),))
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        try:
+            if self._tls is None:
+                self.grpc_port = self._grpc.add_insecure_port(f"{host}:{port}")
+            else:
+                credentials = grpc.ssl_server_credentials([self._tls])
+                self.grpc_port = self._grpc.add_secure_port(f"{host}:{port}", credentials)
+        except RuntimeError as error:
+            self._grpc = None
+            raise _cannot_listen(config.host, port, "grpc", error) from error
+        await self._grpc.start()
+
+
+def serve(models: Sequence[ServedModel], config: ServerConfig) -> None:
+    """Serve until a signal comes: SIGTERM or SIGINT.
+
+    Prints a line when it is ready, and a warning where other machines may ask without a token.
+
+    Args:
+        models: What is served; their names must differ.
+        config: How.
+    Raises:
+        InvalidArgumentError: If it cannot listen, or the models or certificates are wrong.
+    """
+    if config.is_open_to_others:
+        print(
+            f"offramp: warning: {config.host} is open to other machines and no token is asked for; "
+            "set --token-file or OFFRAMP_TOKEN",
+            file=sys.stderr,
+        )
+    asyncio.run(_serve(Server(models, config), [model.name for model in models]))
+
+
+async def _serve(server: Server, names: Sequence[str]) -> None:
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    await server.start()
+    print(f"serving {', '.join(names)} at {server.addresses}", flush=True)
+    await stopping.wait()
+    await server.stop()
+
+
+def _read_tls(config: ServerConfig) -> tuple[bytes, bytes]:
+    """Key and certificate, as gRPC takes them."""
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+            str(config.tls_cert), str(config.tls_key), password=_no_passphrase
+        )
+        return Path(str(config.tls_key)).read_bytes(), Path(str(config.tls_cert)).read_bytes()
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise InvalidArgumentError(
+            f"Expected a certificate and its key as PEM files without a passphrase in "
+            f"{config.tls_cert} and {config.tls_key}. Got: {error}."
+        ) from error
+
+
+def _no_passphrase() -> str:
+    raise ValueError("the key has a passphrase")
+
+
+def _cannot_listen(host: str, port: int, protocol: str, error: Exception) -> InvalidArgumentError:
+    why = getattr(error, "strerror", None) or "the port is in use, or the host is not this machine"
+    return InvalidArgumentError(
+        f"Cannot listen on port {port} of {host}: {why}. Choose another: --{protocol}-port N, 0 "
+        "for a free one."
+    )
