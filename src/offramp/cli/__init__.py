@@ -19,6 +19,7 @@ from offramp.cli import (
     push,
     serve,
     show,
+    split,
     time,
     train,
 )
@@ -44,6 +45,9 @@ app.command("show")(show.show)
 app.command("push")(push.push)
 app.command("pull")(push.pull)
 app.command("serve")(serve.serve)
+app.command("cloud")(split.cloud)
+app.command("edge")(split.edge)
+app.command("link")(split.link)
 
 
 _INTERRUPTED = 130

@@ -61,7 +61,10 @@ class HttpLink:
     ) -> None:
         self._path = f"{url.rstrip('/')}/v2/models/{model}/versions/{version}"
         self._where = f"{model} of version {version} at {url}"
-        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        # Logits hardly compress, and bytes are counted as they come.
+        self._headers = {"Accept-Encoding": "identity"}
+        if token is not None:
+            self._headers["Authorization"] = f"Bearer {token}"
         self._ssl = True if ca_file is None else ssl.create_default_context(cafile=ca_file)
         self._loop = asyncio.new_event_loop()
         self._session: aiohttp.ClientSession | None = None

@@ -95,9 +95,7 @@ class LinkProxy:
     async def restore(self) -> None:
         """Take connections, on the same port as before."""
         if self._server is None:
-            self._server = await asyncio.start_server(
-                self._connect, self._listen_host, self.port
-            )
+            self._server = await asyncio.start_server(self._connect, self._listen_host, self.port)
             self.port = self._server.sockets[0].getsockname()[1]
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -49,7 +49,8 @@ def test_numbers_that_do_not_fit_are_refused(wrong):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"mbit": 0, "rtt_ms": 1}, {"mbit": 1, "rtt_ms": -1}, {"mbit": float("nan"), "rtt_ms": 0}]
+    "wrong",
+    [{"mbit": 0, "rtt_ms": 1}, {"mbit": 1, "rtt_ms": -1}, {"mbit": float("nan"), "rtt_ms": 0}],
 )
 def test_links_that_cannot_be_are_refused(wrong):
     with pytest.raises(InvalidArgumentError, match="Mbit/s"):
