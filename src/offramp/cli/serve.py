@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from offramp.cli.artifact import is_bundle
 from offramp.cli.options import BUNDLE_FOLDER, RunOrBundle
 from offramp.errors import ArtifactError, InvalidArgumentError, MissingExtraError
+
+if TYPE_CHECKING:
+    from offramp.serving.served import RunnerModel
 
 TOKEN_VARIABLE = "OFFRAMP_TOKEN"
 """Environment variable with the token, where no file is named."""
@@ -51,18 +55,7 @@ def serve(
     ] = 10.0,
 ) -> None:
     """Serve a bundle over the Open Inference Protocol V2, HTTP and gRPC; tritonclient speaks it."""
-    try:
-        from offramp.serving import server
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("offramp"):
-            raise
-        raise MissingExtraError(
-            f"offramp serve needs {error.name}, which is not installed: "
-            "pip install 'offramp[serve]'"
-        ) from error
-    from offramp.runtime import Session, read_bundle
-    from offramp.serving.served import RunnerModel
-
+    server = _load_server()
     config = server.ServerConfig(
         host=host,
         http_port=http_port,
@@ -76,10 +69,30 @@ def serve(
         max_delay_ms=max_delay_ms,
         grace_s=grace_s,
     )
-    folder = find_bundle(run)
+    server.serve([_open_model(find_bundle(run), name, threads)], config)
+
+
+def _load_server() -> ModuleType:
+    """Everything of the extra is imported there."""
+    try:
+        from offramp.serving import server
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("offramp"):
+            raise
+        raise MissingExtraError(
+            f"offramp serve needs {error.name}, which is not installed: "
+            "pip install 'offramp[serve]'"
+        ) from error
+    return server
+
+
+def _open_model(folder: Path, name: str | None, threads: int | None) -> RunnerModel:
+    from offramp.runtime import Session, read_bundle
+    from offramp.serving.served import RunnerModel
+
     bundle = read_bundle(folder)
     session = Session(bundle, threads=threads)
-    server.serve([RunnerModel(session, bundle, name=name or _default_name(folder))], config)
+    return RunnerModel(session, bundle, name=name or _default_name(folder))
 
 
 def read_token(token_file: Path | None) -> str | None:
