@@ -49,6 +49,14 @@ def constant_network():
     return build
 
 
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory):
+    """A bundle to be served: two exits, 6 inputs, 4 classes. Not to be written to."""
+    from served import make_bundle
+
+    return make_bundle(tmp_path_factory.mktemp("served") / "tiny" / "bundle")
+
+
 @pytest.fixture
 def skip_network() -> SkipNetwork:
     """Three gated blocks and five classes, for images of 3x16x16 that its gates tell apart."""

@@ -54,14 +54,18 @@ def _guard(service: Service) -> Middleware:
         try:
             if request.path not in OPEN_PATHS:
                 service.authenticate(request.headers.get("Authorization"))
-            return await handler(request)
+            response = await handler(request)
         except web.HTTPException as error:  # no such route, or another method
-            return _refusal(error.status, f"{error.reason}: {request.method} {request.path[:80]}")
+            words = f"{error.reason}: {request.method} {request.path[:80]}"
+            response = _refusal(error.status, words)
         except Exception as error:
             outcome = outcome_of(error)
             if outcome is FAILED:
                 _log.error("%s failed", request.path[:200], exc_info=error)
-            return _refusal(outcome.http_status, words_of(error))
+            response = _refusal(outcome.http_status, words_of(error))
+        if not service.is_ready:  # the client shall not send another request into a closing socket
+            response.force_close()
+        return response
 
     return guard
 

@@ -9,7 +9,7 @@ import signal
 import ssl
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -23,6 +23,8 @@ from offramp.serving.service import Service
 
 _MESSAGE_ROOM = 1 << 16
 """Bytes of a gRPC message beside its tensors."""
+_LAST_WORDS_S = 0.5
+"""How long requests on connections that are open are still refused in words, before they close."""
 _TOKEN = re.compile(r"[!-~]+")
 
 
@@ -50,7 +52,7 @@ class ServerConfig:
     host: str = "127.0.0.1"
     http_port: int = 8000
     grpc_port: int | None = 8001
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     tls_cert: Path | None = None
     tls_key: Path | None = None
     max_payload_bytes: int = 16 * 2**20
@@ -153,6 +155,7 @@ class Server:
         """Be ready no more, refuse new work, answer what waits within the grace, and close."""
         if self._service is not None:
             await self._service.close(self._config.grace_s)
+            await asyncio.sleep(_LAST_WORDS_S)
         if self._grpc is not None:
             await self._grpc.stop(grace=1.0)
         if self._http is not None:

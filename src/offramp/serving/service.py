@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import importlib.metadata
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ from typing import Any
 
 import numpy.typing as npt
 
-from offramp import __version__
 from offramp.errors import AuthenticationError, InvalidArgumentError, PayloadError
 from offramp.runtime.files import TensorSpec
 from offramp.serving.batching import Answers, Batcher
@@ -183,7 +183,9 @@ class Service:
         Returns:
             Name, version and extensions.
         """
-        return {"name": "offramp", "version": __version__, "extensions": list(EXTENSIONS)}
+        # Not offramp.__version__: that module knows all the others, torch's among them.
+        version = importlib.metadata.version("offramp")
+        return {"name": "offramp", "version": version, "extensions": list(EXTENSIONS)}
 
     def model_metadata(self, model: ServedModel) -> dict[str, Any]:
         """What the protocol tells of a model.
