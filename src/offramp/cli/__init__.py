@@ -15,6 +15,7 @@ from offramp.cli import (
     export,
     frontier,
     place,
+    plan,
     predict,
     push,
     serve,
@@ -48,6 +49,7 @@ app.command("serve")(serve.serve)
 app.command("cloud")(split.cloud)
 app.command("edge")(split.edge)
 app.command("link")(split.link)
+app.command("plan")(plan.plan)
 
 
 _INTERRUPTED = 130

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from offramp.cli.options import pick_device
+from offramp.cli.options import BUNDLE_FOLDER, pick_device
 from offramp.errors import ArtifactError, InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -67,6 +67,25 @@ def is_bundle(folder: Path) -> bool:
     return (folder / BUNDLE_FILE).is_file()
 
 
+def find_bundle(run: Path) -> Path:
+    """Find the bundle that RUN names.
+
+    Args:
+        run: A bundle, or a run folder with one in it.
+    Returns:
+        The bundle's folder.
+    Raises:
+        ArtifactError: If there is none.
+    """
+    found = next((folder for folder in (run, run / BUNDLE_FOLDER) if is_bundle(folder)), None)
+    if found is None:
+        raise ArtifactError(
+            f"Expected a bundle, or a run folder with one in it. {run} has none. "
+            f"Make one: offramp export {run}"
+        )
+    return found
+
+
 def open_artifact(folder: Path, device: str | None = None) -> Artifact:
     """Open a run, which torch runs, or a bundle, which onnxruntime runs.
 
@@ -120,7 +139,7 @@ def _open_bundle(folder: Path, device: str | None) -> Artifact:
             f"The device of a bundle must be cpu: onnxruntime runs it there. Got {device!r}."
         )
     bundle = read_bundle(folder)
-    recipe = _recipe_of(bundle)
+    recipe = recipe_of(bundle)
     session = Session(bundle)
     return Artifact(
         runner=session,
@@ -137,7 +156,16 @@ def _open_bundle(folder: Path, device: str | None) -> Artifact:
     )
 
 
-def _recipe_of(bundle: Bundle) -> Recipe:
+def recipe_of(bundle: Bundle) -> Recipe:
+    """How the network of a bundle was trained.
+
+    Args:
+        bundle: The bundle.
+    Returns:
+        The recipe, which names its data.
+    Raises:
+        ArtifactError: If it has none, or one that cannot be read.
+    """
     from offramp.runtime.bundle import BUNDLE_FILE
     from offramp.training.recipes import Recipe
 

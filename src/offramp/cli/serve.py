@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from offramp.cli.artifact import find_bundle
 from offramp.cli.options import RunOrBundle
 from offramp.cli.server_options import (
     GraceOption,
@@ -18,7 +19,6 @@ from offramp.cli.server_options import (
     TlsKeyOption,
     TokenFileOption,
     default_name,
-    find_bundle,
     needs_extra,
     server_config,
 )

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from offramp.cli.artifact import is_bundle
 from offramp.cli.options import BUNDLE_FOLDER
-from offramp.errors import ArtifactError, InvalidArgumentError, MissingExtraError
+from offramp.errors import InvalidArgumentError, MissingExtraError
 
 if TYPE_CHECKING:
     from offramp.serving.server import ServerConfig
@@ -139,25 +138,6 @@ def read_token(token_file: Path | None) -> str | None:
             f"Expected a file with a token. {token_file} cannot be read: "
             f"{getattr(error, 'strerror', None) or 'it is no text'}."
         ) from error
-
-
-def find_bundle(run: Path) -> Path:
-    """Find the bundle that RUN names.
-
-    Args:
-        run: A bundle, or a run folder with one in it.
-    Returns:
-        The bundle's folder.
-    Raises:
-        ArtifactError: If there is none.
-    """
-    found = next((folder for folder in (run, run / BUNDLE_FOLDER) if is_bundle(folder)), None)
-    if found is None:
-        raise ArtifactError(
-            f"Expected a bundle, or a run folder with one in it. {run} has none. "
-            f"Make one: offramp export {run}"
-        )
-    return found
 
 
 def default_name(folder: Path) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from offramp.cli.artifact import find_bundle
 from offramp.cli.options import RunOrBundle
 from offramp.cli.server_options import (
     GraceOption,
@@ -24,7 +25,6 @@ from offramp.cli.server_options import (
     TlsKeyOption,
     TokenFileOption,
     default_name,
-    find_bundle,
     needs_extra,
     read_token,
     server_config,

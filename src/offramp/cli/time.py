@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from offramp.cli.artifact import Artifact, is_bundle, open_artifact
+from offramp.cli.artifact import Artifact, find_bundle, is_bundle, open_artifact
 from offramp.cli.options import (
     BUNDLE_FOLDER,
     DataOption,
@@ -47,11 +47,22 @@ def time(
         typer.Option(metavar="DIR", help="What onnxruntime runs; default RUN/bundle."),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads that compute.")] = None,
+    steps: Annotated[
+        bool,
+        typer.Option(
+            "--steps",
+            help="Only time a bundle's steps on this machine, for offramp plan: writes "
+            "BUNDLE/profile.json; needs no data and no torch.",
+        ),
+    ] = False,
     data: DataOption = None,
     device: DeviceOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Time running less against the plain network, and against choosing afterwards."""
+    if steps:
+        _time_steps(run, threads)
+        return
     from offramp.inference.timing import time_runner
     from offramp.runtime import Session
 
@@ -81,6 +92,18 @@ def time(
         _print_table(timing)
     if json_file is not None:
         write_figures(timing.to_dict(), json_file)
+
+
+def _time_steps(run: Path, threads: int | None) -> None:
+    from offramp.runtime import read_bundle
+    from offramp.runtime.step_profile import PROFILE_FILE, profile_steps, write_step_profile
+
+    bundle = read_bundle(find_bundle(run))
+    profile = profile_steps(bundle, threads=threads)
+    write_step_profile(profile, bundle.folder / PROFILE_FILE)
+    times = ", ".join(f"{ms:.3f}" for ms in profile.step_ms)
+    print(f"milliseconds of each step, single samples: {times}")
+    print(f"{profile.hardware}; written to {bundle.folder / PROFILE_FILE}")
 
 
 def _real_samples(asked: Artifact, data: str | None) -> Tensor:

@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from offramp.errors import InvalidArgumentError
+
+Array = npt.NDArray[np.float64]
 
 _P95 = 0.95
 
@@ -23,6 +26,9 @@ class CutCost:
         split_after: The last stage on the edge; -1 for all in the cloud.
         codec: How features cross the link; None where nothing crosses.
         mean_ms: Milliseconds until the answer, the mean over samples.
+        edge_ms: Of those, computing on the edge.
+        link_ms: Of those, asking over the link and being answered.
+        cloud_ms: Of those, computing in the cloud.
         p95_ms: Milliseconds within which 95 % of the samples are answered.
         offloaded_share: Samples that cross the link.
         bytes_per_request: Bytes on the link both ways, the mean over all samples.
@@ -31,6 +37,9 @@ class CutCost:
     split_after: int
     codec: str | None
     mean_ms: float
+    edge_ms: float
+    link_ms: float
+    cloud_ms: float
     p95_ms: float
     offloaded_share: float
     bytes_per_request: float
@@ -38,37 +47,35 @@ class CutCost:
 
 @dataclass(frozen=True, kw_only=True)
 class LinkTerms:
-    """What is known of the link and of asking over it.
+    """What is known of the link.
 
     Attributes:
         mbit: Megabits a second, each way.
         rtt_ms: Milliseconds there and back, for the first byte.
-        call_ms: What a call takes that crosses nothing: writing, serving and reading it.
     """
 
     mbit: float
     rtt_ms: float
-    call_ms: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.mbit > 0 and self.rtt_ms >= 0 and self.call_ms >= 0):
+        if not (self.mbit > 0 and self.rtt_ms >= 0):
             raise InvalidArgumentError(
                 "Expected more than 0 Mbit/s, and milliseconds of at least 0. "
-                f"Got {self.mbit}, {self.rtt_ms} and {self.call_ms}."
+                f"Got {self.mbit} and {self.rtt_ms}."
             )
 
     def crossing_ms(self, num_bytes: float) -> float:
-        """What it takes to ask and be answered.
+        """What bytes take that cross it, there and back.
 
         Args:
             num_bytes: Both ways together.
         Returns:
             Milliseconds.
         Example:
-            >>> LinkTerms(mbit=8, rtt_ms=20, call_ms=1).crossing_ms(5000)
-            26.0
+            >>> LinkTerms(mbit=8, rtt_ms=20).crossing_ms(5000)
+            25.0
         """
-        return self.call_ms + self.rtt_ms + num_bytes * 8 / (1e3 * self.mbit)
+        return self.rtt_ms + num_bytes * 8 / (1e3 * self.mbit)
 
 
 def plan_split(
@@ -78,6 +85,7 @@ def plan_split(
     cloud_ms: Sequence[float],
     leaving: Sequence[float],
     call_bytes: Sequence[float],
+    call_ms: Sequence[float],
     link: LinkTerms,
     codec: str,
 ) -> list[CutCost]:
@@ -92,6 +100,8 @@ def plan_split(
         leaving: Share of all samples that leave at each step, summing to 1.
         call_bytes: Bytes of a call and its answer at each cut, for a single sample: K numbers, the
             first with all in the cloud, the next with the first step on the edge, and so on.
+        call_ms: What such a call takes beside computing where the link takes no time: writing,
+            serving and reading it; K numbers.
         link: What the link is like.
         codec: How features cross it, for the record.
     Returns:
@@ -101,12 +111,14 @@ def plan_split(
     Example:
         >>> cuts = plan_split(
         ...     exits=(0, 1), edge_ms=(10, 30), cloud_ms=(1, 3), leaving=(0.75, 0.25),
-        ...     call_bytes=(5000, 1000), link=LinkTerms(mbit=8, rtt_ms=20), codec="float32",
+        ...     call_bytes=(5000, 1000), call_ms=(0, 0), link=LinkTerms(mbit=8, rtt_ms=20),
+        ...     codec="float32",
         ... )
         >>> [(cut.split_after, cut.mean_ms) for cut in cuts]
         [(-1, 26.75), (0, 16.0), (1, 17.5)]
     """
-    sizes = {len(part) for part in (exits, edge_ms, cloud_ms, leaving, call_bytes)}
+    parts = (exits, edge_ms, cloud_ms, leaving, call_bytes, call_ms)
+    sizes = {len(part) for part in parts}
     if len(sizes) != 1:
         raise InvalidArgumentError(f"Expected numbers of the same steps. Got {sorted(sizes)}.")
     share_K = np.array(leaving, dtype=np.float64)
@@ -114,10 +126,31 @@ def plan_split(
         raise InvalidArgumentError(
             f"The 'leaving' parameter must be shares that sum to 1. Got {list(leaving)}."
         )
-    return [
-        _cut(number, exits, np.array(edge_ms), np.array(cloud_ms), share_K, call_bytes, link, codec)
-        for number in range(len(exits) + 1)
-    ]
+    crossing_ms = [ms + link.crossing_ms(b) for ms, b in zip(call_ms, call_bytes, strict=True)]
+    cuts = []
+    for number in range(len(exits) + 1):
+        is_last = number == len(exits)
+        # How long samples that leave at each step are where: edge, link, cloud.
+        edge_ms_K = np.where(np.arange(len(exits)) < number, edge_ms, 0.0).cumsum()
+        cloud_ms_K = np.where(np.arange(len(exits)) < number, 0.0, cloud_ms).cumsum()
+        crosses_K = np.arange(len(exits)) >= number
+        link_ms_K = crosses_K * (0.0 if is_last else crossing_ms[number])
+        total_ms_K = edge_ms_K + link_ms_K + cloud_ms_K
+        offloaded = float(share_K @ crosses_K)
+        cuts.append(
+            CutCost(
+                split_after=-1 if number == 0 else exits[number - 1],
+                codec=None if is_last else codec,
+                mean_ms=float(share_K @ total_ms_K),
+                edge_ms=float(share_K @ edge_ms_K),
+                link_ms=float(share_K @ link_ms_K),
+                cloud_ms=float(share_K @ cloud_ms_K),
+                p95_ms=_quantile(total_ms_K, share_K, _P95),
+                offloaded_share=offloaded,
+                bytes_per_request=0.0 if is_last else offloaded * call_bytes[number],
+            )
+        )
+    return cuts
 
 
 def best_cut(cuts: Sequence[CutCost]) -> CutCost:
@@ -131,35 +164,7 @@ def best_cut(cuts: Sequence[CutCost]) -> CutCost:
     return min(cuts, key=lambda cut: (cut.mean_ms, cut.bytes_per_request))
 
 
-def _cut(
-    number: int,
-    exits: Sequence[int],
-    edge_ms_K: np.ndarray,
-    cloud_ms_K: np.ndarray,
-    share_K: np.ndarray,
-    call_bytes: Sequence[float],
-    link: LinkTerms,
-    codec: str,
-) -> CutCost:
-    """What it costs to have the first ``number`` steps on the edge."""
-    is_last = number == len(exits)
-    num_bytes = 0.0 if is_last else call_bytes[number]
-    until_K = edge_ms_K.cumsum()
-    if not is_last:
-        on_edge_ms = edge_ms_K[:number].sum()
-        until_K[number:] = on_edge_ms + link.crossing_ms(num_bytes) + cloud_ms_K[number:].cumsum()
-    offloaded = float(share_K[number:].sum())
-    return CutCost(
-        split_after=-1 if number == 0 else exits[number - 1],
-        codec=None if is_last else codec,
-        mean_ms=float(share_K @ until_K),
-        p95_ms=_quantile(until_K, share_K, _P95),
-        offloaded_share=offloaded,
-        bytes_per_request=offloaded * num_bytes,
-    )
-
-
-def _quantile(value_K: np.ndarray, share_K: np.ndarray, level: float) -> float:
+def _quantile(value_K: Array, share_K: Array, level: float) -> float:
     """The least value that at least so large a share does not exceed."""
     order = value_K.argsort(kind="stable")
     reached = share_K[order].cumsum()

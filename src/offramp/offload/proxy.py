@@ -1,4 +1,4 @@
-"""A link as bad as a real one, for tests and trials: a proxy that delays, paces, stalls and cuts."""
+"""A link as bad as a real one, for tests and trials: a proxy that delays, paces, stalls, cuts."""
 
 from __future__ import annotations
 

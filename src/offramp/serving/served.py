@@ -16,6 +16,7 @@ from offramp.errors import InvalidArgumentError, PayloadError
 from offramp.results import AdaptiveResult
 from offramp.runtime.bundle import BUNDLE_FILE, Bundle
 from offramp.runtime.dense import label_maps
+from offramp.runtime.examples import example_inputs
 from offramp.runtime.files import TensorSpec, file_sha256
 from offramp.runtime.session import check_inputs
 
@@ -24,8 +25,6 @@ Parameter = bool | int | float | str
 """What the protocol allows as the value of a request parameter."""
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_EXAMPLE_TOKENS = 8
-_EXAMPLE_CELLS = 8
 
 
 class ServedModel(Protocol):
@@ -121,7 +120,7 @@ class RunnerModel:
         self._runner, self._bundle = runner, bundle
         self.outputs = tuple(
             _free_axes(name, array, is_free=name in ("output", "label") and _has_free_axes(bundle))
-            for name, array in self.run(_example(bundle)).items()
+            for name, array in self.run(example_inputs(bundle)).items()
         )
 
     def prepare(
@@ -201,19 +200,6 @@ def named_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, Array]) -> li
 
 def _has_free_axes(bundle: Bundle) -> bool:
     return bundle.pixel_multiple is not None
-
-
-def _example(bundle: Bundle) -> list[Array]:
-    """One sample of ones: any value would do, but ids and masks of 0 could mean padding."""
-    multiple = bundle.pixel_multiple
-    size = _EXAMPLE_TOKENS if multiple is None else multiple * _EXAMPLE_CELLS
-    is_padding = bundle.padding is not None and bundle.padding.pad_id == 1
-    return [
-        np.full((1, *(size if n is None else n for n in spec.sample_shape)), 1 + is_padding).astype(
-            spec.dtype
-        )
-        for spec in bundle.inputs
-    ]
 
 
 def _free_axes(name: str, array: Array, *, is_free: bool) -> TensorSpec:

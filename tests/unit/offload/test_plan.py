@@ -9,7 +9,8 @@ ASKED = {
     "cloud_ms": (1.0, 3.0),
     "leaving": (0.75, 0.25),
     "call_bytes": (5000.0, 1000.0),
-    "link": LinkTerms(mbit=8, rtt_ms=20, call_ms=1),
+    "call_ms": (1.0, 2.0),
+    "link": LinkTerms(mbit=8, rtt_ms=20),
     "codec": "int8",
 }
 
@@ -19,9 +20,10 @@ def test_every_cut_by_hand():
     # All cross: 1 + 20 + 5 ms, then 1 ms, or 4 for a quarter of them.
     assert cloud.mean_ms == pytest.approx(26 + 0.75 * 1 + 0.25 * 4)
     assert (cloud.split_after, cloud.p95_ms, cloud.bytes_per_request) == (-1, 30.0, 5000)
-    # A quarter crosses: 10 + 1 + 20 + 1 + 3 ms.
-    assert split.mean_ms == pytest.approx(0.75 * 10 + 0.25 * 35)
-    assert (split.split_after, split.p95_ms, split.bytes_per_request) == (0, 35.0, 250)
+    # A quarter crosses: 10 + 2 + 20 + 1 + 3 ms.
+    assert split.mean_ms == pytest.approx(0.75 * 10 + 0.25 * 36)
+    assert (split.edge_ms, split.link_ms, split.cloud_ms) == pytest.approx((10, 5.75, 0.75))
+    assert (split.split_after, split.p95_ms, split.bytes_per_request) == (0, 36.0, 250)
     assert edge.mean_ms == pytest.approx(0.75 * 10 + 0.25 * 40)
     assert (edge.split_after, edge.codec, edge.bytes_per_request) == (2, None, 0)
     assert best_cut([cloud, split, edge]) is split
@@ -31,7 +33,7 @@ def test_p95_is_reached_by_95_percent():
     rare = plan_split(**{**ASKED, "leaving": (0.95, 0.05)})
     assert rare[1].p95_ms == 10.0
     less_rare = plan_split(**{**ASKED, "leaving": (0.94, 0.06)})
-    assert less_rare[1].p95_ms == 35.0
+    assert less_rare[1].p95_ms == 36.0
 
 
 def test_a_faster_link_never_costs_more():

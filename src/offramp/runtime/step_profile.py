@@ -1,0 +1,122 @@
+"""What each step of a bundle takes on this machine, for single samples: a device's profile."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy.typing as npt
+import onnxruntime
+
+from offramp.artifacts import read_json, write_json
+from offramp.errors import ArtifactError
+from offramp.runtime.bundle import Bundle
+from offramp.runtime.examples import example_inputs
+from offramp.runtime.session import Session
+
+Array = npt.NDArray[Any]
+
+PROFILE_FILE = "profile.json"
+_REPEATS = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepProfile:
+    """Milliseconds of a bundle's steps on a machine.
+
+    Attributes:
+        exits: The exit that each step ends with.
+        step_ms: Of each step with a single sample, nobody leaving: medians.
+        weights_sha256: Of the network that was timed.
+        hardware: The machine's processor.
+        threads: Threads that computed; None for onnxruntime's choice.
+        versions: Of the engine.
+    """
+
+    exits: tuple[int, ...]
+    step_ms: tuple[float, ...]
+    weights_sha256: str
+    hardware: str
+    threads: int | None
+    versions: dict[str, str]
+
+    @property
+    def total_ms(self) -> float:
+        """All steps."""
+        return sum(self.step_ms)
+
+
+def profile_steps(
+    bundle: Bundle, *, threads: int | None = None, inputs: Sequence[Array] | None = None
+) -> StepProfile:
+    """Time the steps of a bundle on this machine; needs no torch and no data.
+
+    Args:
+        bundle: The bundle, of a network with exits.
+        threads: As for a session.
+        inputs: A single sample; a made-up one if None, as good for a network of one size.
+    Returns:
+        Medians.
+    Raises:
+        InvalidArgumentError: If the network has no exits.
+    """
+    session = Session(bundle, threads=threads)
+    sample = example_inputs(bundle) if inputs is None else inputs
+    rounds = [session.time_steps(*sample) for _ in range(_REPEATS)]
+    return StepProfile(
+        exits=tuple(step.exit_index for step in bundle.steps),
+        step_ms=tuple(map(median, zip(*rounds, strict=True))),
+        weights_sha256=bundle.weights_sha256,
+        hardware=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        threads=threads,
+        versions={"onnxruntime": str(onnxruntime.__version__)},
+    )
+
+
+def write_step_profile(profile: StepProfile, path: Path) -> None:
+    """Write a profile.
+
+    Args:
+        profile: The profile.
+        path: The file.
+    """
+    write_json(path, {"steps": asdict(profile)})
+
+
+def read_step_profile(path: Path, bundle: Bundle) -> StepProfile:
+    """Read what another machine measured.
+
+    Args:
+        path: The file.
+        bundle: The bundle that was timed there.
+    Returns:
+        The profile.
+    Raises:
+        ArtifactError: If it is no profile of this bundle's steps.
+    """
+    content = read_json(path).get("steps")
+    try:
+        profile = StepProfile(
+            **{
+                **content,
+                "exits": tuple(map(int, content["exits"])),
+                "step_ms": tuple(map(float, content["step_ms"])),
+            }
+        )
+    except (TypeError, ValueError, KeyError) as error:
+        raise ArtifactError(
+            f"Expected the times of a bundle's steps in {path}: offramp time BUNDLE --steps writes "
+            f"them. Got something else ({error})."
+        ) from error
+    exits = tuple(step.exit_index for step in bundle.steps)
+    if profile.weights_sha256 != bundle.weights_sha256 or profile.exits != exits:
+        raise ArtifactError(
+            f"{path} is of another network or of other exits than {bundle.folder}. Time this "
+            "bundle there: offramp time BUNDLE --steps"
+        )
+    return profile
