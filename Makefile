@@ -6,7 +6,7 @@ DEMO_RUN = runs/demo
 READY = $(VENV)/.installed
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow test-backbones check bench clean
+.PHONY: demo demo-split test test-slow test-backbones check bench clean
 
 demo: $(READY)  ## Train, calibrate, evaluate and time a three-exit network on real digits.
 	rm -rf $(DEMO_RUN)
@@ -15,6 +15,11 @@ demo: $(READY)  ## Train, calibrate, evaluate and time a three-exit network on r
 	$(BIN)/python -m offramp evaluate $(DEMO_RUN)
 	$(BIN)/python -m offramp time $(DEMO_RUN)
 	@echo "The run is in $(DEMO_RUN)"
+
+demo-split: demo  ## The same network over two machines: cloud, slow link and edge as processes.
+	$(BIN)/python -m offramp export $(DEMO_RUN)
+	$(BIN)/python -m offramp plan $(DEMO_RUN) --mbit 10 --rtt-ms 20 --edge-ms 100
+	$(BIN)/python examples/split.py $(DEMO_RUN)
 
 test: $(READY)  ## The fast tests.
 	$(BIN)/python -m pytest -q --cov --cov-report=term:skip-covered --cov-fail-under=90

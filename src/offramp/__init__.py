@@ -72,6 +72,9 @@ if TYPE_CHECKING:
     from offramp.policy.routing_policy import GatePolicy, HaltingPolicy
     from offramp.routing.halting import HaltingNetwork, add_halting
     from offramp.routing.skip import SkipNetwork, add_gates
+    from offramp.offload.edge import EdgeConfig, EdgeRunner
+    from offramp.offload.http_link import HttpLink
+    from offramp.offload.plan import plan_split
     from offramp.runtime import Session
     from offramp.training.config import FitConfig, GateConfig, HaltingConfig
     from offramp.training.fit import fit
@@ -113,6 +116,10 @@ _HOMES = {
     "label_maps": "offramp.measure.dense",
     "mean_iou": "offramp.measure.dense",
     "add_exits": "offramp.model.cut",
+    "EdgeConfig": "offramp.offload.edge",
+    "EdgeRunner": "offramp.offload.edge",
+    "HttpLink": "offramp.offload.http_link",
+    "plan_split": "offramp.offload.plan",
     "MultiExitNetwork": "offramp.model.multi_exit",
     "entropy_confidence": "offramp.policy.confidence",
     "margin_confidence": "offramp.policy.confidence",
@@ -154,6 +161,8 @@ __all__ = [
     "DataNotFoundError",
     "DenseLogits",
     "DensePolicy",
+    "EdgeConfig",
+    "EdgeRunner",
     "Evaluation",
     "ExitCosts",
     "ExitLogits",
@@ -167,6 +176,7 @@ __all__ = [
     "HaltingNetwork",
     "HaltingPolicy",
     "HaltingRunner",
+    "HttpLink",
     "InSampleError",
     "InfeasibleTargetError",
     "InvalidArgumentError",
@@ -215,6 +225,7 @@ __all__ = [
     "mean_iou",
     "never_leave",
     "place",
+    "plan_split",
     "push_to_hub",
     "save",
     "save_pretrained",

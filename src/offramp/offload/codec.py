@@ -18,6 +18,8 @@ from offramp.runtime.bundle import Step
 Array = npt.NDArray[Any]
 
 _LARGEST_INT8 = 127
+_MAP_AXES = 4
+"""Maps have channels before height and width; tokens and vectors have them last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +136,7 @@ def channel_scales(features: Array) -> tuple[float, ...]:
         >>> channel_scales(np.array([[127.0, 0.0], [-254.0, 0.0]]))
         (2.0, 1.0)
     """
-    axis = _channel_axis(features.ndim)
+    axis = 1 if features.ndim == _MAP_AXES else features.ndim - 1
     others = tuple(i for i in range(features.ndim) if i != axis)
     largest_C = np.abs(features).max(axis=others)
     return tuple(float(x) / _LARGEST_INT8 if x > 0 else 1.0 for x in largest_C)
@@ -149,12 +151,7 @@ def along_channels(scale_C: Array, ndim: int) -> Array:
     Returns:
         Shape (C,) or (C, 1, 1).
     """
-    return scale_C[:, None, None] if _channel_axis(ndim) == 1 else scale_C
-
-
-def _channel_axis(ndim: int) -> int:
-    """Maps have channels before pixels; tokens and vectors have them last."""
-    return 1 if ndim == 4 else ndim - 1
+    return scale_C[:, None, None] if ndim == _MAP_AXES else scale_C
 
 
 def _changes(step: Step, index: int) -> bool:

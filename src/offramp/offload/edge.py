@@ -5,6 +5,7 @@ Shapes: ``B`` batch, ``S`` samples that no exit here was sure of, ``C`` classes.
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -34,6 +35,7 @@ from offramp.runtime.step_macs import StepMacs
 
 Array = npt.NDArray[Any]
 
+_LOG = logging.getLogger(__name__)
 _BACKOFF_S = 0.02
 """Before a call is tried again, on average; drawn between half and one and a half of it."""
 
@@ -287,6 +289,8 @@ class EdgeRunner:
 
     def _failed(self, error: OfframpError) -> None:
         with self._lock:
+            if self.last_error is None or str(self.last_error) != str(error):
+                _LOG.warning("the link is of no use now: %s", error)
             self.last_error = error
             self.traffic.calls += 1
             self.traffic.failed_calls += 1

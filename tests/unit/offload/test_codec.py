@@ -89,3 +89,15 @@ def test_other_types_are_refused():
         decode([CARRIED[0].astype(np.float64), *CARRIED[1:]], step())
     with pytest.raises(PayloadError, match="3 tensors"):
         decode(CARRIED[:2], step())
+
+
+@pytest.mark.parametrize("sample_shape", [(7,), (5, 7), (7, 4, 5)])
+def test_every_kind_of_feature_comes_back_within_half_a_step(sample_shape):
+    features = np.random.default_rng(0).standard_normal((3, *sample_shape)).astype(np.float32)
+    scales = channel_scales(features)
+    assert len(scales) == 7
+    spec = TensorSpec(name="x", dtype="float32", sample_shape=sample_shape)
+    one = replace(step(), features=(spec,), state=(), channel_scales=(scales,))
+    (back,) = decode(encode([features], one, find_codec("int8")), one)
+    assert back.shape == features.shape
+    assert np.abs(back - features).max() <= 0.5001 * max(scales)
