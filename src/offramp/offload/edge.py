@@ -158,6 +158,7 @@ class EdgeRunner:
         self._macs = StepMacs(self.bundle)
         self._lock = threading.Lock()
         self._usual_s = 0.0
+        self._is_failing = False
         self._breaker = CircuitBreaker(
             lambda: link.check(timeout_s=config.deadline_ms / 1e3),
             failures=config.failures,
@@ -281,6 +282,9 @@ class EdgeRunner:
         exits = [step.exit_index for step in self.bundle.steps[self._next :]]
         answer = read_answer(reply.outputs, exits=exits, rows=rows, logits_shape=logits_shape)
         with self._lock:
+            if self._is_failing:
+                _LOG.warning("the link is back")
+            self._is_failing = False
             self._usual_s = time.perf_counter() - started
             self.traffic.calls += 1
             self.traffic.sent_bytes += reply.sent_bytes
@@ -289,8 +293,9 @@ class EdgeRunner:
 
     def _failed(self, error: OfframpError) -> None:
         with self._lock:
-            if self.last_error is None or str(self.last_error) != str(error):
+            if not self._is_failing:
                 _LOG.warning("the link is of no use now: %s", error)
+            self._is_failing = True
             self.last_error = error
             self.traffic.calls += 1
             self.traffic.failed_calls += 1
