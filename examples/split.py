@@ -53,6 +53,7 @@ def main(
     codec: Annotated[str, typer.Option(help="How features cross it.")] = "int8+zstd",
     samples: Annotated[int, typer.Option(help="Images to send.")] = 200,
 ) -> None:
+    """Start the three, send images, and say what came of it."""
     folder = find_bundle(run)
     bundle = read_bundle(folder)
     recipe = recipe_of(bundle)
@@ -66,9 +67,7 @@ def main(
         edge_options = ("--split-after", split_after, "--codec", codec)
         cloud = ("--cloud", f"http://127.0.0.1:{link_port}")
         _, edge_port = start(stack, "edge", folder, *edge_options, *cloud, *quiet)
-        client = stack.enter_context(
-            triton_http.InferenceServerClient(f"127.0.0.1:{edge_port}")
-        )
+        client = stack.enter_context(triton_http.InferenceServerClient(f"127.0.0.1:{edge_port}"))
         answers = []
         for image in inputs.numpy():
             tensor = triton_http.InferInput(bundle.inputs[0].name, (1, *image.shape), "FP32")

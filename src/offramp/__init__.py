@@ -55,6 +55,9 @@ if TYPE_CHECKING:
     from offramp.measure.dense import label_maps, mean_iou
     from offramp.model.cut import add_exits
     from offramp.model.multi_exit import MultiExitNetwork
+    from offramp.offload.edge import EdgeConfig, EdgeRunner
+    from offramp.offload.http_link import HttpLink
+    from offramp.offload.plan import plan_split
     from offramp.policy.confidence import (
         entropy_confidence,
         margin_confidence,
@@ -72,9 +75,6 @@ if TYPE_CHECKING:
     from offramp.policy.routing_policy import GatePolicy, HaltingPolicy
     from offramp.routing.halting import HaltingNetwork, add_halting
     from offramp.routing.skip import SkipNetwork, add_gates
-    from offramp.offload.edge import EdgeConfig, EdgeRunner
-    from offramp.offload.http_link import HttpLink
-    from offramp.offload.plan import plan_split
     from offramp.runtime import Session
     from offramp.training.config import FitConfig, GateConfig, HaltingConfig
     from offramp.training.fit import fit

@@ -1,7 +1,9 @@
 """Edge and cloud as real processes over real sockets."""
 
+import http.server
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,6 @@ import tritonclient.http as triton_http
 from split_network import IMAGES, write_bundle
 
 from offramp.errors import ArtifactError, AuthenticationError, LinkTimeoutError, OffloadError
-from offramp.offload.cloud import identity, part_name
 from offramp.offload.codec import CODECS
 from offramp.offload.edge import EdgeConfig, EdgeRunner
 from offramp.offload.http_link import HttpLink
@@ -102,10 +103,7 @@ def cloud(folder):
 
 def connect(bundle, split_after, port, *, token=None, **config):
     link = HttpLink(
-        f"http://127.0.0.1:{port}",
-        model=part_name("small", split_after),
-        version=identity(bundle),
-        token=token,
+        f"http://127.0.0.1:{port}", bundle, name="small", split_after=split_after, token=token
     )
     return EdgeRunner(
         bundle, split_after=split_after, link=link, config=EdgeConfig(**config), threads=1
@@ -174,13 +172,13 @@ def test_a_cloud_with_other_thresholds_is_refused_at_connect(bundle, folder, clo
     assert edge.run(IMAGES).fell_back.any()
     edge.close()
     copied = tmp_path / "small"
-    import shutil
-
     shutil.copytree(folder, copied)
     write_json(with_thresholds(read_bundle(copied), [0.9, 0.9, 0.9]))
     refused = subprocess.run(
-        [sys.executable, "-m", "offramp", "edge", str(copied), "--split-after", "0"]
-        + ["--cloud", f"http://127.0.0.1:{cloud.port}", "--http-port", "0"],
+        [
+            *(sys.executable, "-m", "offramp", "edge", str(copied), "--split-after", "0"),
+            *("--cloud", f"http://127.0.0.1:{cloud.port}", "--http-port", "0"),
+        ],
         capture_output=True,
         text=True,
         timeout=60,
@@ -205,8 +203,6 @@ def test_a_wrong_token_is_said_and_not_tried_again(bundle, folder, run):
 
 
 def test_a_cloud_that_answers_garbage_is_not_believed(bundle, whole):
-    import http.server
-
     class Garbage(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))

@@ -171,21 +171,10 @@ def _connect(
     **options: object,
 ) -> EdgeRunner:
     """An edge part with a link to a cloud; one that is not there yet may come later."""
-    from offramp.offload.cloud import identity, part_name
     from offramp.offload.edge import EdgeRunner
     from offramp.offload.http_link import HttpLink
 
-    if not url.startswith(("http://", "https://")):
-        raise InvalidArgumentError(
-            f"--cloud must be an address such as http://cloud:8000. Got {url!r}."
-        )
-    link = HttpLink(
-        url,
-        model=part_name(name, split_after),
-        version=identity(bundle),
-        token=token,
-        ca_file=ca_file,
-    )
+    link = HttpLink(url, bundle, name=name, split_after=split_after, token=token, ca_file=ca_file)
     try:
         runner = EdgeRunner(bundle, split_after=split_after, link=link, **options)  # type: ignore[arg-type]
         try:

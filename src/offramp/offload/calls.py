@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from offramp.offload.cloud import cloud_models, identity, part_name
+from offramp.offload.cloud import cloud_models
 from offramp.offload.codec import encode, find_codec
 from offramp.offload.http_link import HttpLink
 from offramp.runtime.bundle import Bundle
@@ -63,9 +63,7 @@ def measure_calls(
     costs = []
     with _serving(session) as port:
         for number, cut in enumerate(cuts(bundle)[:-1]):
-            link = HttpLink(
-                f"http://127.0.0.1:{port}", model=part_name(_NAME, cut), version=identity(bundle)
-            )
+            link = HttpLink(f"http://127.0.0.1:{port}", bundle, name=_NAME, split_after=cut)
             try:
                 samples = _survivors(bundle, inputs, cut, threads)
                 costs.append(_cost(bundle, session, number, cut, samples, link, codec))
@@ -79,7 +77,7 @@ def _cost(
     session: PartSession,
     number: int,
     cut: int,
-    samples: Sequence[list[Array]],
+    samples: list[list[Array]],
     link: HttpLink,
     codec: str,
 ) -> CallCost:
@@ -89,7 +87,7 @@ def _cost(
     step, found = bundle.steps[number], find_codec(codec)
     names = [spec.name for spec in carried_specs(bundle, number)]
     call_bytes, call_ms = [], []
-    for carried in [*samples[:1] * _WARM_UP, *samples]:
+    for carried in [samples[0]] * _WARM_UP + samples:
         marks = [time.perf_counter()]
         inputs = dict(zip(names, encode(carried, step, found), strict=True))
         reply = link.send(inputs, timeout_s=_TIMEOUT_S, compresses=found.compresses)

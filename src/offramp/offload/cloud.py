@@ -5,10 +5,7 @@ Shapes: ``B`` batch.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -18,6 +15,7 @@ from offramp.errors import PayloadError
 from offramp.offload.answers import ANSWER_DTYPES, PartAnswer, answer_specs, as_answer
 from offramp.offload.codec import decode
 from offramp.offload.edge import EdgeRunner
+from offramp.offload.naming import identity, part_name
 from offramp.runtime.bundle import Bundle
 from offramp.runtime.part import PartSession, carried_specs, check_carried, cuts, first_step
 from offramp.serving.served import Parameter
@@ -28,13 +26,13 @@ Array = npt.NDArray[Any]
 class PartModel:
     """Serves a part of a network, which goes on with what another part sends.
 
-    Its version is the bundle's :func:`identity`, so that whoever has another bundle asks for a
-    version that is not there. Features may come in the types of any codec.
+    Its version is the bundle's :func:`~offramp.offload.naming.identity`, so that whoever has
+    another bundle asks for a version that is not there. Features may come in the types of any codec.
 
     Args:
         bundle: The bundle that both parts have.
         answer: Answers a batch of what the part is given.
-        name: Name of the whole model; the part's own is :func:`part_name`.
+        name: Name of the whole model; the part's own is :func:`~offramp.offload.naming.part_name`.
         starts_after: The stage before its first.
         output_shape: Shape of a sample's logits.
     """
@@ -138,27 +136,3 @@ def middle_model(runner: EdgeRunner, name: str) -> PartModel:
         starts_after=runner.starts_after,
         output_shape=runner.output_shape,
     )
-
-
-def identity(bundle: Bundle) -> str:
-    """What two parts must have alike: the steps and all numbers that decide.
-
-    Args:
-        bundle: The bundle.
-    Returns:
-        16 hexadecimal digits.
-    """
-    steps = json.dumps([asdict(step) for step in bundle.steps], sort_keys=True)
-    return hashlib.sha256(steps.encode()).hexdigest()[:16]
-
-
-def part_name(name: str, starts_after: int) -> str:
-    """What the part of a model is called that starts behind a stage.
-
-    Args:
-        name: Of the whole model.
-        starts_after: The stage before its first; -1 for the whole.
-    Returns:
-        For example ``emnist-convnet.from2`` for the stages from 2 on.
-    """
-    return f"{name}.from{starts_after + 1}"

@@ -16,6 +16,7 @@ import zstandard
 from offramp.errors import (
     ArtifactError,
     AuthenticationError,
+    InvalidArgumentError,
     LinkTimeoutError,
     OffloadError,
     OfframpError,
@@ -24,6 +25,8 @@ from offramp.errors import (
     reason,
 )
 from offramp.offload.link import Reply
+from offramp.offload.naming import identity, part_name
+from offramp.runtime.bundle import Bundle
 from offramp.serving.http_client import read_answer, write_request
 
 Array = npt.NDArray[Any]
@@ -37,28 +40,37 @@ _HANDED_OVER_S = 0.05
 
 
 class HttpLink:
-    """A link to a part that a server has, for example ``offramp cloud``.
+    """A link to what is behind a cut, on a server such as ``offramp cloud``.
 
     Connections are kept and used again. All of a call, connecting included, ends within its time
     limit. Several threads may use a link at once.
 
     Args:
         url: Of the server, for example ``http://cloud:8000``.
-        model: Name of the part there.
-        version: Its version, the bundle's :func:`~offramp.offload.cloud.identity`.
+        bundle: What this part runs; the server must have the same.
+        name: What the whole model is called there.
+        split_after: The last stage before the link.
         token: The server's bearer token; None if it wants none.
         ca_file: Certificates to trust for https, in PEM; the system's if None.
+    Raises:
+        InvalidArgumentError: If the address is none.
     """
 
     def __init__(
         self,
         url: str,
+        bundle: Bundle,
         *,
-        model: str,
-        version: str,
+        name: str,
+        split_after: int,
         token: str | None = None,
         ca_file: Path | None = None,
     ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise InvalidArgumentError(
+                f"The 'url' parameter must be an address such as http://cloud:8000. Got {url!r}."
+            )
+        model, version = part_name(name, split_after), identity(bundle)
         self._path = f"{url.rstrip('/')}/v2/models/{model}/versions/{version}"
         self._where = f"{model} of version {version} at {url}"
         # Logits hardly compress, and bytes are counted as they come.

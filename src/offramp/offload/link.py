@@ -7,7 +7,7 @@ crosses a network.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -104,7 +104,7 @@ class InProcessLink:
         """Nothing to let go of."""
 
 
-def count_bytes(tensors: Sequence[Array]) -> int:
+def count_bytes(tensors: Iterable[Array]) -> int:
     """Bytes of some tensors, nothing around them.
 
     Args:

@@ -99,7 +99,7 @@ def read_step_profile(path: Path, bundle: Bundle) -> StepProfile:
     Raises:
         ArtifactError: If it is no profile of this bundle's steps.
     """
-    content = read_json(path).get("steps")
+    content: Any = read_json(path).get("steps")
     try:
         profile = StepProfile(
             **{

@@ -15,7 +15,8 @@ from offramp.offload.cloud import cloud_models, middle_model
 from offramp.offload.codec import CODECS
 from offramp.offload.edge import EdgeConfig, EdgeRunner
 from offramp.offload.link import InProcessLink, Reply
-from offramp.runtime import Session, read_bundle
+from offramp.offload.naming import identity
+from offramp.runtime import Session, read_bundle, with_thresholds
 from offramp.runtime.part import PartSession
 
 
@@ -230,8 +231,6 @@ def test_senseless_configurations_are_refused(wrong):
 
 
 def test_bundles_that_differ_in_a_threshold_are_other_models(folder):
-    from offramp.offload.cloud import identity
-    from offramp.runtime import with_thresholds
 
     bundle = read_bundle(folder)
     assert identity(bundle) == identity(read_bundle(folder))

@@ -5,7 +5,7 @@ written by each codec as the HTTP link writes them, tensors and JSON together, r
 answered by the stages behind. Bytes are per survivor; beside them stands the input itself, in 8
 bits a number where it came from an image. `offramp plan` names the cut that pays on a link.
 
-    OFFRAMP_DATA=... python benchmarks/codecs.py RUN [--batch-size 256] [--json FILE]
+    OFFRAMP_DATA=... python benchmarks/link_codecs.py RUN [--batch-size 256] [--json FILE]
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ ZSTD_LEVEL = 1
 def payload_bytes(encoded: list[Array], names: list[str], codec: Codec) -> int:
     """What the link would send as a body."""
     body, _ = write_request(dict(zip(names, encoded, strict=True)), {"deadline_ms": 1000.0})
-    return len(zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(body) if codec.compresses else body)
+    return len(
+        zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(body) if codec.compresses else body
+    )
 
 
 def judge_cut(
@@ -112,9 +114,7 @@ def main(
     loader = make_loader(test, batch_size=batch_size)
     batches = [(inputs.numpy(), labels.numpy()) for inputs, labels in loader]
     session = PartSession(bundle, threads=1)
-    rows = [
-        row for cut in cuts(bundle)[:-1] for row in judge_cut(bundle, session, batches, cut)
-    ]
+    rows = [row for cut in cuts(bundle)[:-1] for row in judge_cut(bundle, session, batches, cut)]
     numbers = int(np.prod(batches[0][0].shape[1:]))
     print_rows(rows, f"{recipe.name}, {batch_size} at once; the image itself: {numbers:,} bytes")
     if json_file is not None:
