@@ -27,7 +27,7 @@ class PartModel:
     """Serves a part of a network, which goes on with what another part sends.
 
     Its version is the bundle's :func:`~offramp.offload.naming.identity`, so that whoever has
-    another bundle asks for a version that is not there. Features may come in the types of any codec.
+    another bundle asks for a version that is not there. Features may come in any codec's types.
 
     Args:
         bundle: The bundle that both parts have.
