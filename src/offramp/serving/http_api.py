@@ -7,10 +7,11 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from aiohttp import web
+from aiohttp import ClientPayloadError, web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
-from offramp.errors import LinkTimeoutError
+from offramp.errors import LinkTimeoutError, OfframpError, PayloadError
 from offramp.serving.encodings import accepted_encoding, decompress
 from offramp.serving.http_messages import read_request, write_answer
 from offramp.serving.metrics import CONTENT_TYPE
@@ -157,9 +158,15 @@ class _Routes:
 async def _in_time(reading: Coroutine[Any, Any, bytes]) -> bytes:
     try:
         return await asyncio.wait_for(reading, _LONGEST_READ_S)
+    except OfframpError:
+        raise
     except asyncio.TimeoutError as error:
         raise LinkTimeoutError(
             f"The body of a request must come within {_LONGEST_READ_S} seconds. It did not."
+        ) from error
+    except (OSError, ClientPayloadError, web.RequestPayloadError, HttpProcessingError) as error:
+        raise PayloadError(
+            "The body of the request broke off, or its chunks are damaged."
         ) from error
 
 
