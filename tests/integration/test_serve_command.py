@@ -69,7 +69,7 @@ def test_without_grpc(bundle):
     assert "grpc" not in line
 
 
-@pytest.mark.parametrize("missing", ["aiohttp", "grpc", "prometheus_client", "tritonclient"])
+@pytest.mark.parametrize("missing", ["aiohttp", "tritonclient"])
 def test_missing_extra_names_the_command(missing):
     outcome = subprocess.run(
         [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import http.client
 import json
@@ -445,7 +446,10 @@ def test_tokens(bundle, tmp_path, monkeypatch):
 @pytest.fixture
 def gated():
     model = Gated()
-    with serve_in_thread(model, max_queue_rows=1) as (http_address, grpc_address):
+    with serve_in_thread(model, max_queue_rows=1, max_payload_bytes=CAP) as (
+        http_address,
+        grpc_address,
+    ):
         yield model, http_address, grpc_address
         model.gate.set()
 
@@ -508,6 +512,23 @@ def test_a_busy_server_says_so_and_recovers(gated):
         model.gate.set()
         assert (first()[0], second()[0]) == (200, 200)
         assert stub.ModelInfer(gated_message(3.0)).raw_output_contents == [b"\0\0\xc0\x40"]
+
+
+def test_large_requests_that_wait_hold_a_bounded_memory(gated):
+    model, address, _ = gated
+    path = "/v2/models/gated/infer"
+    first = in_background(ask, address, path, gated_request(1.0))
+    model.started.acquire()
+    host, port = address.split(":")
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {CAP}\r\n\r\n".encode()
+    with contextlib.ExitStack() as stack:
+        for _ in range(16):  # each all but its last bytes
+            connection = stack.enter_context(socket.create_connection((host, int(port))))
+            connection.sendall(head + b" " * (CAP - 10))
+        until(lambda: ask(address, path, b" " * 1000)[0] == 503)
+    until(lambda: ask(address, path, b" " * 1000)[0] == 400)
+    model.gate.set()
+    assert first()[0] == 200
 
 
 def test_deadlines_over_both_protocols(gated):

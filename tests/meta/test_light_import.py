@@ -20,6 +20,7 @@ def run_python(code):
         "offramp.results",
         "offramp.artifacts",
         "offramp.runtime",
+        "offramp.serving.server",
         "offramp.cli",
     ],
 )

@@ -84,7 +84,9 @@ def _handler(
         try:
             if is_guarded:
                 service.authenticate(_authorization(context))
-            return await method(_read_message(request_class, content), context)
+            with service.holding() as hold:
+                hold(len(content))
+                return await method(_read_message(request_class, content), context)
         except Exception as error:
             outcome = outcome_of(error)
             if outcome is FAILED:

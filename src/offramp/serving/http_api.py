@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
 
-from aiohttp import web
+from aiohttp import ClientPayloadError, web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
+from offramp.errors import LinkTimeoutError, OfframpError, PayloadError
 from offramp.serving.encodings import accepted_encoding, decompress
 from offramp.serving.http_messages import read_request, write_answer
 from offramp.serving.metrics import CONTENT_TYPE
@@ -17,6 +22,7 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 """The header that says how much of a body is JSON, where tensors follow as bytes."""
 OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
 """What needs no token: whoever watches over processes has none."""
+_LONGEST_READ_S = 60
 _LEAST_COMPRESSED = 1024
 """Bytes of an answer below which compressing it gains nothing."""
 
@@ -33,7 +39,7 @@ def make_app(service: Service, max_payload_bytes: int) -> web.Application:
         The application; it must run with ``auto_decompress=False``.
     """
     routes = _Routes(service, max_payload_bytes)
-    app = web.Application(middlewares=[_guard(service)], client_max_size=max_payload_bytes)
+    app = web.Application(middlewares=[_guard(service)])
     app.router.add_get("/v2/health/live", routes.live)
     app.router.add_get("/v2/health/ready", routes.ready)
     app.router.add_get("/v2", routes.server_metadata)
@@ -114,10 +120,10 @@ class _Routes:
 
     async def infer(self, request: web.Request) -> web.Response:
         name, version = _named(request)
-        with self._service.counted(name):
+        with self._service.counted(name), self._service.holding() as hold:
             model = self._service.model(name, version)
             asked = read_request(
-                await self._read(request),
+                await _in_time(self._read(request, hold)),
                 request.headers.get(HEADER_LENGTH),
                 self._max_payload_bytes,
             )
@@ -127,17 +133,41 @@ class _Routes:
             body, header_length = write_answer(asked, model, answers)
         return _response(request, body, header_length)
 
-    async def _read(self, request: web.Request) -> bytes:
-        limit = self._max_payload_bytes
-        try:
-            if (request.content_length or 0) > limit:
-                raise web.HTTPRequestEntityTooLarge(limit, request.content_length or 0)
-            body = await request.read()
-        except web.HTTPRequestEntityTooLarge as error:
+    async def _read(self, request: web.Request, hold: Callable[[int], None]) -> bytes:
+        """The body, decompressed; ``hold`` is told of it as it comes."""
+        parts, size = [], request.content_length or 0
+        if size <= self._max_payload_bytes:
+            size = 0
+            async for part in request.content.iter_any():
+                size += len(part)
+                hold(len(part))
+                if size > self._max_payload_bytes:
+                    break
+                parts.append(part)
+        if size > self._max_payload_bytes:
             raise PayloadTooLargeError(
-                f"The body may have at most {limit} bytes. It has more. Send fewer samples at once."
-            ) from error
-        return decompress(request.headers.get("Content-Encoding", ""), body, limit)
+                f"The body may have at most {self._max_payload_bytes} bytes. It has more. "
+                "Send fewer samples at once."
+            )
+        encoding = request.headers.get("Content-Encoding", "")
+        body = decompress(encoding, b"".join(parts), self._max_payload_bytes)
+        hold(max(0, len(body) - size))
+        return body
+
+
+async def _in_time(reading: Coroutine[Any, Any, bytes]) -> bytes:
+    try:
+        return await asyncio.wait_for(reading, _LONGEST_READ_S)
+    except OfframpError:
+        raise
+    except asyncio.TimeoutError as error:
+        raise LinkTimeoutError(
+            f"The body of a request must come within {_LONGEST_READ_S} seconds. It did not."
+        ) from error
+    except (OSError, ClientPayloadError, web.RequestPayloadError, HttpProcessingError) as error:
+        raise PayloadError(
+            "The body of the request broke off, or its chunks are damaged."
+        ) from error
 
 
 def _named(request: web.Request) -> tuple[str, str]:

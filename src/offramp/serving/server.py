@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import re
 import signal
 import ssl
@@ -23,8 +24,14 @@ from offramp.serving.service import Service
 
 _MESSAGE_ROOM = 1 << 16
 """Bytes of a gRPC message beside its tensors."""
+_MOST_PAYLOADS = 16
+"""Requests of the largest size that may be in memory at a time."""
 _LAST_WORDS_S = 0.5
 """How long requests on connections that are open are still refused in words, before they close."""
+_unlogged = logging.getLogger(f"{__name__}.unlogged")
+_unlogged.setLevel(logging.CRITICAL + 1)
+"""Where aiohttp says what is wrong with bytes that are no HTTP: clients are told, and could fill a
+log."""
 _TOKEN = re.compile(r"[!-~]+")
 
 
@@ -142,6 +149,7 @@ class Server:
             max_batch_rows=config.max_batch_rows,
             max_queue_rows=config.max_queue_rows,
             max_delay_ms=config.max_delay_ms,
+            max_held_bytes=_MOST_PAYLOADS * config.max_payload_bytes,
         )
         try:
             await self._start_http(self._service)
@@ -167,6 +175,7 @@ class Server:
         self._http = web.AppRunner(
             app,
             access_log=None,
+            logger=_unlogged,
             auto_decompress=False,
             handler_cancellation=True,
             shutdown_timeout=1.0,

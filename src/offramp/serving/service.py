@@ -6,13 +6,13 @@ import asyncio
 import hmac
 import importlib.metadata
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy.typing as npt
 
-from offramp.errors import AuthenticationError, InvalidArgumentError, PayloadError
+from offramp.errors import AuthenticationError, InvalidArgumentError, PayloadError, ServerBusyError
 from offramp.runtime.files import TensorSpec
 from offramp.serving.batching import Answers, Batcher
 from offramp.serving.metrics import Metrics
@@ -38,6 +38,8 @@ class Service:
         max_batch_rows: As for :class:`~offramp.serving.batching.Batcher`.
         max_queue_rows: See there.
         max_delay_ms: See there.
+        max_held_bytes: What requests may hold in memory together, from when their bodies come
+            until they are answered.
     Raises:
         InvalidArgumentError: If there is no model, or two of one name.
     """
@@ -50,6 +52,7 @@ class Service:
         max_batch_rows: int,
         max_queue_rows: int,
         max_delay_ms: float,
+        max_held_bytes: int,
     ) -> None:
         self.models = {model.name: model for model in models}
         if not models or len(self.models) < len(models):
@@ -61,6 +64,7 @@ class Service:
         self.is_ready = True
         self._token = token
         self._max_batch_rows = max_batch_rows
+        self._max_held_bytes, self._held_bytes = max_held_bytes, 0
         self._batchers = {
             model.name: Batcher(
                 model,
@@ -141,6 +145,28 @@ class Service:
         finally:
             known = name if name in self.models else ""
             self.metrics.count_request(known, outcome.name, time.perf_counter() - start)
+
+    @contextmanager
+    def holding(self) -> Iterator[Callable[[int], None]]:
+        """Count what a request holds in memory against what all may hold.
+
+        Yields:
+            What to call with every number of bytes more; it raises ServerBusyError if that is too
+            much.
+        """
+        held = 0
+
+        def hold(size: int) -> None:
+            nonlocal held
+            held += size
+            self._held_bytes += size
+            if self._held_bytes > self._max_held_bytes:
+                raise ServerBusyError("Too many large requests at once. Try again later.")
+
+        try:
+            yield hold
+        finally:
+            self._held_bytes -= held
 
     async def answer(
         self,
