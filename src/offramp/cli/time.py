@@ -63,35 +63,41 @@ def time(
     if steps:
         _time_steps(run, threads)
         return
-    from offramp.inference.timing import time_runner
-    from offramp.runtime import Session
-
     backends = _parse_backends(backend, run)
     wanted = None if batch_size is None else _parse_batch_sizes(batch_size)
     if bundle is not None and is_bundle(run):
         raise InvalidArgumentError(f"--bundle is for a run; {run} is a bundle already.")
     asked = open_artifact(run, device)
     use_threads(threads)
-    inputs, runner = _real_samples(asked, data), asked.runner
-    sizes = wanted or [size for size in _SIZES if size <= len(inputs)]
-    if isinstance(runner, Session):
-        from offramp.inference.timing_processes import time_bundle
-
-        timing = time_bundle(runner, inputs, batch_sizes=sizes)
-    elif backends == ["torch"]:
-        timing = time_runner(runner, inputs.to(asked.device), batch_sizes=sizes)
-    else:
-        from offramp.inference.timing_processes import time_in_processes
-
-        runner.network.cpu()
-        folders = {"torch": run, "onnxruntime": bundle or run / BUNDLE_FOLDER}
-        timing = time_in_processes(
-            runner, inputs, {name: folders[name] for name in backends}, batch_sizes=sizes
-        )
+    folders = {"torch": run, "onnxruntime": bundle or run / BUNDLE_FOLDER}
+    timing = _time_backends(
+        asked, _real_samples(asked, data), {name: folders[name] for name in backends}, wanted
+    )
     if json_file != "-":
         _print_table(timing)
     if json_file is not None:
         write_figures(timing.to_dict(), json_file)
+
+
+def _time_backends(
+    asked: Artifact, inputs: Tensor, folders: dict[str, Path], wanted: list[int] | None
+) -> Timing:
+    """Time each backend on its folder; a lone one in this process."""
+    from offramp.inference.timing import time_runner
+    from offramp.runtime import Session
+
+    runner = asked.runner
+    sizes = wanted or [size for size in _SIZES if size <= len(inputs)]
+    if isinstance(runner, Session):
+        from offramp.inference.timing_processes import time_bundle
+
+        return time_bundle(runner, inputs, batch_sizes=sizes)
+    if list(folders) == ["torch"]:
+        return time_runner(runner, inputs.to(asked.device), batch_sizes=sizes)
+    from offramp.inference.timing_processes import time_in_processes
+
+    runner.network.cpu()
+    return time_in_processes(runner, inputs, folders, batch_sizes=sizes)
 
 
 def _time_steps(run: Path, threads: int | None) -> None:

@@ -112,6 +112,7 @@ def _write_steps(
     num_tokens = None if network.ragged is None else features[0].shape[1]
     state: State = ()
     scales = _channel_scales(network, inputs)
+    counts_pixels = "pixel_threshold" in policy.number_names
     steps = []
     for plan in plan_steps(policy):
         k, is_last = plan.exit_index, plan.exit_index == network.num_exits - 1
@@ -150,11 +151,7 @@ def _write_steps(
                 parameter_bytes=parameter_bytes(module),
                 exit_macs_by_length=None if by_length is None else by_length[k],
                 exit_macs_by_size=None if by_size is None else by_size[k],
-                pixel_threshold=(
-                    float(setting.pixel_threshold)
-                    if "pixel_threshold" in policy.number_names
-                    else None
-                ),
+                pixel_threshold=setting.pixel_threshold if counts_pixels else None,
                 channel_scales=scales[plan.stages[0]],
             )
         )

@@ -117,37 +117,30 @@ def plan_split(
         >>> [(cut.split_after, cut.mean_ms) for cut in cuts]
         [(-1, 26.75), (0, 16.0), (1, 17.5)]
     """
-    parts = (exits, edge_ms, cloud_ms, leaving, call_bytes, call_ms)
-    sizes = {len(part) for part in parts}
-    if len(sizes) != 1:
-        raise InvalidArgumentError(f"Expected numbers of the same steps. Got {sorted(sizes)}.")
-    share_K = np.array(leaving, dtype=np.float64)
-    if (share_K < 0).any() or abs(share_K.sum() - 1) > 1e-6:
-        raise InvalidArgumentError(
-            f"The 'leaving' parameter must be shares that sum to 1. Got {list(leaving)}."
-        )
+    share_K = _checked_shares(leaving, (exits, edge_ms, cloud_ms, call_bytes, call_ms))
+    # Nothing crosses behind the last step.
+    bytes_of = [*call_bytes, 0.0]
     crossing_ms = [ms + link.crossing_ms(b) for ms, b in zip(call_ms, call_bytes, strict=True)]
+    crossing_ms.append(0.0)
     cuts = []
-    for number in range(len(exits) + 1):
-        is_last = number == len(exits)
-        # How long samples that leave at each step are where: edge, link, cloud.
-        edge_ms_K = np.where(np.arange(len(exits)) < number, edge_ms, 0.0).cumsum()
-        cloud_ms_K = np.where(np.arange(len(exits)) < number, 0.0, cloud_ms).cumsum()
-        crosses_K = np.arange(len(exits)) >= number
-        link_ms_K = crosses_K * (0.0 if is_last else crossing_ms[number])
-        total_ms_K = edge_ms_K + link_ms_K + cloud_ms_K
-        offloaded = float(share_K @ crosses_K)
+    for number, cut in enumerate((-1, *exits)):
+        is_behind_K = np.arange(len(exits)) >= number
+        # How long samples that leave at each step are where.
+        edge_ms_K = np.where(is_behind_K, 0.0, edge_ms).cumsum()
+        cloud_ms_K = np.where(is_behind_K, cloud_ms, 0.0).cumsum()
+        link_ms_K = is_behind_K * crossing_ms[number]
+        offloaded = float(share_K @ is_behind_K)
         cuts.append(
             CutCost(
-                split_after=-1 if number == 0 else exits[number - 1],
-                codec=None if is_last else codec,
-                mean_ms=float(share_K @ total_ms_K),
+                split_after=cut,
+                codec=None if number == len(exits) else codec,
+                mean_ms=float(share_K @ (edge_ms_K + link_ms_K + cloud_ms_K)),
                 edge_ms=float(share_K @ edge_ms_K),
                 link_ms=float(share_K @ link_ms_K),
                 cloud_ms=float(share_K @ cloud_ms_K),
-                p95_ms=_quantile(total_ms_K, share_K, _P95),
+                p95_ms=_quantile(edge_ms_K + link_ms_K + cloud_ms_K, share_K, _P95),
                 offloaded_share=offloaded,
-                bytes_per_request=0.0 if is_last else offloaded * call_bytes[number],
+                bytes_per_request=offloaded * bytes_of[number],
             )
         )
     return cuts
@@ -162,6 +155,18 @@ def best_cut(cuts: Sequence[CutCost]) -> CutCost:
         One of them.
     """
     return min(cuts, key=lambda cut: (cut.mean_ms, cut.bytes_per_request))
+
+
+def _checked_shares(leaving: Sequence[float], others: Sequence[Sequence[float]]) -> Array:
+    sizes = {len(part) for part in (leaving, *others)}
+    if len(sizes) != 1:
+        raise InvalidArgumentError(f"Expected numbers of the same steps. Got {sorted(sizes)}.")
+    share_K = np.array(leaving, dtype=np.float64)
+    if (share_K < 0).any() or abs(share_K.sum() - 1) > 1e-6:
+        raise InvalidArgumentError(
+            f"The 'leaving' parameter must be shares that sum to 1. Got {list(leaving)}."
+        )
+    return share_K
 
 
 def _quantile(value_K: Array, share_K: Array, level: float) -> float:
