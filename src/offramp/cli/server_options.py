@@ -77,11 +77,11 @@ def server_config(
     token_file: Path | None,
     tls_cert: Path | None,
     tls_key: Path | None,
-    max_payload_mb: float,
-    max_batch_rows: int,
+    max_payload_mb: float = 16.0,
+    max_batch_rows: int = 256,
     max_queue_rows: int,
-    max_delay_ms: float,
-    grace_s: float,
+    max_delay_ms: float = 2.0,
+    grace_s: float = 10.0,
 ) -> ServerConfig:
     """The server's configuration.
 

@@ -111,11 +111,7 @@ def edge(
     tls_cert: TlsCertOption = None,
     tls_key: TlsKeyOption = None,
     threads: ThreadsOption = None,
-    max_payload_mb: MaxPayloadOption = 16.0,
-    max_batch_rows: MaxBatchOption = 256,
     max_queue_rows: MaxQueueOption = 1024,
-    max_delay_ms: MaxDelayOption = 2.0,
-    grace_s: GraceOption = 10.0,
 ) -> None:
     """Run the first stages here, ask the cloud for the rest, and serve the whole model."""
     with needs_extra("edge", "serve"):
@@ -132,11 +128,7 @@ def edge(
         token_file=token_file,
         tls_cert=tls_cert,
         tls_key=tls_key,
-        max_payload_mb=max_payload_mb,
-        max_batch_rows=max_batch_rows,
         max_queue_rows=max_queue_rows,
-        max_delay_ms=max_delay_ms,
-        grace_s=grace_s,
     )
     bundle = read_bundle(find_bundle(run))
     called = name or default_name(bundle.folder)
