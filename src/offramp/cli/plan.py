@@ -70,8 +70,7 @@ def plan(
         edge_ms=edge,
         cloud_ms=_step_ms(bundle, cloud_profile, threads),
         leaving=[float((exits == step.exit_index).mean()) for step in bundle.steps],
-        call_bytes=[call.call_bytes for call in calls],
-        call_ms=[call.call_ms for call in calls],
+        calls=calls,
         link=link,
         codec=codec,
     )

@@ -121,14 +121,10 @@ def edge(
         from offramp.serving.served import RunnerModel
     from offramp.runtime import read_bundle
 
+    tls = {"tls_cert": tls_cert, "tls_key": tls_key}
+    ports = {"http_port": http_port, "grpc_port": grpc_port}
     config = server_config(
-        host=host,
-        http_port=http_port,
-        grpc_port=grpc_port,
-        token_file=token_file,
-        tls_cert=tls_cert,
-        tls_key=tls_key,
-        max_queue_rows=max_queue_rows,
+        host=host, **ports, **tls, token_file=token_file, max_queue_rows=max_queue_rows
     )
     bundle = read_bundle(find_bundle(run))
     called = name or default_name(bundle.folder)
@@ -143,11 +139,10 @@ def edge(
         ca_file=cloud_ca,
         threads=threads,
     )
+    is_first = starts_after == _EVERYTHING_BEHIND
     try:
-        if starts_after == _EVERYTHING_BEHIND:
-            server.serve([RunnerModel(runner, bundle, name=called)], config)
-        else:
-            server.serve([middle_model(runner, called)], config)
+        model = RunnerModel(runner, bundle, name=called) if is_first else None
+        server.serve([model or middle_model(runner, called)], config)
     finally:
         runner.close()
 

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy.typing as npt
 from offramp.offload.cloud import cloud_models
 from offramp.offload.codec import encode, find_codec
 from offramp.offload.http_link import HttpLink
+from offramp.offload.plan import CallCost
 from offramp.runtime.bundle import Bundle
 from offramp.runtime.part import PartSession, carried_specs, cuts
 from offramp.runtime.session import check_inputs
@@ -28,21 +28,6 @@ Array = npt.NDArray[Any]
 _NAME = "planned"
 _TIMEOUT_S = 60.0
 _WARM_UP = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class CallCost:
-    """A call for a single sample at one cut.
-
-    Attributes:
-        split_after: The last stage on the edge.
-        call_bytes: Bytes both ways, headers included, the mean over samples.
-        call_ms: Beside computing behind the cut: writing, compressing, serving and reading, median.
-    """
-
-    split_after: int
-    call_bytes: float
-    call_ms: float
 
 
 def measure_calls(
@@ -83,7 +68,7 @@ def _cost(
 ) -> CallCost:
     if not samples:
         payload = float(bundle.steps[number - 1].payload_bytes)
-        return CallCost(split_after=cut, call_bytes=payload, call_ms=0.0)
+        return CallCost(call_bytes=payload, call_ms=0.0)
     step, found = bundle.steps[number], find_codec(codec)
     names = [spec.name for spec in carried_specs(bundle, number)]
     call_bytes, call_ms = [], []
@@ -97,7 +82,6 @@ def _cost(
         call_bytes.append(reply.sent_bytes + reply.received_bytes)
         call_ms.append(1e3 * (marks[1] - marks[0] - (marks[2] - marks[1])))
     return CallCost(
-        split_after=cut,
         call_bytes=fmean(call_bytes[_WARM_UP:]),
         call_ms=max(0.0, median(call_ms[_WARM_UP:])),
     )

@@ -78,14 +78,26 @@ class LinkTerms:
         return self.rtt_ms + num_bytes * 8 / (1e3 * self.mbit)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CallCost:
+    """A call over a link for a single sample, where the link itself takes no time.
+
+    Attributes:
+        call_bytes: Bytes both ways, headers included.
+        call_ms: Milliseconds beside computing behind the cut: writing, serving and reading it.
+    """
+
+    call_bytes: float
+    call_ms: float
+
+
 def plan_split(
     *,
     exits: Sequence[int],
     edge_ms: Sequence[float],
     cloud_ms: Sequence[float],
     leaving: Sequence[float],
-    call_bytes: Sequence[float],
-    call_ms: Sequence[float],
+    calls: Sequence[CallCost],
     link: LinkTerms,
     codec: str,
 ) -> list[CutCost]:
@@ -98,10 +110,8 @@ def plan_split(
         edge_ms: Milliseconds of each step on the edge, for a single sample.
         cloud_ms: The same in the cloud.
         leaving: Share of all samples that leave at each step, summing to 1.
-        call_bytes: Bytes of a call and its answer at each cut, for a single sample: K numbers, the
-            first with all in the cloud, the next with the first step on the edge, and so on.
-        call_ms: What such a call takes beside computing where the link takes no time: writing,
-            serving and reading it; K numbers.
+        calls: For a single sample at each cut but the last: the first with all in the cloud, the
+            next with the first step on the edge, and so on; K of them.
         link: What the link is like.
         codec: How features cross it, for the record.
     Returns:
@@ -111,24 +121,22 @@ def plan_split(
     Example:
         >>> cuts = plan_split(
         ...     exits=(0, 1), edge_ms=(10, 30), cloud_ms=(1, 3), leaving=(0.75, 0.25),
-        ...     call_bytes=(5000, 1000), call_ms=(0, 0), link=LinkTerms(mbit=8, rtt_ms=20),
-        ...     codec="float32",
+        ...     calls=(CallCost(call_bytes=5000, call_ms=0), CallCost(call_bytes=1000, call_ms=0)),
+        ...     link=LinkTerms(mbit=8, rtt_ms=20), codec="float32",
         ... )
         >>> [(cut.split_after, cut.mean_ms) for cut in cuts]
         [(-1, 26.75), (0, 16.0), (1, 17.5)]
     """
-    share_K = _checked_shares(leaving, (exits, edge_ms, cloud_ms, call_bytes, call_ms))
-    # Nothing crosses behind the last step.
-    bytes_of = [*call_bytes, 0.0]
-    crossing_ms = [ms + link.crossing_ms(b) for ms, b in zip(call_ms, call_bytes, strict=True)]
-    crossing_ms.append(0.0)
+    share_K = _checked_shares(leaving, (exits, edge_ms, cloud_ms, calls))
     cuts = []
     for number, cut in enumerate((-1, *exits)):
+        # Nothing crosses behind the last step.
+        call = calls[number] if number < len(calls) else CallCost(call_bytes=0.0, call_ms=0.0)
         is_behind_K = np.arange(len(exits)) >= number
         # How long samples that leave at each step are where.
         edge_ms_K = np.where(is_behind_K, 0.0, edge_ms).cumsum()
         cloud_ms_K = np.where(is_behind_K, cloud_ms, 0.0).cumsum()
-        link_ms_K = is_behind_K * crossing_ms[number]
+        link_ms_K = is_behind_K * (call.call_ms + link.crossing_ms(call.call_bytes))
         offloaded = float(share_K @ is_behind_K)
         cuts.append(
             CutCost(
@@ -140,7 +148,7 @@ def plan_split(
                 cloud_ms=float(share_K @ cloud_ms_K),
                 p95_ms=_quantile(edge_ms_K + link_ms_K + cloud_ms_K, share_K, _P95),
                 offloaded_share=offloaded,
-                bytes_per_request=offloaded * bytes_of[number],
+                bytes_per_request=offloaded * call.call_bytes,
             )
         )
     return cuts
@@ -157,7 +165,7 @@ def best_cut(cuts: Sequence[CutCost]) -> CutCost:
     return min(cuts, key=lambda cut: (cut.mean_ms, cut.bytes_per_request))
 
 
-def _checked_shares(leaving: Sequence[float], others: Sequence[Sequence[float]]) -> Array:
+def _checked_shares(leaving: Sequence[float], others: Sequence[Sequence[object]]) -> Array:
     sizes = {len(part) for part in (leaving, *others)}
     if len(sizes) != 1:
         raise InvalidArgumentError(f"Expected numbers of the same steps. Got {sorted(sizes)}.")

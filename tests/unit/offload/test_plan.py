@@ -1,15 +1,14 @@
 import pytest
 
 from offramp.errors import InvalidArgumentError
-from offramp.offload.plan import LinkTerms, best_cut, plan_split
+from offramp.offload.plan import CallCost, LinkTerms, best_cut, plan_split
 
 ASKED = {
     "exits": (0, 2),
     "edge_ms": (10.0, 30.0),
     "cloud_ms": (1.0, 3.0),
     "leaving": (0.75, 0.25),
-    "call_bytes": (5000.0, 1000.0),
-    "call_ms": (1.0, 2.0),
+    "calls": (CallCost(call_bytes=5000, call_ms=1), CallCost(call_bytes=1000, call_ms=2)),
     "link": LinkTerms(mbit=8, rtt_ms=20),
     "codec": "int8",
 }
