@@ -22,10 +22,10 @@ class AdaptiveResult(Generic[Array]):
         blocks: Which blocks ran, shape (B, gates), bool; None where blocks are not skipped.
         tokens: Tokens that ran each layer, shape (B, layers), int64, 0 once the sample has left;
             None where tokens do not halt.
-        answered_by: The part that answered each sample, shape (B,), int64: 0 for the edge part, 1
-            for the cloud part; None where the network is not split.
-        fell_back: Whether the edge part answered in place of a cloud part that did not, shape (B,),
-            bool; None where the network is not split.
+        answered_by: How many links away each sample was answered, shape (B,), int64: 0 for here, 1
+            for the part behind the first link; None where the network is not split.
+        fell_back: Whether an exit answered that was not sure, since the link behind it was of no
+            use in time, shape (B,), bool; None where the network is not split.
     """
 
     output: Array

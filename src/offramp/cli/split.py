@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from offramp.offload.edge import EdgeRunner
     from offramp.offload.proxy import LinkProxy
     from offramp.runtime import Bundle
+    from offramp.serving.server import ServerConfig
 
 _EVERYTHING_BEHIND = -1
 _FIRST_LOOK_S = 5.0
@@ -115,16 +116,18 @@ def edge(
 ) -> None:
     """Run the first stages here, ask the cloud for the rest, and serve the whole model."""
     with needs_extra("edge", "serve"):
-        from offramp.offload.cloud import middle_model
         from offramp.offload.edge import EdgeConfig
-        from offramp.serving import server
-        from offramp.serving.served import RunnerModel
+        from offramp.serving import server  # noqa: F401 - to say at once what is missing
     from offramp.runtime import read_bundle
 
-    tls = {"tls_cert": tls_cert, "tls_key": tls_key}
-    ports = {"http_port": http_port, "grpc_port": grpc_port}
     config = server_config(
-        host=host, **ports, **tls, token_file=token_file, max_queue_rows=max_queue_rows
+        host=host,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        token_file=token_file,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        max_queue_rows=max_queue_rows,
     )
     bundle = read_bundle(find_bundle(run))
     called = name or default_name(bundle.folder)
@@ -139,10 +142,19 @@ def edge(
         ca_file=cloud_ca,
         threads=threads,
     )
-    is_first = starts_after == _EVERYTHING_BEHIND
+    _serve_part(runner, called, config)
+
+
+def _serve_part(runner: EdgeRunner, name: str, config: ServerConfig) -> None:
+    """Serve the whole model, or, on a machine between two others, what is behind a cut."""
+    from offramp.offload.cloud import middle_model
+    from offramp.serving.served import RunnerModel
+    from offramp.serving.server import serve
+
+    is_first = runner.starts_after == _EVERYTHING_BEHIND
     try:
-        model = RunnerModel(runner, bundle, name=called) if is_first else None
-        server.serve([model or middle_model(runner, called)], config)
+        model = RunnerModel(runner, runner.bundle, name=name) if is_first else None
+        serve([model or middle_model(runner, name)], config)
     finally:
         runner.close()
 

@@ -151,7 +151,7 @@ def _write_steps(
                 parameter_bytes=parameter_bytes(module),
                 exit_macs_by_length=None if by_length is None else by_length[k],
                 exit_macs_by_size=None if by_size is None else by_size[k],
-                pixel_threshold=setting.pixel_threshold if counts_pixels else None,
+                pixel_threshold=float(setting.pixel_threshold) if counts_pixels else None,
                 channel_scales=scales[plan.stages[0]],
             )
         )

@@ -101,9 +101,7 @@ def plan_split(
     link: LinkTerms,
     codec: str,
 ) -> list[CutCost]:
-    """Predict what every cut costs, all on the edge and all in the cloud included.
-
-    Samples come one at a time, and nobody waits for another.
+    """Predict what every cut costs single samples, all on the edge and all in the cloud included.
 
     Args:
         exits: The exit that each step ends with, K numbers.
