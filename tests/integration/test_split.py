@@ -22,7 +22,8 @@ from offramp.offload.http_link import HttpLink
 from offramp.runtime import Session, read_bundle, with_thresholds
 from offramp.runtime.bundle import write_bundle as write_json
 
-STARTS_S = 60
+RECOVERS_S = 10
+"""Of a cloud that is back: 2 s on a machine that has nothing else to do."""
 
 
 class Process:
@@ -240,20 +241,23 @@ def test_a_killed_cloud_costs_no_answer_and_is_used_again(bundle, whole, folder,
     threads = [threading.Thread(target=ask) for _ in range(3)]
     for thread in threads:
         thread.start()
-    time.sleep(1)
-    process.kill()
-    time.sleep(1)
-    process.start_again()
-    back_at = time.perf_counter()
-    while not any(at > back_at and not fell for at, fell in answers):
-        assert time.perf_counter() < back_at + 2, "not used again within 2 s"
-        time.sleep(0.01)
-    stopping.set()
-    for thread in threads:
-        thread.join()
+    try:
+        time.sleep(1)
+        process.kill()
+        time.sleep(1)
+        process.start_again()
+        back_at = time.perf_counter()
+        while not any(at > back_at and not fell for at, fell in answers):
+            assert time.perf_counter() < back_at + RECOVERS_S, "not used again in time"
+            time.sleep(0.01)
+        print(f"used again after {time.perf_counter() - back_at:.2f} s")
+    finally:
+        stopping.set()
+        for thread in threads:
+            thread.join()
     assert any(fell for _, fell in answers)
     assert edge.traffic.samples == 8 * len(answers)
-    assert_same(edge.run(IMAGES), whole)
+    assert_same(edge.run(IMAGES, deadline_ms=20_000), whole)
     edge.close()
 
 
@@ -295,6 +299,7 @@ def test_stalled_packets_lose_no_answer(bundle, cloud, run):
         assert len(result.output) == 8
         assert np.isfinite(result.output).all()
     assert edge.traffic.samples == 80
+    assert edge.traffic.offloaded > 0
     edge.close()
 
 
@@ -315,7 +320,7 @@ def test_nobody_there_is_said_once_and_local_answers_are_given(folder, run, bund
         (("edge", "--split-after", "9", "--cloud", "http://127.0.0.1:1"), "one of -1, 0, 1, 2, 3"),
         (("edge", "--split-after", "1", "--cloud", "127.0.0.1:1"), "http://cloud:8000"),
         (("edge", "--split-after", "1", "--cloud", "http://x:1", "--codec", "jpeg"), "codec"),
-        (("cloud", "--split-after", "7"), "one of -1, 0, 1, 2, 3"),
+        (("cloud", "--split-after", "3"), "--split-after must be one of -1, 0, 1, 2"),
     ],
 )
 def test_wrong_input_is_one_line(folder, arguments, said):

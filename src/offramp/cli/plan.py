@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from offramp.artifacts import atomic_path
 from offramp.cli.artifact import find_bundle
 from offramp.cli.options import DataOption, JsonOption, RunOrBundle, percent, write_figures
 from offramp.cli.server_options import needs_extra
@@ -61,14 +63,14 @@ def plan(
     bundle = read_bundle(find_bundle(run))
     samples = _calibration_samples(bundle, data)
     exits = Session(bundle, threads=threads).run(samples).exit_index
-    edge = _step_ms(bundle, edge_profile, threads)
+    edge = _step_ms(bundle, edge_profile, threads, samples)
     if edge_ms is not None:
         edge = [ms * edge_ms / sum(edge) for ms in edge]
     calls = measure_calls(bundle, [samples[:_SAMPLES]], codec=codec, threads=threads)
     cuts = plan_split(
         exits=[step.exit_index for step in bundle.steps],
         edge_ms=edge,
-        cloud_ms=_step_ms(bundle, cloud_profile, threads),
+        cloud_ms=_step_ms(bundle, cloud_profile, threads, samples),
         leaving=[float((exits == step.exit_index).mean()) for step in bundle.steps],
         calls=calls,
         link=link,
@@ -79,8 +81,11 @@ def plan(
     if picture is not None:
         from offramp.inference.bars import draw_bars
 
-        draw_bars(cuts).save(picture)
-        print(f"drawn: {picture}")
+        if picture.suffix.lower() != ".png":
+            raise InvalidArgumentError(f"--picture must be a PNG file. Got {picture}.")
+        with atomic_path(picture) as temporary:
+            draw_bars(cuts).save(temporary, format="PNG")
+        print(f"drawn: {picture}", file=sys.stderr)
     if json_file is not None:
         write_figures({"link": asdict(link), "cuts": [asdict(cut) for cut in cuts]}, json_file)
 
@@ -98,12 +103,14 @@ def _calibration_samples(bundle: Bundle, data: str | None) -> Array:
     return array
 
 
-def _step_ms(bundle: Bundle, profile: Path | None, threads: int | None) -> list[float]:
+def _step_ms(
+    bundle: Bundle, profile: Path | None, threads: int | None, samples: Array
+) -> list[float]:
     from offramp.runtime.step_profile import profile_steps, read_step_profile
 
     if profile is not None:
         return list(read_step_profile(profile, bundle).step_ms)
-    return list(profile_steps(bundle, threads=threads).step_ms)
+    return list(profile_steps(bundle, threads=threads, inputs=[samples[:1]]).step_ms)
 
 
 def _print_table(cuts: list[CutCost], title: str) -> None:

@@ -119,18 +119,19 @@ def server_config(
     )
 
 
-def read_token(token_file: Path | None) -> str | None:
-    """Find the token that clients must show.
+def read_token(token_file: Path | None, variable: str = TOKEN_VARIABLE) -> str | None:
+    """Find a token.
 
     Args:
-        token_file: A file that holds it; None for the environment variable ``OFFRAMP_TOKEN``.
+        token_file: A file that holds it; None for an environment variable.
+        variable: Which one.
     Returns:
         The token; None if neither is there.
     Raises:
         InvalidArgumentError: If the file cannot be read.
     """
     if token_file is None:
-        return os.environ.get(TOKEN_VARIABLE)
+        return os.environ.get(variable)
     try:
         return token_file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:

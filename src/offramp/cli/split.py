@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,7 +30,7 @@ from offramp.cli.server_options import (
     read_token,
     server_config,
 )
-from offramp.errors import InvalidArgumentError, OffloadError
+from offramp.errors import AuthenticationError, InvalidArgumentError, OffloadError
 
 if TYPE_CHECKING:
     from offramp.offload.edge import EdgeRunner
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from offramp.runtime import Bundle
     from offramp.serving.server import ServerConfig
 
+CLOUD_TOKEN_VARIABLE = "OFFRAMP_CLOUD_TOKEN"
+"""Environment variable with the token that the cloud asks for, where no file is named."""
 _EVERYTHING_BEHIND = -1
 _FIRST_LOOK_S = 5.0
 
@@ -65,7 +68,7 @@ def cloud(
         from offramp.offload.cloud import cloud_models
         from offramp.serving import server
     from offramp.runtime import read_bundle
-    from offramp.runtime.part import PartSession
+    from offramp.runtime.part import PartSession, cuts
 
     config = server_config(
         host=host,
@@ -81,6 +84,12 @@ def cloud(
         grace_s=grace_s,
     )
     bundle = read_bundle(find_bundle(run))
+    behind = cuts(bundle)[:-1]
+    if split_after not in behind:
+        raise InvalidArgumentError(
+            f"--split-after must be one of {', '.join(map(str, behind))}, the cuts of "
+            f"{bundle.folder} with something behind them. Got {split_after}."
+        )
     session = PartSession(bundle, starts_after=split_after, threads=threads)
     server.serve(cloud_models(session, name or default_name(bundle.folder)), config)
 
@@ -99,7 +108,8 @@ def edge(
         float, typer.Option(help="After so long the best answer from here is given.")
     ] = 1000.0,
     cloud_token_file: Annotated[
-        Path | None, typer.Option(help="File with the token that the cloud asks for.")
+        Path | None,
+        typer.Option(help=f"File with the cloud's token; else ${CLOUD_TOKEN_VARIABLE}."),
     ] = None,
     cloud_ca: Annotated[
         Path | None, typer.Option(help="Certificates to trust for https, PEM.")
@@ -138,7 +148,7 @@ def edge(
         split_after=split_after,
         starts_after=starts_after,
         config=EdgeConfig(codec=codec, deadline_ms=deadline_ms),
-        token=read_token(cloud_token_file),
+        token=read_token(cloud_token_file, CLOUD_TOKEN_VARIABLE),
         ca_file=cloud_ca,
         threads=threads,
     )
@@ -153,8 +163,8 @@ def _serve_part(runner: EdgeRunner, name: str, config: ServerConfig) -> None:
 
     is_first = runner.starts_after == _EVERYTHING_BEHIND
     try:
-        model = RunnerModel(runner, runner.bundle, name=name) if is_first else None
-        serve([model or middle_model(runner, name)], config)
+        whole = partial(RunnerModel, runner, runner.bundle, keeps_deadlines=True)
+        serve([whole(name=name) if is_first else middle_model(runner, name)], config)
     finally:
         runner.close()
 
@@ -178,6 +188,8 @@ def _connect(
         runner = EdgeRunner(bundle, split_after=split_after, link=link, **options)  # type: ignore[arg-type]
         try:
             link.check(timeout_s=_FIRST_LOOK_S)
+        except AuthenticationError:
+            raise
         except OffloadError as error:
             print(f"offramp: the cloud is not there yet: {error}", file=sys.stderr)
     except BaseException:

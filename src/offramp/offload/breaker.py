@@ -12,8 +12,9 @@ class CircuitBreaker:
     """Keeps callers from a part that is gone, and finds out by itself when it is back.
 
     Closed, calls go through. After ``failures`` in a row it opens: calls are not tried, and a
-    thread probes every ``probe_s`` seconds; the first probe that succeeds closes it. No caller ever
-    waits for a probe.
+    thread probes every ``probe_s`` seconds. The first probe that succeeds closes it on trial: one
+    more failure opens it again, so that a part that is there and answers nothing costs one call a
+    probe. No caller ever waits for a probe.
 
     Args:
         probe: Asks whether the other part is there; raises if it is not.
@@ -22,10 +23,10 @@ class CircuitBreaker:
     """
 
     def __init__(self, probe: Callable[[], None], *, failures: int, probe_s: float) -> None:
-        if failures < 1 or not probe_s > 0:
+        if failures < 1 or not 0 < probe_s < 1e6:
             raise InvalidArgumentError(
-                "Expected at least 1 failure that opens a breaker, and seconds above 0 between "
-                f"probes. Got {failures} and {probe_s}."
+                "Expected at least 1 failure that opens a breaker, and from above 0 to below 1e6 "
+                f"seconds between probes. Got {failures} and {probe_s}."
             )
         self._probe = probe
         self._limit = failures
@@ -65,6 +66,6 @@ class CircuitBreaker:
             except Exception:  # whatever goes wrong, the other part is not there
                 continue
             with self._lock:
-                self._failed_in_a_row = 0
+                self._failed_in_a_row = self._limit - 1
                 self._is_open = False
             return

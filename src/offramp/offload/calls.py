@@ -109,11 +109,10 @@ def _survivors(
 @contextmanager
 def _serving(session: PartSession) -> Iterator[int]:
     """A server on a thread of its own; yields its port."""
+    server = Server(cloud_models(session, _NAME), ServerConfig(http_port=0, grpc_port=None))
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="offramp-server", daemon=True)
     thread.start()
-    config = ServerConfig(http_port=0, grpc_port=None)
-    server = Server(cloud_models(session, _NAME), config)
     try:
         asyncio.run_coroutine_threadsafe(server.start(), loop).result()
         yield server.http_port

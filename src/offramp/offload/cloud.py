@@ -22,6 +22,9 @@ from offramp.serving.served import Parameter
 
 Array = npt.NDArray[Any]
 
+_LEAST_MS = 1e-3
+"""Of a deadline that is over: there is still an answer to give."""
+
 
 class PartModel:
     """Serves a part of a network, which goes on with what another part sends.
@@ -31,7 +34,7 @@ class PartModel:
 
     Args:
         bundle: The bundle that both parts have.
-        answer: Answers a batch of what the part is given.
+        answer: Answers a batch of what the part is given, within seconds or None.
         name: Name of the whole model; the part's own is :func:`~offramp.offload.naming.part_name`.
         starts_after: The stage before its first.
         output_shape: Shape of a sample's logits.
@@ -40,7 +43,7 @@ class PartModel:
     def __init__(
         self,
         bundle: Bundle,
-        answer: Callable[[list[Array]], PartAnswer],
+        answer: Callable[[list[Array], float | None], PartAnswer],
         *,
         name: str,
         starts_after: int,
@@ -83,15 +86,16 @@ class PartModel:
                 )
         return check_carried(self.inputs, carried, multiple=self._multiple)
 
-    def run(self, arrays: list[Array]) -> dict[str, Array]:
+    def run(self, arrays: list[Array], *, within_s: float | None = None) -> dict[str, Array]:
         """Answer a batch.
 
         Args:
             arrays: As :meth:`prepare` made them.
+            within_s: What a part between two others has left for the one behind it.
         Returns:
             What a part answers, by name.
         """
-        answer = self._answer(arrays)
+        answer = self._answer(arrays, within_s)
         return {
             name: np.asarray(getattr(answer, name)).astype(dtype, copy=False)
             for name, dtype in ANSWER_DTYPES.items()
@@ -111,7 +115,7 @@ def cloud_models(session: PartSession, name: str) -> list[PartModel]:
     def behind(cut: int) -> PartModel:
         return PartModel(
             session.bundle,
-            lambda carried: as_answer(session, session.run(carried, starts_after=cut)),
+            lambda carried, _: as_answer(session, session.run(carried, starts_after=cut)),
             name=name,
             starts_after=cut,
             output_shape=session.output_shape,
@@ -129,9 +133,14 @@ def middle_model(runner: EdgeRunner, name: str) -> PartModel:
     Returns:
         The model.
     """
+
+    def answer(carried: list[Array], within_s: float | None) -> PartAnswer:
+        deadline_ms = None if within_s is None else max(_LEAST_MS, 1e3 * within_s)
+        return runner.answer(carried, deadline_ms=deadline_ms)
+
     return PartModel(
         runner.bundle,
-        runner.answer,
+        answer,
         name=name,
         starts_after=runner.starts_after,
         output_shape=runner.output_shape,

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from offramp.errors import ArtifactError, InvalidArgumentError, PayloadError
 from offramp.runtime.bundle import Step
+from offramp.runtime.files import TensorSpec
 
 Array = npt.NDArray[Any]
 
@@ -107,7 +108,8 @@ def decode(carried: Sequence[Array], step: Step) -> list[Array]:
     Returns:
         The tensors in the types that the step is given.
     Raises:
-        PayloadError: If a tensor has another type than any codec gives it.
+        PayloadError: If a tensor has another type than any codec gives it, or other channels than
+            the bundle has scales for.
     """
     specs = (*step.features, *step.state)
     if len(carried) != len(specs):
@@ -120,7 +122,7 @@ def decode(carried: Sequence[Array], step: Step) -> list[Array]:
                 f"Expected {spec.name} as {', '.join(allowed)}. Got {tensor.dtype.name}."
             )
         if tensor.dtype.name == "int8" and _changes(step, index):
-            tensor = tensor * along_channels(_scales(step)[index], tensor.ndim)
+            tensor = tensor * _fitting_scales(tensor, spec, step, index)
         decoded.append(tensor.astype(spec.dtype, copy=False))
     return decoded
 
@@ -152,6 +154,41 @@ def along_channels(scale_C: Array, ndim: int) -> Array:
         Shape (C,) or (C, 1, 1).
     """
     return scale_C[:, None, None] if ndim == _MAP_AXES else scale_C
+
+
+def _fitting_scales(tensor: Array, spec: TensorSpec, step: Step, index: int) -> Array:
+    """Checked first: a tensor of one channel would be blown up to all of them."""
+    axes = tensor.shape[1:]
+    expected = spec.sample_shape
+    if len(axes) != len(expected) or any(
+        size is not None and size != axis for axis, size in zip(axes, expected, strict=True)
+    ):
+        raise PayloadError(f"Expected {spec.name} of shape (B, *{expected}). Got {tensor.shape}.")
+    if step.channel_scales is None:
+        raise PayloadError("Expected float32 or float16: this bundle has no scales for int8.")
+    return along_channels(_scales(step)[index], tensor.ndim)
+
+
+def check_scales(step: Step) -> None:
+    """Make sure that features before a step can be written in int8.
+
+    Args:
+        step: The step.
+    Raises:
+        ArtifactError: If the bundle does not know how large they get.
+    """
+    counts = [len(scale_C) for scale_C in _scales(step)]
+    channels = [
+        0
+        if not _changes(step, index)
+        else spec.sample_shape[0 if len(spec.sample_shape) == 3 else -1]
+        for index, spec in enumerate(step.features)
+    ]
+    if counts != channels:
+        raise ArtifactError(
+            f"The bundle has int8 scales for {counts} channels before {step.file}. Expected "
+            f"{channels}: export the run again."
+        )
 
 
 def _changes(step: Step, index: int) -> bool:

@@ -10,10 +10,11 @@ import random
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from offramp.errors import (
@@ -22,10 +23,11 @@ from offramp.errors import (
     LinkTimeoutError,
     OffloadError,
     OfframpError,
+    PayloadError,
 )
 from offramp.offload.answers import PartAnswer, as_answer, read_answer
 from offramp.offload.breaker import CircuitBreaker
-from offramp.offload.codec import encode, find_codec
+from offramp.offload.codec import check_scales, encode, find_codec
 from offramp.offload.link import Link
 from offramp.results import AdaptiveResult
 from offramp.runtime.bundle import Bundle, read_bundle
@@ -36,6 +38,11 @@ from offramp.runtime.step_macs import StepMacs
 Array = npt.NDArray[Any]
 
 _LOG = logging.getLogger(__name__)
+LONGEST_MS = 1e9
+"""Deadlines are below it."""
+_MOST_ROWS = 256
+_MOST_BYTES = 8 * 2**20
+"""Of one call: half of what a server takes unless told."""
 _BACKOFF_S = 0.02
 """Before a call is tried again, on average; drawn between half and one and a half of it."""
 
@@ -62,10 +69,10 @@ class EdgeConfig:
     def __post_init__(self) -> None:
         find_codec(self.codec)
         valid = {
-            "deadline_ms": (self.deadline_ms > 0, "a number above 0"),
+            "deadline_ms": (0 < self.deadline_ms < LONGEST_MS, "above 0 and below 1e9"),
             "retries": (self.retries >= 0, "an int of at least 0"),
             "failures": (self.failures >= 1, "an int of at least 1"),
-            "probe_s": (self.probe_s > 0, "a number above 0"),
+            "probe_s": (0 < self.probe_s < 1e6, "above 0 and below 1e6"),
         }
         for name, (is_valid, expected) in valid.items():
             if not is_valid:
@@ -81,7 +88,7 @@ class Traffic:
     Attributes:
         samples: Samples that were answered.
         offloaded: Of those, answered behind the link.
-        fell_back: Of those, answered here although no exit here was sure of them.
+        fell_back: Of those, answered by an exit that was not sure, here or behind the link.
         calls: Times that the link was asked, retries counted.
         failed_calls: Of those, without a usable answer.
         sent_bytes: Bytes that went over the link in calls that were answered, headers included.
@@ -140,6 +147,8 @@ class EdgeRunner:
         self._link = link
         self.starts_after = starts_after
         self._next = first_step(self.bundle, split_after, "split_after")
+        if self._codec.dtype == "int8" and self._next < len(self.bundle.steps):
+            check_scales(self.bundle.steps[self._next])
         if self._next == len(self.bundle.steps):
             raise InvalidArgumentError(
                 f"The 'split_after' parameter must be below {split_after}: with all stages here "
@@ -209,25 +218,67 @@ class EdgeRunner:
         Returns:
             The answers.
         """
-        limit_s = (self.config.deadline_ms if deadline_ms is None else deadline_ms) / 1e3
-        end = (time.perf_counter() if started is None else started) + limit_s
+        limit_ms = self.config.deadline_ms if deadline_ms is None else deadline_ms
+        if not 0 < limit_ms < LONGEST_MS:
+            raise InvalidArgumentError(
+                f"The 'deadline_ms' parameter must be above 0 and below {LONGEST_MS:g}. "
+                f"Got {limit_ms}."
+            )
+        end = (time.perf_counter() if started is None else started) + limit_ms / 1e3
         if self._local is None:
-            answer = self._ask(carried, end, None)
-            self._count(len(answer.output), answer.fell_back, offloaded=len(answer.output))
+            answer = self._pass_on(carried, end)
+            self._count(answer, offloaded=len(answer.output))
             return answer
         part = self._local.run(carried)
         answer = as_answer(self._local, part)
+        answer.fell_back[part.rows] = True  # until somebody behind the link knows better
         offloaded = 0
-        if len(part.rows):
+        for chosen in self._chunks(part.carried, len(part.rows)):
             try:
-                behind = self._ask(part.carried, end, answer.output.shape[1:])
+                chunk = [tensor[chosen] for tensor in part.carried]
+                behind, is_sound_S = self._ask(chunk, end, answer.output.shape[1:])
             except OfframpError:
-                answer.fell_back[part.rows] = True
-            else:
-                _overwrite(answer, part.rows, behind)
-                offloaded = len(part.rows)
-        self._count(len(answer.output), answer.fell_back, offloaded=offloaded)
+                break  # the next would fare no better
+            except Exception:  # whatever goes wrong with the link, there is an answer
+                _LOG.exception("asking over the link failed in a way that it should not")
+                break
+            _overwrite(answer, part.rows[chosen[is_sound_S]], behind, is_sound_S)
+            offloaded += int(is_sound_S.sum())
+        self._count(answer, offloaded=offloaded)
         return answer
+
+    def _pass_on(self, carried: list[Array], end: float) -> PartAnswer:
+        """Ask for all samples, where nothing runs here that could answer instead."""
+        parts = []
+        for chosen in self._chunks(carried, len(carried[0])):
+            try:
+                behind, is_sound_S = self._ask([t[chosen] for t in carried], end, None)
+            except OffloadError:
+                raise
+            except OfframpError as error:  # the other part's fault, not our caller's
+                raise OffloadError(str(error)) from error
+            if not is_sound_S.all():
+                raise OffloadError("The part behind the link answered what cannot be.")
+            parts.append(behind)
+        names = [field.name for field in fields(PartAnswer)]
+        if sum(len(part.output) for part in parts) < len(carried[0]):
+            raise PayloadError("Expected finite features. Got NaN or infinity.")
+        return PartAnswer(
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        )
+
+    def _chunks(self, carried: list[Array], count: int) -> list[Array]:
+        """Rows to send together: none that a server would refuse, nor more than it takes."""
+        if count == 0:
+            return []
+        is_finite_S = np.ones(count, dtype=np.bool_)
+        for tensor in carried:
+            if tensor.dtype.kind == "f":
+                is_finite_S &= np.isfinite(tensor).reshape(count, -1).all(1)
+        rows = np.flatnonzero(is_finite_S)
+        row_bytes = max(1, sum(tensor.nbytes for tensor in carried) // count)
+        size = max(1, min(_MOST_ROWS, _MOST_BYTES // row_bytes))
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     @property
     def output_shape(self) -> tuple[int | None, ...]:
@@ -247,7 +298,7 @@ class EdgeRunner:
 
     def _ask(
         self, carried: list[Array], end: float, logits_shape: tuple[int, ...] | None
-    ) -> PartAnswer:
+    ) -> tuple[PartAnswer, Array]:
         """Ask the part behind the link, more than once if there is time."""
         step = self.bundle.steps[self._next]
         if self._breaker.is_open:
@@ -256,14 +307,17 @@ class EdgeRunner:
         names = [spec.name for spec in carried_specs(self.bundle, self._next)]
         inputs = dict(zip(names, encoded, strict=True))
         for left in reversed(range(self.config.retries + 1)):
+            if time.perf_counter() >= end:
+                raise LinkTimeoutError("The deadline was over before the link was asked.")
             try:
                 answer = self._call(inputs, end, logits_shape)
             except OfframpError as error:
-                self._failed(error)
                 pause_s = _BACKOFF_S * random.uniform(0.5, 1.5)
                 # Tried again only if it can still make it.
                 in_time = time.perf_counter() + pause_s + self._usual_s < end
-                if not left or not in_time or not _may_pass(error) or self._breaker.is_open:
+                is_last = not left or not in_time or not _may_pass(error)
+                self._failed(error, counts=is_last)
+                if is_last:
                     raise
                 time.sleep(pause_s)
             else:
@@ -273,10 +327,8 @@ class EdgeRunner:
 
     def _call(
         self, inputs: Mapping[str, Array], end: float, logits_shape: tuple[int, ...] | None
-    ) -> PartAnswer:
+    ) -> tuple[PartAnswer, Array]:
         started = time.perf_counter()
-        if started >= end:
-            raise LinkTimeoutError("The deadline was over before the link was asked.")
         reply = self._link.send(inputs, timeout_s=end - started, compresses=self._codec.compresses)
         rows = len(next(iter(inputs.values())))
         exits = [step.exit_index for step in self.bundle.steps[self._next :]]
@@ -291,7 +343,8 @@ class EdgeRunner:
             self.traffic.received_bytes += reply.received_bytes
         return answer
 
-    def _failed(self, error: OfframpError) -> None:
+    def _failed(self, error: OfframpError, *, counts: bool) -> None:
+        """Note a failure; the breaker counts the calls that were given up, not the attempts."""
         with self._lock:
             if not self._is_failing:
                 _LOG.warning("the link is of no use now: %s", error)
@@ -299,13 +352,14 @@ class EdgeRunner:
             self.last_error = error
             self.traffic.calls += 1
             self.traffic.failed_calls += 1
-        self._breaker.failed()
+        if counts:
+            self._breaker.failed()
 
-    def _count(self, samples: int, fell_back_B: Array, *, offloaded: int) -> None:
+    def _count(self, answer: PartAnswer, *, offloaded: int) -> None:
         with self._lock:
-            self.traffic.samples += samples
+            self.traffic.samples += len(answer.output)
             self.traffic.offloaded += offloaded
-            self.traffic.fell_back += int(fell_back_B.sum())
+            self.traffic.fell_back += int(answer.fell_back.sum())
 
 
 def _may_pass(error: OfframpError) -> bool:
@@ -315,10 +369,7 @@ def _may_pass(error: OfframpError) -> bool:
     )
 
 
-def _overwrite(answer: PartAnswer, rows: Array, behind: PartAnswer) -> None:
-    """Put in the answers of the part behind the link, which is one link farther away."""
-    answer.output[rows] = behind.output
-    answer.exit_index[rows] = behind.exit_index
-    answer.confidence[rows] = behind.confidence
-    answer.answered_by[rows] = behind.answered_by
-    answer.fell_back[rows] = behind.fell_back
+def _overwrite(answer: PartAnswer, rows: Array, behind: PartAnswer, is_sound_S: Array) -> None:
+    """Put in the answers of the part behind the link that can be."""
+    for field in fields(PartAnswer):
+        getattr(answer, field.name)[rows] = getattr(behind, field.name)[is_sound_S]

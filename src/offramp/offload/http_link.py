@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import re
 import ssl
 import threading
+import time
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
 import numpy.typing as npt
@@ -35,8 +38,20 @@ Result = TypeVar("Result")
 _ZSTD_LEVEL = 1
 """Higher ones take longer than what they save takes to send at 10 Mbit/s."""
 _MOST_ANSWER_BYTES = 64 * 2**20
+_TOKEN = re.compile(r"[!-~]+")
+_TIMEOUTS = (TimeoutError, asyncio.TimeoutError, concurrent.futures.TimeoutError)
+"""One and the same from Python 3.11 on."""
 _HANDED_OVER_S = 0.05
 """Beyond a call's own time limit, for it to pass from one thread to the other."""
+
+
+class _Response(NamedTuple):
+    """What came back of a call, to be read by whoever called."""
+
+    content: bytes
+    header_length: str | None
+    sent_bytes: int
+    received_bytes: int
 
 
 class HttpLink:
@@ -70,9 +85,13 @@ class HttpLink:
             raise InvalidArgumentError(
                 f"The 'url' parameter must be an address such as http://cloud:8000. Got {url!r}."
             )
+        if token is not None and not _TOKEN.fullmatch(token):
+            raise InvalidArgumentError(
+                "The 'token' must be one word of visible ASCII characters. Got others."
+            )
         model, version = part_name(name, split_after), identity(bundle)
         self._path = f"{url.rstrip('/')}/v2/models/{model}/versions/{version}"
-        self._where = f"{model} of version {version} at {url}"
+        self._where = f"{model} of version {version} at {_without_password(url)}"
         # Logits hardly compress, and bytes are counted as they come.
         self._headers = {"Accept-Encoding": "identity"}
         if token is not None:
@@ -80,6 +99,8 @@ class HttpLink:
         self._ssl = True if ca_file is None else ssl.create_default_context(cafile=ca_file)
         self._loop = asyncio.new_event_loop()
         self._session: aiohttp.ClientSession | None = None
+        self._is_closed = False
+        self._closing = threading.Lock()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="offramp-link", daemon=True
         )
@@ -89,7 +110,8 @@ class HttpLink:
         self, inputs: Mapping[str, Array], *, timeout_s: float, compresses: bool = False
     ) -> Reply:
         """See :meth:`offramp.offload.link.Link.send`."""
-        # The server need not answer what nobody waits for any more.
+        end = time.perf_counter() + timeout_s
+        # The server need not begin what nobody waits for any more.
         body, header_length = write_request(inputs, {"deadline_ms": 1e3 * timeout_s})
         headers = {
             "Content-Type": "application/octet-stream",
@@ -98,51 +120,75 @@ class HttpLink:
         if compresses:
             body = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(body)
             headers["Content-Encoding"] = "zstd"
-        return self._within(timeout_s, self._infer(body, headers))
+        response = self._within(end - time.perf_counter(), self._infer(body, headers))
+        outputs = read_answer(
+            response.content, response.header_length, max_bytes=_MOST_ANSWER_BYTES
+        )
+        return Reply(
+            outputs=outputs,
+            sent_bytes=response.sent_bytes,
+            received_bytes=response.received_bytes,
+        )
 
     def check(self, *, timeout_s: float) -> None:
         """See :meth:`offramp.offload.link.Link.check`."""
         self._within(timeout_s, self._ready())
 
     def close(self) -> None:
-        """Close the connections."""
-        if self._loop.is_closed():
-            return
-        if self._session is not None:
-            asyncio.run_coroutine_threadsafe(self._session.close(), self._loop).result()
+        """Give up what is under way, and close the connections."""
+        with self._closing:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        asyncio.run_coroutine_threadsafe(self._let_go(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
     def _within(self, timeout_s: float, call: Coroutine[Any, Any, Result]) -> Result:
         """Run a call on the link's own thread, and say in our words what went wrong."""
-        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(call, timeout_s), self._loop)
+        with self._closing:
+            if self._is_closed or timeout_s <= 0:
+                call.close()
+                raise OffloadError("The link is closed.") if self._is_closed else self._late(0.0)
+            future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(call, timeout_s), self._loop)
         try:
             return future.result(timeout_s + _HANDED_OVER_S)
         except OfframpError:
             raise
-        except TimeoutError as error:
+        except _TIMEOUTS as error:
             future.cancel()
-            raise LinkTimeoutError(
-                f"Expected an answer of {self._where} within {1e3 * timeout_s:.0f} ms. Got none."
-            ) from error
-        except (aiohttp.ClientError, OSError) as error:
+            raise self._late(timeout_s) from error
+        # Whatever it is, the caller has an answer of its own to give.
+        except (Exception, concurrent.futures.CancelledError) as error:
             raise OffloadError(f"Cannot reach {self._where}: {reason(error)}") from error
 
-    async def _infer(self, body: bytes, headers: Mapping[str, str]) -> Reply:
+    def _late(self, timeout_s: float) -> LinkTimeoutError:
+        return LinkTimeoutError(
+            f"Expected an answer of {self._where} within {1e3 * timeout_s:.0f} ms. Got none."
+        )
+
+    async def _let_go(self) -> None:
+        mine = asyncio.current_task()
+        calls = [task for task in asyncio.all_tasks() if task is not mine]
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
+
+    async def _infer(self, body: bytes, headers: Mapping[str, str]) -> _Response:
         session = self._open_session()
-        async with session.post(f"{self._path}/infer", data=body, headers=headers) as response:
+        async with session.post(
+            f"{self._path}/infer", data=body, headers=headers, allow_redirects=False
+        ) as response:
             content = await _read_capped(response)
             self._check_status(response.status, content)
-            outputs = read_answer(
-                content,
-                response.headers.get("Inference-Header-Content-Length"),
-                max_bytes=_MOST_ANSWER_BYTES,
-            )
             request = response.request_info
             line = f"{request.method} {request.url.raw_path} HTTP/1.1\r\n"
-            return Reply(
-                outputs=outputs,
+            return _Response(
+                content=content,
+                header_length=response.headers.get("Inference-Header-Content-Length"),
                 sent_bytes=len(line) + _header_bytes(request.headers) + len(body),
                 received_bytes=len(f"HTTP/1.1 {response.status} {response.reason}\r\n")
                 + _header_bytes(response.headers)
@@ -150,8 +196,13 @@ class HttpLink:
             )
 
     async def _ready(self) -> None:
-        async with self._open_session().get(f"{self._path}/ready") as response:
-            self._check_status(response.status, await _read_capped(response))
+        ready = self._open_session().get(f"{self._path}/ready", allow_redirects=False)
+        async with ready as response:
+            content = await _read_capped(response)
+            try:
+                self._check_status(response.status, content)
+            except PayloadError as error:  # nothing was sent that could be wrong: it is stopping
+                raise OffloadError(str(error)) from error
 
     def _open_session(self) -> aiohttp.ClientSession:
         """The pool of connections, which belongs to the link's thread."""
@@ -159,6 +210,8 @@ class HttpLink:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(ssl=self._ssl),
                 headers=self._headers,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
                 timeout=aiohttp.ClientTimeout(total=None),
             )
         return self._session
@@ -166,7 +219,7 @@ class HttpLink:
     def _check_status(self, status: int, content: bytes) -> None:
         if status == 200:
             return
-        said = content[:200].decode(errors="replace")
+        said = repr(content[:200].decode(errors="replace"))
         kinds: dict[int, type[OfframpError]] = {
             401: AuthenticationError,
             404: ArtifactError,
@@ -178,6 +231,11 @@ class HttpLink:
         if status == 404:
             said += " Both machines need the same bundle: export once and copy it."
         raise kind(f"Asked for {self._where}, the server answered {status}: {said}")
+
+
+def _without_password(url: str) -> str:
+    """The address as it may stand in messages."""
+    return re.sub(r"//[^/@]*@", "//", url)
 
 
 async def _read_capped(response: aiohttp.ClientResponse) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -114,6 +115,13 @@ def read_step_profile(path: Path, bundle: Bundle) -> StepProfile:
             f"them. Got something else ({error})."
         ) from error
     exits = tuple(step.exit_index for step in bundle.steps)
+    if len(profile.step_ms) != len(profile.exits) or not all(
+        0 < ms < math.inf for ms in profile.step_ms
+    ):
+        raise ArtifactError(
+            f"Expected milliseconds above 0 of {len(profile.exits)} steps in {path}. "
+            f"Got {profile.step_ms}."
+        )
     if profile.weights_sha256 != bundle.weights_sha256 or profile.exits != exits:
         raise ArtifactError(
             f"{path} is of another network or of other exits than {bundle.folder}. Time this "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class _Waiting:
     """A request in the queue.
 
     ``kind`` is the same for requests that may share a batch. ``timer`` ends the wait at its
-    deadline.
+    deadline, which is ``end`` by the loop's clock.
     """
 
     arrays: list[Array]
@@ -42,6 +43,7 @@ class _Waiting:
     kind: tuple[object, ...]
     answer: asyncio.Future[Answers]
     timer: asyncio.TimerHandle | None = None
+    end: float = math.inf
 
 
 class Batcher:
@@ -109,7 +111,8 @@ class Batcher:
             answer=loop.create_future(),
         )
         if deadline_ms is not None:
-            waiting.timer = loop.call_later(deadline_ms / 1e3, self._expire, waiting, deadline_ms)
+            waiting.end = loop.time() + deadline_ms / 1e3
+            waiting.timer = loop.call_at(waiting.end, self._expire, waiting, deadline_ms)
         self._queue[waiting] = None
         self._count(rows)
         try:
@@ -211,11 +214,13 @@ class Batcher:
         return batch
 
     async def _answer_batch(self, batch: list[_Waiting]) -> None:
-        outcome = await self._compute([waiting.arrays for waiting in batch])
+        end = min(waiting.end for waiting in batch)
+        outcome = await self._compute([waiting.arrays for waiting in batch], end)
         if isinstance(outcome, Exception) and len(batch) > 1:
             # One request may be to blame; its neighbours shall not suffer.
             for waiting in batch:
-                await self._answer_batch([waiting])
+                if not waiting.answer.done():
+                    await self._answer_batch([waiting])
             return
         start = 0
         for waiting in batch:
@@ -228,11 +233,12 @@ class Batcher:
             else:
                 waiting.answer.set_result({name: value[rows] for name, value in outcome.items()})
 
-    async def _compute(self, parts: list[list[Array]]) -> Answers | Exception:
-        """Run the model in its thread; what it raises is returned."""
+    async def _compute(self, parts: list[list[Array]], end: float) -> Answers | Exception:
+        """Run the model in its thread, by some time; what it raises is returned."""
         loop = asyncio.get_running_loop()
+        within_s = None if math.isinf(end) else max(0.0, end - loop.time())
         try:
-            answers = await loop.run_in_executor(self._thread, _run, self._model, parts)
+            answers = await loop.run_in_executor(self._thread, _run, self._model, parts, within_s)
         except OfframpError as error:
             return error
         except Exception as error:
@@ -243,12 +249,12 @@ class Batcher:
         return answers
 
 
-def _run(model: ServedModel, parts: Sequence[list[Array]]) -> Answers:
+def _run(model: ServedModel, parts: Sequence[list[Array]], within_s: float | None) -> Answers:
     joined = [
         np.concatenate(column) if len(column) > 1 else column[0]
         for column in zip(*parts, strict=True)
     ]
-    answers = model.run(joined)
+    answers = model.run(joined, within_s=within_s)
     rows = len(joined[0])
     wrong = [name for name, value in answers.items() if value.ndim == 0 or len(value) != rows]
     if wrong:

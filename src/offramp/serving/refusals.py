@@ -11,6 +11,7 @@ from offramp.errors import (
     AuthenticationError,
     InvalidArgumentError,
     LinkTimeoutError,
+    OffloadError,
     PayloadError,
     ServerBusyError,
     reason,
@@ -59,6 +60,7 @@ OUTCOMES: dict[type[BaseException], Outcome] = {
     EncodingError: Outcome(name="invalid", http_status=415, grpc_code="UNIMPLEMENTED"),
     ServerBusyError: Outcome(name="busy", http_status=503, grpc_code="UNAVAILABLE"),
     LinkTimeoutError: Outcome(name="deadline", http_status=504, grpc_code="DEADLINE_EXCEEDED"),
+    OffloadError: Outcome(name="unreachable", http_status=503, grpc_code="UNAVAILABLE"),
     PayloadError: _INVALID,
     InvalidArgumentError: _INVALID,
 }

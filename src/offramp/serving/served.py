@@ -24,6 +24,8 @@ Array = npt.NDArray[Any]
 Parameter = bool | int | float | str
 """What the protocol allows as the value of a request parameter."""
 
+_LEAST_MS = 1e-3
+"""Of a deadline that is over: there is still an answer to give."""
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -66,11 +68,13 @@ class ServedModel(Protocol):
         """
         ...
 
-    def run(self, arrays: list[Array]) -> Mapping[str, Array]:
+    def run(self, arrays: list[Array], *, within_s: float | None = None) -> Mapping[str, Array]:
         """Answer a batch; called in a worker thread.
 
         Args:
             arrays: As :meth:`prepare` made them, those of several requests joined.
+            within_s: Seconds that the first of them to be over has left; None for no deadline. A
+                model that cannot hurry need not look at it.
         Returns:
             Outputs by name, each with the batch axis first, rows in order.
         """
@@ -80,7 +84,7 @@ class ServedModel(Protocol):
 class Runner(Protocol):
     """Anything with the one method of a runner, for numpy arrays: a ``Session``, for example."""
 
-    def run(self, *inputs: Array) -> AdaptiveResult[Array]:
+    def run(self, *inputs: Array, deadline_ms: float | None = None) -> AdaptiveResult[Array]:
         """Answer a batch."""
         ...
 
@@ -100,11 +104,20 @@ class RunnerModel:
         bundle: What it runs; says what inputs must look like.
         name: What clients call it: letters, digits, dots, hyphens and underscores.
         version: Its version.
+        keeps_deadlines: Whether the runner takes ``deadline_ms``, as an edge part does.
     Raises:
         InvalidArgumentError: If the name has other characters.
     """
 
-    def __init__(self, runner: Runner, bundle: Bundle, *, name: str, version: str = "1") -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        bundle: Bundle,
+        *,
+        name: str,
+        version: str = "1",
+        keeps_deadlines: bool = False,
+    ) -> None:
         if not _MODEL_NAME.fullmatch(name):
             raise InvalidArgumentError(
                 "The 'name' of a model must be letters, digits, dots, hyphens and underscores, at "
@@ -118,6 +131,7 @@ class RunnerModel:
             "weights_sha256": bundle.weights_sha256,
         }
         self._runner, self._bundle = runner, bundle
+        self._keeps_deadlines = keeps_deadlines
         self.outputs = tuple(
             _free_axes(name, array, is_free=name in ("output", "label") and _has_free_axes(bundle))
             for name, array in self.run(example_inputs(bundle)).items()
@@ -146,15 +160,19 @@ class RunnerModel:
                 )
         return arrays
 
-    def run(self, arrays: list[Array]) -> dict[str, Array]:
+    def run(self, arrays: list[Array], *, within_s: float | None = None) -> dict[str, Array]:
         """Answer a batch.
 
         Args:
             arrays: As :meth:`prepare` made them.
+            within_s: Passed on to a runner that keeps deadlines.
         Returns:
             Outputs by name, as the class says.
         """
-        result = self._runner.run(*arrays)
+        if self._keeps_deadlines and within_s is not None:
+            result = self._runner.run(*arrays, deadline_ms=max(_LEAST_MS, 1e3 * within_s))
+        else:
+            result = self._runner.run(*arrays)
         output = result.output
         if output.ndim == 4:
             label = label_maps(output, (arrays[0].shape[2], arrays[0].shape[3]))

@@ -47,12 +47,31 @@ def test_closes_by_itself_once_a_probe_succeeds():
 
 def test_one_thread_probes_however_many_fail():
     breaker = CircuitBreaker(refuse, failures=1, probe_s=60)
-    before = threading.active_count()
+    before = probes()
     for _ in range(10):
         breaker.failed()
-    assert threading.active_count() == before + 1
+    (mine,) = probes() - before
     breaker.close()
-    wait_until(lambda: threading.active_count() == before)
+    wait_until(lambda: not mine.is_alive())
+
+
+def test_a_part_that_is_there_but_answers_nothing_costs_one_call_a_probe():
+    breaker = CircuitBreaker(lambda: None, failures=3, probe_s=0.01)
+    for _ in range(3):
+        breaker.failed()
+    wait_until(lambda: not breaker.is_open)
+    breaker.failed()
+    assert breaker.is_open
+    wait_until(lambda: not breaker.is_open)
+    breaker.succeeded()
+    breaker.failed()
+    assert not breaker.is_open
+    breaker.close()
+
+
+def probes():
+    """Threads that look for the other part."""
+    return {thread for thread in threading.enumerate() if thread.name == "offramp-probe"}
 
 
 @pytest.mark.parametrize(("failures", "probe_s"), [(0, 1.0), (1, 0.0), (1, float("nan"))])

@@ -87,6 +87,11 @@ def test_other_types_are_refused():
         decode([CARRIED[0], CARRIED[1].astype(np.int8), CARRIED[2]], step())
     with pytest.raises(PayloadError, match="map as float32, float16, int8"):
         decode([CARRIED[0].astype(np.float64), *CARRIED[1:]], step())
+    for shape in ((1, 1, 1, 2), (1, 3, 1, 2), (1, 2)):
+        with pytest.raises(PayloadError, match="map of shape"):
+            decode([np.zeros(shape, dtype=np.int8), *CARRIED[1:]], step())
+    with pytest.raises(PayloadError, match="no scales"):
+        decode([MAP.astype(np.int8), *CARRIED[1:]], step(None))
     with pytest.raises(PayloadError, match="3 tensors"):
         decode(CARRIED[:2], step())
 
