@@ -139,6 +139,7 @@ def main(
     epochs: Annotated[int, typer.Option(min=1, help="Of each row.")] = 2,
     policy_weight: Annotated[float | None, typer.Option(help="As the recipe if left out.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="As the recipe if left out.")] = None,
+    settled: Annotated[int, typer.Option(help="Of the epochs, the last, gates still.")] = 0,
     baseline: Annotated[bool | None, typer.Option(help="As the recipe if left out.")] = None,
     from_scratch: Annotated[bool, typer.Option(help="Add reward alone, untrained.")] = False,
     seeds: Annotated[str, typer.Option(metavar="S,...", help="Of order and draws.")] = "0",
@@ -162,6 +163,7 @@ def main(
     gates = replace(
         recipe.fit.gates,
         reward_epochs=epochs,
+        settled_epochs=settled,
         **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
     fit_config = replace(recipe.fit, epochs=epochs, device=device, gates=gates)  # type: ignore[arg-type]

@@ -18,6 +18,8 @@ class GateConfig:
         reward_epochs: So many last epochs train by hybrid reinforcement learning; those before
             train by the labels alone, with straight-through gates.
         reward_learning_rate: At the start of those last epochs; decays to zero by a cosine.
+        settled_epochs: So many of those, the last ones, train by the labels alone under what the
+            gates have come to decide: drawn no more, and not changed.
         alpha: Reward for skipping every block; a wrong answer costs its cross entropy.
         reward: blocks (each skipped block earns as much) or macs (by what its block takes).
         policy_weight: Weight of the policy gradient beside the supervised loss.
@@ -28,6 +30,7 @@ class GateConfig:
 
     reward_epochs: int = 0
     reward_learning_rate: float = 1e-4
+    settled_epochs: int = 0
     alpha: float = 0.1
     reward: Literal["blocks", "macs"] = "blocks"
     policy_weight: float = 0.01
@@ -39,6 +42,10 @@ class GateConfig:
             self,
             {
                 "reward_epochs": (self.reward_epochs >= 0, "an int of at least 0"),
+                "settled_epochs": (
+                    0 <= self.settled_epochs <= self.reward_epochs,
+                    f"an int from 0 to the {self.reward_epochs} reward_epochs",
+                ),
                 "reward_learning_rate": (self.reward_learning_rate > 0, "a positive number"),
                 "alpha": (0 <= self.alpha < math.inf, "a number of at least 0"),
                 "reward": (self.reward in ("blocks", "macs"), "blocks or macs"),

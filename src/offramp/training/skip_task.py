@@ -13,18 +13,30 @@ from torch import Tensor
 
 from offramp.model.multi_exit import Features
 from offramp.routing.reinforce import hybrid_loss
-from offramp.routing.skip import GatedOutput, SkipNetwork, sampled, straight_through
+from offramp.routing.skip import (
+    Choice,
+    GatedOutput,
+    SkipNetwork,
+    at_threshold,
+    sampled,
+    straight_through,
+)
 from offramp.training.config import FitConfig, GateConfig
 from offramp.training.data import check_labels
 from offramp.training.schedules import two_cosines
 from offramp.training.task import Task
 
+_FINAL = 0.5
+"""Threshold of the gates once they stand still."""
 BLOCKS_METRIC = "blocks_run"
 """Name of the logged share of gated blocks that run on calibration data."""
 
 
 class SkipTask(Task):
     """Trains by the labels with straight-through gates first, then by labels and reward.
+
+    The last epochs may settle: gates that were drawn so far decide for good, and the blocks learn
+    to do with it.
 
     Args:
         network: The network to train, in place.
@@ -45,10 +57,22 @@ class SkipTask(Task):
         """The first epoch, from 0, of reinforcement learning."""
         return self.config.epochs - self.gates.reward_epochs
 
+    @property
+    def first_settled_epoch(self) -> int:
+        """The first epoch, from 0, in which gates stand still and their decisions are final."""
+        return self.config.epochs - self.gates.settled_epochs
+
+    @property
+    def _choice(self) -> Choice:
+        """What gates do in this epoch."""
+        if self.current_epoch >= self.first_settled_epoch:
+            return at_threshold(_FINAL)
+        return sampled if self.current_epoch >= self.first_reward_epoch else straight_through
+
     def loss(self, inputs: Features, labels_B: Tensor) -> Tensor:
         """The supervised loss, or the hybrid one in the last epochs."""
-        is_rewarded = self.current_epoch >= self.first_reward_epoch
-        output: GatedOutput = self.network(*inputs, sampled if is_rewarded else straight_through)
+        is_rewarded = self.first_reward_epoch <= self.current_epoch < self.first_settled_epoch
+        output: GatedOutput = self.network(*inputs, self._choice)
         check_labels(labels_B, num_classes=output.logits.shape[-1])
         if not is_rewarded:
             smoothing = self.config.label_smoothing

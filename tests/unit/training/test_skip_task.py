@@ -99,6 +99,21 @@ def test_last_epochs_train_by_labels_and_reward(monkeypatch, reward, supervised)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_settled_epochs_train_the_blocks_under_the_gates_final_decisions(monkeypatch):
+    network = small_network().eval()
+    gates = GateConfig(reward_epochs=2, settled_epochs=1, policy_weight=3.0)
+    config = off.FitConfig(epochs=3, gates=gates)
+    found = gradients(network, loss_in_epoch(monkeypatch, network, config, epoch=2))
+    logits, _, actions = pass_by_hand(network, BATCH[0], lambda p: (p >= 0.5).float())
+    assert set(actions.flatten().tolist()) <= {0.0, 1.0}
+    expected = gradients(network, F.cross_entropy(logits, BATCH[1]))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    of_gates = {id(parameter) for parameter in network.gates.parameters()}
+    still = [g for p, g in zip(network.parameters(), found, strict=True) if id(p) in of_gates]
+    assert still
+    assert not any(gradient.any() for gradient in still)
+
+
 def test_the_learning_rate_falls_by_a_cosine_in_each_phase():
     config = off.FitConfig(
         epochs=6,
@@ -147,7 +162,13 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"reward_epochs": -1}, {"alpha": -0.1}, {"reward": "ms"}, {"policy_weight": -1}],
+    [
+        {"reward_epochs": -1},
+        {"alpha": -0.1},
+        {"reward": "ms"},
+        {"policy_weight": -1},
+        {"settled_epochs": 1},
+    ],
 )
 def test_gate_settings_out_of_range_are_refused(changes):
     (name,) = changes
