@@ -10,6 +10,9 @@ from offramp.errors import InvalidArgumentError
 
 _CHUNK_BYTES = 1448
 """What a TCP packet holds on an Ethernet."""
+_BUFFER_S = 0.1
+_TIMER_S = 1.5e-3
+"""An event loop's timers are late by up to a millisecond: the rest is waited for by asking."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +133,9 @@ class LinkProxy:
                 self.carried_bytes += len(packet)
                 free_at = max(free_at, clock()) + self._sending_s(len(packet))
                 packets.put_nowait((free_at + self.shape.rtt_ms / 2e3, packet))
-                await asyncio.sleep(max(0.0, free_at - clock()))
+                # The link is as far ahead as its buffer is large; then the sender has to wait.
+                if free_at - clock() > _BUFFER_S:
+                    await asyncio.sleep(free_at - clock() - _BUFFER_S)
             packets.put_nowait((free_at + self.shape.rtt_ms / 2e3, b""))
             await deliver
         finally:
@@ -148,7 +153,10 @@ async def _deliver(
     clock = asyncio.get_running_loop().time
     while True:
         arrives_at, packet = await packets.get()
-        await asyncio.sleep(max(0.0, arrives_at - clock()))
+        if arrives_at - clock() > _TIMER_S:
+            await asyncio.sleep(arrives_at - clock() - _TIMER_S)
+        while clock() < arrives_at:
+            await asyncio.sleep(0)
         if not packet:
             writer.write_eof()
             return
