@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import io
 import re
 import ssl
 import threading
@@ -179,8 +180,10 @@ class HttpLink:
 
     async def _infer(self, body: bytes, headers: Mapping[str, str]) -> _Response:
         session = self._open_session()
+        # As a file, which aiohttp sends piece by piece.
+        data = io.BytesIO(body)
         async with session.post(
-            f"{self._path}/infer", data=body, headers=headers, allow_redirects=False
+            f"{self._path}/infer", data=data, headers=headers, allow_redirects=False
         ) as response:
             content = await _read_capped(response)
             self._check_status(response.status, content)
