@@ -36,9 +36,10 @@ INSIDE_RECIPES = (
             class_balance="sampling",
             gates=GateConfig(
                 reward_epochs=6,
-                reward_learning_rate=0.01,
-                alpha=1.0,
-                policy_weight=2.0,
+                settled_epochs=4,
+                reward_learning_rate=0.1,
+                alpha=0.45,
+                policy_weight=6.0,
                 baseline=True,
             ),
         ),
