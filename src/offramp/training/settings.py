@@ -16,8 +16,8 @@ from offramp.training.sources import nearest
 
 _KINDS = {"gates": GateConfig, "halting": HaltingConfig}
 """Settings of one kind of network, by the field of FitConfig that holds them."""
-_LAST_PHASES = {"gates": "reward_epochs", "halting": "halting_epochs"}
-"""Which of them says how many last epochs are of another kind."""
+_LAST_PHASES = {"gates": ("reward_epochs", "settled_epochs"), "halting": ("halting_epochs",)}
+"""Which of them say how many last epochs are of another kind, each within the one before."""
 
 
 def override(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
@@ -87,10 +87,16 @@ def _with_changes(
 
     phases = phase(fit, "backbone_epochs") | phase(fit, "warmup_epochs")
     kinds = {}
-    for name, last_phase in _LAST_PHASES.items():
+    for name, last_phases in _LAST_PHASES.items():
         settings = getattr(fit, name)
-        if settings is not None:
-            kinds[name] = replace(settings, **{**phase(settings, last_phase), **kind_changes})
+        if settings is None:
+            continue
+        lengths: dict[str, int] = {}
+        longest = epochs
+        for last_phase in last_phases:
+            own = min(phase(settings, last_phase)[last_phase], longest)
+            longest = lengths[last_phase] = kind_changes.get(last_phase, own)
+        kinds[name] = replace(settings, **{**kind_changes, **lengths})
     return replace(fit, **{**phases, **kinds, **changes})
 
 

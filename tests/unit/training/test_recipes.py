@@ -280,6 +280,8 @@ def test_other_epochs_keep_the_share_that_is_rewarded(skipping):
     assert override(skipping, {"epochs": "2"}).fit.gates.reward_epochs == 0
     asked = override(skipping, {"epochs": "9", "reward_epochs": "9"})
     assert asked.fit.gates.reward_epochs == 9
+    assert override(skipping, {"epochs": "9"}).fit.gates.settled_epochs == 2
+    assert override(skipping, {"reward_epochs": "0"}).fit.gates.settled_epochs == 0
 
 
 def test_unknown_setting_of_gates_names_the_nearest(skipping):
