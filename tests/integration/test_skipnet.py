@@ -175,7 +175,7 @@ def test_plain_network_stands_beside_and_another_with_gates_does_not(
 ):
     plain = figures("evaluate", plain_training)
     beside = figures("evaluate", skip_run, "--plain", plain_training)
-    assert beside["plain_accuracy"] == plain["accuracy"] > 0.5
+    assert beside["plain_accuracy"] == plain["accuracy"] > 0.3  # three times chance
     assert beside["plain_macs"] == plain["plain_macs"]
     assert "blocks" not in plain
     refuses("evaluate", skip_run, "--plain", skip_run, words=("no gates", "variant=plain"))

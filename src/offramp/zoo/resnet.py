@@ -10,7 +10,7 @@ from offramp.model.heads import conv_head, pooled_head
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.zoo.exits import kept_exits
 
-_LEAST_CHANNELS_LAST = 8
+_LEAST_CHANNELS_LAST = 16
 """Narrower networks stay channels-first: torch 2.13 writes outside its memory in the backward pass
 of a 1x1 convolution with a stride there."""
 
