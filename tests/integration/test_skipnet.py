@@ -70,7 +70,7 @@ def train_skipnet(tmp_path_factory, offramp, skip_data):
 @pytest.fixture(scope="session")
 def plain_training(train_skipnet):
     """The same network without gates, trained long enough to tell digits apart."""
-    return train_skipnet("--set", "variant=plain", "--epochs", 8)[0]
+    return train_skipnet("--set", "variant=plain", "--epochs", 16)[0]
 
 
 @pytest.fixture(scope="session")
@@ -175,7 +175,7 @@ def test_plain_network_stands_beside_and_another_with_gates_does_not(
 ):
     plain = figures("evaluate", plain_training)
     beside = figures("evaluate", skip_run, "--plain", plain_training)
-    assert beside["plain_accuracy"] == plain["accuracy"] > 0.3  # three times chance
+    assert beside["plain_accuracy"] == plain["accuracy"] > 0.5
     assert beside["plain_macs"] == plain["plain_macs"]
     assert "blocks" not in plain
     refuses("evaluate", skip_run, "--plain", skip_run, words=("no gates", "variant=plain"))
