@@ -103,8 +103,8 @@ class Gated:
     def prepare(self, inputs, parameters):
         return [inputs["x"]]
 
-    def run(self, arrays, *, within_s=None):
-        self.within_s = within_s
+    def run(self, arrays, *, deadline_ms=None):
+        self.deadline_ms = deadline_ms
         self.started.release()
         assert self.gate.wait(30)
         (x,) = arrays

@@ -11,19 +11,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from offramp.errors import PayloadError
 from offramp.offload.answers import ANSWER_DTYPES, PartAnswer, answer_specs, as_answer
 from offramp.offload.codec import decode
 from offramp.offload.edge import EdgeRunner
 from offramp.offload.naming import identity, part_name
 from offramp.runtime.bundle import Bundle
 from offramp.runtime.part import PartSession, carried_specs, check_carried, cuts, first_step
-from offramp.serving.served import Parameter
+from offramp.serving.served import Parameter, check_finite, in_order
 
 Array = npt.NDArray[Any]
-
-_LEAST_MS = 1e-3
-"""Of a deadline that is over: there is still an answer to give."""
 
 
 class PartModel:
@@ -34,7 +30,7 @@ class PartModel:
 
     Args:
         bundle: The bundle that both parts have.
-        answer: Answers a batch of what the part is given, within seconds or None.
+        answer: Answers a batch of what the part is given, within milliseconds or None.
         name: Name of the whole model; the part's own is :func:`~offramp.offload.naming.part_name`.
         starts_after: The stage before its first.
         output_shape: Shape of a sample's logits.
@@ -72,30 +68,20 @@ class PartModel:
             PayloadError: If names, types or values are wrong.
             ShapeError: If shapes are.
         """
-        names = [spec.name for spec in self.inputs]
-        if set(names) != set(inputs):
-            raise PayloadError(
-                f"Expected the inputs {', '.join(names)}. "
-                f"Got {', '.join(sorted(inputs)) or 'none'}."
-            )
-        carried = decode([inputs[name] for name in names], self._step)
-        for name, tensor in zip(names, carried, strict=True):
-            if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
-                raise PayloadError(
-                    f"Input {name!r} must hold finite numbers. It has NaN or infinity in it."
-                )
+        carried = decode(in_order(self.inputs, inputs), self._step)
+        check_finite(self.inputs, carried)
         return check_carried(self.inputs, carried, multiple=self._multiple)
 
-    def run(self, arrays: list[Array], *, within_s: float | None = None) -> dict[str, Array]:
+    def run(self, arrays: list[Array], *, deadline_ms: float | None = None) -> dict[str, Array]:
         """Answer a batch.
 
         Args:
             arrays: As :meth:`prepare` made them.
-            within_s: What a part between two others has left for the one behind it.
+            deadline_ms: What a part between two others has left for the one behind it.
         Returns:
             What a part answers, by name.
         """
-        answer = self._answer(arrays, within_s)
+        answer = self._answer(arrays, deadline_ms)
         return {
             name: np.asarray(getattr(answer, name)).astype(dtype, copy=False)
             for name, dtype in ANSWER_DTYPES.items()
@@ -133,14 +119,9 @@ def middle_model(runner: EdgeRunner, name: str) -> PartModel:
     Returns:
         The model.
     """
-
-    def answer(carried: list[Array], within_s: float | None) -> PartAnswer:
-        deadline_ms = None if within_s is None else max(_LEAST_MS, 1e3 * within_s)
-        return runner.answer(carried, deadline_ms=deadline_ms)
-
     return PartModel(
         runner.bundle,
-        answer,
+        lambda carried, deadline_ms: runner.answer(carried, deadline_ms=deadline_ms),
         name=name,
         starts_after=runner.starts_after,
         output_shape=runner.output_shape,

@@ -147,13 +147,13 @@ class EdgeRunner:
         self._link = link
         self.starts_after = starts_after
         self._next = first_step(self.bundle, split_after, "split_after")
-        if self._codec.dtype == "int8" and self._next < len(self.bundle.steps):
-            check_scales(self.bundle.steps[self._next])
         if self._next == len(self.bundle.steps):
             raise InvalidArgumentError(
                 f"The 'split_after' parameter must be below {split_after}: with all stages here "
                 "there is nothing to link to. Use a Session."
             )
+        if self._codec.dtype == "int8":
+            check_scales(self.bundle.steps[self._next])
         self._local: PartSession | None = None
         if split_after > starts_after:
             self._local = PartSession(

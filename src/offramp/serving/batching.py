@@ -23,6 +23,8 @@ from offramp.serving.served import ServedModel
 Array = npt.NDArray[Any]
 Answers = Mapping[str, Array]
 
+_LEAST_MS = 1e-3
+"""Of a deadline that is over: there is still an answer to give."""
 _log = logging.getLogger(__name__)
 
 
@@ -236,9 +238,12 @@ class Batcher:
     async def _compute(self, parts: list[list[Array]], end: float) -> Answers | Exception:
         """Run the model in its thread, by some time; what it raises is returned."""
         loop = asyncio.get_running_loop()
-        within_s = None if math.isinf(end) else max(0.0, end - loop.time())
+        left_ms = 1e3 * (end - loop.time())
+        deadline_ms = None if math.isinf(end) else max(_LEAST_MS, left_ms)
         try:
-            answers = await loop.run_in_executor(self._thread, _run, self._model, parts, within_s)
+            answers = await loop.run_in_executor(
+                self._thread, _run, self._model, parts, deadline_ms
+            )
         except OfframpError as error:
             return error
         except Exception as error:
@@ -249,12 +254,12 @@ class Batcher:
         return answers
 
 
-def _run(model: ServedModel, parts: Sequence[list[Array]], within_s: float | None) -> Answers:
+def _run(model: ServedModel, parts: Sequence[list[Array]], deadline_ms: float | None) -> Answers:
     joined = [
         np.concatenate(column) if len(column) > 1 else column[0]
         for column in zip(*parts, strict=True)
     ]
-    answers = model.run(joined, within_s=within_s)
+    answers = model.run(joined, deadline_ms=deadline_ms)
     rows = len(joined[0])
     wrong = [name for name, value in answers.items() if value.ndim == 0 or len(value) != rows]
     if wrong:

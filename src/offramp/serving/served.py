@@ -24,8 +24,6 @@ Array = npt.NDArray[Any]
 Parameter = bool | int | float | str
 """What the protocol allows as the value of a request parameter."""
 
-_LEAST_MS = 1e-3
-"""Of a deadline that is over: there is still an answer to give."""
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -68,13 +66,13 @@ class ServedModel(Protocol):
         """
         ...
 
-    def run(self, arrays: list[Array], *, within_s: float | None = None) -> Mapping[str, Array]:
+    def run(self, arrays: list[Array], *, deadline_ms: float | None = None) -> Mapping[str, Array]:
         """Answer a batch; called in a worker thread.
 
         Args:
             arrays: As :meth:`prepare` made them, those of several requests joined.
-            within_s: Seconds that the first of them to be over has left; None for no deadline. A
-                model that cannot hurry need not look at it.
+            deadline_ms: Milliseconds, above 0, that the first of them to be over has left; None
+                for no deadline. A model that cannot hurry need not look at it.
         Returns:
             Outputs by name, each with the batch axis first, rows in order.
         """
@@ -153,24 +151,20 @@ class RunnerModel:
             ShapeError: If shapes do not fit the bundle.
         """
         arrays = check_inputs(self._bundle, named_inputs(self.inputs, inputs))
-        for spec, array in zip(self.inputs, arrays, strict=True):
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise PayloadError(
-                    f"Input {spec.name!r} must hold finite numbers. It has NaN or infinity in it."
-                )
+        check_finite(self.inputs, arrays)
         return arrays
 
-    def run(self, arrays: list[Array], *, within_s: float | None = None) -> dict[str, Array]:
+    def run(self, arrays: list[Array], *, deadline_ms: float | None = None) -> dict[str, Array]:
         """Answer a batch.
 
         Args:
             arrays: As :meth:`prepare` made them.
-            within_s: Passed on to a runner that keeps deadlines.
+            deadline_ms: Passed on to a runner that keeps deadlines.
         Returns:
             Outputs by name, as the class says.
         """
-        if self._keeps_deadlines and within_s is not None:
-            result = self._runner.run(*arrays, deadline_ms=max(_LEAST_MS, 1e3 * within_s))
+        if self._keeps_deadlines:
+            result = self._runner.run(*arrays, deadline_ms=deadline_ms)
         else:
             result = self._runner.run(*arrays)
         output = result.output
@@ -203,17 +197,48 @@ def named_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, Array]) -> li
     Raises:
         PayloadError: If one is missing, unknown or of another type.
     """
-    names = [spec.name for spec in specs]
-    if set(names) != set(inputs):
-        raise PayloadError(
-            f"Expected the inputs {', '.join(names)}. Got {', '.join(sorted(inputs)) or 'none'}."
-        )
+    arrays = in_order(specs, inputs)
     for spec in specs:
         if inputs[spec.name].dtype != np.dtype(spec.dtype):
             raise PayloadError(
                 f"Input {spec.name!r} must be of type {spec.dtype}. Got {inputs[spec.name].dtype}."
             )
+    return arrays
+
+
+def in_order(specs: Sequence[TensorSpec], inputs: Mapping[str, Array]) -> list[Array]:
+    """Put a request's tensors in order, and make sure that they are all there.
+
+    Args:
+        specs: The tensors that are expected.
+        inputs: What was sent, by name.
+    Returns:
+        The tensors, in the order of ``specs``, of whatever types they came in.
+    Raises:
+        PayloadError: If one is missing or unknown.
+    """
+    names = [spec.name for spec in specs]
+    if set(names) != set(inputs):
+        raise PayloadError(
+            f"Expected the inputs {', '.join(names)}. Got {', '.join(sorted(inputs)) or 'none'}."
+        )
     return [inputs[name] for name in names]
+
+
+def check_finite(specs: Sequence[TensorSpec], arrays: Sequence[Array]) -> None:
+    """Refuse NaN and infinity.
+
+    Args:
+        specs: Of the arrays.
+        arrays: In the same order.
+    Raises:
+        PayloadError: If one is in an array of floats.
+    """
+    for spec, array in zip(specs, arrays, strict=True):
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise PayloadError(
+                f"Input {spec.name!r} must hold finite numbers. It has NaN or infinity in it."
+            )
 
 
 def _has_free_axes(bundle: Bundle) -> bool:

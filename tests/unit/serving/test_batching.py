@@ -180,7 +180,7 @@ def test_neighbours_of_a_request_that_fails_are_answered():
 
 def test_an_answer_of_another_length_is_a_failure():
     class Short(Gated):
-        def run(self, arrays, *, within_s=None):
+        def run(self, arrays, *, deadline_ms=None):
             return {"y": arrays[0][:-1]}
 
     async def scenario(batcher, _):
@@ -220,8 +220,8 @@ def test_the_model_is_told_the_least_time_that_is_left():
     async def scenario(batcher, model):
         model.gate.set()
         await batcher.answer(rows(1.0))
-        assert model.within_s is None
+        assert model.deadline_ms is None
         await batcher.answer(rows(1.0), 5000)
-        assert 0 < model.within_s <= 5
+        assert 0 < model.deadline_ms <= 5000
 
     run(scenario)
