@@ -28,8 +28,8 @@ from rich.table import Table
 
 from offramp import EdgeConfig, EdgeRunner, HttpLink
 from offramp.cli.artifact import find_bundle, recipe_of
-from offramp.offload.calls import measure_calls
-from offramp.offload.plan import CutCost, LinkTerms, best_cut, plan_split
+from offramp.offload.calls import plan_bundle
+from offramp.offload.plan import CutCost, LinkTerms, best_cut
 from offramp.runtime import Bundle, Session, read_bundle
 from offramp.runtime.part import PartSession, cuts
 from offramp.runtime.step_profile import profile_steps
@@ -40,7 +40,6 @@ from record import circumstances, write_json
 Array = npt.NDArray[Any]
 PLANNED_WITH = 2000
 """Calibration samples whose exits the plan counts."""
-CALLS = 64
 
 
 class SlowSteps:
@@ -94,21 +93,6 @@ def start(stack: ExitStack, *arguments: object) -> int:
     found = re.search(r"127\.0\.0\.1:(\d+)", process.stdout.readline())
     assert found is not None
     return int(found[1])
-
-
-def make_plan(
-    bundle: Bundle, calibration: Array, edge_ms: list[float], link: LinkTerms, codec: str
-) -> list[CutCost]:
-    exits = Session(bundle, threads=1).run(calibration[:PLANNED_WITH]).exit_index
-    return plan_split(
-        exits=[step.exit_index for step in bundle.steps],
-        edge_ms=edge_ms,
-        cloud_ms=profile_steps(bundle, threads=1).step_ms,
-        leaving=[float((exits == step.exit_index).mean()) for step in bundle.steps],
-        calls=measure_calls(bundle, [calibration[:CALLS]], codec=codec, threads=1),
-        link=link,
-        codec=codec,
-    )
 
 
 def measure(
@@ -203,7 +187,15 @@ def main(
         return found
 
     link = LinkTerms(mbit=mbit, rtt_ms=rtt_ms)
-    plan = make_plan(bundle, first(CALIBRATION_SPLIT, PLANNED_WITH), slow_ms, link, codec)
+    plan = plan_bundle(
+        bundle,
+        first(CALIBRATION_SPLIT, PLANNED_WITH),
+        edge_ms=slow_ms,
+        cloud_ms=profile_steps(bundle, threads=1).step_ms,
+        link=link,
+        codec=codec,
+        threads=1,
+    )
     with ExitStack() as stack:
         quiet = ("--name", "model", "--http-port", 0, "--grpc-port", -1, "--threads", 1)
         cloud = start(stack, "cloud", folder, *quiet)

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-_SAMPLES = 64
-"""Calibration samples whose calls are measured."""
-
 
 def plan(
     run: RunOrBundle,
@@ -53,28 +50,21 @@ def plan(
 ) -> None:
     """Predict latency and bytes of every cut, all on the edge and all in the cloud included."""
     with needs_extra("plan", "serve"):
-        from offramp.offload.calls import measure_calls
-    from offramp.offload.plan import LinkTerms, plan_split
-    from offramp.runtime import Session, read_bundle
+        from offramp.offload.calls import plan_bundle
+    from offramp.offload.plan import LinkTerms
+    from offramp.runtime import read_bundle
 
     link = LinkTerms(mbit=mbit, rtt_ms=rtt_ms)
     if edge_ms is not None and not edge_ms > 0:
         raise InvalidArgumentError(f"--edge-ms must be a number above 0. Got {edge_ms}.")
     bundle = read_bundle(find_bundle(run))
     samples = _calibration_samples(bundle, data)
-    exits = Session(bundle, threads=threads).run(samples).exit_index
     edge = _step_ms(bundle, edge_profile, threads, samples)
     if edge_ms is not None:
         edge = [ms * edge_ms / sum(edge) for ms in edge]
-    calls = measure_calls(bundle, [samples[:_SAMPLES]], codec=codec, threads=threads)
-    cuts = plan_split(
-        exits=[step.exit_index for step in bundle.steps],
-        edge_ms=edge,
-        cloud_ms=_step_ms(bundle, cloud_profile, threads, samples),
-        leaving=[float((exits == step.exit_index).mean()) for step in bundle.steps],
-        calls=calls,
-        link=link,
-        codec=codec,
+    cloud = _step_ms(bundle, cloud_profile, threads, samples)
+    cuts = plan_bundle(
+        bundle, samples, edge_ms=edge, cloud_ms=cloud, link=link, codec=codec, threads=threads
     )
     if json_file != "-":
         _print_table(cuts, f"{mbit:g} Mbit/s, {rtt_ms:g} ms there and back, {codec}")

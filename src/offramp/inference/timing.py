@@ -6,7 +6,6 @@ reported. torch is timed in this process, or each engine in a process of its own
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,6 +22,7 @@ from offramp.inference.contenders import torch_contenders
 from offramp.inference.runner import TorchRunner
 from offramp.inference.stopwatch import LocalStopwatch, Stopwatch, time_in_turn
 from offramp.results import AdaptiveResult
+from offramp.runtime.hardware import processor_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,15 +259,4 @@ def hardware_name(device: torch.device) -> str:
     """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor_model()}, {os.cpu_count()} cores"
-
-
-def _processor_model() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            names = [
-                line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-            ]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    return processor_name()

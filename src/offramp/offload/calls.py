@@ -16,10 +16,10 @@ import numpy.typing as npt
 from offramp.offload.cloud import cloud_models
 from offramp.offload.codec import encode, find_codec
 from offramp.offload.http_link import HttpLink
-from offramp.offload.plan import CallCost
+from offramp.offload.plan import CallCost, CutCost, LinkTerms, plan_split
 from offramp.runtime.bundle import Bundle
 from offramp.runtime.part import PartSession, carried_specs, cuts
-from offramp.runtime.session import check_inputs
+from offramp.runtime.session import Session, check_inputs
 from offramp.runtime.step_macs import StepMacs
 from offramp.serving.server import Server, ServerConfig
 
@@ -27,6 +27,8 @@ Array = npt.NDArray[Any]
 
 _NAME = "planned"
 _TIMEOUT_S = 60.0
+_SAMPLES = 64
+"""Whose calls are measured for a plan."""
 _WARM_UP = 3
 
 
@@ -55,6 +57,42 @@ def measure_calls(
             finally:
                 link.close()
     return costs
+
+
+def plan_bundle(
+    bundle: Bundle,
+    samples: Array,
+    *,
+    edge_ms: Sequence[float],
+    cloud_ms: Sequence[float],
+    link: LinkTerms,
+    codec: str,
+    threads: int | None = None,
+) -> list[CutCost]:
+    """Predict what every cut of a bundle costs, from samples: who leaves where, and what crosses.
+
+    Args:
+        bundle: The bundle.
+        samples: Of the network's only input, shape (N, ...), like those to come.
+        edge_ms: Milliseconds of each step on the edge, for a single sample.
+        cloud_ms: The same in the cloud.
+        link: What the link is like.
+        codec: How features cross it.
+        threads: As for a session.
+    Returns:
+        As :func:`~offramp.offload.plan.plan_split`.
+    """
+    exits = [step.exit_index for step in bundle.steps]
+    left_by_N = Session(bundle, threads=threads).run(samples).exit_index
+    return plan_split(
+        exits=exits,
+        edge_ms=edge_ms,
+        cloud_ms=cloud_ms,
+        leaving=[float((left_by_N == exit_index).mean()) for exit_index in exits],
+        calls=measure_calls(bundle, [samples[:_SAMPLES]], codec=codec, threads=threads),
+        link=link,
+        codec=codec,
+    )
 
 
 def _cost(

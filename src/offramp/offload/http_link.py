@@ -32,6 +32,7 @@ from offramp.offload.link import Reply
 from offramp.offload.naming import identity, part_name
 from offramp.runtime.bundle import Bundle
 from offramp.serving.http_client import read_answer, write_request
+from offramp.serving.tokens import check_token
 
 Array = npt.NDArray[Any]
 Result = TypeVar("Result")
@@ -39,7 +40,6 @@ Result = TypeVar("Result")
 _ZSTD_LEVEL = 1
 """Higher ones take longer than what they save takes to send at 10 Mbit/s."""
 _MOST_ANSWER_BYTES = 64 * 2**20
-_TOKEN = re.compile(r"[!-~]+")
 _TIMEOUTS = (TimeoutError, asyncio.TimeoutError, concurrent.futures.TimeoutError)
 """One and the same from Python 3.11 on."""
 _HANDED_OVER_S = 0.05
@@ -86,10 +86,7 @@ class HttpLink:
             raise InvalidArgumentError(
                 f"The 'url' parameter must be an address such as http://cloud:8000. Got {url!r}."
             )
-        if token is not None and not _TOKEN.fullmatch(token):
-            raise InvalidArgumentError(
-                "The 'token' must be one word of visible ASCII characters. Got others."
-            )
+        check_token(token)
         model, version = part_name(name, split_after), identity(bundle)
         self._path = f"{url.rstrip('/')}/v2/models/{model}/versions/{version}"
         self._where = f"{model} of version {version} at {_without_password(url)}"

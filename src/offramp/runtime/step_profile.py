@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from offramp.artifacts import read_json, write_json
 from offramp.errors import ArtifactError
 from offramp.runtime.bundle import Bundle
 from offramp.runtime.examples import example_inputs
+from offramp.runtime.hardware import processor_name
 from offramp.runtime.session import Session
 
 Array = npt.NDArray[Any]
@@ -73,7 +72,7 @@ def profile_steps(
         exits=tuple(step.exit_index for step in bundle.steps),
         step_ms=tuple(map(median, zip(*rounds, strict=True))),
         weights_sha256=bundle.weights_sha256,
-        hardware=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        hardware=processor_name(),
         threads=threads,
         versions={"onnxruntime": str(onnxruntime.__version__)},
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-import re
 import signal
 import ssl
 import sys
@@ -21,6 +20,7 @@ from offramp.serving.grpc_api import make_handler
 from offramp.serving.http_api import make_app
 from offramp.serving.served import ServedModel
 from offramp.serving.service import Service
+from offramp.serving.tokens import check_token
 
 _MESSAGE_ROOM = 1 << 16
 """Bytes of a gRPC message beside its tensors."""
@@ -32,7 +32,6 @@ _unlogged = logging.getLogger(f"{__name__}.unlogged")
 _unlogged.setLevel(logging.CRITICAL + 1)
 """Where aiohttp says what is wrong with bytes that are no HTTP: clients are told, and could fill a
 log."""
-_TOKEN = re.compile(r"[!-~]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +83,7 @@ class ServerConfig:
                     f"The {name!r} must be a number from 0 to below 1,000,000. "
                     f"Got {getattr(self, name)}."
                 )
-        if self.token is not None and not _TOKEN.fullmatch(self.token):
-            raise InvalidArgumentError(
-                "The 'token' must be one word of visible ASCII characters, at least one. "
-                f"Got {len(self.token)} characters that are not."
-            )
+        check_token(self.token)
         if (self.tls_cert is None) != (self.tls_key is None):
             raise InvalidArgumentError("TLS needs both 'tls_cert' and 'tls_key'. Got one of them.")
 
