@@ -1,7 +1,8 @@
 """One ONNX file for single samples of a network that skips blocks: each block inside an ``If``.
 
 Gates lie outside, one after the other; so does what the block in front of them or the way around it
-has put out. Blocks hold their own weights.
+has put out. Blocks hold their own weights. A small network's gates take longer than their sums do:
+every node costs about a microsecond, so that there shall be few.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from offramp.runtime.skip_parts import SKIP_OUTPUTS, SkipParts
 if TYPE_CHECKING:
     import onnx
 
+_AXES_OF_MAPS = 4
 THRESHOLD = "threshold"
 """The initialiser that whoever loads the file may replace."""
 
@@ -38,16 +40,17 @@ def write_skip_single(folder: Path, parts: SkipParts, path: Path) -> None:
     single = _Joined(folder)
     (x,) = single.add(parts.stem, [parts.input.name])
     state: list[str] = []
-    ran = []
+    skips = []
     for step in parts.steps:
         run, _, *state = single.add(step.gate, [x, *state, THRESHOLD])
-        x = single.add_branches(run, step.block, step.around, x)
-        ran.append(run)
+        skips.append(single.opposite(run))
+        x = single.add_branches(skips[-1], step.block, step.around, x)
     answers, blocks = SKIP_OUTPUTS[:-1], SKIP_OUTPUTS[-1]
     single.add(parts.head, [x], answers)
     single.nodes += [
-        helper.make_node("Concat", ran, [f"{blocks}_in_a_row"], axis=0),
-        helper.make_node("Unsqueeze", [f"{blocks}_in_a_row", "first_axis"], [blocks]),
+        helper.make_node("Concat", skips, ["skips_in_a_row"], axis=0),
+        helper.make_node("Unsqueeze", ["skips_in_a_row", "first_axis"], ["skips"]),
+        helper.make_node("Not", ["skips"], [blocks]),
     ]
     numbers = [
         numpy_helper.from_array(np.array(parts.threshold, dtype=np.float32), THRESHOLD),
@@ -58,7 +61,7 @@ def write_skip_single(folder: Path, parts: SkipParts, path: Path) -> None:
     graph = helper.make_graph(
         single.nodes,
         "single",
-        single.models[0].graph.input,
+        [_of_one_sample(value, value.name) for value in single.models[0].graph.input],
         [
             helper.make_tensor_value_info(name, kind, None)
             for name, kind in zip(SKIP_OUTPUTS, types, strict=True)
@@ -66,6 +69,17 @@ def write_skip_single(folder: Path, parts: SkipParts, path: Path) -> None:
         initializer=[*numbers, *single.weights],
     )
     save_joined(graph, single.models, path)
+
+
+def _of_one_sample(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
+    """The same tensor by another name, with one sample where any number may be."""
+    from onnx import ValueInfoProto
+
+    one = ValueInfoProto()
+    one.CopyFrom(value)
+    one.name = name
+    one.type.tensor_type.shape.dim[0].dim_value = 1
+    return one
 
 
 class _Joined:
@@ -89,23 +103,46 @@ class _Joined:
         self.weights += graph.weights()
         return graph.outputs()
 
-    def add_branches(self, run: str, block: OnnxFile, around: OnnxFile | None, x: str) -> str:
-        """Add an ``If`` that runs a block or goes around it; what its output is called."""
+    def opposite(self, run: str) -> str:
+        """The name of what says the opposite of a gate, which ends with a ``Not`` as a rule."""
+        from onnx import helper
+
+        if self.nodes[-1].op_type == "Not" and self.nodes[-1].output == [run]:
+            return str(self.nodes.pop().input[0])
+        skip = f"not_{run}"
+        self.nodes.append(helper.make_node("Not", [run], [skip]))
+        return skip
+
+    def add_branches(self, skip: str, block: OnnxFile, around: OnnxFile | None, x: str) -> str:
+        """Add an ``If`` that goes around a block or runs it; what its output is called."""
         from onnx import helper
 
         name = f"behind_{block.name}"
-        then = self._branch(block, x)
-        if around is None:  # what comes in is handed on
-            kind = then.output[0].type.tensor_type.elem_type
-            kept = helper.make_tensor_value_info(f"kept_{name}", kind, None)
-            keep = helper.make_node("Identity", [x], [kept.name])
-            otherwise = helper.make_graph([keep], kept.name, [], [kept])
+        if around is None:
+            run, kept = self._block_and_sum(block, x)
         else:
-            otherwise = self._branch(around, x)
-        self.nodes.append(
-            helper.make_node("If", [run], [name], then_branch=then, else_branch=otherwise)
-        )
+            run, kept = self._branch(block, x), self._branch(around, x)
+        self.nodes.append(helper.make_node("If", [skip], [name], then_branch=kept, else_branch=run))
         return name
+
+    def _block_and_sum(self, block: OnnxFile, x: str) -> tuple[onnx.GraphProto, onnx.GraphProto]:
+        """A block that adds to what comes in, and the way around it, which hands that on."""
+        from onnx import helper
+
+        inside = f"{x}_inside"
+        run = self._branch(block, inside)
+        # Only what one of its own operations puts out does onnxruntime keep in its layout, and add
+        # within a convolution. Pooling single pixels is such an operation, and changes nothing.
+        is_map = len(self.models[-1].graph.input[0].type.tensor_type.shape.dim) == _AXES_OF_MAPS
+        enter = (
+            helper.make_node("MaxPool", [x], [inside], kernel_shape=[1, 1])
+            if is_map
+            else helper.make_node("Identity", [x], [inside])
+        )
+        run.node.insert(0, enter)
+        kept = _of_one_sample(self.models[-1].graph.output[0], f"kept_{block.name}")
+        keep = helper.make_node("Identity", [x], [kept.name])
+        return run, helper.make_graph([keep], kept.name, [], [kept])
 
     def _branch(self, file: OnnxFile, x: str) -> onnx.GraphProto:
         """A file as the inside of an ``If``, with its weights."""
@@ -113,8 +150,7 @@ class _Joined:
 
         graph = self._load(file, [x])
         (name,) = graph.outputs()
-        kind = self.models[-1].graph.output[0].type.tensor_type.elem_type
-        output = helper.make_tensor_value_info(name, kind, None)
+        output = _of_one_sample(self.models[-1].graph.output[0], name)
         return helper.make_graph(
             graph.nodes(), file.name, [], [output], initializer=graph.weights()
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -59,9 +60,36 @@ class RecurrentGates(Gates):
 
     def forward(self, index: int, x: Tensor, state: GateState) -> tuple[Tensor, GateState]:
         """See :meth:`Gates.forward`; the state is the LSTM's, two tensors of shape (B, E)."""
-        seen_BE = self.projections[str(self.channels[index])](x.mean((-2, -1)))
-        state = self.cell(seen_BE, state or None)
+        projection = self.projections[str(self.channels[index])]
+        pooled_BC = x.mean((-2, -1))
+        if torch.onnx.is_in_onnx_export():
+            state = self._step_of_few_nodes(projection, pooled_BC, state)
+        else:
+            state = self.cell(projection(pooled_BC), state or None)
         return self.score(state[0])[:, 0], state
+
+    def _step_of_few_nodes(
+        self, projection: nn.Module, x_BC: Tensor, state: GateState
+    ) -> GateState:
+        """Projection and LSTM with one product, for a graph that pays for every node.
+
+        The weights, put together in the graph, are constants of it: onnxruntime computes them once.
+        """
+        assert isinstance(projection, nn.Linear)
+        cell, units = self.cell, self.cell.hidden_size
+        weights = cell.weight_ih @ projection.weight
+        bias = cell.weight_ih @ projection.bias + cell.bias_ih + cell.bias_hh
+        if state:
+            x_BC = torch.cat([x_BC, state[0]], 1)
+            weights = torch.cat([weights, cell.weight_hh], 1)
+        cell_first = torch.arange(4 * units).roll(2 * units)  # then out, in, forget
+        scores = F.linear(x_BC, weights[cell_first], bias[cell_first])
+        new_BE, gates = torch.split(scores, [units, 3 * units], 1)
+        out_BE, in_BE, forget_BE = gates.sigmoid().chunk(3, 1)
+        memory_BE = in_BE * new_BE.tanh()
+        if state:
+            memory_BE = memory_BE + forget_BE * state[1]
+        return out_BE * memory_BE.tanh(), memory_BE
 
 
 class FeedForwardGates(Gates):

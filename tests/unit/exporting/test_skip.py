@@ -253,9 +253,9 @@ def test_branches_that_no_sample_takes_are_checked_too(
         *_, last = (node for node in model.graph.node if node.op_type == "If")
         branches = {attribute.name: attribute.g for attribute in last.attribute}
         if threshold == 0.0:
-            branches["else_branch"].node[0].op_type = "Neg"
+            branches["then_branch"].node[0].op_type = "Neg"
         else:
-            matrix = next(w for w in branches["then_branch"].initializer if len(w.dims) == 2)
+            matrix = next(w for w in branches["else_branch"].initializer if len(w.dims) == 2)
             values = -onnx.numpy_helper.to_array(matrix)
             matrix.CopyFrom(onnx.numpy_helper.from_array(values, matrix.name))
         onnx.save(model, path)
