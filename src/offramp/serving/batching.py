@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument as ValueRefused
 
 from offramp.errors import LinkTimeoutError, OfframpError, PayloadError, ServerBusyError
 from offramp.serving.metrics import Metrics
@@ -246,6 +247,9 @@ class Batcher:
             )
         except OfframpError as error:
             return error
+        except ValueRefused as error:  # a token that the vocabulary does not have, for example
+            why = str(error).rpartition("Status Message: ")[2]
+            return PayloadError(f"The model {self._model.name} cannot take these values: {why}")
         except Exception as error:
             _log.exception("model %s failed", self._model.name)
             return ModelFailedError(f"{type(error).__name__} in the model {self._model.name}")

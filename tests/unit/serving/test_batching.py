@@ -2,6 +2,7 @@ import asyncio
 import threading
 
 import numpy as np
+import onnxruntime
 import pytest
 from served import Gated
 
@@ -176,6 +177,39 @@ def test_neighbours_of_a_request_that_fails_are_answered():
         assert model.batches[1:] == [[1, -1, 2], [1], [-1], [2]]
 
     run(scenario)
+
+
+class Words(Gated):
+    """Looks numbers up in a vocabulary of three."""
+
+    def __init__(self):
+        super().__init__()
+        from onnx import TensorProto, helper
+
+        table = helper.make_tensor("table", TensorProto.FLOAT, [3], [0.5, 1.5, 2.5])
+        graph = helper.make_graph(
+            [helper.make_node("Gather", ["table", "x"], ["y"])],
+            "words",
+            [helper.make_tensor_value_info("x", TensorProto.INT64, [None, None])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+            initializer=[table],
+        )
+        opset = helper.make_opsetid("", 17)
+        model = helper.make_model(graph, opset_imports=[opset], ir_version=8)
+        self.session = onnxruntime.InferenceSession(model.SerializeToString())
+
+    def run(self, arrays, *, deadline_ms=None):
+        return {"y": self.session.run(None, {"x": arrays[0].astype(np.int64)})[0]}
+
+
+def test_what_the_engine_refuses_is_the_fault_of_the_request():
+    async def scenario(batcher, model):
+        good, bad = await ask(batcher, 1.0), await ask(batcher, 40_000.0)
+        assert (await good)["y"].tolist() == [[1.5]]
+        with pytest.raises(PayloadError, match=r"gated cannot take these values: indices .*40000"):
+            await bad
+
+    run(scenario, Words())
 
 
 def test_an_answer_of_another_length_is_a_failure():
