@@ -3,6 +3,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from torch import nn
 
 from offramp.errors import ArtifactError, InvalidArgumentError, OfframpError
 from offramp.model.multi_exit import MultiExitNetwork
@@ -331,3 +332,18 @@ def test_other_epochs_keep_the_shares_that_halt_and_that_rise():
 def test_recipes_without_halting_have_no_settings_of_it(skipping):
     with pytest.raises(InvalidArgumentError, match="no setting 'ponder_weight'"):
         override(skipping, {"ponder_weight": "1"})
+
+
+def test_skipnet38_is_of_the_papers_architecture():
+    """6 n + 2 layers with n = 6: MACs of each convolution, counted by hand."""
+    network = find_recipe("cifar10-skipnet38").build_network()
+    convs = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    assert sum(conv.kernel_size == (3, 3) for conv in convs) == 37  # and the last layer is linear
+    assert network.num_gates == 17  # 18 blocks, the first is never gated
+    costs = network.costs(torch.zeros(1, 3, 32, 32))
+    wide = 9 * 32**2 * (3 * 16 + 12 * 16 * 16)
+    half = 16**2 * (9 * (16 * 32 + 11 * 32 * 32) + 16 * 32)
+    quarter = 8**2 * (9 * (32 * 64 + 11 * 64 * 64) + 32 * 64)
+    assert costs.plain_macs == wide + half + quarter + 64 * 10
+    assert len(set(costs.gate_macs)) == 3
+    assert sum(costs.gate_macs) < 0.001 * costs.plain_macs
