@@ -121,6 +121,8 @@ class FitConfig:
         seed: Of the order of samples, of augmentation and of dropout.
         device: cpu, cuda, or auto (cuda where there is one).
         devices: Processes that train together (DDP), at least 1.
+        precision: bfloat16 computes most of a step in it, and keeps weights and losses in float32:
+            faster on GPUs, and for convolutions on CPUs with matrix units (AMX).
         gates: For a network that skips blocks; the defaults if None.
         halting: For a network whose tokens halt; the defaults if None.
     """
@@ -144,6 +146,7 @@ class FitConfig:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
     gates: GateConfig | None = None
     halting: HaltingConfig | None = None
 
@@ -190,6 +193,7 @@ class FitConfig:
             ),
             "device": (self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
             "devices": (self.devices >= 1, "an int of at least 1"),
+            "precision": (self.precision in ("float32", "bfloat16"), "float32 or bfloat16"),
             "seed": (0 <= self.seed < 2**32, "an int in [0, 2**32 - 1]"),
         }
         if self.gates is not None:

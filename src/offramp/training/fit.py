@@ -257,6 +257,7 @@ def _trainer(
         max_epochs=config.epochs,
         accelerator={"auto": "auto", "cpu": "cpu", "cuda": "gpu"}[config.device],
         devices=config.devices,
+        precision="bf16-mixed" if config.precision == "bfloat16" else "32-true",
         strategy="ddp_spawn" if config.devices > 1 else "auto",
         callbacks=[*own, *callbacks],
         logger=_loggers(folder) if folder is not None else False,

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from offramp.artifacts import SCHEMA_VERSION
 from offramp.errors import ArtifactError, DataError, InvalidArgumentError, TrainingDivergedError
@@ -27,6 +28,7 @@ PAIRS = [(torch.zeros(6), 0), (torch.ones(6), 1)]
         ("loss_weights", (1.0, -1.0)),
         ("loss_weights", (1.0, math.nan)),
         ("class_balance", "loss"),
+        ("precision", "float16"),
         ("weight_decay", -0.1),
         ("backbone_epochs", -1),
         ("backbone_epochs", 10),
@@ -145,6 +147,19 @@ def test_class_balance_needs_a_data_set(network):
 
 
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader'")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_precision_is_that_of_the_features_not_of_the_weights(network, precision):
+    seen = set()
+    network.stages[0].register_forward_hook(lambda *given: seen.add(given[-1].dtype))
+    data = TensorDataset(torch.randn(40, 6), torch.arange(40) % 4)
+    weight = next(network.parameters())
+    before = weight.detach().clone()
+    fit(network, data, config=FitConfig(epochs=2, precision=precision, device="cpu"))
+    assert seen == {getattr(torch, precision)}
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, before)
+
+
 def test_training_that_diverges_ends_in_an_error(network):
     torch.nn.init.constant_(network.exits[0].weight, math.inf)
     with pytest.raises(TrainingDivergedError, match="epoch 1: training has diverged"):
