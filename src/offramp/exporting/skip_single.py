@@ -28,7 +28,7 @@ THRESHOLD = "threshold"
 def write_skip_single(folder: Path, parts: SkipParts, path: Path) -> None:
     """Join the parts of a bundle into one ONNX file for batches of one.
 
-    It puts out logits, confidence, and which blocks ran, each with a batch axis.
+    It puts out logits, confidence, which blocks ran, and the MACs, each with a batch axis.
 
     Args:
         folder: Where the parts' files are.
@@ -45,19 +45,26 @@ def write_skip_single(folder: Path, parts: SkipParts, path: Path) -> None:
         run, _, *state = single.add(step.gate, [x, *state, THRESHOLD])
         skips.append(single.opposite(run))
         x = single.add_branches(skips[-1], step.block, step.around, x)
-    answers, blocks = SKIP_OUTPUTS[:-1], SKIP_OUTPUTS[-1]
+    *answers, blocks, macs = SKIP_OUTPUTS
     single.add(parts.head, [x], answers)
     single.nodes += [
         helper.make_node("Concat", skips, ["skips_in_a_row"], axis=0),
         helper.make_node("Unsqueeze", ["skips_in_a_row", "first_axis"], ["skips"]),
         helper.make_node("Not", ["skips"], [blocks]),
+        # numpy would take 20 microseconds for it.
+        helper.make_node("Cast", [blocks], ["blocks_run"], to=TensorProto.INT64),
+        helper.make_node("MatMul", ["blocks_run", "block_macs"], ["macs_of_blocks"]),
+        helper.make_node("Add", ["macs_of_blocks", "always_macs"], [macs]),
     ]
     numbers = [
         numpy_helper.from_array(np.array(parts.threshold, dtype=np.float32), THRESHOLD),
         numpy_helper.from_array(np.array([0]), "first_axis"),
+        numpy_helper.from_array(np.array([s.block_macs for s in parts.steps]), "block_macs"),
+        numpy_helper.from_array(np.array([parts.always_macs]), "always_macs"),
     ]
     head_outputs = single.models[-1].graph.output
-    types = [*(value.type.tensor_type.elem_type for value in head_outputs), TensorProto.BOOL]
+    of_head = (value.type.tensor_type.elem_type for value in head_outputs)
+    types = [*of_head, TensorProto.BOOL, TensorProto.INT64]
     graph = helper.make_graph(
         single.nodes,
         "single",
@@ -72,13 +79,14 @@ def write_skip_single(folder: Path, parts: SkipParts, path: Path) -> None:
 
 
 def _of_one_sample(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
-    """The same tensor by another name, with one sample where any number may be."""
+    """The same tensor by another name, with one sample where any number may be, if that is said."""
     from onnx import ValueInfoProto
 
     one = ValueInfoProto()
     one.CopyFrom(value)
     one.name = name
-    one.type.tensor_type.shape.dim[0].dim_value = 1
+    if one.type.tensor_type.shape.dim:
+        one.type.tensor_type.shape.dim[0].dim_value = 1
     return one
 
 

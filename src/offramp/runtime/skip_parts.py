@@ -12,8 +12,8 @@ from typing import Any
 
 from offramp.runtime.files import OnnxFile, TensorSpec, read_spec
 
-SKIP_OUTPUTS = ("output", "confidence", "blocks")
-"""What the file for single samples puts out: logits, confidence, and which blocks ran."""
+SKIP_OUTPUTS = ("output", "confidence", "blocks", "macs")
+"""What the file for single samples puts out: logits, confidence, which blocks ran, and the MACs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,11 @@ class SkipParts:
     head: OnnxFile
     threshold: float
     fixed_macs: int
+
+    @property
+    def always_macs(self) -> int:
+        """MACs a sample of what always runs, gates counted."""
+        return self.fixed_macs + sum(step.gate_macs for step in self.steps)
 
     @property
     def files(self) -> tuple[OnnxFile, ...]:

@@ -33,7 +33,7 @@ class SkipSteps:
         self._steps = [_LoadedStep(loader, step) for step in parts.steps]
         self._head = LoadedFile(loader, parts.head.name)
         self._threshold = np.array(parts.threshold, dtype=np.float32)
-        self._always_macs = parts.fixed_macs + sum(step.gate_macs for step in parts.steps)
+        self._always_macs = parts.always_macs
         self._block_macs = np.array([step.block_macs for step in parts.steps])
 
     def run(self, inputs: list[Array]) -> AdaptiveResult[Array]:
@@ -48,14 +48,15 @@ class SkipSteps:
         """
         (x,) = inputs
         if self._single is not None and len(x) == 1:
-            output, confidence_B, blocks_BG = self._single.run(inputs)
+            output, confidence_B, blocks_BG, macs_B = self._single.run(inputs)
         else:
             output, confidence_B, blocks_BG = self._run_steps(x)
+            macs_B = self._always_macs + blocks_BG @ self._block_macs
         return AdaptiveResult(
             output=output,
             exit_index=np.zeros(len(x), dtype=np.int64),
             confidence=confidence_B,
-            macs=self._always_macs + blocks_BG @ self._block_macs,
+            macs=macs_B,
             blocks=blocks_BG,
         )
 
