@@ -58,9 +58,14 @@ def write_skip_single(folder: Path, parts: SkipParts, path: Path) -> None:
     ]
     numbers = [
         numpy_helper.from_array(np.array(parts.threshold, dtype=np.float32), THRESHOLD),
-        numpy_helper.from_array(np.array([0]), "first_axis"),
-        numpy_helper.from_array(np.array([s.block_macs for s in parts.steps]), "block_macs"),
-        numpy_helper.from_array(np.array([parts.always_macs]), "always_macs"),
+        *(
+            numpy_helper.from_array(np.array(values, dtype=np.int64), name)
+            for name, values in (
+                ("first_axis", [0]),
+                ("block_macs", [step.block_macs for step in parts.steps]),
+                ("always_macs", [parts.always_macs]),
+            )
+        ),
     ]
     head_outputs = single.models[-1].graph.output
     of_head = (value.type.tensor_type.elem_type for value in head_outputs)
