@@ -1,9 +1,11 @@
 """Several ponder weights as short fine-tunes from one plain start, each left as a run folder.
 
     python -m offramp train emnist-avit --set variant=plain --out runs/emnist-avit-plain
-    python benchmarks/ponder_weights.py runs/emnist-avit-plain --weights 0.0005,0.002,0.01,0.05
+    python benchmarks/ponder_weights.py runs/emnist-avit-plain --weights plain,0.0005,0.002,0.01
 
-Accuracy and cost of each come from `offramp evaluate` and `offramp frontier` on those folders.
+The word plain trains the start on for as long and at the same rate, without halting: what the
+others are compared with. Accuracy and cost of each come from `offramp evaluate` and `offramp
+frontier` on those folders.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ from offramp.training import run as run_folder
 from offramp.training.fit import fit
 from offramp.training.recipes import Recipe
 from offramp.training.settings import override
+
+PLAIN = "plain"
+"""Instead of a ponder weight: no halting."""
 
 
 def main() -> None:
@@ -47,18 +52,25 @@ def main() -> None:
 
 
 def fine_tune(recipe: Recipe, weight: str, epochs: int, settings: dict[str, str]) -> Recipe:
-    """The recipe with nothing but its last phase, at another ponder weight."""
+    """The recipe with nothing but its last phase, at another ponder weight; or plain."""
     own = {"epochs": str(epochs), "halting_epochs": str(epochs), "warmup_epochs": "0"}
     adaptive = replace(recipe, variant="adaptive")
-    return override(adaptive, {**own, "ponder_weight": weight, **settings})
+    if weight != PLAIN:
+        return override(adaptive, {**own, "ponder_weight": weight, **settings})
+    halting = override(adaptive, {**own, **settings}).fit.halting
+    rate = {"learning_rate": str(halting.halting_learning_rate)}
+    return override(replace(recipe, variant="plain"), {**own, **rate})
 
 
-def from_plain(recipe: Recipe, plain: MultiExitNetwork | HaltingNetwork) -> HaltingNetwork:
-    """A network whose tokens halt, with the weights of a plain one."""
+def from_plain(
+    recipe: Recipe, plain: MultiExitNetwork | HaltingNetwork
+) -> MultiExitNetwork | HaltingNetwork:
+    """The network of a recipe, with the weights of a plain one."""
     network = recipe.build_network()
+    for_plain = network.without_halting() if isinstance(network, HaltingNetwork) else network
     if isinstance(plain, HaltingNetwork):
         plain = plain.without_halting()
-    network.without_halting().load_state_dict(plain.state_dict())
+    for_plain.load_state_dict(plain.state_dict())
     return network
 
 
