@@ -1,6 +1,6 @@
 """Several ponder weights as short fine-tunes from one plain start, each left as a run folder.
 
-    python -m offramp train emnist-avit --set variant=plain --out runs/emnist-avit-plain
+    python -m offramp train emnist-avit --set variant=plain --epochs 14 --out runs/emnist-avit-plain
     python benchmarks/ponder_weights.py runs/emnist-avit-plain --weights plain,0.0005,0.002,0.01
 
 The word plain trains the start on for as long and at the same rate, without halting: what the
