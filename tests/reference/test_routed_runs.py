@@ -28,7 +28,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def compared(request, tmp_path_factory):
-    """A committed run, a session of its bundle, and all test images."""
+    """A committed run in either engine, and all test images."""
     if "OFFRAMP_DATA" not in os.environ:
         pytest.skip("OFFRAMP_DATA is not set")
     if not (RUNS / request.param).is_dir():
@@ -36,9 +36,11 @@ def compared(request, tmp_path_factory):
     run = offramp.load(RUNS / request.param)
     batches, _, _ = load_batches(run.require_recipe(), "test")
     inputs, _ = batches.__getitems__(range(len(batches)))
+    make_runner, compare = FAMILIES[request.param]
+    runner = make_runner(run.network, run.policy)
     folder = tmp_path_factory.mktemp("bundles") / request.param
-    bundle = offramp.export(run.network, run.policy, folder, inputs[:256], plain=False)
-    return request.param, run, offramp.Session(bundle), inputs
+    bundle = offramp.export(run.network, runner.policy, folder, inputs[:256], plain=False)
+    return request.param, {"torch": runner, "onnxruntime": offramp.Session(bundle)}, compare, inputs
 
 
 @pytest.mark.slow
@@ -46,16 +48,14 @@ def compared(request, tmp_path_factory):
 @pytest.mark.parametrize("batch_size", [1, 8, 64])
 @pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
 def test_all_test_images_agree(compared, engine, batch_size):
-    name, run, session, inputs = compared
-    make_runner, compare = FAMILIES[name]
-    threshold = run.policy.threshold
-    runner = make_runner(run.network, threshold) if engine == "torch" else session
-    answers = answer_in_batches(runner, inputs, batch_size=batch_size)
+    name, runners, compare, inputs = compared
+    network, threshold = runners["torch"].network, runners["torch"].policy.threshold
+    answers = answer_in_batches(runners[engine], inputs, batch_size=batch_size)
     agreements = []
     with torch.no_grad():
         for rows in torch.arange(len(inputs)).split(1000):
             some = _rows(answers, rows)
-            agreements.append(compare(some, run.network, threshold, inputs[rows]))
+            agreements.append(compare(some, network, threshold, inputs[rows]))
     moved = sum(agreement.moved for agreement in agreements)
     worst = max(difference for a in agreements for difference in a.differences)
     print(f"{name}, {engine}, batch {batch_size}: {moved} of {len(inputs)} moved, {worst:.1e} off")
