@@ -11,7 +11,7 @@ INSIDE_RECIPES = (
     Recipe(
         name="emnist-skipnet",
         summary="a residual network that skips blocks: 13 gates, labels first, then reward",
-        expected="not measured yet",
+        expected="88.9 to 89.6 % at 59 to 66 % of the MACs, 89.7 % for the plain network",
         data="emnist47",
         network="skipnet",
         network_options={
@@ -73,7 +73,7 @@ INSIDE_RECIPES = (
     Recipe(
         name="emnist-avit",
         summary="a vision transformer whose tokens halt: blank paper first",
-        expected="not measured yet",
+        expected="89.0 % at 60 % of the MACs, 89.3 % for the plain network",
         data="emnist47",
         network="vit",
         network_options={
