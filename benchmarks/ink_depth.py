@@ -78,8 +78,8 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
 ) -> None:
     loaded = load(run)
-    if not isinstance(loaded.network, HaltingNetwork) or loaded.policy is None:
-        raise typer.BadParameter(f"expected a calibrated run whose tokens halt; got {run}")
+    if not isinstance(loaded.network, HaltingNetwork):
+        raise typer.BadParameter(f"expected a run whose tokens halt; got {run}")
     batches, _, _ = load_batches(loaded.require_recipe(), "test", data or loaded.data)
     images, _ = batches.__getitems__(range(len(batches)))
     depth, ink = depth_and_ink(loaded.network, loaded.policy.threshold, images)

@@ -146,7 +146,6 @@ def test_class_balance_needs_a_data_set(network):
         fit(network, loader, config=FitConfig(class_balance="sampling", device="cpu"))
 
 
-@pytest.mark.filterwarnings("ignore:The 'train_dataloader'")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_precision_is_that_of_the_features_not_of_the_weights(network, precision):
     seen = set()
@@ -160,6 +159,7 @@ def test_precision_is_that_of_the_features_not_of_the_weights(network, precision
     assert not torch.equal(weight, before)
 
 
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader'")
 def test_training_that_diverges_ends_in_an_error(network):
     torch.nn.init.constant_(network.exits[0].weight, math.inf)
     with pytest.raises(TrainingDivergedError, match="epoch 1: training has diverged"):
