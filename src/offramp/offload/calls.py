@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from offramp.offload.cloud import cloud_models
+from offramp.errors import OffloadError
 from offramp.offload.codec import encode, find_codec
 from offramp.offload.http_link import HttpLink
 from offramp.offload.plan import CallCost, CutCost, LinkTerms, plan_split
@@ -21,19 +22,25 @@ from offramp.runtime.bundle import Bundle
 from offramp.runtime.part import PartSession, carried_specs, cuts
 from offramp.runtime.session import Session, check_inputs
 from offramp.runtime.step_macs import StepMacs
-from offramp.serving.server import Server, ServerConfig
 
 Array = npt.NDArray[Any]
 
 _NAME = "planned"
 _TIMEOUT_S = 60.0
-_SAMPLES = 64
+_SAMPLES = 32
 """Whose calls are measured for a plan."""
 _WARM_UP = 3
+_LONGEST_PAUSE_MS = 100.0
+"""Between calls: a plan shall not take minutes."""
 
 
 def measure_calls(
-    bundle: Bundle, inputs: Sequence[npt.ArrayLike], *, codec: str, threads: int | None = None
+    bundle: Bundle,
+    inputs: Sequence[npt.ArrayLike],
+    *,
+    codec: str,
+    pauses_ms: Sequence[float],
+    threads: int | None = None,
 ) -> list[CallCost]:
     """Send single samples to a server on this machine, at every cut.
 
@@ -42,18 +49,23 @@ def measure_calls(
         inputs: The network's inputs, each with the batch axis first; a few dozen samples. Those
             that reach a cut are sent there; where none does, a call is taken to be its features.
         codec: How features are written.
+        pauses_ms: Milliseconds before each call, one number per cut: a machine that has waited
+            answers more slowly.
         threads: As for a session.
     Returns:
         One cost per cut but the last, from -1.
+    Raises:
+        OffloadError: If the server does not start or does not answer.
     """
     session = PartSession(bundle, threads=threads)
     costs = []
-    with _serving(session) as port:
+    with _serving(bundle, threads) as port:
         for number, cut in enumerate(cuts(bundle)[:-1]):
             link = HttpLink(f"http://127.0.0.1:{port}", bundle, name=_NAME, split_after=cut)
             try:
                 samples = _survivors(bundle, inputs, cut, threads)
-                costs.append(_cost(bundle, session, number, cut, samples, link, codec))
+                pause_s = min(pauses_ms[number], _LONGEST_PAUSE_MS) / 1e3
+                costs.append(_cost(bundle, session, number, samples, link, codec, pause_s))
             finally:
                 link.close()
     return costs
@@ -83,13 +95,17 @@ def plan_bundle(
         As :func:`~offramp.offload.plan.plan_split`.
     """
     exits = [step.exit_index for step in bundle.steps]
+    # Samples come one after the other: between two calls a device computes and the link carries.
+    pauses_ms = [sum(edge_ms[:number]) + link.rtt_ms for number in range(len(exits))]
     left_by_N = Session(bundle, threads=threads).run(samples).exit_index
     return plan_split(
         exits=exits,
         edge_ms=edge_ms,
         cloud_ms=cloud_ms,
         leaving=[float((left_by_N == exit_index).mean()) for exit_index in exits],
-        calls=measure_calls(bundle, [samples[:_SAMPLES]], codec=codec, threads=threads),
+        calls=measure_calls(
+            bundle, [samples[:_SAMPLES]], codec=codec, pauses_ms=pauses_ms, threads=threads
+        ),
         link=link,
         codec=codec,
     )
@@ -99,10 +115,10 @@ def _cost(
     bundle: Bundle,
     session: PartSession,
     number: int,
-    cut: int,
     samples: list[list[Array]],
     link: HttpLink,
     codec: str,
+    pause_s: float,
 ) -> CallCost:
     if not samples:
         payload = float(bundle.steps[number - 1].payload_bytes)
@@ -111,17 +127,18 @@ def _cost(
     names = [spec.name for spec in carried_specs(bundle, number)]
     call_bytes, call_ms = [], []
     for carried in [samples[0]] * _WARM_UP + samples:
+        time.sleep(pause_s)
         marks = [time.perf_counter()]
         inputs = dict(zip(names, encode(carried, step, found), strict=True))
         reply = link.send(inputs, timeout_s=_TIMEOUT_S, compresses=found.compresses)
         marks.append(time.perf_counter())
-        session.run(carried, starts_after=cut)
+        session.run(carried, starts_after=cuts(bundle)[number])
         marks.append(time.perf_counter())
         call_bytes.append(reply.sent_bytes + reply.received_bytes)
         call_ms.append(1e3 * (marks[1] - marks[0] - (marks[2] - marks[1])))
     return CallCost(
         call_bytes=fmean(call_bytes[_WARM_UP:]),
-        call_ms=max(0.0, median(call_ms[_WARM_UP:])),
+        call_ms=max(0.0, fmean(call_ms[_WARM_UP:])),
     )
 
 
@@ -145,17 +162,20 @@ def _survivors(
 
 
 @contextmanager
-def _serving(session: PartSession) -> Iterator[int]:
-    """A server on a thread of its own; yields its port."""
-    server = Server(cloud_models(session, _NAME), ServerConfig(http_port=0, grpc_port=None))
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="offramp-server", daemon=True)
-    thread.start()
-    try:
-        asyncio.run_coroutine_threadsafe(server.start(), loop).result()
-        yield server.http_port
-    finally:
-        asyncio.run_coroutine_threadsafe(server.stop(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+def _serving(bundle: Bundle, threads: int | None) -> Iterator[int]:
+    """A cloud as a process of its own, as in use; yields its port."""
+    command = [sys.executable, "-m", "offramp", "cloud", str(bundle.folder)]
+    command += ["--name", _NAME, "--http-port", "0", "--grpc-port", "-1"]
+    if threads is not None:
+        command += ["--threads", str(threads)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            said = process.stdout.readline() if process.stdout is not None else ""
+            port = re.search(r"127\.0\.0\.1:(\d+)", said)
+            if port is None:
+                raise OffloadError(
+                    f"The server that a plan is measured with did not start: {' '.join(command)}"
+                )
+            yield int(port[1])
+        finally:
+            process.terminate()
