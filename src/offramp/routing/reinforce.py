@@ -28,9 +28,23 @@ def skip_rewards(action_BG: Tensor, alpha: float, weights: Sequence[float] | Non
         Shape (B, G).
     Reference: Wang et al. (2018), SkipNet, section 3.2: alpha over the number of gates.
     """
-    num_gates = action_BG.shape[1]
-    share_G = torch.ones(num_gates) if weights is None else torch.tensor(weights).float()
-    return alpha * (share_G / share_G.sum()).to(action_BG) * (1 - action_BG)
+    return alpha * _shares(action_BG, weights) * (1 - action_BG)
+
+
+def run_share(probability_BG: Tensor, weights: Sequence[float] | None = None) -> Tensor:
+    """What share of the gated blocks would run.
+
+    Args:
+        probability_BG: With which each block runs, shape (B, G).
+        weights: Of each gate, for example the MACs of its block; all alike if None.
+    Returns:
+        A scalar in [0, 1], the mean over the batch; no gradient flows back.
+    Example:
+        >>> run_share(torch.tensor([[0.5, 1.0]]), weights=(3, 1))
+        tensor(0.6250)
+    """
+    share_G = _shares(probability_BG, weights)
+    return (probability_BG.detach() * share_G).sum(1).mean()
 
 
 def returns_to_go(reward_BG: Tensor, final_B: Tensor) -> Tensor:
@@ -87,6 +101,7 @@ def hybrid_loss(
     alpha: float,
     policy_weight: float,
     weights: Sequence[float] | None = None,
+    run_target: float = 0.0,
     baseline: bool = False,
     supervised: bool = True,
 ) -> Tensor:
@@ -102,6 +117,8 @@ def hybrid_loss(
         alpha: What skipping all blocks earns.
         policy_weight: Weight of the policy gradient.
         weights: Of each gate's reward; all alike if None.
+        run_target: Skipping earns something only while more than this share of the blocks would
+            run; 0 for always. Which blocks go is still decided by what they are worth.
         baseline: As for :func:`reinforce_loss`.
         supervised: Whether the supervised loss is part of it; without, the reward alone trains.
     Returns:
@@ -109,8 +126,16 @@ def hybrid_loss(
     Reference: Wang et al. (2018), SkipNet, section 3.3.
     """
     cross_entropy_B = F.cross_entropy(logits_BC, labels_B, reduction="none")
-    rewards_BG = skip_rewards(action_BG, alpha, weights)
+    is_over_target = run_share(probability_BG, weights) > run_target
+    rewards_BG = is_over_target * skip_rewards(action_BG, alpha, weights)
     return_BG = returns_to_go(rewards_BG, -cross_entropy_B.detach())
     policy_loss = reinforce_loss(probability_BG, action_BG, return_BG, baseline=baseline)
     supervised_loss = cross_entropy_B.mean() if supervised else 0.0
     return supervised_loss + policy_weight * policy_loss
+
+
+def _shares(like_BG: Tensor, weights: Sequence[float] | None) -> Tensor:
+    """Each gate's share of all weights."""
+    num_gates = like_BG.shape[1]
+    weight_G = torch.ones(num_gates) if weights is None else torch.tensor(weights).float()
+    return (weight_G / weight_G.sum()).to(like_BG)

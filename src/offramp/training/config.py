@@ -21,6 +21,8 @@ class GateConfig:
         settled_epochs: So many of those, the last ones, train by the labels alone under what the
             gates have come to decide: drawn no more, and not changed.
         alpha: Reward for skipping every block; a wrong answer costs its cross entropy.
+        run_target: Skipping earns something only while more than this share of the gated blocks
+            would run (by MACs where the reward goes by MACs); 0 for always.
         reward: blocks (each skipped block earns as much) or macs (by what its block takes).
         policy_weight: Weight of the policy gradient beside the supervised loss.
         baseline: Subtract from each return the mean return of the rest of the batch.
@@ -32,6 +34,7 @@ class GateConfig:
     reward_learning_rate: float = 1e-4
     settled_epochs: int = 0
     alpha: float = 0.1
+    run_target: float = 0.0
     reward: Literal["blocks", "macs"] = "blocks"
     policy_weight: float = 0.01
     baseline: bool = False
@@ -48,6 +51,7 @@ class GateConfig:
                 ),
                 "reward_learning_rate": (self.reward_learning_rate > 0, "a positive number"),
                 "alpha": (0 <= self.alpha < math.inf, "a number of at least 0"),
+                "run_target": (0 <= self.run_target < 1, "a number in [0, 1)"),
                 "reward": (self.reward in ("blocks", "macs"), "blocks or macs"),
                 "policy_weight": (0 <= self.policy_weight < math.inf, "a number of at least 0"),
             },

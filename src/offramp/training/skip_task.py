@@ -85,6 +85,7 @@ class SkipTask(Task):
             alpha=self.gates.alpha,
             policy_weight=self.gates.policy_weight,
             weights=self._reward_weights(inputs),
+            run_target=self.gates.run_target,
             baseline=self.gates.baseline,
             supervised=self.gates.supervised,
         )

@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from offramp.errors import ShapeError
-from offramp.routing.reinforce import hybrid_loss, reinforce_loss, returns_to_go, skip_rewards
+from offramp.routing.reinforce import (
+    hybrid_loss,
+    reinforce_loss,
+    returns_to_go,
+    run_share,
+    skip_rewards,
+)
 
 ALPHA = 0.6
 FINAL = {(0, 0): -2.0, (0, 1): -0.5, (1, 0): -1.0, (1, 1): -0.1}
@@ -122,3 +128,23 @@ def test_the_policy_gradient_does_not_reach_the_logits():
     (expected,) = torch.autograd.grad(F.cross_entropy(logits, labels), logits)
     assert torch.equal(logits.grad, expected)
     assert (probability.grad != 0).all()
+
+
+@pytest.mark.parametrize(("run_target", "earns"), [(0.0, True), (0.74, True), (0.76, False)])
+def test_skipping_earns_nothing_once_few_enough_blocks_run(run_target, earns):
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    # Two samples run everything, two run half: three quarters.
+    probability = torch.tensor([[1.0, 1.0], [0.5, 0.5]] * 2)
+    action = torch.tensor([[1.0, 1.0], [0.0, 1.0]] * 2)
+    found = hybrid_loss(
+        logits, labels, probability, action, alpha=2.0, policy_weight=1.0, run_target=run_target
+    )
+    alpha = 2.0 if earns else 0.0
+    expected = hybrid_loss(logits, labels, probability, action, alpha=alpha, policy_weight=1.0)
+    assert torch.equal(found, expected)
+
+
+def test_a_target_counts_dear_blocks_for_more():
+    probability = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    assert float(run_share(probability, weights=(3, 1))) == pytest.approx(3 / 8)
+    assert float(run_share(probability)) == pytest.approx(1 / 4)

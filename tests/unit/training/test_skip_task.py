@@ -99,6 +99,23 @@ def test_last_epochs_train_by_labels_and_reward(monkeypatch, reward, supervised)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_target_that_is_reached_takes_the_reward_for_skipping_away(monkeypatch):
+    network = small_network().eval()
+    reached, no_reward, in_force = (
+        gradients(
+            network,
+            loss_in_epoch(monkeypatch, network, off.FitConfig(epochs=1, gates=gates), epoch=0),
+        )
+        for gates in (
+            GateConfig(reward_epochs=1, alpha=5.0, policy_weight=1.0, run_target=0.999),
+            GateConfig(reward_epochs=1, alpha=0.0, policy_weight=1.0),
+            GateConfig(reward_epochs=1, alpha=5.0, policy_weight=1.0, run_target=0.1),
+        )
+    )
+    torch.testing.assert_close(reached, no_reward)
+    assert any((a != b).any() for a, b in zip(reached, in_force, strict=True))
+
+
 def test_settled_epochs_train_the_blocks_under_the_gates_final_decisions(monkeypatch):
     network = small_network().eval()
     gates = GateConfig(reward_epochs=2, settled_epochs=1, policy_weight=3.0)
@@ -167,6 +184,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
         {"alpha": -0.1},
         {"reward": "ms"},
         {"policy_weight": -1},
+        {"run_target": 1.0},
         {"settled_epochs": 1},
     ],
 )
