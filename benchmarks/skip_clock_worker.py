@@ -1,11 +1,13 @@
 """A process of ``skip_clock.py`` that times one engine.
 
 Its one argument is JSON: the engine (``backend``), ``threads``, and how the network is made
-(``width``, ``gates``, ``seed``), or for onnxruntime the bundle's ``folder``, a ``.npy`` file of the
-samples (``inputs``), and the ``thresholds`` by name of what is timed.
+(``width``, ``gates``, ``seed``), or for onnxruntime the bundle's ``folder``, that of the network
+without a plan (``unplanned``), a ``.npy`` file of the samples (``inputs``), and the ``thresholds``
+by name of what is timed.
 
 Contenders: ``plain``; ``skip_70`` and ``skip_50``, for onnxruntime at batch 1 as one graph, and as
-``steps_70`` and ``steps_50`` file by file; ``ask``, every gate asked and nothing skipped;
+``steps_70`` and ``steps_50`` file by file; ``ask``, every gate asked and nothing skipped, and for
+onnxruntime ``ask_unplanned``, the same of the network without a plan;
 ``gates``, the gates alone, one call each; in torch ``mask_50``, the published code's way, which
 computes every block.
 """
@@ -43,6 +45,8 @@ def of_onnxruntime(spec: Mapping[str, Any]) -> LocalStopwatch:
         for name, threshold in spec["thresholds"].items()
     }
     skipping = {name: Session(changed, threads=threads) for name, changed in at.items()}
+    unplanned = with_routing_threshold(read_bundle(spec["unplanned"]), spec["thresholds"]["ask"])
+    skipping["ask_unplanned"] = Session(unplanned, threads=threads)
     by_step = {
         name.replace("skip", "steps"): Session(step_by_step(changed), threads=threads)
         for name, changed in at.items()

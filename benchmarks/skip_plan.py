@@ -5,6 +5,8 @@ Shapes: ``N`` samples, ``B`` batch, ``C`` channels, ``G`` gates.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -81,6 +83,20 @@ def planned_network(*, width: int, gates: str, seed: int) -> tuple[SkipNetwork, 
     keys_NC = torch.cat([network.stem(batch).mean((-2, -1)) for batch in images.split(64)])
     network.gates = PlannedGates(network.gates, levels_NG, keys_NC)
     return network.eval(), images, levels_NG
+
+
+def without_plan(network: SkipNetwork) -> SkipNetwork:
+    """The same network with its gates as they are.
+
+    Args:
+        network: Of :func:`planned_network`.
+    Returns:
+        A copy, which shares no weights.
+    """
+    bare = copy.deepcopy(network)
+    assert isinstance(bare.gates, PlannedGates)
+    bare.gates = bare.gates.gates
+    return bare
 
 
 def draw_plan(num_gates: int) -> Tensor:
