@@ -3,8 +3,9 @@
 Tokens of all samples lie one after the other. Means: ``one by one``, a call for each sample;
 ``padded``, to the longest, with a mask; ``sorted``, by length into four groups that are padded;
 ``nested``, torch's jagged tensors; ``block mask``, one call over all tokens; ``packing``, what
-``HaltingRunner`` uses: one of the first two, or no padding where all are of one length. All are
-first compared with ``one by one``. Medians over the rounds, in one process, in turn.
+``HaltingRunner`` uses: a call for all samples that have the same multiple of 16 tokens once they
+are padded. All are first compared with ``one by one``. Medians over the rounds, in one process, in
+turn.
 
     python benchmarks/halting_attention.py [--rounds 15] [--threads 1] [--json FILE]
 """

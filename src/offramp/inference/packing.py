@@ -3,29 +3,32 @@
 Everything but attention works on each token alone, so that samples of unequal length need no
 padding. How attention keeps them apart was measured: ``benchmarks/halting_attention.py``.
 
-Shapes: ``N`` tokens of all samples, ``B`` samples, ``T`` tokens of the longest, ``A`` width of all
-heads together.
+Shapes: ``N`` tokens of all samples, ``B`` samples, ``P`` places of their tokens once padded, ``A``
+width of all heads together.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from offramp.routing.layers import attend
 
-PADDED_LENGTHS = (32, 64)
-"""Where the longest sample is no longer than the first, one call for all costs less than one for
-each sample; no longer than the second, where padding makes no more than ``PADDED_TIMES`` as many
-tokens of them."""
-PADDED_TIMES = 1.5
+_VECTOR = 16
+"""On a CPU torch's attention takes so many tokens at a time and those that are left over one by
+one: 31 tokens take twice as long as 32."""
+_FEW = 4
+"""Tokens that are left over and still take less than padding."""
 
 
 class Packing:
     """Where each sample's tokens lie: one sample after the other.
+
+    For attention, samples of about one length are padded to one that is quick, and share a call.
 
     Args:
         lengths: Tokens of each sample, each at least 1.
@@ -37,18 +40,24 @@ class Packing:
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        self._lengths = list(lengths)
-        self._longest = max(self._lengths)
-        self._is_even = min(self._lengths) == self._longest
-        is_full = len(self._lengths) * self._longest <= PADDED_TIMES * sum(self._lengths)
-        is_short = self._longest <= PADDED_LENGTHS[is_full]
-        self._pads = is_short or device.type != "cpu"
-        self.lengths_B = torch.tensor(self._lengths, device=device)
-        self.starts_B = self.lengths_B.cumsum(0) - self.lengths_B
-        rows_B = torch.arange(len(self._lengths), device=device)
-        self.sample_N = rows_B.repeat_interleave(self.lengths_B, output_size=sum(self._lengths))
-        if self._pads and not self._is_even:
-            self._lay_out()
+        self._num_samples = len(lengths)
+        length_B = np.array(lengths)
+        start_B = length_B.cumsum() - length_B
+        sample_N = np.arange(len(length_B)).repeat(length_B)
+        self.lengths_B, self.starts_B, self.sample_N = (
+            torch.from_numpy(numbers).to(device) for numbers in (length_B, start_B, sample_N)
+        )
+        self._is_even = length_B.min() == length_B.max()
+        if self._is_even:
+            return
+        padded_B = (
+            _padded(length_B) if device.type == "cpu" else np.full_like(length_B, max(lengths))
+        )
+        self._groups = [(size, length) for length, size in sorted(Counter(padded_B).items())]
+        rows_P, is_token_P, places_N = _lay_out(length_B, start_B, padded_B)
+        self._rows_P, self._is_token_P, self._places_N = (
+            torch.from_numpy(numbers).to(device) for numbers in (rows_P, is_token_P, places_N)
+        )
 
     def attend(self, query_NA: Tensor, key_NA: Tensor, value_NA: Tensor, num_heads: int) -> Tensor:
         """Attention of each token to those of its own sample.
@@ -62,37 +71,48 @@ class Packing:
             Shape (N, A).
         """
         qkv = query_NA, key_NA, value_NA
-        shape = (len(self._lengths), self._longest, query_NA.shape[1])
         if self._is_even:
-            query, key, value = (tensor.reshape(shape) for tensor in qkv)
+            query, key, value = (x.reshape(self._num_samples, -1, x.shape[1]) for x in qkv)
             return attend(query, key, value, num_heads).flatten(0, 1)
-        if self._pads:
-            padded = (tensor.index_select(0, self._rows).view(shape) for tensor in qkv)
-            query, key, value = padded
-            context = attend(query, key, value, num_heads, is_key_BT=self._is_token_BT)
-            return context.flatten(0, 1).index_select(0, self._places_N)
-        return self._attend_one_by_one(*qkv, num_heads)
+        qkv_P = [tensor.index_select(0, self._rows_P) for tensor in qkv]
+        contexts, first = [], 0
+        for shape in self._groups:
+            places = slice(first, first := first + shape[0] * shape[1])
+            query, key, value = (tensor[places].view(*shape, -1) for tensor in qkv_P)
+            is_token = self._is_token_P[places].view(shape)
+            context = attend(query, key, value, num_heads, is_key_BT=is_token)
+            contexts.append(context.flatten(0, 1))
+        return torch.cat(contexts).index_select(0, self._places_N)
 
-    def _attend_one_by_one(
-        self, query_NA: Tensor, key_NA: Tensor, value_NA: Tensor, num_heads: int
-    ) -> Tensor:
-        by_sample = [
-            torch.split(tensor.view(1, len(tensor), num_heads, -1), self._lengths, 1)
-            for tensor in (query_NA, key_NA, value_NA)
-        ]
-        contexts = [
-            F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
-            for qkv in zip(*by_sample, strict=True)
-        ]
-        return torch.cat(contexts, 1)[0].flatten(1)
 
-    def _lay_out(self) -> None:
-        """Number of the token at each place of a padded batch, and the way back.
+def _padded(length_B: np.ndarray) -> np.ndarray:
+    """A length for each sample that is quick, few of them in all."""
+    padded_B = -(-length_B // _VECTOR) * _VECTOR
+    for length in np.unique(padded_B):
+        group = padded_B == length
+        longest = length_B[group].max()
+        if longest <= length - _VECTOR + _FEW:
+            padded_B[group] = longest
+    return padded_B
 
-        Padding repeats the first token.
-        """
-        places_T = torch.arange(self._longest, device=self.lengths_B.device)
-        self._is_token_BT = places_T < self.lengths_B[:, None]
-        rows_BT = torch.where(self._is_token_BT, self.starts_B[:, None] + places_T, 0)
-        self._rows = rows_BT.flatten()
-        self._places_N = self._is_token_BT.flatten().nonzero()[:, 0]
+
+def _lay_out(
+    length_B: np.ndarray, start_B: np.ndarray, padded_B: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where tokens stand once samples are padded, from those that are padded least on.
+
+    Returns:
+        rows: Number of the token at each place, shape (P,); 0 where there is none.
+        is_token: Where there is one, shape (P,).
+        places: Place of each token, shape (N,).
+    """
+    order_B = padded_B.argsort(kind="stable")
+    padded_B = padded_B[order_B]
+    sample_P = order_B.repeat(padded_B)
+    offset_P = np.arange(len(sample_P)) - (padded_B.cumsum() - padded_B).repeat(padded_B)
+    is_token_P = offset_P < length_B[sample_P]
+    rows_P = np.where(is_token_P, start_B[sample_P] + offset_P, 0)
+    taken = np.flatnonzero(is_token_P)
+    places_N = np.empty(len(taken), dtype=np.int64)
+    places_N[rows_P[taken]] = taken
+    return rows_P, is_token_P, places_N

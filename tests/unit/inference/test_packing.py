@@ -3,19 +3,18 @@
 import pytest
 import torch
 
-from offramp.inference.packing import PADDED_LENGTHS, Packing
+from offramp.inference.packing import Packing
 from offramp.routing.layers import attend
 
 CPU = torch.device("cpu")
-SHORT, LONG = PADDED_LENGTHS
 LENGTHS = {
     "one sample": [7],
     "one token each": [1, 1, 1],
     "of one length": [5, 5, 5],
-    "short": [3, SHORT, 1, 8],
-    "nearly full": [LONG, LONG - 9, LONG - 20],
-    "mostly padding": [LONG, 2, 3, 1],
-    "long": [LONG + 6, 4, LONG + 1],
+    "about one length": [3, 16, 1, 8],
+    "two lengths": [12, 90, 10, 88, 11, 89],
+    "far apart": [200, 150, 100],
+    "one token more": [16, 17],
 }
 
 
@@ -31,7 +30,8 @@ def test_each_token_attends_to_its_own_sample(lengths):
 
 
 @pytest.mark.parametrize(
-    ("name", "calls"), [("of one length", 1), ("short", 1), ("mostly padding", 4), ("long", 3)]
+    ("name", "calls"),
+    [("of one length", 1), ("about one length", 1), ("two lengths", 2), ("far apart", 3)],
 )
 def test_few_calls_where_they_pay(monkeypatch, name, calls):
     made = []
