@@ -1,9 +1,11 @@
-"""How much does the baseline cut the variance of the policy gradient?
+"""How much do the baselines cut the variance of the policy gradient?
 
 START_RUN is a run of a network that skips blocks. Batches of training data are run with actions
-drawn, and for each the gradient of the policy loss in the gates' weights is taken twice, from the
-same actions: with the baseline and without. The variance is the mean squared distance from the mean
-gradient, over batches; the two means say whether the baseline leaves the gradient as it is.
+drawn, and for each the gradient of the policy loss in the gates' weights is taken three times, from
+the same actions: without a baseline, with the batch's mean return, and with what the sample itself
+earns when nothing is drawn (self-critical) and the batch's mean of that difference. The variance is
+the mean squared distance from the mean gradient, over batches; the means say whether a baseline
+leaves the gradient as it is.
 
     OFFRAMP_DATA=... python benchmarks/baseline_variance.py START_RUN [--alpha 0.35] [--batches 60]
         [--json FILE]
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from offramp import load
 from offramp.routing.reinforce import reinforce_loss, returns_to_go, skip_rewards
-from offramp.routing.skip import SkipNetwork, sampled
+from offramp.routing.skip import GatedOutput, SkipNetwork, at_threshold, sampled
 from offramp.training.run import load_training_data
 from record import circumstances, write_json
 
@@ -29,14 +31,25 @@ from record import circumstances, write_json
 def policy_gradient(
     network: SkipNetwork, inputs: Tensor, labels: Tensor, alpha: float
 ) -> dict[str, Tensor]:
-    """The gradient in the gates' weights, from the same actions, with and without baseline."""
+    """The gradient in the gates' weights, from the same actions, by baseline."""
     output = network(inputs, sampled)
-    losses = F.cross_entropy(output.logits, labels, reduction="none").detach()
-    returns = returns_to_go(skip_rewards(output.action, alpha), -losses)
+    with torch.no_grad():
+        greedy = network(inputs, at_threshold(0.5))
+
+    def returns(of: GatedOutput) -> Tensor:
+        losses = F.cross_entropy(of.logits, labels, reduction="none").detach()
+        return returns_to_go(skip_rewards(of.action, alpha), -losses)
+
+    drawn = returns(output)
+    ways = {
+        "none": (drawn, False),
+        "batch": (drawn, True),
+        "self-critical": (drawn - returns(greedy), True),
+    }
     weights = list(network.gates.parameters())
     gradients = {}
-    for name, baseline in (("without", False), ("with", True)):
-        loss = reinforce_loss(output.probability, output.action, returns, baseline=baseline)
+    for name, (earned, baseline) in ways.items():
+        loss = reinforce_loss(output.probability, output.action, earned, baseline=baseline)
         parts = torch.autograd.grad(loss, weights, retain_graph=True)
         gradients[name] = torch.cat([part.flatten() for part in parts])
     return gradients
@@ -58,26 +71,33 @@ def main(
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     network.train()
-    found: dict[str, list[Tensor]] = {"with": [], "without": []}
+    found: dict[str, list[Tensor]] = {}
     for _ in range(batches):
         rows = torch.randint(len(train), (batch_size,), generator=generator)
         inputs, labels = train.__getitems__(rows.tolist())
         for name, gradient in policy_gradient(network, inputs, labels, alpha).items():
-            found[name].append(gradient)
+            found.setdefault(name, []).append(gradient)
     stacked = {name: torch.stack(gradients) for name, gradients in found.items()}
     variance = {name: float(g.var(0).sum()) for name, g in stacked.items()}
-    means = {name: g.mean(0) for name, g in stacked.items()}
-    error = sum(v / batches for v in variance.values()) ** 0.5
-    apart = float((means["with"] - means["without"]).norm())
-    ratio = variance["without"] / variance["with"]
-    print(
-        f"variance of the gradient: {variance['without']:.3g} without, {variance['with']:.3g} with"
-    )
-    print(f"{ratio:.1f} times less; mean gradients {apart:.3g} apart, standard error {error:.3g}")
+    mean = {name: g.mean(0) for name, g in stacked.items()}
+    rows_by_baseline = {
+        name: {
+            "variance": variance[name],
+            "times_less": variance["none"] / variance[name],
+            "mean_apart": float((mean[name] - mean["none"]).norm()),
+            "standard_error": ((variance[name] + variance["none"]) / batches) ** 0.5,
+        }
+        for name in stacked
+    }
+    for name, row in rows_by_baseline.items():
+        print(
+            f"{name}: variance {row['variance']:.3g}, {row['times_less']:.1f} times less; mean "
+            f"{row['mean_apart']:.3g} apart from that of none, standard error "
+            f"{row['standard_error']:.3g}"
+        )
     if json_file is not None:
-        figures = {"variance": variance, "times_less": ratio, "apart": apart, "error": error}
         settings = {"start": start.name, "alpha": alpha, "batches": batches}
-        write_json({**circumstances(), **settings, **figures}, json_file)
+        write_json({**circumstances(), **settings, "baselines": rows_by_baseline}, json_file)
 
 
 if __name__ == "__main__":

@@ -103,6 +103,7 @@ def hybrid_loss(
     weights: Sequence[float] | None = None,
     run_target: float = 0.0,
     baseline: bool = False,
+    greedy: tuple[Tensor, Tensor] | None = None,
     supervised: bool = True,
 ) -> Tensor:
     """The supervised loss of a pass with actions drawn, and the policy gradient beside it.
@@ -120,15 +121,26 @@ def hybrid_loss(
         run_target: Skipping earns something only while more than this share of the blocks would
             run; 0 for always. Which blocks go is still decided by what they are worth.
         baseline: As for :func:`reinforce_loss`.
+        greedy: Logits of the same samples, shape (B, C), and actions, shape (B, G), where nothing
+            is drawn: what they earn is subtracted from the returns. That leaves the expected
+            gradient as it is too, and takes out that some samples are harder than others.
         supervised: Whether the supervised loss is part of it; without, the reward alone trains.
     Returns:
         A scalar.
-    Reference: Wang et al. (2018), SkipNet, section 3.3.
+    Reference: Wang et al. (2018), SkipNet, section 3.3; Rennie et al. (2017), Self-critical
+        sequence training, for ``greedy``.
     """
     cross_entropy_B = F.cross_entropy(logits_BC, labels_B, reduction="none")
-    is_over_target = run_share(probability_BG, weights) > run_target
-    rewards_BG = is_over_target * skip_rewards(action_BG, alpha, weights)
+    if run_share(probability_BG, weights) <= run_target:
+        alpha = 0.0
+    rewards_BG = skip_rewards(action_BG, alpha, weights)
     return_BG = returns_to_go(rewards_BG, -cross_entropy_B.detach())
+    if greedy is not None:
+        greedy_logits_BC, greedy_action_BG = greedy
+        final_B = -F.cross_entropy(greedy_logits_BC, labels_B, reduction="none")
+        return_BG = return_BG - returns_to_go(
+            skip_rewards(greedy_action_BG, alpha, weights), final_B
+        )
     policy_loss = reinforce_loss(probability_BG, action_BG, return_BG, baseline=baseline)
     supervised_loss = cross_entropy_B.mean() if supervised else 0.0
     return supervised_loss + policy_weight * policy_loss

@@ -87,8 +87,14 @@ class SkipTask(Task):
             weights=self._reward_weights(inputs),
             run_target=self.gates.run_target,
             baseline=self.gates.baseline,
+            greedy=self._greedy(inputs) if self.gates.self_critical else None,
             supervised=self.gates.supervised,
         )
+
+    @torch.no_grad()
+    def _greedy(self, inputs: Features) -> tuple[Tensor, Tensor]:
+        output: GatedOutput = self.network(*inputs, at_threshold(_FINAL))
+        return output.logits, output.action
 
     def _reward_weights(self, inputs: Features) -> tuple[int, ...] | None:
         if self.gates.reward == "blocks":

@@ -148,3 +148,56 @@ def test_a_target_counts_dear_blocks_for_more():
     probability = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
     assert float(run_share(probability, weights=(3, 1))) == pytest.approx(3 / 8)
     assert float(run_share(probability)) == pytest.approx(1 / 4)
+
+
+def test_what_nothing_drawn_earns_is_subtracted_from_each_return():
+    logits, greedy_logits = torch.randn(2, 3), torch.randn(2, 3)
+    labels = torch.tensor([2, 0])
+    probability = torch.tensor([[0.9, 0.6, 0.2], [0.3, 0.5, 0.8]])
+    action = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+    greedy_action = (probability > 0.5).float()
+
+    def earned(logits, action, b, g):
+        skipped = sum(ALPHA / 3 for j in range(g, 3) if action[b, j] == 0)
+        return skipped + float(logits[b].log_softmax(0)[labels[b]])
+
+    expected = float(F.cross_entropy(logits, labels))
+    for b in range(2):
+        for g in range(3):
+            advantage = earned(logits, action, b, g) - earned(greedy_logits, greedy_action, b, g)
+            p = float(probability[b, g])
+            expected -= 0.3 * advantage * math.log(p if action[b, g] else 1 - p) / 2
+    found = hybrid_loss(
+        logits,
+        labels,
+        probability,
+        action,
+        alpha=ALPHA,
+        policy_weight=0.3,
+        greedy=(greedy_logits, greedy_action),
+    )
+    assert float(found) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_samples_own_reward_leaves_the_gradient_and_cuts_its_variance():
+    # Two kinds of samples, one 5 nats harder, which no action changes.
+    scores, generator = torch.tensor([0.4, -0.3]), torch.Generator().manual_seed(0)
+    harder = torch.tensor([0.0, -5.0]).repeat(25)
+    greedy_action = (scores > 0).float().expand(50, 2)
+    greedy_return = returns_to_go(
+        skip_rewards(greedy_action, ALPHA), FINAL[tuple(greedy_action[0].int().tolist())] + harder
+    )
+    found = {"none": [], "own": []}
+    for _ in range(400):
+        for name, subtracted in (("none", 0.0), ("own", greedy_return)):
+            own = scores.clone().requires_grad_()
+            probability = own.sigmoid().expand(50, 2)
+            action = torch.bernoulli(probability.detach(), generator=generator)
+            final = torch.tensor([FINAL[tuple(row)] for row in action.int().tolist()]) + harder
+            returned = returns_to_go(skip_rewards(action, ALPHA), final)
+            reinforce_loss(probability, action, returned - subtracted).backward()
+            found[name].append(-own.grad)
+    own = torch.stack(found["own"])
+    error = own.std(0) / len(own) ** 0.5
+    assert ((own.mean(0) - exact_gradient(scores)).abs() < 4 * error).all()
+    assert own.var(0).sum() < torch.stack(found["none"]).var(0).sum() / 5

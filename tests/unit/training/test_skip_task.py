@@ -116,6 +116,25 @@ def test_a_target_that_is_reached_takes_the_reward_for_skipping_away(monkeypatch
     assert any((a != b).any() for a, b in zip(reached, in_force, strict=True))
 
 
+def test_self_critical_epochs_compare_with_what_the_gates_decide(monkeypatch):
+    network = small_network().eval()
+    gates = GateConfig(reward_epochs=1, alpha=0.7, policy_weight=0.4, self_critical=True)
+    config = off.FitConfig(epochs=1, gates=gates)
+    found = gradients(network, loss_in_epoch(monkeypatch, network, config, epoch=0))
+
+    torch.manual_seed(7)
+    logits, p, actions = pass_by_hand(network, BATCH[0], lambda p: torch.bernoulli(p.detach()))
+    greedy_logits, _, decided = pass_by_hand(network, BATCH[0], lambda p: (p >= 0.5).float())
+    cross_entropy = F.cross_entropy(logits, BATCH[1], reduction="none")
+    earned = returns_to_go(skip_rewards(actions, 0.7), -cross_entropy.detach())
+    final = -F.cross_entropy(greedy_logits, BATCH[1], reduction="none").detach()
+    own = returns_to_go(skip_rewards(decided, 0.7), final)
+    expected = gradients(
+        network, cross_entropy.mean() + 0.4 * reinforce_loss(p, actions, (earned - own).detach())
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_settled_epochs_train_the_blocks_under_the_gates_final_decisions(monkeypatch):
     network = small_network().eval()
     gates = GateConfig(reward_epochs=2, settled_epochs=1, policy_weight=3.0)
