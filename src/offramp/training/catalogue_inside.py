@@ -37,10 +37,10 @@ INSIDE_RECIPES = (
             gates=GateConfig(
                 reward_epochs=6,
                 settled_epochs=5,
-                reward_learning_rate=0.06,
+                reward_learning_rate=0.1,
                 alpha=0.6,
-                run_target=0.6,
-                policy_weight=13.0,
+                run_target=0.64,
+                policy_weight=8.0,
                 baseline=True,
                 self_critical=True,
             ),

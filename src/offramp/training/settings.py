@@ -79,7 +79,7 @@ def override(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
 def _with_changes(
     fit: FitConfig, changes: Mapping[str, Any], kind_changes: Mapping[str, Any]
 ) -> FitConfig:
-    """Change settings; the epochs of a phase stay as large a share of all, unless they are set."""
+    """Change settings; a phase stays as large a share of the one around it, unless it is set."""
     epochs = max(changes.get("epochs", fit.epochs), 0)
 
     def phase(of: object, name: str) -> dict[str, int]:
@@ -92,10 +92,12 @@ def _with_changes(
         if settings is None:
             continue
         lengths: dict[str, int] = {}
-        longest = epochs
+        before, now = fit.epochs, epochs  # of the phase around
         for last_phase in last_phases:
-            own = min(phase(settings, last_phase)[last_phase], longest)
-            longest = lengths[last_phase] = kind_changes.get(last_phase, own)
+            length = getattr(settings, last_phase)
+            own = length * now // before if before else 0
+            before, now = length, kind_changes.get(last_phase, own)
+            lengths[last_phase] = now
         kinds[name] = replace(settings, **{**kind_changes, **lengths})
     return replace(fit, **{**phases, **kinds, **changes})
 

@@ -263,9 +263,8 @@ def skipping() -> Recipe:
 def test_settings_of_the_gates_are_parsed(skipping):
     asked = {"alpha": "0.2", "reward_epochs": "4", "reward": "macs", "supervised": "false"}
     changed = override(skipping, asked).fit
-    assert changed.gates == replace(
-        skipping.fit.gates, alpha=0.2, reward_epochs=4, reward="macs", supervised=False
-    )
+    expected = {"alpha": 0.2, "reward_epochs": 4, "reward": "macs", "supervised": False}
+    assert changed.gates == replace(skipping.fit.gates, settled_epochs=3, **expected)
     assert changed.epochs == skipping.fit.epochs
 
 
