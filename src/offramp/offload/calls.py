@@ -124,6 +124,7 @@ def _cost(
         payload = float(bundle.steps[number - 1].payload_bytes)
         return CallCost(call_bytes=payload, call_ms=0.0)
     step, found = bundle.steps[number], find_codec(codec)
+    cut = cuts(bundle)[number]
     names = [spec.name for spec in carried_specs(bundle, number)]
     call_bytes, call_ms = [], []
     for carried in [samples[0]] * _WARM_UP + samples:
@@ -132,7 +133,7 @@ def _cost(
         inputs = dict(zip(names, encode(carried, step, found), strict=True))
         reply = link.send(inputs, timeout_s=_TIMEOUT_S, compresses=found.compresses)
         marks.append(time.perf_counter())
-        session.run(carried, starts_after=cuts(bundle)[number])
+        session.run(carried, starts_after=cut)
         marks.append(time.perf_counter())
         call_bytes.append(reply.sent_bytes + reply.received_bytes)
         call_ms.append(1e3 * (marks[1] - marks[0] - (marks[2] - marks[1])))

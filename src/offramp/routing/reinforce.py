@@ -131,7 +131,7 @@ def hybrid_loss(
         sequence training, for ``greedy``.
     """
     cross_entropy_B = F.cross_entropy(logits_BC, labels_B, reduction="none")
-    if run_share(probability_BG, weights) <= run_target:
+    if run_target and run_share(probability_BG, weights) <= run_target:
         alpha = 0.0
     rewards_BG = skip_rewards(action_BG, alpha, weights)
     return_BG = returns_to_go(rewards_BG, -cross_entropy_B.detach())
