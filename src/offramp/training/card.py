@@ -125,8 +125,11 @@ def check_evaluation(
     """
     try:
         rows = [(row["index"], row["accuracy"], row["share"]) for row in evaluation["exits"]]
-        fractions = [evaluation["accuracy"], evaluation["final_exit_accuracy"]]
-        fractions += [evaluation["plain_accuracy"] or 0, *(x for row in rows for x in row[1:])]
+        fractions = [x for row in rows for x in row[1:]]
+        for quality in _qualities(evaluation):
+            fractions += [evaluation[quality], evaluation[f"final_exit_{quality}"]]
+            fractions.append(evaluation[f"plain_{quality}"] or 0)
+            fractions += [row[quality] for row in evaluation["exits"]]
         if isinstance(policy, GatePolicy):
             fractions += [evaluation["blocks"]["saved"], *evaluation["blocks"]["run_rates"]]
         counts = [evaluation[key] for key in ("num_samples", "mean_macs", "plain_macs")]
@@ -173,13 +176,14 @@ def _metadata(
                 dataset_type=recipe.data,
                 dataset_name=recipe.data,
                 dataset_split=evaluation.get("split"),
-                metric_type="accuracy",
-                metric_name=metric_name,
+                metric_type=quality,
+                metric_name=f"{_QUALITY_NAMES[quality]} {metric_name}",
                 metric_value=evaluation[key],
             )
+            for quality in _qualities(evaluation)
             for key, metric_name in (
-                ("accuracy", words.less_metric),
-                ("final_exit_accuracy", words.all_metric),
+                (quality, words.less_metric),
+                (f"final_exit_{quality}", words.all_metric),
             )
         ]
     return ModelCardData(
@@ -187,7 +191,7 @@ def _metadata(
         pipeline_tag=None if recipe is None else _task(recipe),
         tags=[words.tag, "adaptive-computation"],
         datasets=None if recipe is None else [recipe.data],
-        metrics=["accuracy"] if results else None,
+        metrics=sorted({result.metric_type for result in results}) or None,
         model_name=name.rsplit("/")[-1] if results else None,
         eval_results=results or None,
     )
@@ -195,8 +199,19 @@ def _metadata(
 
 def _task(recipe: Recipe) -> str:
     """What the recipe is for, in the hub's words."""
-    kind = "text" if SOURCES[recipe.data].image_shape is None else "image"
-    return f"{kind}-classification"
+    source = SOURCES[recipe.data]
+    if source.image_shape is None:
+        return "text-classification"
+    return "image-classification" if source.ignored_label is None else "image-segmentation"
+
+
+_QUALITY_NAMES = {"mean_iou": "mean IoU", "accuracy": "accuracy"}
+
+
+def _qualities(evaluation: Mapping[str, Any]) -> list[str]:
+    """What answers are judged by, what counts most first: maps by mean IoU, then by pixels."""
+    is_dense = evaluation.get("mean_iou") is not None
+    return ["mean_iou", "accuracy"] if is_dense else ["accuracy"]
 
 
 def _loading(name: str, recipe: Recipe | None, policy: Policy | RoutingPolicy | None) -> str:
@@ -264,9 +279,10 @@ def _describe_choice(calibration: Mapping[str, Any]) -> str:
             f"`{data['name']}` (classes {_prior(data['class_prior'])})."
         )
         if reached is not None:
+            quality = _qualities(reached)[0]
             lines.append(
-                f"There, and so in sample: accuracy {_percent(reached['accuracy'])} at "
-                f"{reached['mean_macs']:,.0f} mean MACs."
+                f"There, and so in sample: {_QUALITY_NAMES[quality]} "
+                f"{_percent(reached[quality])} at {reached['mean_macs']:,.0f} mean MACs."
             )
     if promise is not None:
         lines.append(f"\nThe promise:\n\n> {promise['sentence']}")
@@ -289,20 +305,26 @@ def _describe_evaluation(
         where += "; which ones is not recorded"
     if evaluation.get("in_sample"):
         where += ". IN SAMPLE: training or thresholds saw them, the figures can be too good"
+    qualities = _qualities(evaluation)
+    names = [_QUALITY_NAMES[quality] for quality in qualities]
+
+    def cells(whose: str) -> str:
+        return " | ".join(_percent(evaluation[whose + quality]) for quality in qualities)
+
     lines = [
         f"On {where}.\n",
         *_parts_table(evaluation),
         "",
-        "| | accuracy | MACs a sample |",
-        "|---|---|---|",
-        f"| {words.less} | {_percent(evaluation['accuracy'])} | {mean_macs:,.0f} on average, "
+        f"| | {' | '.join(names)} | MACs a sample |",
+        "|---|" + "---|" * len(names) + "---|",
+        f"| {words.less} | {cells('')} | {mean_macs:,.0f} on average, "
         f"{_percent(mean_macs / plain_macs)} of the plain network's |",
-        f"| {words.all} | {_percent(evaluation['final_exit_accuracy'])} | {plain_macs:,} |",
+        f"| {words.all} | {cells('final_exit_')} | {plain_macs:,} |",
     ]
-    if evaluation["plain_accuracy"] is None:
+    if evaluation[f"plain_{qualities[0]}"] is None:
         lines.append("\nNo plain network trained as long was measured beside it.")
     else:
-        plain = _percent(evaluation["plain_accuracy"])
+        plain = f"{names[0]} {_percent(evaluation[f'plain_{qualities[0]}'])}"
         lines.append(f"\nA plain network trained as long, on the same samples: {plain}.")
     lines.append("MACs include heads, gates and the policy. See it again: `offramp evaluate RUN`.")
     return "\n".join(lines) + "\n"
@@ -318,12 +340,14 @@ def _parts_table(evaluation: Mapping[str, Any]) -> list[str]:
         means = enumerate(evaluation["tokens"]["per_layer"], start=1)
         rows = [f"| {number} | {mean:.1f} |" for number, mean in means]
         return ["| layer | tokens in it |", "|---|---|", *rows]
+    quality = _qualities(evaluation)[0]
     rows = [
-        f"| {row['index']} | {_percent(row['accuracy'])} | {_percent(row['share'])} "
+        f"| {row['index']} | {_percent(row[quality])} | {_percent(row['share'])} "
         f"| {row['macs']:,} |"
         for row in evaluation["exits"]
     ]
-    return ["| exit | accuracy alone | samples leaving | MACs |", "|---|---|---|---|", *rows]
+    head = f"| exit | {_QUALITY_NAMES[quality]} alone | samples leaving | MACs |"
+    return [head, "|---|---|---|---|", *rows]
 
 
 def _prior(prior: Any) -> str:

@@ -9,7 +9,7 @@ from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPoli
 
 _USE_POLICY = """\
 result = AdaptiveRunner(run.network, run.policy).run(inputs)
-print(result.output.argmax(-1), result.exit_index, result.macs)  # class, exit, MACs that ran"""
+print(result.output.argmax(1), result.exit_index, result.macs)  # class, exit, MACs that ran"""
 _USE_GATES = """\
 result = SkipRunner(run.network, run.policy).run(inputs)
 print(result.output.argmax(-1), result.blocks.sum(1), result.macs)  # class, blocks and MACs run"""
@@ -39,9 +39,9 @@ _EXITS = Words(
     runner="AdaptiveRunner",
     use=_USE_POLICY,
     less="leaving early",
-    less_metric="accuracy with early exit",
+    less_metric="with early exit",
     all="every sample to the final exit",
-    all_metric="accuracy of the final exit alone",
+    all_metric="of the final exit alone",
 )
 _GATES = Words(
     tag="skipnet",
@@ -50,9 +50,9 @@ _GATES = Words(
     runner="SkipRunner",
     use=_USE_GATES,
     less="skipping blocks",
-    less_metric="accuracy with blocks skipped",
+    less_metric="with blocks skipped",
     all="every block run",
-    all_metric="accuracy with every block run",
+    all_metric="with every block run",
 )
 
 _HALTING = Words(
@@ -62,9 +62,9 @@ _HALTING = Words(
     runner="HaltingRunner",
     use=_USE_HALTING,
     less="dropping tokens that have halted",
-    less_metric="accuracy with tokens dropped",
+    less_metric="with tokens dropped",
     all="with a threshold of 1, at which tokens stay longest",
-    all_metric="accuracy with a threshold of 1",
+    all_metric="with a threshold of 1",
 )
 _ROUTING: dict[type[RoutingPolicy], Words] = {GatePolicy: _GATES, HaltingPolicy: _HALTING}
 

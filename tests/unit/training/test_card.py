@@ -85,7 +85,31 @@ def test_measured_table_holds_the_figures(recipe):
     assert "| every sample to the final exit | 96.10 % | 49,380 |" in text
     assert "No plain network trained as long was measured" in text
     beside = card(recipe, evaluation=FIGURES | {"plain_accuracy": 0.955})
-    assert "A plain network trained as long, on the same samples: 95.50 %." in beside
+    assert "A plain network trained as long, on the same samples: accuracy 95.50 %." in beside
+
+
+def test_card_of_maps_puts_mean_iou_before_the_share_of_right_pixels():
+    ious = (0.31, 0.42, 0.43)
+    rows = [row | {"mean_iou": iou} for row, iou in zip(FIGURES["exits"], ious, strict=True)]
+    maps = {"mean_iou": 0.42, "final_exit_mean_iou": 0.43, "plain_mean_iou": 0.44}
+    figures = FIGURES | maps | {"recipe": "camvid-seg", "split": "val", "exits": rows}
+    recipe = find_recipe("camvid-seg")
+    check_evaluation(figures, recipe=recipe, policy=POLICY)
+    reached = CALIBRATION | {"reached": {**CALIBRATION["reached"], "mean_iou": 0.4321}}
+    text = card(recipe, evaluation=figures, calibration=reached)
+    assert "in sample: mean IoU 43.21 %" in text
+    assert "| exit | mean IoU alone |" in text
+    assert "| 1 | 42.00 % | 75.00 % | 10,000 |" in text
+    assert "| leaving early | 42.00 % | 95.12 % | 12,345 on average" in text
+    assert "| every sample to the final exit | 43.00 % | 96.10 % | 49,380 |" in text
+    assert "on the same samples: mean IoU 44.00 %." in text
+    data = ModelCard(text).data
+    assert data.pipeline_tag == "image-segmentation"
+    assert data.metrics == ["accuracy", "mean_iou"]
+    found = [(result.metric_type, result.metric_value) for result in data.eval_results]
+    assert found[:2] == [("mean_iou", 0.42), ("mean_iou", 0.43)]
+    with pytest.raises(InvalidArgumentError, match="in \\[0, 1\\]"):
+        check_evaluation(figures | {"final_exit_mean_iou": 43}, recipe=recipe, policy=POLICY)
 
 
 def test_without_figures_there_is_none_and_the_command_is_named(recipe):
