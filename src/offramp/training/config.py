@@ -17,7 +17,8 @@ class GateConfig:
     Attributes:
         reward_epochs: So many last epochs train by hybrid reinforcement learning; those before
             train by the labels alone, with straight-through gates.
-        reward_learning_rate: At the start of those last epochs; decays to zero by a cosine.
+        reward_learning_rate: At the start of those last epochs; decays to zero by a cosine. If
+            None, the cosine of the epochs before goes on: one over all epochs, as for any network.
         settled_epochs: So many of those, the last ones, train by the labels alone under what the
             gates have come to decide: drawn no more, and not changed.
         alpha: Reward for skipping every block; a wrong answer costs its cross entropy.
@@ -33,7 +34,7 @@ class GateConfig:
     """
 
     reward_epochs: int = 0
-    reward_learning_rate: float = 1e-4
+    reward_learning_rate: float | None = 1e-4
     settled_epochs: int = 0
     alpha: float = 0.1
     run_target: float = 0.0
@@ -44,6 +45,7 @@ class GateConfig:
     supervised: bool = True
 
     def __post_init__(self) -> None:
+        rate = self.reward_learning_rate
         _check(
             self,
             {
@@ -52,7 +54,7 @@ class GateConfig:
                     0 <= self.settled_epochs <= self.reward_epochs,
                     f"an int from 0 to the {self.reward_epochs} reward_epochs",
                 ),
-                "reward_learning_rate": (self.reward_learning_rate > 0, "a positive number"),
+                "reward_learning_rate": (rate is None or rate > 0, "a positive number, or None"),
                 "alpha": (0 <= self.alpha < math.inf, "a number of at least 0"),
                 "run_target": (0 <= self.run_target < 1, "a number in [0, 1)"),
                 "reward": (self.reward in ("blocks", "macs"), "blocks or macs"),

@@ -120,12 +120,15 @@ class SkipTask(Task):
         self.log(BLOCKS_METRIC, torch.cat(self._run_BG).mean(), rank_zero_only=True)
 
     def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        """Two cosines to zero, one after the other: of the supervised and the rewarded epochs."""
+        """Two cosines to zero, of the supervised and the rewarded epochs; or one over all."""
+        reward_rate = self.gates.reward_learning_rate
+        if reward_rate is None:
+            return super().schedule(optimizer)
         factor = partial(
             two_cosines,
             num_first=self.first_reward_epoch,
             num_second=self.gates.reward_epochs,
-            second_factor=self.gates.reward_learning_rate / self.config.learning_rate,
+            second_factor=reward_rate / self.config.learning_rate,
             warmup_epochs=self.config.warmup_epochs,
         )
         return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

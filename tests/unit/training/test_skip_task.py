@@ -150,12 +150,18 @@ def test_settled_epochs_train_the_blocks_under_the_gates_final_decisions(monkeyp
     assert not any(gradient.any() for gradient in still)
 
 
-def test_the_learning_rate_falls_by_a_cosine_in_each_phase():
-    config = off.FitConfig(
-        epochs=6,
-        learning_rate=0.2,
-        gates=GateConfig(reward_epochs=2, reward_learning_rate=0.003),
-    )
+@pytest.mark.parametrize(
+    ("reward_learning_rate", "expected"),
+    [
+        (0.003, [0.2, 0.1707107, 0.1, 0.0292893, 0.003, 0.0015]),
+        (None, [0.2, 0.1866025, 0.15, 0.1, 0.05, 0.0133975]),
+    ],
+)
+def test_the_learning_rate_falls_by_a_cosine_in_each_phase_or_by_one(
+    reward_learning_rate, expected
+):
+    gates = GateConfig(reward_epochs=2, reward_learning_rate=reward_learning_rate)
+    config = off.FitConfig(epochs=6, learning_rate=0.2, gates=gates)
     task = SkipTask(small_network(), config)
     configured = task.configure_optimizers()
     optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
@@ -164,7 +170,7 @@ def test_the_learning_rate_falls_by_a_cosine_in_each_phase():
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    assert rates == pytest.approx([0.2, 0.1707107, 0.1, 0.0292893, 0.003, 0.0015], abs=1e-6)
+    assert rates == pytest.approx(expected, abs=1e-6)
 
 
 def test_fit_trains_both_phases_and_reports_blocks(tmp_path):
