@@ -18,7 +18,6 @@ row; what it holds from the same settings is not trained again.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -102,6 +101,11 @@ def keep(network: SkipNetwork, folder: Path, start: Run, config: FitConfig) -> N
     save_weights(network, folder / WEIGHTS_FILE)
 
 
+def is_of(row: dict[str, Any], seed: int, gates: GateConfig) -> bool:
+    """Whether a row was trained so; one of before a setting was there had its default."""
+    return "gates" in row and (row["seed"], GateConfig(**row["gates"])) == (seed, gates)
+
+
 def at_half(row: dict[str, Any]) -> int:
     index: int = row["thresholds"].index(AS_TRAINED)
     return index
@@ -141,6 +145,8 @@ def main(
     learning_rate: Annotated[float | None, typer.Option(help="As the recipe if left out.")] = None,
     settled: Annotated[int, typer.Option(help="Of the epochs, the last, gates still.")] = 0,
     baseline: Annotated[bool | None, typer.Option(help="As the recipe if left out.")] = None,
+    self_critical: Annotated[bool | None, typer.Option(help="As the recipe if left out.")] = None,
+    run_target: Annotated[float, typer.Option(help="Share of blocks; 0: none, alpha decides.")] = 0,
     from_scratch: Annotated[bool, typer.Option(help="Add reward alone, untrained.")] = False,
     seeds: Annotated[str, typer.Option(metavar="S,...", help="Of order and draws.")] = "0",
     max_drop: Annotated[float, typer.Option(help="For the last column.")] = 0.003,
@@ -159,11 +165,13 @@ def main(
         "reward_learning_rate": learning_rate,
         "policy_weight": policy_weight,
         "baseline": baseline,
+        "self_critical": self_critical,
     }
     gates = replace(
         recipe.fit.gates,
         reward_epochs=epochs,
         settled_epochs=settled,
+        run_target=run_target,
         **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
     fit_config = replace(recipe.fit, epochs=epochs, device=device, gates=gates)  # type: ignore[arg-type]
@@ -177,8 +185,7 @@ def main(
     )
     for seed in (int(part) for part in seeds.split(",")):
         for name, config in named.items():
-            how = json.loads(json.dumps(asdict(config.gates)))  # as JSON gives it back
-            if any((row["seed"], row.get("gates")) == (seed, how) for row in rows):
+            if any(is_of(row, seed, config.gates) for row in rows):
                 continue
             network = fresh(recipe, loaded.network, from_scratch=not config.gates.supervised)
             fit(network, train, config=replace(config, seed=seed))
@@ -186,6 +193,7 @@ def main(
                 keep(
                     network, out / f"{recipe.name}-{name}-{seed}".replace(" ", "-"), loaded, config
                 )
+            how = asdict(config.gates)
             row = {"name": name, "seed": seed, "gates": how, **judge(network, test, device)}
             rows.append(row)
             half = at_half(row)

@@ -37,14 +37,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs"))
     asked = parser.parse_args()
     settings = dict(text.split("=", 1) for text in asked.set)
+    if cuts := {"seed", "calibration_share", "uniform_prior"} & settings.keys():
+        parser.error(
+            f"{', '.join(sorted(cuts))}: the start was trained on what this would hold out"
+        )
     for weight in asked.weights.split(","):
         run = run_folder.load(asked.start)
         recipe = fine_tune(run.require_recipe(), weight, asked.epochs, settings)
         network = from_plain(recipe, run.network)
         folder = asked.out / f"{recipe.name}-ponder-{weight}"
-        train, calibration, class_names = run_folder.load_training_data(recipe, asked.data)
+        data = asked.data or run.data
+        train, calibration, class_names = run_folder.load_training_data(recipe, data)
         run_folder.create_folder(folder)
-        run_folder.write_recipe(folder, recipe=recipe, class_names=class_names, data=asked.data)
+        run_folder.write_recipe(folder, recipe=recipe, class_names=class_names, data=data)
         config = replace(recipe.config_as_trained(), device=asked.device)
         fit(network, train, calibration, config, folder=folder)
         save_weights(network, folder / run_folder.WEIGHTS_FILE)
@@ -59,7 +64,7 @@ def fine_tune(recipe: Recipe, weight: str, epochs: int, settings: dict[str, str]
         return override(adaptive, {**own, "ponder_weight": weight, **settings})
     halting = override(adaptive, {**own, **settings}).fit.halting
     rate = {"learning_rate": str(halting.halting_learning_rate)}
-    return override(replace(recipe, variant="plain"), {**own, **rate})
+    return override(replace(recipe, variant="plain"), {**own, **settings, **rate})
 
 
 def from_plain(

@@ -3,6 +3,12 @@
 import json
 
 import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+import offramp as off
+from offramp.training.config import GateConfig
+from offramp.zoo.skipnet import skipnet
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +38,18 @@ def test_two_processes_report_the_accuracy_that_the_saved_weights_have(distribut
     measured = [row["accuracy"] for row in json.loads(outcome.stdout)["exits"]]
     assert reported["exit_accuracy"] == pytest.approx(measured)
     assert all(accuracy > 0.6 for accuracy in measured)
+
+
+def test_two_processes_train_gates_that_settle(tmp_path):
+    """In the last epoch no gate gets a gradient, which processes that wait for all would refuse."""
+    network = skipnet(in_channels=1, widths=(4,), blocks=(3,), num_classes=3)
+    before = [parameter.clone() for parameter in network.parameters()]
+    data = TensorDataset(torch.randn(16, 1, 6, 6), torch.arange(16) % 3)
+    gates = GateConfig(reward_epochs=1, settled_epochs=1)
+    config = off.FitConfig(epochs=2, batch_size=4, devices=2, device="cpu", gates=gates)
+    off.fit(network, data, config=config)
+    moved = [not torch.equal(*pair) for pair in zip(before, network.parameters(), strict=True)]
+    assert all(moved)
 
 
 def test_error_in_a_process_is_one_line(tmp_path, start_offramp, finish_offramp, assert_one_line):

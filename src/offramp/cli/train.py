@@ -46,7 +46,7 @@ def train(
     from offramp.model.checkpoint import save_weights
     from offramp.training import run as run_folder
     from offramp.training.catalogue import find_recipe
-    from offramp.training.config_checks import check_config
+    from offramp.training.config_checks import check_class_weights, check_config
     from offramp.training.fit import LAST_CHECKPOINT, check_checkpoint, fit
     from offramp.training.settings import override
 
@@ -77,6 +77,7 @@ def train(
         data = str(Path(data).resolve())  # to be found from other folders too
     train_set, calibration_set, class_names = run_folder.load_training_data(recipe, data)
     check_config(network, config)
+    check_class_weights(config.class_weights, num_classes=len(class_names))
     _check_fit(network, train_set[0][0])
     if not is_going_on:
         run_folder.create_folder(folder)

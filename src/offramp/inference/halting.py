@@ -18,6 +18,7 @@ from offramp.policy.confidence import max_probability_confidence
 from offramp.policy.routing_policy import HaltingPolicy
 from offramp.results import AdaptiveResult
 from offramp.routing.halting import HaltingCosts, HaltingNetwork, advance
+from offramp.runtime.padding import require_first_tokens
 
 
 class HaltingRunner:
@@ -45,11 +46,16 @@ class HaltingRunner:
         Returns:
             Logits, the largest class probability, MACs and tokens in each layer of each sample, in
             the order of the batch; every sample leaves by the only exit.
+        Raises:
+            ShapeError: If a sample begins with padding.
         """
         if self.network.training:  # a caller may have trained it since
             self.network.eval()
         inputs = self.network.trimmed(inputs)
-        answer_BD, tokens_BL = self._run_layers(*self.network.embed(*inputs))
+        x_BTD, is_valid_BT = self.network.embed(*inputs)
+        if self.network.ragged is not None:
+            require_first_tokens(is_valid_BT.cpu().numpy())
+        answer_BD, tokens_BL = self._run_layers(x_BTD, is_valid_BT)
         logits_BC = self.network.head(answer_BD)
         return AdaptiveResult(
             output=logits_BC,

@@ -10,6 +10,7 @@ Shapes: ``B`` batch, ``T`` tokens, ``D`` width of a token, ``L`` layers, ``C`` c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from offramp.errors import InvalidArgumentError
 from offramp.measure.cost import count_macs, evaluation_mode, require_samples
 from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.model.ragged import Ragged
@@ -301,9 +303,13 @@ def add_halting(
         The network whose tokens halt; it has no weights of its own.
     Raises:
         BackboneCutError: If it is of no kind that is known.
+        InvalidArgumentError: If a gate's number is none.
     Reference: Yin et al. (2022), A-ViT: Adaptive tokens for efficient vision transformer. What
         differs from its code is in docs/decisions.md.
     """
+    for name, number in (("gate_scale", gate_scale), ("gate_center", gate_center)):
+        if not isinstance(number, int | float) or not math.isfinite(number):
+            raise InvalidArgumentError(f"The {name!r} parameter must be a number. Got {number!r}.")
     parts = take_apart(transformer)
     return HaltingNetwork(
         parts.embed,

@@ -44,7 +44,7 @@ def prior_loss(output: HaltingOutput, target_depth: float) -> Tensor:
     mean_L = output.weight.sum((0, 1)) / output.valid.sum()
     prior_L = depth_prior(len(mean_L), target_depth, like=mean_L)
     log_mean_L = mean_L.clamp(min=torch.finfo(mean_L.dtype).tiny).log()
-    return (prior_L * (prior_L.log() - log_mean_L)).sum()
+    return (torch.xlogy(prior_L, prior_L) - prior_L * log_mean_L).sum()  # far layers have none
 
 
 def depth_prior(num_layers: int, target_depth: float, *, like: Tensor) -> Tensor:

@@ -263,9 +263,9 @@ def sampled(probability_B: Tensor) -> Tensor:
     Args:
         probability_B: Shape (B,).
     Returns:
-        0 or 1, shape (B,).
+        0 or 1, shape (B,); 1 for NaN, as :func:`runs_block`.
     """
-    return torch.bernoulli(probability_B.detach())
+    return torch.bernoulli(probability_B.detach().nan_to_num(1.0))
 
 
 def add_gates(

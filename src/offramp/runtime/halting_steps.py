@@ -15,7 +15,7 @@ from offramp.results import AdaptiveResult
 from offramp.runtime.bundle import Bundle
 from offramp.runtime.halting_parts import HALTING_OUTPUTS, HaltingParts
 from offramp.runtime.loading import LoadedFile, Loader
-from offramp.runtime.padding import mask_of_inputs, trim_tokens
+from offramp.runtime.padding import mask_of_inputs, require_first_tokens, trim_tokens
 
 Array = npt.NDArray[Any]
 
@@ -112,6 +112,7 @@ class HaltingSteps:
         if padding is None:
             return inputs, True
         mask_BT = mask_of_inputs(padding, inputs)
+        require_first_tokens(mask_BT)
         return trim_tokens(inputs, self._parts.inputs, mask_BT), bool(mask_BT.any())
 
     def _in_layers(self, of_steps_BS: Array) -> Array:

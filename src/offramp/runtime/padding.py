@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from offramp.errors import ShapeError
 from offramp.runtime.bundle import Padding
 from offramp.runtime.files import TensorSpec
 
@@ -33,6 +34,22 @@ def mask_of_inputs(padding: Padding, inputs: Sequence[Array]) -> Array:
         return is_token_BT
     mask_BT: Array = inputs[padding.mask_index] != 0
     return mask_BT
+
+
+def require_first_tokens(mask_BT: Array) -> None:
+    """Make sure that samples are padded at their ends: it is the first token that answers.
+
+    Args:
+        mask_BT: What is no padding, shape (B, T), bool; a sample may be padding altogether.
+    Raises:
+        ShapeError: If a sample begins with padding.
+    """
+    begins_late_B = mask_BT.any(1) & ~mask_BT[:, 0]
+    if begins_late_B.any():
+        raise ShapeError(
+            "Expected padding behind the tokens, since the first one answers. Got some before "
+            f"the tokens of sample {int(begins_late_B.argmax())}: pad at the end."
+        )
 
 
 def trim_tokens(

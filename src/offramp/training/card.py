@@ -124,7 +124,7 @@ def check_evaluation(
             exits is another.
     """
     try:
-        rows = [(row["index"], row["accuracy"], row["share"]) for row in evaluation["exits"]]
+        rows = [(int(row["index"]), row["accuracy"], row["share"]) for row in evaluation["exits"]]
         fractions = [x for row in rows for x in row[1:]]
         for quality in _qualities(evaluation):
             fractions += [evaluation[quality], evaluation[f"final_exit_{quality}"]]
@@ -140,7 +140,7 @@ def check_evaluation(
         counts += [row["macs"] for row in evaluation["exits"]]
         is_sound = all(0 <= x <= 1 for x in fractions) and all(0 < x < math.inf for x in counts)
         is_sound &= math.isclose(sum(share for _, _, share in rows), 1, abs_tol=1e-6)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InvalidArgumentError(
             "Expected the figures that offramp evaluate --json writes, or Evaluation.to_dict(). "
             f"Got something else ({error!r})."
@@ -318,8 +318,8 @@ def _describe_evaluation(
         f"| | {' | '.join(names)} | MACs a sample |",
         "|---|" + "---|" * len(names) + "---|",
         f"| {words.less} | {cells('')} | {mean_macs:,.0f} on average, "
-        f"{_percent(mean_macs / plain_macs)} of the plain network's |",
-        f"| {words.all} | {cells('final_exit_')} | {plain_macs:,} |",
+        f"{_percent(mean_macs / plain_macs)} of the plain network's {plain_macs:,} |",
+        f"| {words.all} | {cells('final_exit_')} | {_macs_of_all(evaluation)} |",
     ]
     if evaluation[f"plain_{qualities[0]}"] is None:
         lines.append("\nNo plain network trained as long was measured beside it.")
@@ -328,6 +328,12 @@ def _describe_evaluation(
         lines.append(f"\nA plain network trained as long, on the same samples: {plain}.")
     lines.append("MACs include heads, gates and the policy. See it again: `offramp evaluate RUN`.")
     return "\n".join(lines) + "\n"
+
+
+def _macs_of_all(evaluation: Mapping[str, Any]) -> str:
+    """What the final exit costs; blank where blocks or tokens are dropped, and no exit says it."""
+    is_routed = "blocks" in evaluation or "tokens" in evaluation
+    return "" if is_routed else f"{evaluation['exits'][-1]['macs']:,}"
 
 
 def _parts_table(evaluation: Mapping[str, Any]) -> list[str]:

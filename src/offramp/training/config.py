@@ -20,7 +20,7 @@ class GateConfig:
         reward_learning_rate: At the start of those last epochs; decays to zero by a cosine. If
             None, the cosine of the epochs before goes on: one over all epochs, as for any network.
         settled_epochs: So many of those, the last ones, train by the labels alone under what the
-            gates have come to decide: drawn no more, and not changed.
+            gates have come to decide: drawn no more, their weights not changed.
         alpha: Reward for skipping every block; a wrong answer costs its cross entropy.
         run_target: Skipping earns something only while more than this share of the gated blocks
             would run (by MACs where the reward goes by MACs); 0 for always.
@@ -197,8 +197,8 @@ class FitConfig:
             "distillation": (0 <= self.distillation <= 1, "in [0, 1]"),
             "class_balance": (self.class_balance in ("none", "sampling"), "none or sampling"),
             "class_weights": (
-                all(0 <= weight < math.inf for weight in self.class_weights or ()),
-                "numbers of at least 0",
+                all(0 < weight < math.inf for weight in self.class_weights or ()),
+                "positive numbers",
             ),
             "device": (self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
             "devices": (self.devices >= 1, "an int of at least 1"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from offramp.errors import InvalidArgumentError
@@ -48,6 +50,22 @@ def check_config(
         )
 
 
+def check_class_weights(weights: Sequence[float] | None, *, num_classes: int) -> None:
+    """Make sure that there is a weight for each class, or none.
+
+    Args:
+        weights: Of the classes in the loss; None for none.
+        num_classes: Number of classes.
+    Raises:
+        InvalidArgumentError: If there are more or fewer.
+    """
+    if weights is not None and len(weights) != num_classes:
+        raise InvalidArgumentError(
+            f"The 'class_weights' parameter must hold {num_classes} numbers, one per class. "
+            f"Got {len(weights)}."
+        )
+
+
 def _check_kind(
     network: MultiExitNetwork | SkipNetwork | HaltingNetwork, config: FitConfig
 ) -> None:
@@ -64,7 +82,11 @@ def _check_kind(
 
 def _check_regimes_unused(config: FitConfig) -> None:
     """Where blocks or tokens are dropped there is one exit: what is about several is refused."""
-    for name in ("detach", "freeze_backbone", "gradient_equilibrium", "distillation"):
+    names = (
+        *("loss_weights", "detach", "freeze_backbone", "gradient_equilibrium"),
+        *("backbone_epochs", "ramp_epochs", "distillation"),
+    )
+    for name in names:
         if getattr(config, name):
             raise InvalidArgumentError(
                 f"The {name!r} parameter is about several exits. This network has one, and saves "

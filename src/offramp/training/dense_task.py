@@ -21,6 +21,7 @@ from offramp.measure.dense import (
 )
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_inputs
 from offramp.training.config import FitConfig
+from offramp.training.config_checks import check_class_weights
 from offramp.training.data import check_labels
 from offramp.training.losses import joint_loss
 from offramp.training.parquet import known_labels
@@ -48,7 +49,9 @@ class DenseTask(MultiExitTask):
     def loss(self, inputs: Features, labels_B: Tensor) -> Tensor:
         """The joint loss over the pixels whose class is known, one a cell of the logits."""
         outputs = self._outputs(inputs)
-        _check(labels_B, num_classes=outputs[-1].shape[1])
+        num_classes = outputs[-1].shape[1]
+        _check(labels_B, num_classes=num_classes)
+        check_class_weights(self.config.class_weights, num_classes=num_classes)
         labels_Bhw = one_pixel_a_cell(labels_B, outputs[-1].shape[-2:])
         is_known_Bhw = labels_Bhw != IGNORED_LABEL
         return joint_loss(

@@ -91,6 +91,8 @@ def fit(
             callbacks=callbacks,
             num_exits=network.num_exits,
             has_own_loader=isinstance(train, DataLoader),
+            # Gates that have settled, and a head that no label trains, get no gradient.
+            may_leave_out=isinstance(network, SkipNetwork),
         )
         trainer.fit(
             _task(network, config),
@@ -248,8 +250,10 @@ def _trainer(
     callbacks: Sequence[Callback],
     num_exits: int,
     has_own_loader: bool,
+    may_leave_out: bool,
 ) -> Trainer:
     is_watched = sys.stdout.isatty()
+    several = "ddp_spawn_find_unused_parameters_true" if may_leave_out else "ddp_spawn"
     own: list[Callback] = [RichProgressBar(leave=False)] if is_watched else []
     if folder is not None:
         own += [_EpochReport(folder, num_exits), _LastCheckpoint(folder)]
@@ -258,7 +262,7 @@ def _trainer(
         accelerator={"auto": "auto", "cpu": "cpu", "cuda": "gpu"}[config.device],
         devices=config.devices,
         precision="bf16-mixed" if config.precision == "bfloat16" else "32-true",
-        strategy="ddp_spawn" if config.devices > 1 else "auto",
+        strategy=several if config.devices > 1 else "auto",
         callbacks=[*own, *callbacks],
         logger=_loggers(folder) if folder is not None else False,
         profiler=SimpleProfiler(),

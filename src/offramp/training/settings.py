@@ -79,13 +79,13 @@ def override(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
 def _with_changes(
     fit: FitConfig, changes: Mapping[str, Any], kind_changes: Mapping[str, Any]
 ) -> FitConfig:
-    """Change settings; a phase stays as large a share of the one around it, unless it is set."""
+    """Change settings; a phase stays as large a share of the one around it, unless it is set.
+
+    A last phase keeps an epoch, and leaves one, of two or more.
+    """
     epochs = max(changes.get("epochs", fit.epochs), 0)
-
-    def phase(of: object, name: str) -> dict[str, int]:
-        return {name: getattr(of, name) * epochs // fit.epochs}
-
-    phases = phase(fit, "backbone_epochs") | phase(fit, "warmup_epochs")
+    names = ("backbone_epochs", "ramp_epochs", "warmup_epochs")
+    phases = {name: getattr(fit, name) * epochs // fit.epochs for name in names}
     kinds = {}
     for name, last_phases in _LAST_PHASES.items():
         settings = getattr(fit, name)
@@ -96,6 +96,7 @@ def _with_changes(
         for last_phase in last_phases:
             length = getattr(settings, last_phase)
             own = length * now // before if before else 0
+            own = max(own, 1) if length and now > 1 else own
             before, now = length, kind_changes.get(last_phase, own)
             lengths[last_phase] = now
         kinds[name] = replace(settings, **{**kind_changes, **lengths})

@@ -35,8 +35,8 @@ BLOCKS_METRIC = "blocks_run"
 class SkipTask(Task):
     """Trains by the labels with straight-through gates first, then by labels and reward.
 
-    The last epochs may settle: gates that were drawn so far decide for good, and the blocks learn
-    to do with it.
+    The last epochs may settle: the gates' weights change no more, what they say is done and not
+    drawn, and the blocks learn to do with it. Their norms still follow the features.
 
     Args:
         network: The network to train, in place.
@@ -59,7 +59,7 @@ class SkipTask(Task):
 
     @property
     def first_settled_epoch(self) -> int:
-        """The first epoch, from 0, in which gates stand still and their decisions are final."""
+        """The first epoch, from 0, in which gates learn no more and are not drawn."""
         return self.config.epochs - self.gates.settled_epochs
 
     @property
@@ -86,7 +86,7 @@ class SkipTask(Task):
             policy_weight=self.gates.policy_weight,
             weights=self._reward_weights(inputs),
             run_target=self.gates.run_target,
-            baseline=self.gates.baseline,
+            baseline=self.gates.baseline and len(labels_B) > 1,  # a last batch may hold one
             greedy=self._greedy(inputs) if self.gates.self_critical else None,
             supervised=self.gates.supervised,
         )

@@ -53,7 +53,8 @@ def lite0_segmentation(
         A network for images of shape (B, 3, H, W), pixels normalised by mean 127 / 255 and
         deviation 128 / 255, whose exits put out logits of half the size of the scaled images.
     Raises:
-        InvalidArgumentError: If the exits are not in order, or numbers are out of range.
+        InvalidArgumentError: If the exits are not in order, numbers are out of range, or there is
+            no such padding.
         MissingExtraError: If timm or the package of weights is not installed.
     """
     groups = (*exits_after, last_group)
@@ -61,6 +62,10 @@ def lite0_segmentation(
         raise InvalidArgumentError(
             "The 'exits_after' parameter must hold growing ints from 2 to below 'last_group', "
             f"which is in [3, 6]. Got {exits_after} and {last_group}."
+        )
+    if padding not in ("same", "symmetric"):
+        raise InvalidArgumentError(
+            f"The 'padding' parameter must be same or symmetric. Got {padding!r}."
         )
     *kept, _ = kept_exits(groups, num_exits)
     backbone = Lite0Encoder(

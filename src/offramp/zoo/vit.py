@@ -50,8 +50,8 @@ def vit(
     Returns:
         A network for images of shape (B, in_channels, side, side).
     Raises:
-        InvalidArgumentError: If the patch does not divide the side, or the heads the width, or
-            num_exits is another number.
+        InvalidArgumentError: If the patch does not divide the side, or the heads the width, there
+            is no layer, num_exits is another number, or a gate's number is none.
     Reference: Dosovitskiy et al. (2021), An image is worth 16x16 words; Touvron et al. (2021),
         DeiT, whose tiny model has width 192, 12 layers and 3 heads; Yin et al. (2022), A-ViT.
     """
@@ -64,6 +64,8 @@ def vit(
             f"The 'num_heads' parameter must be an int that divides the width {width}. "
             f"Got {num_heads}."
         )
+    if depth < 1:
+        raise InvalidArgumentError(f"The 'depth' parameter must be at least 1. Got {depth}.")
     hidden = round(mlp_ratio * width)
     shares = torch.linspace(0, drop_path, depth).tolist()
     layers = [PreNormLayer(width, num_heads, hidden, drop_path=share) for share in shares]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from offramp.errors import InvalidArgumentError
+from offramp.errors import InvalidArgumentError, ShapeError
 from offramp.inference.agreement import answer_in_batches, compare_with_masked
 from offramp.inference.halting import HaltingRunner
 from offramp.model.ragged import Ragged
@@ -136,6 +136,12 @@ def test_padding_of_texts_is_never_a_token(text_network, batch_size):
     costs = text_network.costs(ids)
     assert torch.equal(found.macs, costs.macs(found.tokens))
     assert (found.macs <= costs.macs_of_length(torch.tensor(lengths))).all()
+
+
+def test_padding_in_front_of_a_text_is_refused(text_network):
+    ids = torch.tensor([[3, 4, 5], [0, 6, 7]])
+    with pytest.raises(ShapeError, match="before the tokens of sample 1: pad at the end"):
+        HaltingRunner(text_network).run(ids)
 
 
 def test_a_text_of_padding_alone_runs_nothing(text_network):

@@ -50,6 +50,17 @@ def test_the_prior_sums_to_one_over_all_layers():
         assert float(depth_prior(12, target, like=torch.zeros(())).sum()) == pytest.approx(1)
 
 
+def test_the_prior_of_a_deep_network_is_finite_though_far_layers_have_none():
+    weight = torch.full((1, 1, 32), 1 / 32)
+    valid = torch.ones(1, 1).bool()
+    output = HaltingOutput(torch.zeros(1, 2), weight, weight > 0, torch.ones(1, 1), valid, weight)
+    prior = depth_prior(32, 16.0, like=weight)
+    assert prior[0] == 0
+    near = prior[8:24]
+    expected = float((near * (near * 32).log()).sum())
+    assert float(prior_loss(output, 16.0)) == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_layer_where_nobody_halts_is_dear_but_finite_and_pulls():
     weight = torch.tensor([[[1e-12, 1 - 1e-12]]], requires_grad=True)
     output = HaltingOutput(

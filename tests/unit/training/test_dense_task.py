@@ -126,8 +126,15 @@ def test_class_weights_are_for_dense_networks():
     data = torch.utils.data.TensorDataset(torch.zeros(2, 1, 8, 8), torch.zeros(2).long())
     with pytest.raises(InvalidArgumentError, match="'class_weights' parameter is about"):
         fit(other, data, config=FitConfig(class_weights=(1.0, 1.0, 1.0)))
-    with pytest.raises(InvalidArgumentError, match="numbers of at least 0"):
-        FitConfig(class_weights=(math.inf,))
+    for weight in (math.inf, 0.0):  # a batch of nothing but that class would have no loss
+        with pytest.raises(InvalidArgumentError, match="must be positive numbers"):
+            FitConfig(class_weights=(weight,))
+
+
+def test_there_is_one_class_weight_for_each_class(network):
+    task = DenseTask(network, FitConfig(class_weights=(1.0, 2.0)))
+    with pytest.raises(InvalidArgumentError, match="must hold 3 numbers, one per class"):
+        task.loss((torch.zeros(1, 3, 16, 16),), torch.zeros(1, 16, 16).long())
 
 
 def test_a_loader_yields_whole_batches(batches):

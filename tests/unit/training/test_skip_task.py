@@ -202,6 +202,28 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("reward_epochs", [0, 1])
+def test_training_that_diverges_ends_in_an_error(reward_epochs):
+    network = small_network()
+    torch.nn.init.constant_(next(network.stem.parameters()), float("nan"))
+    gates = GateConfig(reward_epochs=reward_epochs)
+    config = off.FitConfig(epochs=1, gates=gates, device="cpu")
+    with pytest.raises(off.TrainingDivergedError, match="epoch 1: training has diverged"):
+        off.fit(network, stripes(16, seed=0), config=config)
+
+
+def test_a_last_batch_of_one_sample_trains_without_a_baseline():
+    network = small_network()
+    before = [parameter.clone() for parameter in network.gates.parameters()]
+    gates = GateConfig(reward_epochs=1, baseline=True, policy_weight=1.0)
+    config = off.FitConfig(epochs=1, batch_size=8, gates=gates, device="cpu")
+    off.fit(network, stripes(17, seed=0), config=config)
+    moved = [
+        not torch.equal(*pair) for pair in zip(before, network.gates.parameters(), strict=True)
+    ]
+    assert any(moved)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -225,8 +247,9 @@ def test_more_reward_epochs_than_epochs_are_refused():
 
 
 def test_settings_of_the_other_kind_of_network_are_refused():
-    with pytest.raises(off.InvalidArgumentError, match="about several exits"):
-        off.fit(small_network(), stripes(8, seed=0), config=off.FitConfig(detach=True))
+    for setting in ({"detach": True}, {"loss_weights": (1.0,)}, {"backbone_epochs": 1}):
+        with pytest.raises(off.InvalidArgumentError, match="about several exits"):
+            off.fit(small_network(), stripes(8, seed=0), config=off.FitConfig(**setting))
     exits = resnet(in_channels=1, widths=(8,), blocks=(2,), exits_after=(1,), num_classes=3)
     with pytest.raises(off.InvalidArgumentError, match="about networks that skip"):
         off.fit(exits, stripes(8, seed=0), config=off.FitConfig(gates=GateConfig()))

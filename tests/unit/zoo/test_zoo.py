@@ -168,7 +168,17 @@ def test_vit_costs_its_closed_form():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"patch": 3}, {"patch": 0}, {"num_heads": 3}, {"num_exits": 2}]
+    "changes",
+    [
+        {"patch": 3},
+        {"patch": 0},
+        {"num_heads": 3},
+        {"num_exits": 2},
+        {"depth": 0},
+        {"gate_scale": (5, 0)},  # --set gate_scale=5,0
+        {"gate_center": "abc"},
+        {"gate_center": float("nan")},
+    ],
 )
 def test_vit_refuses_what_does_not_fit(changes):
     (name,) = changes
