@@ -11,7 +11,7 @@ INSIDE_RECIPES = (
     Recipe(
         name="emnist-skipnet",
         summary="a residual network that skips blocks: 13 gates, labels first, then reward",
-        expected="89.3 % at 67 % of the MACs, 89.7 % for the plain network",
+        expected="89.5 % at 68 % of the MACs, 89.7 % for the plain network",
         data="emnist47",
         network="skipnet",
         network_options={
@@ -22,7 +22,7 @@ INSIDE_RECIPES = (
             "gates": "feed_forward",
             "gate_width": 4,
         },
-        static_options={"blocks": (0, 4, 4)},
+        static_options={"blocks": (0, 5, 5)},
         normalisation=Normalisation(mean=0.5, deviation=0.5),
         augment=LETTER_WARP,
         calibration_share=0.02,
@@ -35,12 +35,12 @@ INSIDE_RECIPES = (
             weight_decay=5e-4,
             class_balance="sampling",
             gates=GateConfig(
-                reward_epochs=6,
-                settled_epochs=5,
-                reward_learning_rate=0.1,
+                reward_epochs=10,
+                settled_epochs=8,
+                reward_learning_rate=None,
                 alpha=0.6,
                 run_target=0.64,
-                policy_weight=8.0,
+                policy_weight=4.0,
                 baseline=True,
                 self_critical=True,
             ),
@@ -49,7 +49,7 @@ INSIDE_RECIPES = (
     Recipe(
         name="cifar10-skipnet38",
         summary="the SkipNet paper's ResNet-38 with recurrent gates, its schedule",
-        expected="not measured yet; training takes a GPU",
+        expected="87.9 %, every block run, after 30 of its 210 epochs; it takes a GPU",
         data="cifar10",
         network="skipnet",
         network_options={
@@ -113,7 +113,7 @@ INSIDE_RECIPES = (
     Recipe(
         name="cifar10-avit",
         summary="a vision transformer of DeiT-tiny's size for small images; tokens halt",
-        expected="not measured yet; training takes a GPU",
+        expected="75.6 % at 77 % of the MACs after 40 of its 100 epochs; it takes a GPU",
         data="cifar10",
         network="vit",
         network_options={
@@ -126,7 +126,7 @@ INSIDE_RECIPES = (
             "num_classes": 10,
             "drop_path": 0.1,
             "gate_scale": 5.0,
-            "gate_center": 8.0,
+            "gate_center": 15.0,
         },
         static_options={"depth": 7},
         normalisation=CIFAR10_PIXELS,
@@ -141,8 +141,8 @@ INSIDE_RECIPES = (
             halting=HaltingConfig(
                 halting_epochs=25,
                 halting_learning_rate=5e-4,
-                ponder_weight=0.005,
-                target_depth=6.0,
+                ponder_weight=5e-4,
+                prior_weight=0.0,
             ),
         ),
     ),

@@ -275,13 +275,13 @@ def test_the_kind_of_gates_is_an_option_of_the_network(skipping):
 
 
 def test_other_epochs_keep_the_share_that_is_rewarded(skipping):
-    assert (skipping.fit.epochs, skipping.fit.gates.reward_epochs) == (18, 6)
-    assert override(skipping, {"epochs": "9"}).fit.gates.reward_epochs == 3
+    assert (skipping.fit.epochs, skipping.fit.gates.reward_epochs) == (18, 10)
+    assert override(skipping, {"epochs": "9"}).fit.gates.reward_epochs == 5
     assert override(skipping, {"epochs": "2"}).fit.gates.reward_epochs == 1  # not none
     assert override(skipping, {"epochs": "1"}).fit.gates.reward_epochs == 0
     asked = override(skipping, {"epochs": "9", "reward_epochs": "9"})
     assert asked.fit.gates.reward_epochs == 9
-    assert override(skipping, {"epochs": "9"}).fit.gates.settled_epochs == 2
+    assert override(skipping, {"epochs": "9"}).fit.gates.settled_epochs == 4
     assert override(skipping, {"reward_epochs": "0"}).fit.gates.settled_epochs == 0
 
 
