@@ -149,7 +149,7 @@ INSIDE_RECIPES = (
     Recipe(
         name="sst2-skim",
         summary="film reviews, good or bad: pretrained MiniLM that drops words it has read",
-        expected="not measured yet",
+        expected="73.8 % at 42 % of the tokens after 4 of 5 epochs, 87.4 % before tokens halt",
         data="sst2_sentences",
         network="skim",
         network_options={
