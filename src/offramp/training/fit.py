@@ -91,8 +91,7 @@ def fit(
             callbacks=callbacks,
             num_exits=network.num_exits,
             has_own_loader=isinstance(train, DataLoader),
-            # Gates that have settled, and a head that no label trains, get no gradient.
-            may_leave_out=isinstance(network, SkipNetwork),
+            may_leave_out=isinstance(network, SkipNetwork),  # settled gates get no gradient
         )
         trainer.fit(
             _task(network, config),

@@ -57,17 +57,8 @@ def lite0_segmentation(
             no such padding.
         MissingExtraError: If timm or the package of weights is not installed.
     """
-    groups = (*exits_after, last_group)
-    if list(groups) != sorted(set(groups)) or groups[0] < 2 or not 3 <= last_group <= 6:
-        raise InvalidArgumentError(
-            "The 'exits_after' parameter must hold growing ints from 2 to below 'last_group', "
-            f"which is in [3, 6]. Got {exits_after} and {last_group}."
-        )
-    if padding not in ("same", "symmetric"):
-        raise InvalidArgumentError(
-            f"The 'padding' parameter must be same or symmetric. Got {padding!r}."
-        )
-    *kept, _ = kept_exits(groups, num_exits)
+    _check(exits_after, last_group, padding)
+    *kept, _ = kept_exits((*exits_after, last_group), num_exits)
     backbone = Lite0Encoder(
         num_classes, scale=scale, last_group=last_group, final_width=final_width
     )
@@ -85,6 +76,19 @@ def lite0_segmentation(
     # Half as long to train on a CPU.
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
+
+
+def _check(exits_after: tuple[int, ...], last_group: int, padding: str) -> None:
+    groups = (*exits_after, last_group)
+    if list(groups) != sorted(set(groups)) or groups[0] < 2 or not 3 <= last_group <= 6:
+        raise InvalidArgumentError(
+            "The 'exits_after' parameter must hold growing ints from 2 to below 'last_group', "
+            f"which is in [3, 6]. Got {exits_after} and {last_group}."
+        )
+    if padding not in ("same", "symmetric"):
+        raise InvalidArgumentError(
+            f"The 'padding' parameter must be same or symmetric. Got {padding!r}."
+        )
 
 
 class Lite0Encoder(nn.Module):
