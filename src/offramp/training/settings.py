@@ -95,8 +95,7 @@ def _with_changes(
         before, now = fit.epochs, epochs  # of the phase around
         for last_phase in last_phases:
             length = getattr(settings, last_phase)
-            own = length * now // before if before else 0
-            own = max(own, 1) if length and now > 1 else own
+            own = max(length * now // before, int(now > 1)) if length else 0
             before, now = length, kind_changes.get(last_phase, own)
             lengths[last_phase] = now
         kinds[name] = replace(settings, **{**kind_changes, **lengths})
