@@ -14,6 +14,7 @@ from offramp.errors import ArtifactError, InvalidArgumentError, reason
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from offramp.training.recipes import Recipe
     from offramp.zoo import Network
 
 
@@ -45,11 +46,13 @@ def train(
     """Train a recipe and leave a run folder."""
     from offramp.model.checkpoint import save_weights
     from offramp.training import run as run_folder
+    from offramp.training.allocator import keep_freed_memory
     from offramp.training.catalogue import find_recipe
     from offramp.training.config_checks import check_class_weights, check_config
-    from offramp.training.fit import LAST_CHECKPOINT, check_checkpoint, fit
+    from offramp.training.fit import fit
     from offramp.training.settings import override
 
+    keep_freed_memory()
     flags = {"epochs": epochs, "seed": seed}
     asked = parse_settings(settings or [])
     asked |= {name: str(value) for name, value in flags.items() if value is not None}
@@ -59,18 +62,11 @@ def train(
     folder = out or Path("runs") / recipe_name
     is_going_on = resume and (folder / run_folder.RECIPE_FILE).exists()
     if is_going_on:
-        begun, _, begun_data = run_folder.read_recipe(folder)
+        begun_data = _check_begun(folder, recipe, network)
         data = data or begun_data
-        if begun != recipe:
-            raise ArtifactError(
-                f"The run {folder} was started with other settings. Resume it with those, or "
-                "choose another folder with --out."
-            )
         if (folder / run_folder.WEIGHTS_FILE).exists():
             print(f"{folder} is trained to the end already")
             return
-        if (folder / LAST_CHECKPOINT).exists():
-            check_checkpoint(folder / LAST_CHECKPOINT, network)
     else:
         run_folder.require_new(folder)
     if data is not None and Path(data).is_dir():
@@ -85,6 +81,23 @@ def train(
     fit(network, train_set, calibration_set, config, folder=folder, resume=resume)
     save_weights(network, folder / run_folder.WEIGHTS_FILE)
     print(f"trained {recipe_name}: {folder}")
+
+
+def _check_begun(folder: Path, recipe: Recipe, network: Network) -> str | None:
+    """Make sure that a run can go on; the data that it was started with."""
+    from offramp.training import run as run_folder
+    from offramp.training.fit import LAST_CHECKPOINT, check_checkpoint
+
+    begun, _, data = run_folder.read_recipe(folder)
+    if begun != recipe:
+        raise ArtifactError(
+            f"The run {folder} was started with other settings. Resume it with those, or "
+            "choose another folder with --out."
+        )
+    is_trained = (folder / run_folder.WEIGHTS_FILE).exists()
+    if not is_trained and (folder / LAST_CHECKPOINT).exists():
+        check_checkpoint(folder / LAST_CHECKPOINT, network)
+    return data
 
 
 def _check_fit(network: Network, sample: Tensor) -> None:
