@@ -26,7 +26,7 @@ from offramp.calibration.targets import (
 from offramp.calibration.temperature import BoolArray, fit_temperature, reached
 from offramp.errors import InvalidArgumentError
 from offramp.measure.cost import ExitCosts
-from offramp.policy.policies import Setting, State, ThresholdedPolicy
+from offramp.policy.policies import State, ThresholdedPolicy
 
 _CHUNK = 2**24
 """So many logits at a time are asked about, where there are more."""
@@ -144,7 +144,7 @@ def _confidences(logits_KNC: Tensor, policy: ThresholdedPolicy, off: frozenset[i
     state: State = ()
     for k, logits_NC in enumerate(logits_KNC):
         if k not in off:
-            lowest = Setting(policy.setting(k).temperature, 0.0)
+            lowest = policy.setting(k)._replace(threshold=0.0)
             may_leave_N, confidence_N, state = policy.decide(k, logits_NC, state, lowest)
             confidence_KN[k] = confidence_N.masked_fill(~may_leave_N, math.nan).double().numpy()
     return confidence_KN

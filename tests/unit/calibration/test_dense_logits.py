@@ -22,6 +22,7 @@ from offramp.calibration.thresholds import confidences, measure_policy
 from offramp.errors import ShapeError
 from offramp.inference.runner import AdaptiveRunner
 from offramp.measure.dense import IGNORED_LABEL, confusion_matrices, label_maps, mean_iou
+from offramp.policy.confidence import DENSE_RULES
 from offramp.training.data import Normalisation, make_loader
 from offramp.training.masks import MaskBatches
 from offramp.zoo.segmentation import segmentation
@@ -34,7 +35,11 @@ IMAGES = 10
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(0)
-    return segmentation(num_classes=CLASSES, widths=(4, 6), stages=3, head_width=4).eval()
+    network = segmentation(num_classes=CLASSES, widths=(4, 6), stages=3, head_width=4).eval()
+    with torch.no_grad():
+        for exit_head in network.exits:
+            exit_head.head[-2].weight *= 20  # as sure as a network that has learnt something
+    return network
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,8 @@ def loader():
     torch.manual_seed(1)
     masks = torch.randint(CLASSES, (IMAGES, 16, 20))
     masks[:, 3:5] = IGNORED_LABEL
-    images = torch.randint(256, (IMAGES, 3, 16, 20)).to(torch.uint8)
+    contrast = torch.linspace(0.1, 1, IMAGES)[:, None, None, None]
+    images = (contrast * torch.randint(256, (IMAGES, 3, 16, 20))).to(torch.uint8)
     normalise = Normalisation(mean=0.5, deviation=0.3)
     batches = MaskBatches(images, masks.to(torch.uint8), normalise=normalise)
     return make_loader(batches, batch_size=4)
@@ -78,11 +84,27 @@ def test_taken_images_keep_what_belongs_to_them(logits):
     assert torch.equal(taken.labels_N, logits.labels_N[[4, 4, 7]])
 
 
-@pytest.mark.parametrize("rule", ["mean_max_probability", "mean_entropy", "low_quantile"])
+@pytest.fixture(scope="module")
+def pixel_threshold(logits):
+    """What half of the pixels reach."""
+    return logits.logits_KNC.float().softmax(2).amax(2).median().item()
+
+
+@pytest.mark.parametrize("rule", DENSE_RULES)
+def test_confidences_are_those_of_the_rule(logits, rule, pixel_threshold):
+    policy = DensePolicy((0.2, 0.3), rule=rule, pixel_threshold=pixel_threshold)
+    confidence_KN = confidences(logits, policy)
+    assert len(np.unique(confidence_KN)) > IMAGES / 2
+    for k, logits_NChw in enumerate(logits.logits_KNC):
+        expected_N = DENSE_RULES[rule](logits_NChw, pixel_threshold)
+        np.testing.assert_allclose(confidence_KN[k], expected_N, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", DENSE_RULES)
 def test_a_drop_of_mean_iou_is_kept_at_the_least_cost_of_all_thresholds(logits, rule):
     most = 0.01
     chosen = calibrate(logits, max_drop=most, rule=rule)
-    policy = DensePolicy((INF, INF), rule=rule)
+    policy = chosen.policy  # with the threshold of pixels that it chose, if it counts them
     confidence_KN = confidences(logits, policy)
     best = INF
     cuts = [[INF, *np.unique(confidence_KN[k])] for k in (0, 1)]
@@ -118,6 +140,20 @@ def test_calibration_is_what_runs(network, loader, logits):
     assert found.accuracy == pytest.approx(expected.accuracy)
     assert found.final_exit_mean_iou == pytest.approx(logits.quality_K[-1])
     assert [row["mean_iou"] for row in found.to_dict()["exits"]] == pytest.approx(logits.quality_K)
+
+
+@pytest.mark.parametrize("rule", DENSE_RULES)
+def test_thresholds_inside_the_range_let_the_same_images_leave(
+    network, loader, logits, rule, pixel_threshold
+):
+    policy = DensePolicy((0, 0), rule=rule, pixel_threshold=pixel_threshold)
+    middle_K = np.median(confidences(logits, policy), axis=1)
+    policy = policy.with_thresholds(tuple(middle_K[:2]))  # of ten: between two of them
+    expected = measure_policy(logits, policy)
+    found = evaluate(AdaptiveRunner(network, policy), loader, logits)
+    assert found.exits[0].share == 0.5
+    assert found.mean_macs == pytest.approx(expected.mean_macs)
+    assert found.mean_iou == pytest.approx(expected.mean_iou)
 
 
 def test_frontier_is_in_mean_iou(logits):
