@@ -138,16 +138,42 @@ def test_thresholds_by_hand(seg_run, offramp, tmp_path):
     assert outcome.code == 0, outcome.stderr
     policy = load(run).policy
     assert (policy.thresholds[0], policy.pixel_threshold) == (0.8, 0.7)
+    words = "thresholds 0.8000, off (rule pixel_share of pixels surer than 0.7), set by hand"
+    assert outcome.stdout == words + "\n"
+
+
+def test_a_smaller_plain_network_goes_through_the_same_commands(seg_run, scenes, offramp, tmp_path):
+    few = {**SETTINGS, "variant": "static", "epochs": 1}
+    del few["loss_weights"], few["stages"]
+    settings = [text for key, value in few.items() for text in ("--set", f"{key}={value}")]
+    rival, image = tmp_path / "rival", tmp_path / "scene.png"
+    image.write_bytes(pq.read_table(scenes / "val.parquet")["image"][0].as_py()["bytes"])
+    for command in (
+        ("train", "camvid-seg", "--data", scenes, "--out", rival, "--device", "cpu", *settings),
+        ("predict", rival, image),
+        ("show", rival, "--image", image, "--out", tmp_path / "sheet.png"),
+        ("export", rival),
+        ("time", rival, "--batch-size", 1, "--threads", 1),
+        ("evaluate", seg_run, "--plain", rival),
+    ):
+        outcome = offramp(*command)
+        assert outcome.code == 0, outcome.stderr
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (("--max-drop", 0.01, "--rule", "entropy"), ("must be one of pixel_share",)),
+        (("--max-drop", 0.01, "--rule", "pixelshare"), ("pixel_share", "agreement")),
+        (("--thresholds", "1,1", "--rule", "pixelshare"), ("pixel_share", "agreement")),
+        (("--max-drop", 0.01, "--pixel-threshold", 7), ("in [0, 1]", "Got 7.0")),
         (("--max-drop", 0.01, "--patience", 2), ("--rule agreement",)),
         (("--max-drop", 0.01, "--rule", "learned"), ("one class a sample",)),
         (("--max-drop", 0.01, "--prior", "uniform"), ("--prior weights samples",)),
-        (("--max-drop", 0.1, "--guarantee", 0.9), ("mean IoU is no mean over images",)),
+        (
+            ("--max-drop", 0.1, "--guarantee", 0.9),
+            ("mean IoU is no mean over images", "(--max-risk)"),
+        ),
         (
             ("--max-risk", 0.01, "--risk", "pixel_error_gap", "--guarantee", 0.95),
             ("6 calibration samples cannot promise", "would do"),
@@ -173,5 +199,6 @@ def test_show_and_pixel_thresholds_are_for_networks_of_pixels(
     Image.new("L", (8, 8)).save(image)
     outcome = offramp("show", run, "--image", image)
     assert_one_line(outcome.stderr, ("a class for every pixel", "nothing to draw"))
-    outcome = offramp("calibrate", run, "--max-drop", 0.01, "--pixel-threshold", 0.5)
-    assert_one_line(outcome.stderr, ("--pixel-threshold is for networks",))
+    for wanted in (("--max-drop", 0.01), ("--thresholds", "0.9,0.9")):
+        outcome = offramp("calibrate", run, *wanted, "--pixel-threshold", 0.5)
+        assert_one_line(outcome.stderr, ("--pixel-threshold is for networks",))

@@ -120,7 +120,7 @@ def calibrate_with_guarantee(
         logits: Every exit's logits on held-out data.
         max_risk: The target, a fraction in (0, 1), e.g. 0.01.
         risk: What it bounds: accuracy_gap (against the final exit), disagreement (with it), error
-            or brier_gap.
+            or brier_gap; pixel_error_gap where every pixel has a class.
         guarantee: Probability in (0, 1) with which it shall hold; or "mean": the risk is within
             the target on average over many draws of the samples (conformal risk control). Where a
             set number was drawn from each class, that is so but approximately: a new sample is

@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from offramp.cli.choosing import LEARNED, Timing, Wanted, choose
-from offramp.cli.choosing_pixels import default_rule, dense_policy_by_hand
+from offramp.cli.choosing import LEARNED, Timing, Wanted, choose, words_of
+from offramp.cli.choosing_pixels import (
+    default_rule,
+    dense_policy_by_hand,
+    refuse_pixel_threshold,
+)
 from offramp.cli.choosing_routing import choose_routing, refuse_exits, set_threshold_by_hand
 from offramp.cli.options import DataOption, DeviceOption, RunFolder
 from offramp.errors import InvalidArgumentError
@@ -36,7 +40,8 @@ RiskOption = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="disagreement (with the final exit), error, brier_gap or accuracy_gap.",
+        help="disagreement (with the final exit), error, brier_gap or accuracy_gap; of pixels "
+        "pixel_error_gap.",
     ),
 ]
 GuaranteeOption = Annotated[
@@ -256,13 +261,14 @@ def _set_by_hand(loaded: Run, thresholds: str, wanted: Wanted) -> None:
     policy: ThresholdedPolicy
     if loaded.multi_exit.is_dense:
         policy = dense_policy_by_hand(values, rule, wanted.pixel_threshold)
-        asked["pixel_threshold"] = wanted.pixel_threshold
+        asked["pixel_threshold"] = getattr(policy, "pixel_threshold", None)
     else:
+        refuse_pixel_threshold(wanted.pixel_threshold)
         num_classes = loaded.require_recipe().network_options["num_classes"]
         policy = _policy_by_hand(thresholds, values, rule, num_classes=num_classes)
     about = {"asked": asked, "data": None, "reached": None}
     write_policy(loaded.folder, policy, calibration=about)
-    print(f"thresholds set by hand: {policy.thresholds}, rule {getattr(policy, 'rule', rule)}")
+    print(f"{words_of(policy)}, set by hand")
 
 
 def _read_thresholds(text: str, num_exits: int) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from offramp.cli.calibration_data import Prepared, conclude, prepare
-from offramp.cli.choosing_pixels import with_pixel_threshold
+from offramp.cli.choosing_pixels import refuse_pixel_threshold, with_pixel_threshold
 from offramp.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -43,13 +43,16 @@ def rule_named(name: str) -> Rule:
         InvalidArgumentError: If there is none of that name.
     """
     from offramp.calibration.controller import fit_controller
-    from offramp.policy.confidence import AGREEMENT, DENSE_RULES
-    from offramp.policy.policies import check_rule
+    from offramp.policy.confidence import AGREEMENT, CONFIDENCE_RULES, DENSE_RULES
 
     if name == LEARNED:
         return fit_controller
-    if name not in (*DENSE_RULES, AGREEMENT):
-        check_rule(name)
+    of_samples, of_pixels = (*CONFIDENCE_RULES, LEARNED), (*DENSE_RULES, AGREEMENT)
+    if name not in (*of_samples, *of_pixels):
+        raise InvalidArgumentError(
+            f"The rule must be one of {', '.join(of_samples)}; of {', '.join(of_pixels)} where the "
+            f"network says a class for every pixel. Got {name!r}."
+        )
     return name
 
 
@@ -114,6 +117,11 @@ class Wanted:
                 if self.guarantee is not None:
                     check_guarantee(value, self.guarantee)
         rule_named(self.rule)
+        if self.pixel_threshold is not None and not 0 <= self.pixel_threshold <= 1:
+            raise InvalidArgumentError(
+                "--pixel-threshold is a probability in [0, 1], how sure a pixel must be to count. "
+                f"Got {self.pixel_threshold}."
+            )
         if self.patience is not None:
             PatiencePolicy(self.patience, num_exits=self.patience + 1)
 
@@ -153,11 +161,7 @@ class Wanted:
         from offramp.calibration.rules import policies_like
 
         if not logits.is_dense:
-            if self.pixel_threshold is not None:
-                raise InvalidArgumentError(
-                    "--pixel-threshold is for networks that say a class for every pixel. This one "
-                    "says one for a sample: leave it out."
-                )
+            refuse_pixel_threshold(self.pixel_threshold)
             return (self._make_policy(logits),)
         if self.patience is not None or self.rule == LEARNED:
             raise InvalidArgumentError(
@@ -258,7 +262,14 @@ def choose(
     )
 
 
-def _print_policy(prepared: Prepared[ExitLogits], policy: ThresholdedPolicy) -> None:
+def words_of(policy: ThresholdedPolicy) -> str:
+    """A policy's thresholds and rule, to be printed.
+
+    Args:
+        policy: The policy.
+    Returns:
+        Words without a full stop.
+    """
     from offramp.policy.as_dict import policy_to_dict
 
     shown = ", ".join("off" if t == math.inf else f"{t:.4f}" for t in policy.thresholds)
@@ -268,9 +279,14 @@ def _print_policy(prepared: Prepared[ExitLogits], policy: ThresholdedPolicy) -> 
         how = f"{how}, {described['patience']} exits in a row"
     if how == "pixel_share":
         how = f"{how} of pixels surer than {described['pixel_threshold']}"
-    print(
-        f"thresholds {shown} (rule {how}), chosen on {len(prepared.batches):,} calibration samples"
-    )
+    return f"thresholds {shown} (rule {how})"
+
+
+def _print_policy(prepared: Prepared[ExitLogits], policy: ThresholdedPolicy) -> None:
+    from offramp.policy.as_dict import policy_to_dict
+
+    print(f"{words_of(policy)}, chosen on {len(prepared.batches):,} calibration samples")
+    described = policy_to_dict(policy)
     if described.get("temperatures"):
         _print_temperatures(prepared.logits, policy, described["temperatures"])
 

@@ -39,9 +39,14 @@ def dense_policy_by_hand(
         InvalidArgumentError: If there is no such rule, or a threshold is out of range or has no
             meaning for it.
     """
-    from offramp.policy.confidence import AGREEMENT
+    from offramp.policy.confidence import AGREEMENT, DENSE_RULES
     from offramp.policy.dense_policies import AgreementPolicy, DensePolicy
 
+    if rule not in (*DENSE_RULES, AGREEMENT):
+        raise InvalidArgumentError(
+            f"The rule must be one of {', '.join((*DENSE_RULES, AGREEMENT))}, since this network "
+            f"says a class for every pixel. Got {rule!r}."
+        )
     policy: ThresholdedPolicy
     if rule == AGREEMENT:
         policy = AgreementPolicy(thresholds)
@@ -50,6 +55,21 @@ def dense_policy_by_hand(
     if pixel_threshold is None:
         return policy
     return with_pixel_threshold(policy, pixel_threshold)
+
+
+def refuse_pixel_threshold(threshold: float | None) -> None:
+    """Refuse a threshold for pixels on a network that says one class for a sample.
+
+    Args:
+        threshold: What ``--pixel-threshold`` was given, if anything.
+    Raises:
+        InvalidArgumentError: If it was given.
+    """
+    if threshold is not None:
+        raise InvalidArgumentError(
+            "--pixel-threshold is for networks that say a class for every pixel. This one "
+            "says one for a sample: leave it out."
+        )
 
 
 def with_pixel_threshold(policy: ThresholdedPolicy, threshold: float) -> ThresholdedPolicy:

@@ -125,7 +125,7 @@ def _draw_exits(loaded: Run, image: Path, path: Path, device: str | None) -> Non
     result = runner.run(inputs)
     sheet = draw_sheet(
         pixels_CHW.numpy(),
-        exit_maps(outputs, confidence_KB[:, 0], int(chosen_B[0])),
+        exit_maps(runner.policy, outputs, confidence_KB[:, 0], int(chosen_B[0])),
         loaded.class_names,
         pixel_threshold=getattr(runner.policy, "pixel_threshold", 0.9),
     )

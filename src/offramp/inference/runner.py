@@ -54,7 +54,7 @@ class AdaptiveRunner:
         if policy is None:
             raise NotCalibratedError(
                 "Running early needs a policy and none was set. Choose one: offramp calibrate RUN, "
-                "or ThresholdPolicy((0.9, ...))."
+                f"or {'DensePolicy' if network.is_dense else 'ThresholdPolicy'}((0.9, ...))."
             )
         if policy.num_exits != network.num_exits:
             raise NotCalibratedError(
@@ -107,6 +107,8 @@ class AdaptiveRunner:
         Returns:
             Milliseconds of each step, nobody leaving: medians, kept in ``step_ms``.
         """
+        if self.network.training:
+            self.network.eval()
         inputs = self.network.trimmed(inputs)
         laps = [self._time_once(inputs) for _ in range(_TIMED_ROUNDS + _WARM_UP_ROUNDS)]
         self.step_ms = tuple(map(median, zip(*laps[_WARM_UP_ROUNDS:], strict=True)))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from offramp.measure.dense import at_size, label_maps
 from offramp.policy.confidence import top_probability
+from offramp.policy.policies import Policy, tempered
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -34,7 +35,7 @@ class ExitMap:
 
     Attributes:
         exit_index: Its number.
-        logits_Chw: Its raw logits, shape (C, h, w).
+        logits_Chw: Its logits, divided by the policy's temperature, shape (C, h, w).
         confidence: The policy's, in [0, 1].
         is_taken: Whether the image leaves there.
     """
@@ -70,7 +71,7 @@ def draw_sheet(
 
     Args:
         image_CHW: The image as the network saw it, shape (3, H, W), uint8.
-        maps: What each exit that ran says.
+        maps: What each exit says that is on.
         class_names: Name of each class.
         pixel_threshold: Pixels whose largest class probability is below are drawn darker.
     Returns:
@@ -86,7 +87,7 @@ def draw_sheet(
     pen = ImageDraw.Draw(sheet)
     sheet.paste(Image.fromarray(np.moveaxis(image_CHW, 0, 2)), (0, _LINE))
     pen.text((0, 0), "image", _INK)
-    pen.text((0, height + _GAP + _LINE), "sure pixels", _INK)
+    pen.text((0, height + _GAP + _LINE), f"pixels surer than {pixel_threshold:g}", _INK)
     for column, each in enumerate(maps, start=1):
         left, below = column * (width + _GAP), height + _GAP + _LINE
         labels, is_sure = _labels_and_sure(each.logits_Chw, (height, width), pixel_threshold)
@@ -130,11 +131,14 @@ def _legend(class_names: Sequence[str], colours: Pixels, width: int) -> Image.Im
 
 
 @torch.inference_mode()
-def exit_maps(outputs: Sequence[Tensor], confidences_K: Tensor, taken: int) -> list[ExitMap]:
+def exit_maps(
+    policy: Policy, outputs: Sequence[Tensor], confidences_K: Tensor, taken: int
+) -> list[ExitMap]:
     """Gather what exits say of one image.
 
     Args:
-        outputs: Logits of every exit, shape (1, C, h, w) each.
+        policy: Who leaves where.
+        outputs: Raw logits of every exit, shape (1, C, h, w) each.
         confidences_K: The policy's confidence at each exit, shape (K,); NaN where an exit is off.
         taken: The exit that the image leaves by.
     Returns:
@@ -143,7 +147,7 @@ def exit_maps(outputs: Sequence[Tensor], confidences_K: Tensor, taken: int) -> l
     return [
         ExitMap(
             exit_index=k,
-            logits_Chw=output[0].float().cpu(),
+            logits_Chw=tempered(output[0], policy.setting(k)).float().cpu(),
             confidence=float(confidences_K[k]),
             is_taken=k == taken,
         )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from offramp.errors import ShapeError
+from offramp.errors import DataError, ShapeError
 
 IGNORED_LABEL = 255
 """Label of pixels that nobody is asked about: left out of losses, figures and calibration."""
@@ -24,11 +24,12 @@ def label_maps(logits_BChw: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         Labels, shape (B, H, W), uint8.
     Raises:
-        ShapeError: If the logits have other axes.
+        ShapeError: If the logits have other axes, or there are more classes.
     """
-    if logits_BChw.ndim != 4:
+    if logits_BChw.ndim != 4 or logits_BChw.shape[1] > IGNORED_LABEL:
         raise ShapeError(
-            f"Expected dense logits of shape (B, C, H, W). Got {tuple(logits_BChw.shape)}."
+            "Expected dense logits of shape (B, C, H, W) with at most 255 classes. "
+            f"Got {tuple(logits_BChw.shape)}."
         )
     return at_size(logits_BChw, size).argmax(1).to(torch.uint8)
 
@@ -58,18 +59,25 @@ def confusion_matrices(predicted_BHW: Tensor, labels_BHW: Tensor, *, num_classes
         Pixels of true class i predicted as j at [b, i, j], shape (B, C, C), int64.
     Raises:
         ShapeError: If the shapes differ.
+        DataError: If a class is not in [0, C).
     """
     if predicted_BHW.shape != labels_BHW.shape or labels_BHW.ndim != 3:
         raise ShapeError(
             "Expected predicted and true classes of one shape (B, H, W). "
             f"Got {tuple(predicted_BHW.shape)} and {tuple(labels_BHW.shape)}."
         )
+    is_known_BHW = labels_BHW != IGNORED_LABEL
+    for name, classes_N in (("labels", labels_BHW[is_known_BHW]), ("predictions", predicted_BHW)):
+        if classes_N.numel() and not 0 <= classes_N.min() <= classes_N.max() < num_classes:
+            raise DataError(
+                f"Expected {name} in [0, {num_classes - 1}], or {IGNORED_LABEL} for pixels whose "
+                f"class nobody knows. Got some from {int(classes_N.min())} to "
+                f"{int(classes_N.max())}."
+            )
     cells = num_classes**2
     image_BHW = torch.arange(len(labels_BHW), device=labels_BHW.device)[:, None, None]
     cell_BHW = (image_BHW * num_classes + labels_BHW.long()) * num_classes + predicted_BHW.long()
-    counts = torch.bincount(
-        cell_BHW[labels_BHW != IGNORED_LABEL], minlength=len(labels_BHW) * cells
-    )
+    counts = torch.bincount(cell_BHW[is_known_BHW], minlength=len(labels_BHW) * cells)
     return counts.reshape(-1, num_classes, num_classes)
 
 

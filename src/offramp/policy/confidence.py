@@ -33,10 +33,7 @@ def entropy_confidence(logits_BC: Tensor) -> Tensor:
         >>> entropy_confidence(torch.tensor([[0.0, 0.0], [50.0, 0.0]]))
         tensor([0., 1.])
     """
-    log_p_BC = _log_softmax(logits_BC)
-    # A class of probability 0 adds 0: exp(-200) is 0 in float32, and 0 * -200 is no NaN.
-    negative_entropy_B = (log_p_BC.exp() * log_p_BC.clamp_min(-200)).sum(-1)
-    return (1 + negative_entropy_B / math.log(logits_BC.shape[-1])).clamp(0, 1)
+    return _negentropy(_log_softmax(logits_BC))
 
 
 def max_probability_confidence(logits_BC: Tensor) -> Tensor:
@@ -113,7 +110,7 @@ def mean_entropy_confidence(logits_BCHW: Tensor) -> Tensor:
         ShapeError: If there are not four axes, or fewer than two classes.
     """
     _check_dense(logits_BCHW)
-    return entropy_confidence(logits_BCHW.movedim(1, -1)).mean((1, 2))
+    return _negentropy(logits_BCHW.movedim(1, -1).float().log_softmax(-1)).mean((1, 2))
 
 
 def low_quantile_confidence(logits_BCHW: Tensor) -> Tensor:
@@ -209,11 +206,18 @@ def confidence_from_entropy_nats(entropy_nats: float, num_classes: int) -> float
     return 1 - entropy_nats / largest
 
 
+def _negentropy(log_p: Tensor) -> Tensor:
+    """One minus the entropy over the last axis as a share of the largest that there is."""
+    # A class of probability 0 adds 0: exp(-200) is 0 in float32, and 0 * -200 is no NaN.
+    negative_entropy = (log_p.exp() * log_p.clamp_min(-200)).sum(-1)
+    return (1 + negative_entropy / math.log(log_p.shape[-1])).clamp(0, 1)
+
+
 def _log_softmax(logits_BC: Tensor) -> Tensor:
-    if logits_BC.ndim < 1 or logits_BC.shape[-1] < 2:
+    if logits_BC.ndim != 2 or logits_BC.shape[-1] < 2:
         raise ShapeError(
-            "Expected logits of shape (B, C) with at least 2 classes. "
-            f"Got shape {tuple(logits_BC.shape)}."
+            "Expected logits of shape (B, C) with at least 2 classes; of one for every pixel "
+            f"DensePolicy is sure. Got shape {tuple(logits_BC.shape)}."
         )
     return logits_BC.float().log_softmax(-1)
 

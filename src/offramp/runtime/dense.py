@@ -19,7 +19,11 @@ MAP_STRIDES = (4, 8, 16, 32)
 """Pixels along each axis that a cell of a feature map may stand for."""
 
 
-def label_maps(logits_BChw: Array, size: tuple[int, int]) -> Array:
+MOST_CLASSES = 255
+"""Labels have eight bits."""
+
+
+def label_maps(logits_BChw: Array, size: tuple[int, ...]) -> Array:
     """The likeliest class of every pixel: coarse logits are interpolated linearly first.
 
     Args:
@@ -28,10 +32,13 @@ def label_maps(logits_BChw: Array, size: tuple[int, int]) -> Array:
     Returns:
         Labels, shape (B, H, W), uint8.
     Raises:
-        ShapeError: If the logits have other axes.
+        ShapeError: If the logits have other axes, or there are more classes.
     """
-    if logits_BChw.ndim != 4:
-        raise ShapeError(f"Expected dense logits of shape (B, C, H, W). Got {logits_BChw.shape}.")
+    if logits_BChw.ndim != 4 or logits_BChw.shape[1] > MOST_CLASSES:
+        raise ShapeError(
+            f"Expected dense logits of shape (B, C, H, W) with at most {MOST_CLASSES} classes. "
+            f"Got {logits_BChw.shape}."
+        )
     down_Hh, right_Ww = (
         _interpolation(target, coarse).astype(logits_BChw.dtype)
         for target, coarse in zip(size, logits_BChw.shape[2:], strict=True)

@@ -114,8 +114,7 @@ class Session:
             InvalidArgumentError: As :meth:`run`.
         """
         result = self.run(*inputs, deadline_ms=deadline_ms)
-        height, width = np.shape(inputs[0])[2:]
-        return replace(result, output=label_maps(result.output, (height, width)))
+        return replace(result, output=label_maps(result.output, np.shape(inputs[0])[2:]))
 
     def time_steps(self, *inputs: npt.ArrayLike) -> tuple[float, ...]:
         """Measure what each step takes, so that a deadline can be kept.

@@ -203,7 +203,7 @@ RECIPES = {
                 "exits_after": (2, 3, 4),
                 "final_width": 144,
             },
-            static_options={"scale": 0.7},
+            static_options={"exits_after": (2, 3), "last_group": 4, "final_width": 36},
             normalisation=Normalisation(mean=127 / 255, deviation=128 / 255),
             augment=_SCENES,
             calibration_share=0.15,

@@ -54,6 +54,8 @@ class DenseTask(MultiExitTask):
         check_class_weights(self.config.class_weights, num_classes=num_classes)
         labels_Bhw = one_pixel_a_cell(labels_B, outputs[-1].shape[-2:])
         is_known_Bhw = labels_Bhw != IGNORED_LABEL
+        if not is_known_Bhw.any():  # the few pixels that have a class were not drawn
+            return torch.stack([0 * logits.sum() for logits in outputs]).sum()
         return joint_loss(
             [logits_BChw.movedim(1, -1)[is_known_Bhw] for logits_BChw in outputs],
             labels_Bhw[is_known_Bhw],

@@ -15,6 +15,7 @@ from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.model.checkpoint import load_weights, save_weights
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.as_dict import policy_from_dict, policy_to_dict
+from offramp.policy.dense_policies import DensePolicy
 from offramp.policy.policies import Policy, never_leave
 from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
 from offramp.routing.halting import HaltingNetwork
@@ -180,10 +181,7 @@ def _read_policy(
 ) -> tuple[Policy | RoutingPolicy | None, dict[str, Any] | None]:
     trained = _TRAINED_POLICIES.get(type(network))
     if not path.exists():
-        if trained is not None:
-            return trained, None
-        # With one exit there is nothing to choose.
-        return (never_leave(1) if network.num_exits == 1 else None), None
+        return trained or _only_choice(network), None
     content = read_json(path)
     try:
         policy = policy_from_dict(content["policy"])
@@ -204,6 +202,14 @@ def _read_policy(
             f"{policy.num_exits}. Calibrate the run again."
         )
     return policy, content
+
+
+def _only_choice(network: Network) -> Policy | None:
+    """With one exit there is nothing to choose; with more, no policy until it is."""
+    if network.num_exits > 1:
+        return None
+    is_dense = isinstance(network, MultiExitNetwork) and network.is_dense
+    return DensePolicy(()) if is_dense else never_leave(1)
 
 
 def create_folder(folder: Path | str) -> Path:

@@ -10,6 +10,8 @@ from offramp import (
     DensePolicy,
     InfeasibleTargetError,
     InvalidArgumentError,
+    NotCalibratedError,
+    ThresholdPolicy,
     calibrate,
     calibrate_with_guarantee,
     collect,
@@ -200,3 +202,11 @@ def test_logits_of_every_pixel_are_not_kept_in_a_file(logits, tmp_path):
     with pytest.raises(InvalidArgumentError, match="those of every pixel"):
         write_logits(tmp_path / "logits", logits)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_policy_for_whole_samples_is_refused_where_pixels_have_classes(network, loader):
+    images, _ = loader.dataset.__getitems__([0, 1, 2])
+    with pytest.raises(ShapeError, match="of one for every pixel DensePolicy is sure"):
+        AdaptiveRunner(network, ThresholdPolicy((0.9, 0.9))).run(images)
+    with pytest.raises(NotCalibratedError, match="DensePolicy"):
+        AdaptiveRunner(network, None)

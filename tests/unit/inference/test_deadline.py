@@ -50,6 +50,9 @@ def runner(clock):
 def test_steps_are_timed_up_to_the_exits_that_are_on(runner):
     step_ms = runner.time_steps(X)
     assert runner.step_ms == step_ms
+    runner.network.train()
+    runner.time_steps(X)
+    assert not runner.network.training  # or timing would move its BatchNorm
     assert step_ms == pytest.approx((20, 40, 20))  # two stages to the exit after that which is off
 
 

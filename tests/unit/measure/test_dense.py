@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from offramp import label_maps, mean_iou
-from offramp.errors import ShapeError
+from offramp.errors import DataError, ShapeError
 from offramp.measure.dense import (
     IGNORED_LABEL,
     class_ious,
@@ -72,6 +72,17 @@ def test_confusion_refuses_other_shapes(masks):
         confusion_matrices(masks[0][:1], masks[1], num_classes=4)
 
 
+@pytest.mark.parametrize("label", [-1, -100, 11])
+def test_confusion_refuses_labels_that_are_no_class(label):
+    """They would be counted in another image's matrix."""
+    labels = torch.zeros(2, 4, 4, dtype=torch.int64)
+    labels[0, 0, 0] = label
+    with pytest.raises(DataError, match=r"labels in \[0, 10\], or 255"):
+        confusion_matrices(torch.zeros_like(labels), labels, num_classes=11)
+    with pytest.raises(DataError, match="predictions"):
+        confusion_matrices(labels, torch.zeros_like(labels), num_classes=11)
+
+
 def test_label_maps_interpolate_logits_not_labels():
     # Between a cell of class 0 by 3 and one of class 1 by 1, the change is nearer to class 1.
     logits = torch.tensor([[[[3.0, 0.0]], [[0.0, 1.0]]]])
@@ -91,6 +102,8 @@ def test_numpy_makes_the_label_maps_that_torch_makes(size):
 def test_label_maps_refuse_logits_of_whole_samples(make):
     with pytest.raises(ShapeError, match=r"\(B, C, H, W\)"):
         make(torch.zeros(2, 3), (4, 4))
+    with pytest.raises(ShapeError, match="at most 255 classes"):
+        make(torch.zeros(1, 256, 2, 2), (4, 4))
 
 
 def test_labels_of_cells_are_those_in_their_middle():

@@ -95,6 +95,15 @@ def test_loss_leaves_ignored_pixels_out(network, batches):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_a_batch_of_which_no_known_pixel_is_drawn_teaches_nothing(network):
+    task = DenseTask(network.eval(), FitConfig(distillation=0.5))
+    masks = torch.full((1, 16, 16), IGNORED_LABEL)
+    masks[0, 0, 0] = 1
+    losses = {task.loss((torch.randn(1, 3, 16, 16),), masks).item() for _ in range(20)}
+    assert 0 in losses
+    assert all(math.isfinite(loss) for loss in losses)
+
+
 def test_fit_learns_and_reports_the_mean_iou_of_each_exit(network, batches):
     logged = {}
 
