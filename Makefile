@@ -22,7 +22,8 @@ demo-split: demo  ## The same network over two machines: cloud, slow link and ed
 	$(BIN)/python examples/split.py $(DEMO_RUN)
 
 test: $(READY)  ## The fast tests.
-	$(BIN)/python -m pytest -q --cov --cov-report=term:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile \
+		--cov --cov-report=term:skip-covered --cov-fail-under=90
 
 test-slow: $(READY)  ## The tests that take minutes; some need OFFRAMP_DATA.
 	$(BIN)/python -m pytest -q -m slow
