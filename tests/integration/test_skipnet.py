@@ -234,6 +234,10 @@ def test_run_can_be_handed_on(skip_run, figures, workplace):
 # Run in a folder that holds a run that skips blocks (skipping) and nothing else.
 REFUSED = {
     "rule": ("calibrate skipping --max-drop 0.1 --rule entropy", ("--rule", "skips blocks")),
+    "pixels": (
+        "calibrate skipping --thresholds 0.5 --pixel-threshold 0.7",
+        ("--pixel-threshold", "leave"),
+    ),
     "patience": ("calibrate skipping --max-drop 0.1 --patience 2", ("--patience", "leave")),
     "temperatures": ("calibrate skipping --max-drop 0.1 --temperatures all", ("--temperatures",)),
     "latency": ("calibrate skipping --max-drop 0.1 --for latency", ("--for latency", "exits")),

@@ -67,10 +67,8 @@ def collect(
     if inputs is None:
         raise DataError("Expected at least one batch of samples to collect logits from. Got none.")
     if lengths:
-        costs = network.costs_of_lengths(torch.cat(lengths), inputs)
-    else:
-        costs = network.costs(*inputs)
-    return gathered.logits(costs)
+        return gathered.logits(network.costs_of_lengths(torch.cat(lengths), inputs), is_ragged=True)
+    return gathered.logits(network.costs(*inputs))
 
 
 def _where_tokens_stay(network: HaltingNetwork, *inputs: Tensor) -> tuple[Tensor]:
@@ -128,15 +126,21 @@ class _Gathered:
         if outputs_KBC.ndim == 5:
             labels_B = labels_B.to(outputs_KBC.device)
             self._confusion.append(_confusion(outputs_KBC, labels_B).cpu())
-            outputs_KBC, labels_B = outputs_KBC.half(), labels_B.to(torch.uint8)
+            outputs_KBC, labels_B = _half(outputs_KBC), labels_B.to(torch.uint8)
         self._outputs.append(outputs_KBC.cpu())
         self._labels.append(labels_B.cpu())
 
-    def logits(self, costs: ExitCosts, numbers: tuple[int, ...] = ()) -> ExitLogits:
+    def logits(
+        self, costs: ExitCosts, numbers: tuple[int, ...] = (), *, is_ragged: bool = False
+    ) -> ExitLogits:
         outputs_KNC, labels_N = torch.cat(self._outputs, dim=1), torch.cat(self._labels)
         if not self._confusion:
             return ExitLogits(
-                logits_KNC=outputs_KNC, labels_N=labels_N, costs=costs, numbers=numbers
+                logits_KNC=outputs_KNC,
+                labels_N=labels_N,
+                costs=costs,
+                numbers=numbers,
+                is_ragged=is_ragged,
             )
         return DenseLogits(
             logits_KNC=outputs_KNC,
@@ -145,6 +149,12 @@ class _Gathered:
             numbers=numbers,
             confusion_KNCC=torch.cat(self._confusion, dim=1),
         )
+
+
+def _half(logits: Tensor) -> Tensor:
+    """Logits at half precision; what it does not reach becomes its largest number, not infinite."""
+    largest = torch.finfo(torch.float16).max
+    return torch.where(logits.isinf(), logits, logits.clamp(-largest, largest)).half()
 
 
 def _confusion(outputs_KBChw: Tensor, labels_BHW: Tensor) -> Tensor:
@@ -185,11 +195,12 @@ def write_logits(path: Path | str, logits: ExitLogits) -> None:
             "Expected logits of one class a sample. Got those of every pixel, which are not kept: "
             "collect them anew."
         )
-    tensors = {"logits_KNC": logits.logits_KNC.half().contiguous(), "labels_N": logits.labels_N}
+    tensors = {"logits_KNC": _half(logits.logits_KNC).contiguous(), "labels_N": logits.labels_N}
     about = {
         "stage_macs": logits.costs.stage_macs,
         "head_macs": logits.costs.head_macs,
         "numbers": logits.numbers,
+        "is_ragged": logits.is_ragged,
     }
     with atomic_path(Path(path)) as temporary:
         save_file(tensors, temporary, metadata={_ABOUT: json.dumps(about)})
@@ -215,6 +226,7 @@ def read_logits(path: Path | str) -> ExitLogits:
                     stage_macs=tuple(about["stage_macs"]), head_macs=tuple(about["head_macs"])
                 ),
                 numbers=tuple(about["numbers"]),
+                is_ragged=about.get("is_ragged", False),
             )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(

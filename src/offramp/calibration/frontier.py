@@ -157,7 +157,7 @@ def frontier(
         _check_same_network(calibration, test)
         policies = policies_like(rule, calibration)
         least_macs = min(_least_macs(calibration, policy) for policy in policies)
-        budgets = np.geomspace(least_macs, plain_macs, num_points).tolist()
+        budgets = np.geomspace(least_macs, calibration.costs.plain_macs, num_points).tolist()
         points = _points(calibration, test, policies, budgets)
     return Frontier(
         points=tuple(points),
@@ -182,7 +182,10 @@ def sweep_frontier(calibration: Sweep, test: Sweep, *, num_points: int = 10) -> 
             networks or thresholds.
     """
     check_num_points(num_points)
-    of_both = [(each.thresholds, each.plain_macs) for each in (calibration, test)]
+    of_both = [
+        (each.thresholds, None if each.is_ragged else each.plain_macs)
+        for each in (calibration, test)
+    ]
     if of_both[0] != of_both[1]:
         raise InvalidArgumentError(
             "Expected calibration and test sweeps of one network at the same thresholds. "
@@ -191,7 +194,7 @@ def sweep_frontier(calibration: Sweep, test: Sweep, *, num_points: int = 10) -> 
     plain_macs = test.plain_macs
     points: dict[float, FrontierPoint] = {}
     accuracy_K, mean_macs_K = test.accuracy_K, test.mean_macs_K
-    budgets = np.geomspace(calibration.mean_macs_K.min(), plain_macs, num_points)
+    budgets = np.geomspace(calibration.mean_macs_K.min(), calibration.plain_macs, num_points)
     for budget_macs in budgets.tolist():
         with suppress(InfeasibleTargetError):
             chosen = choose_threshold(calibration, budget_macs=budget_macs)
@@ -237,7 +240,8 @@ def _check_same_network(calibration: ExitLogits, test: ExitLogits) -> None:
             f"Got {shapes[0][0]} exits and {shapes[0][1]} classes against {shapes[1][0]} and "
             f"{shapes[1][1]}."
         )
-    if (calibration.costs, calibration.numbers) != (test.costs, test.numbers):
+    costs = [each.costs.num_exits if each.is_ragged else each.costs for each in (calibration, test)]
+    if (costs[0], calibration.numbers) != (costs[1], test.numbers):
         raise InvalidArgumentError(
             "Expected calibration and test logits of the same network. Got exits "
             f"{calibration.numbers} that cost {calibration.costs.exit_macs()} MACs against "

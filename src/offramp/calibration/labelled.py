@@ -27,6 +27,8 @@ class LabelledLogits:
         prior: Share of each class in the population that figures are about, C numbers that sum
             to 1, none negative; None where the samples are drawn from it as they are.
         is_dense: Whether every pixel of a sample has a class of its own.
+        is_ragged: Whether samples have lengths of their own, so that what they cost on average
+            differs from data to data.
     """
 
     is_dense: ClassVar[bool] = False
@@ -34,8 +36,11 @@ class LabelledLogits:
     logits_KNC: Tensor
     labels_N: Tensor
     prior: tuple[float, ...] | None = None
+    is_ragged: bool = False
 
     def __post_init__(self) -> None:
+        if len(self.labels_N) == 0:
+            raise DataError("Expected logits of at least one sample. Got none.")
         if self.prior is not None:
             self._check_prior(self.prior)
 

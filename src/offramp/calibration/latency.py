@@ -19,6 +19,7 @@ import numpy as np
 from offramp.calibration.logits import ExitLogits
 from offramp.calibration.rules import Rule, policies_like
 from offramp.calibration.search import Floats
+from offramp.calibration.targets import feasible
 from offramp.calibration.thresholds import (
     Calibration,
     calibrate,
@@ -217,12 +218,12 @@ def _best_of(
     budget_ms: float,
     batch_size: int,
 ) -> LatencyCalibration:
-    found = [
-        calibrate_to_milliseconds(
+    found = feasible(
+        policies,
+        lambda policy: calibrate_to_milliseconds(
             logits, profile, budget_ms=budget_ms, batch_size=batch_size, rule=policy
-        )
-        for policy in policies
-    ]
+        ),
+    )
     return max(found, key=lambda each: (each.chosen.quality, -each.batch_ms))
 
 

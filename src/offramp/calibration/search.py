@@ -80,7 +80,8 @@ def exits_left_by(confidence_KN: Floats, thresholds: Sequence[float]) -> npt.NDA
     num_exits, num_samples = confidence_KN.shape
     exit_N = np.full(num_samples, num_exits - 1)
     for k in reversed(range(num_exits - 1)):
-        exit_N[confidence_KN[k] >= thresholds[k]] = k
+        # Compared at single precision, as engines compare.
+        exit_N[confidence_KN[k].astype(np.float32) >= np.float32(thresholds[k])] = k
     return exit_N
 
 
@@ -142,7 +143,8 @@ class ThresholdSearch:
             thresholds = self._start(is_open=is_open)
             for price in prices:
                 self._climb(thresholds, self._at_price(price))
-        self._climb(list(self._best[1]), score)
+        if self._may_switch_off or self._best[1] != nobody:  # where nobody leaves, all are off
+            self._climb(list(self._best[1]), score)
         return self._best[1], self._best[0]
 
     def front(self) -> list[tuple[float, ...]]:

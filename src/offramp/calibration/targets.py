@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from offramp.calibration.risk import check_risk
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError
+from offramp.policy.policies import ThresholdedPolicy
+
+_Reached = TypeVar("_Reached")
 
 QUALITY_GAP = "quality_gap"
 """Names what ``max_drop`` limits where it is no mean over samples: the mean IoU that is lost."""
@@ -129,3 +134,27 @@ def rounded_up(target: float) -> str:
         For example "0.0257" for 0.02561.
     """
     return f"{math.ceil(target * 1e4) / 1e4:.4f}"
+
+
+def feasible(
+    policies: Sequence[ThresholdedPolicy], reach: Callable[[ThresholdedPolicy], _Reached]
+) -> list[_Reached]:
+    """What those policies reach that can keep to a target.
+
+    Args:
+        policies: To be tried, at least one.
+        reach: Chooses a policy's thresholds for the target.
+    Returns:
+        At least one; policies that cannot are left out.
+    Raises:
+        InfeasibleTargetError: If none can; that of the policy which comes nearest.
+    """
+    reached, refusals = [], []
+    for policy in policies:
+        try:
+            reached.append(reach(policy))
+        except InfeasibleTargetError as error:
+            refusals.append(error)
+    if not reached:
+        raise min(refusals, key=lambda error: error.best_achievable)
+    return reached

@@ -21,6 +21,7 @@ from offramp.calibration.targets import (
     RiskLimit,
     as_target,
     budget_too_low,
+    feasible,
     risk_too_low,
 )
 from offramp.calibration.temperature import BoolArray, fit_temperature, reached
@@ -107,9 +108,11 @@ def calibrate(
     policies = policies_like(rule, logits)
     _check_off(off, num_exits=logits.costs.num_exits)
     if isinstance(target, RiskLimit):
-        reached = [_within_risk(logits, policy, target, off=off) for policy in policies]
+        limit = target
+        reached = feasible(policies, lambda policy: _within_risk(logits, policy, limit, off=off))
         return min(reached, key=lambda each: (each.mean_macs, -each.quality))
-    reached = [_within_budget(logits, policy, target.macs, off=off) for policy in policies]
+    macs = target.macs
+    reached = feasible(policies, lambda policy: _within_budget(logits, policy, macs, off=off))
     return max(reached, key=lambda each: (each.quality, -each.mean_macs))
 
 
@@ -145,7 +148,7 @@ def _confidences(logits_KNC: Tensor, policy: ThresholdedPolicy, off: frozenset[i
     for k, logits_NC in enumerate(logits_KNC):
         if k not in off:
             lowest = policy.setting(k)._replace(threshold=0.0)
-            may_leave_N, confidence_N, state = policy.decide(k, logits_NC, state, lowest)
+            may_leave_N, confidence_N, state = policy.decide(k, logits_NC.float(), state, lowest)
             confidence_KN[k] = confidence_N.masked_fill(~may_leave_N, math.nan).double().numpy()
     return confidence_KN
 
@@ -232,15 +235,17 @@ def search_thresholds(
         that were seen.
     """
     confidence_KN = confidences(logits, policy, off)
+    cheapest_macs = math.inf
     while True:
         search = search_for(logits, policy, worth_KN, confidence_KN, costs=costs, off=off)
         thresholds, best_score = search.best(score)
+        cheapest_macs = min(cheapest_macs, search.cheapest_macs)
         found = policy.with_thresholds(thresholds)
         off = found.off_exits
-        on = [k for k in range(found.num_exits) if k not in off]
+        on = [k for k in range(found.num_exits - 1) if k not in off]  # the final one takes all
         anew_KN = confidences(logits, policy, off)
         if np.array_equal(anew_KN[on], confidence_KN[on], equal_nan=True):
-            return found, best_score, search.cheapest_macs
+            return found, best_score, cheapest_macs
         confidence_KN = anew_KN
 
 

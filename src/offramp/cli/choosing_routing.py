@@ -68,6 +68,7 @@ def refuse_exits(loaded: Run, network: SteeredNetwork, wanted: Wanted, *, rule: 
     given = {
         "--rule": rule,
         "--patience": wanted.patience,
+        "--pixel-threshold": wanted.pixel_threshold,
         "--temperatures": wanted.temperatures,
         "--budget-ms": wanted.budget_ms,
         "--for latency": wanted.timing,

@@ -74,6 +74,7 @@ def collect_sweep(
         thresholds=tuple(cheap_first),
         macs_KN=torch.cat(macs, dim=1),
         plain_macs=round(float(torch.cat(plain_macs).double().mean())),
+        is_ragged=isinstance(network, HaltingNetwork) and network.ragged is not None,
     )
 
 

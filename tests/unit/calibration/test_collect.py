@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from offramp.calibration.collect import ExitLogits, collect
+from offramp.calibration.collect import ExitLogits, collect, read_logits, write_logits
 from offramp.errors import DataError, ShapeError
 from offramp.measure.cost import ExitCosts
 from offramp.model.multi_exit import MultiExitNetwork
@@ -74,3 +76,12 @@ def test_logits_of_another_shape_are_refused(shape):
     labels = torch.zeros(5, dtype=torch.int64)
     with pytest.raises(ShapeError, match=r"K = 2 exits and N = 5 labels"):
         ExitLogits(logits_KNC=torch.zeros(shape), labels_N=labels, costs=COSTS)
+
+
+def test_logits_that_half_precision_does_not_hold_stay_finite(tmp_path):
+    logits_KNC = torch.tensor([[[1e5, -1e5, 0.0], [math.inf, 1.0, 2.0]]])
+    costs = ExitCosts(stage_macs=(1,), head_macs=(1,))
+    labels_N = torch.tensor([0, 1])
+    write_logits(tmp_path / "x", ExitLogits(logits_KNC=logits_KNC, labels_N=labels_N, costs=costs))
+    kept = read_logits(tmp_path / "x").logits_KNC
+    assert kept.tolist() == [[[65504.0, -65504.0, 0.0], [math.inf, 1.0, 2.0]]]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from offramp import (
+    AgreementPolicy,
     DenseLogits,
     DensePolicy,
     InfeasibleTargetError,
@@ -125,6 +126,16 @@ def test_both_thresholds_are_chosen(logits):
         fixed = DensePolicy((INF, INF), pixel_threshold=pixel_threshold)
         assert chosen.mean_macs <= calibrate(logits, max_drop=0.005, rule=fixed).mean_macs
     assert calibrate(logits, budget_share=0.7).mean_macs <= 0.7 * logits.costs.plain_macs
+
+
+def test_agreement_says_what_the_least_is(logits):
+    least = measure_policy(logits, AgreementPolicy((0, 0))).mean_macs
+    assert least < logits.costs.plain_macs
+    with pytest.raises(InfeasibleTargetError) as caught:
+        calibrate(logits, budget_macs=least - 1, rule="agreement")
+    assert caught.value.best_achievable == pytest.approx(least)
+    assert calibrate(logits, budget_macs=least, rule="agreement").mean_macs == least
+    assert len(frontier(logits, logits, num_points=4, rule="agreement").points) > 1
 
 
 def test_agreement_keeps_its_memory(logits):

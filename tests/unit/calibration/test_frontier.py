@@ -185,6 +185,19 @@ def test_logits_of_other_networks_are_refused():
         frontier(CALIBRATION, replace(TEST, logits_KNC=TEST.logits_KNC[..., :1]))
 
 
+def test_samples_of_unequal_length_may_cost_otherwise_on_average():
+    longer = ExitCosts(stage_macs=(200, 200), head_macs=(20, 20))
+    ragged, test = replace(CALIBRATION, is_ragged=True), replace(TEST, is_ragged=True)
+    found = frontier(ragged, replace(test, costs=longer), num_points=4)
+    assert [p.thresholds for p in found.points] == [
+        p.thresholds for p in frontier(ragged, test, num_points=4).points
+    ]
+    assert found.plain_macs == 420
+    assert found.points[0].mean_macs == 2 * 110
+    sweep, other = (replace(each, is_ragged=True) for each in (SWEPT, SWEPT_TEST))
+    assert sweep_frontier(sweep, replace(other, plain_macs=120)).plain_macs == 120
+
+
 def test_several_exits_need_calibration_data():
     with pytest.raises(InvalidArgumentError, match=r"'calibration'.*2 exits"):
         frontier(None, TEST)

@@ -7,14 +7,15 @@ import torch
 from made_up_logits import TWO_COSTS, three_exits, two_exits
 
 from offramp.calibration.collect import ExitLogits
-from offramp.calibration.search import evaluate_thresholds
+from offramp.calibration.search import evaluate_thresholds, exits_left_by
 from offramp.calibration.thresholds import (
     calibrate,
     expected_correctness,
 )
-from offramp.errors import InfeasibleTargetError, InvalidArgumentError
+from offramp.errors import DataError, InfeasibleTargetError, InvalidArgumentError
 from offramp.measure.cost import ExitCosts
 from offramp.policy.confidence import CONFIDENCE_RULES
+from offramp.policy.policies import PatiencePolicy, ThresholdPolicy
 
 INF, NAN = math.inf, math.nan
 FOUR = two_exits((0.9, True, True), (0.6, False, True), (0.95, True, True), (0.8, False, True))
@@ -68,6 +69,27 @@ def test_budget_below_the_cheapest_exit_says_what_it_costs(budget_macs):
     with pytest.raises(InfeasibleTargetError, match="at least 110") as caught:
         calibrate(FOUR, budget_macs=budget_macs)
     assert caught.value.best_achievable == 110
+
+
+def test_a_policy_that_cannot_keep_to_a_target_leaves_it_to_those_that_can():
+    never, sometimes = ThresholdPolicy((INF,)), ThresholdPolicy((INF,), rule="max_probability")
+    nan_first = two_exits((NAN, True, True), (0.9, True, True))
+    waits = PatiencePolicy(2, 2)  # nobody leaves at exit 0
+    assert calibrate(FOUR, budget_macs=120, rule=lambda _: (waits, sometimes)).mean_macs <= 120
+    with pytest.raises(InfeasibleTargetError) as caught:
+        calibrate(nan_first, budget_macs=120, rule=lambda _: (waits, never))
+    assert caught.value.best_achievable == 165
+
+
+def test_no_samples_are_refused():
+    with pytest.raises(DataError, match="at least one sample"):
+        FOUR.take([])
+
+
+def test_thresholds_are_compared_as_engines_compare_them():
+    confidence_KN = np.array([[np.float32(0.9)], [1.0]], dtype=np.float64)
+    assert float(np.float32(0.9)) < 0.9
+    assert exits_left_by(confidence_KN, (0.9,)).tolist() == [0]
 
 
 def test_cheapest_exit_may_be_one_behind_a_dear_head():
