@@ -22,6 +22,8 @@ from offramp.errors import ArtifactError, DataError, InvalidArgumentError
 from offramp.measure.cost import ExitCosts, evaluation_mode
 from offramp.measure.dense import confusion_matrices, label_maps
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_inputs
+from offramp.policy.as_dict import policy_from_dict
+from offramp.policy.policies import Policy
 from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
 from offramp.runtime import Session, with_routing_threshold
@@ -93,9 +95,11 @@ def collect_from_session(session: Session, loader: Iterable[tuple[Tensor, Tensor
     bundle = session.bundle
     if bundle.family == "exits":
         run = partial(_every_exit, session)
-        stages, heads = zip(
-            *((step.stage_macs, step.head_macs) for step in bundle.steps), strict=True
-        )
+        decides = policy_from_dict(dict(bundle.policy))
+        assert isinstance(decides, Policy)  # about exits
+        stages = tuple(step.stage_macs for step in bundle.steps)
+        # Without what its own policy takes to decide: others are to be measured too.
+        heads = tuple(step.head_macs - decides.macs(step.exit_index) for step in bundle.steps)
         numbers = tuple(step.exit_index for step in bundle.steps)
     else:
         dearest = 0.0 if bundle.family == "skip" else 1.0

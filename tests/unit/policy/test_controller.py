@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from offramp.calibration.collect import ExitLogits
+from offramp.calibration.collect import ExitLogits, collect_from_session
 from offramp.calibration.controller import fit_controller
 from offramp.calibration.thresholds import confidences
 from offramp.errors import ArtifactError, InvalidArgumentError, ShapeError
@@ -283,6 +283,14 @@ def test_bundle_hands_the_state_on(exported):
         ("float32", (6,)),
     ]
     assert policy_from_dict(bundle.policy) == policy
+
+
+def test_heads_of_a_bundle_are_collected_without_what_deciding_takes(exported):
+    network, policy, folder = exported
+    found = collect_from_session(Session(folder), [(X, torch.zeros(len(X), dtype=torch.int64))])
+    on = [k for k in range(3) if not policy.is_off(k)]
+    assert policy.macs(on[0]) > 0
+    assert found.costs.head_macs == tuple(network.costs(X).head_macs[k] for k in on)
 
 
 def test_nan_goes_to_the_end_in_a_bundle_too(exported):
