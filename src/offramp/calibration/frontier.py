@@ -240,8 +240,10 @@ def _check_same_network(calibration: ExitLogits, test: ExitLogits) -> None:
             f"Got {shapes[0][0]} exits and {shapes[0][1]} classes against {shapes[1][0]} and "
             f"{shapes[1][1]}."
         )
-    costs = [each.costs.num_exits if each.is_ragged else each.costs for each in (calibration, test)]
-    if (costs[0], calibration.numbers) != (costs[1], test.numbers):
+    of_both = [
+        (each.numbers, None if each.is_ragged else each.costs) for each in (calibration, test)
+    ]
+    if of_both[0] != of_both[1]:
         raise InvalidArgumentError(
             "Expected calibration and test logits of the same network. Got exits "
             f"{calibration.numbers} that cost {calibration.costs.exit_macs()} MACs against "

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from offramp.calibration.logits import ExitLogits
 from offramp.errors import InvalidArgumentError
-from offramp.policy.confidence import AGREEMENT, PIXEL_SHARE
-from offramp.policy.dense_policies import AgreementPolicy, DensePolicy
+from offramp.policy.confidence import PIXEL_SHARE
+from offramp.policy.dense_policies import DensePolicy, dense_policy
 from offramp.policy.policies import ThresholdedPolicy, ThresholdPolicy
 
 Rule = (
@@ -70,7 +70,5 @@ def _named(rule: str | None, nobody: tuple[float, ...]) -> ThresholdedPolicy:
 def _dense_named(rule: str | None, nobody: tuple[float, ...]) -> tuple[ThresholdedPolicy, ...]:
     if rule in (None, PIXEL_SHARE):
         return tuple(DensePolicy(nobody, pixel_threshold=each) for each in PIXEL_THRESHOLDS)
-    if rule == AGREEMENT:
-        return (AgreementPolicy(nobody),)
     assert rule is not None
-    return (DensePolicy(nobody, rule=rule),)
+    return (dense_policy(rule, nobody),)

@@ -261,7 +261,7 @@ def _set_by_hand(loaded: Run, thresholds: str, wanted: Wanted) -> None:
     policy: ThresholdedPolicy
     if loaded.multi_exit.is_dense:
         policy = dense_policy_by_hand(values, rule, wanted.pixel_threshold)
-        asked["pixel_threshold"] = getattr(policy, "pixel_threshold", None)
+        asked["pixel_threshold"] = wanted.pixel_threshold
     else:
         refuse_pixel_threshold(wanted.pixel_threshold)
         num_classes = loaded.require_recipe().network_options["num_classes"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -109,6 +110,7 @@ class Wanted:
         """
         from offramp.calibration.guarantee import check_guarantee
         from offramp.calibration.risk import check_risk
+        from offramp.policy.dense_policies import DensePolicy
         from offramp.policy.policies import PatiencePolicy
 
         for name, value in (("max_drop", self.max_drop), ("max_risk", self.max_risk)):
@@ -117,11 +119,8 @@ class Wanted:
                 if self.guarantee is not None:
                     check_guarantee(value, self.guarantee)
         rule_named(self.rule)
-        if self.pixel_threshold is not None and not 0 <= self.pixel_threshold <= 1:
-            raise InvalidArgumentError(
-                "--pixel-threshold is a probability in [0, 1], how sure a pixel must be to count. "
-                f"Got {self.pixel_threshold}."
-            )
+        if self.pixel_threshold is not None:
+            DensePolicy((), pixel_threshold=self.pixel_threshold)
         if self.patience is not None:
             PatiencePolicy(self.patience, num_exits=self.patience + 1)
 
@@ -283,16 +282,13 @@ def words_of(policy: ThresholdedPolicy) -> str:
 
 
 def _print_policy(prepared: Prepared[ExitLogits], policy: ThresholdedPolicy) -> None:
-    from offramp.policy.as_dict import policy_to_dict
-
     print(f"{words_of(policy)}, chosen on {len(prepared.batches):,} calibration samples")
-    described = policy_to_dict(policy)
-    if described.get("temperatures"):
-        _print_temperatures(prepared.logits, policy, described["temperatures"])
+    if temperatures := getattr(policy, "temperatures", None):
+        _print_temperatures(prepared.logits, policy, temperatures)
 
 
 def _print_temperatures(
-    logits: ExitLogits, policy: ThresholdedPolicy, temperatures: list[float]
+    logits: ExitLogits, policy: ThresholdedPolicy, temperatures: Sequence[float]
 ) -> None:
     """What they do, on those who reach each exit."""
     from rich.console import Console

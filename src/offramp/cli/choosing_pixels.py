@@ -39,19 +39,9 @@ def dense_policy_by_hand(
         InvalidArgumentError: If there is no such rule, or a threshold is out of range or has no
             meaning for it.
     """
-    from offramp.policy.confidence import AGREEMENT, DENSE_RULES
-    from offramp.policy.dense_policies import AgreementPolicy, DensePolicy
+    from offramp.policy.dense_policies import dense_policy
 
-    if rule not in (*DENSE_RULES, AGREEMENT):
-        raise InvalidArgumentError(
-            f"The rule must be one of {', '.join((*DENSE_RULES, AGREEMENT))}, since this network "
-            f"says a class for every pixel. Got {rule!r}."
-        )
-    policy: ThresholdedPolicy
-    if rule == AGREEMENT:
-        policy = AgreementPolicy(thresholds)
-    else:
-        policy = DensePolicy(thresholds, rule=rule)
+    policy = dense_policy(rule, thresholds)
     if pixel_threshold is None:
         return policy
     return with_pixel_threshold(policy, pixel_threshold)

@@ -5,6 +5,7 @@ Shapes: ``B`` batch, ``C`` classes, ``H W`` cells of the logits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from offramp.errors import InvalidArgumentError
 from offramp.policy.confidence import (
+    AGREEMENT,
     DENSE_RULES,
     PIXEL_SHARE,
     agreement_confidence,
@@ -136,3 +138,24 @@ class AgreementPolicy(ThresholdedPolicy):
     def setting(self, exit_index: int) -> Setting:
         """See :meth:`Policy.setting`; the final exit's threshold is 0."""
         return Setting(threshold=(*self.thresholds, 0.0)[exit_index])
+
+
+def dense_policy(rule: str, thresholds: Sequence[float]) -> ThresholdedPolicy:
+    """The policy of a rule's name.
+
+    Args:
+        rule: A dense confidence function, or agreement.
+        thresholds: Of images, one per exit but the final one.
+    Returns:
+        The policy.
+    Raises:
+        InvalidArgumentError: If there is no such rule, or a threshold is out of range.
+    """
+    if rule == AGREEMENT:
+        return AgreementPolicy(tuple(thresholds))
+    if rule not in DENSE_RULES:
+        raise InvalidArgumentError(
+            f"The rule must be one of {', '.join((*DENSE_RULES, AGREEMENT))}, since the network "
+            f"says a class for every pixel. Got {rule!r}."
+        )
+    return DensePolicy(tuple(thresholds), rule=rule)

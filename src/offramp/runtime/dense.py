@@ -17,10 +17,8 @@ Array = npt.NDArray[Any]
 
 MAP_STRIDES = (4, 8, 16, 32)
 """Pixels along each axis that a cell of a feature map may stand for."""
-
-
-MOST_CLASSES = 255
-"""Labels have eight bits."""
+_MOST_CLASSES = 255
+"""Labels have eight bits, and 255 says that none is known."""
 
 
 def label_maps(logits_BChw: Array, size: tuple[int, ...]) -> Array:
@@ -34,9 +32,9 @@ def label_maps(logits_BChw: Array, size: tuple[int, ...]) -> Array:
     Raises:
         ShapeError: If the logits have other axes, or there are more classes.
     """
-    if logits_BChw.ndim != 4 or logits_BChw.shape[1] > MOST_CLASSES:
+    if logits_BChw.ndim != 4 or logits_BChw.shape[1] > _MOST_CLASSES:
         raise ShapeError(
-            f"Expected dense logits of shape (B, C, H, W) with at most {MOST_CLASSES} classes. "
+            f"Expected dense logits of shape (B, C, H, W) with at most {_MOST_CLASSES} classes. "
             f"Got {logits_BChw.shape}."
         )
     down_Hh, right_Ww = (
