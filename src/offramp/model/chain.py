@@ -7,14 +7,17 @@ from itertools import pairwise
 
 from torch import nn
 
+from offramp.model.tracing import require_calls_in_order
+
 
 class Chain:
     """The pieces of a backbone that run in order: its children, nested ``nn.Sequential`` opened.
 
-    Whether they do run in order is for the caller to check.
-
     Args:
         backbone: The backbone.
+    Raises:
+        NotTraceableError: If it is no ``nn.Sequential``, and its traced graph is not the calls of
+            its children in order.
     """
 
     num_read = 1
@@ -22,6 +25,8 @@ class Chain:
 
     def __init__(self, backbone: nn.Module) -> None:
         self._steps = _steps(backbone)
+        if not _runs_in_order(backbone):
+            require_calls_in_order(backbone, [module for _, module in self._steps])
         ends: dict[str, int] = {}
         for position, (path, _) in enumerate(self._steps, start=1):
             parts = path.split(".")
@@ -59,8 +64,15 @@ def _steps(module: nn.Module) -> list[tuple[str, nn.Module]]:
     steps = []
     named = module.named_modules(remove_duplicate=False)
     for name, child in ((name, child) for name, child in named if name and "." not in name):
-        # A subclass with a forward of its own may do anything with its children.
-        runs_in_order = type(child).forward is nn.Sequential.forward
-        inner = _steps(child) if runs_in_order else []
+        inner = _steps(child) if _runs_in_order(child) else []
         steps += [(f"{name}.{path}", piece) for path, piece in inner] or [(name, child)]
     return steps
+
+
+def _runs_in_order(module: nn.Module) -> bool:
+    """Whether it is an ``nn.Sequential`` that does nothing else.
+
+    A subclass with a forward of its own may do anything with its children, and so may a hook.
+    """
+    is_sequential = type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
+    return is_sequential and not (module._forward_hooks or module._forward_pre_hooks)

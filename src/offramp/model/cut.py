@@ -3,15 +3,16 @@
 A *cutter* knows where a backbone can be cut, and cuts it. There are three, tried in this order:
 the layer list of a transformers model (``layer_lists``), children that run one after the other
 (``chain``), and the graph that torch.fx traces (``graph``). All end in :func:`add_exits`, which
-checks the stages against the backbone.
+proves that the stages do what the backbone does (``proof``).
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,14 @@ from offramp.errors import BackboneCutError, InvalidArgumentError, reason
 from offramp.measure.cost import count_macs, evaluation_mode, require_samples
 from offramp.model.chain import Chain
 from offramp.model.dense_heads import ReadsEverything
-from offramp.model.graph import Graph, NotTraceableError
+from offramp.model.graph import Graph
 from offramp.model.heads import head_for
 from offramp.model.layer_lists import find_layer_list
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
+from offramp.model.proof import find_difference, logits_of
 from offramp.model.ragged import Ragged
 from offramp.model.spacing import choose_cuts
+from offramp.model.tracing import NotTraceableError
 
 
 class Cutter(Protocol):
@@ -66,7 +69,7 @@ class Cutter(Protocol):
 def add_exits(
     backbone: nn.Module,
     *,
-    at: Sequence[str] | Literal["auto"],
+    at: Sequence[str] | str,
     num_classes: int,
     example: Tensor | Features,
     num_exits: int | None = None,
@@ -84,22 +87,26 @@ def add_exits(
         backbone: Any module of one output, which is the logits: a transformers model, one whose
             children run in order, or one that torch.fx can trace.
         at: Paths of modules as in ``named_modules()``, in the order they run; an exit attaches
-            after each. The backbone's end is the final exit and is not named. "auto" shares the
-            backbone's MACs out evenly among ``num_exits``; :func:`~offramp.place` does it by the
-            clock.
+            after each. A string is one path. The backbone's end is the final exit and is not
+            named. "auto" shares the backbone's MACs out evenly among ``num_exits``;
+            :func:`~offramp.place` does it by the clock.
         num_classes: Number of classes C.
         example: One batch of inputs, each with the batch axis first, for the heads' sizes and the
-            check; a tuple where the backbone takes several.
+            proof, which draws random inputs of its shape and kind too; a tuple where the backbone
+            takes several.
         num_exits: With "auto": exits, the final one counted, at least 2.
         heads: One exit head for each path; chosen from the features' shape where not given. One
             of the class ``ReadsEverything`` is given all that crosses, the module's output first.
     Returns:
-        A network with ``len(at) + 1`` exits whose final exit equals the backbone.
+        A network with ``len(at) + 1`` exits whose final exit equals the backbone, in evaluation
+        and in training.
     Raises:
-        BackboneCutError: If there can be no cut after a path, or the paths are out of order; the
-            message says why, and where there can be one.
+        BackboneCutError: If there can be no cut after a path, the paths are out of order, or the
+            stages cannot be proven to do what the backbone does; the message says why, and what
+            to do.
         InvalidArgumentError: If ``heads`` has another length than ``at``, the backbone does not
-            end in ``num_classes`` outputs, or ``num_exits`` is missing, superfluous or too large.
+            take the example or does not end in ``num_classes`` outputs, or ``num_exits`` is
+            missing, superfluous or too large.
         ShapeError: If the example has no sample in it.
     Example:
         >>> backbone = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3))
@@ -108,11 +115,10 @@ def add_exits(
         2
     """
     inputs = _check_example(example)
-    _check_num_exits(at, num_exits)
+    paths = _paths(at, num_exits)
     _check_logits(backbone, inputs, num_classes)
-    cutter = _find_cutter(backbone, inputs, () if at == "auto" else at)
-    if at == "auto":
-        at = _spread(backbone, cutter, inputs, num_exits)
+    cutter = _find_cutter(backbone, inputs, paths or ())
+    at = _spread(backbone, cutter, inputs, num_exits) if paths is None else paths
     _check_heads(heads, num_cuts=len(at))
     stages, stage_features = _cut(backbone, cutter, inputs, at)
     if heads is None:
@@ -128,23 +134,31 @@ def _cut(
     backbone: nn.Module, cutter: Cutter, inputs: Features, at: Sequence[str]
 ) -> tuple[list[nn.Module], list[Features]]:
     """The stages, which do together what the backbone does, and the features of each."""
-    stages = cutter.stages(_positions(backbone, cutter, at))
-    with evaluation_mode(backbone), torch.no_grad():
-        stages, stage_features = _run_apart(stages, inputs)
-    difference = _difference(backbone, stages, inputs)
+    apart = _RunApart(cutter.stages(_positions(backbone, cutter, at)))
+    difference = find_difference(backbone, apart, inputs)
     if difference is not None:
+        cut = f"after {', '.join(at)}" if at else "at all"
         raise BackboneCutError(
-            f"{type(backbone).__name__} cannot be cut after {', '.join(at)}: {difference}. "
-            "Something crosses there beside what its modules hand on: cut elsewhere."
+            f"{type(backbone).__name__} cannot be cut {cut}: {difference}. Cut elsewhere, or wrap "
+            "what is special about its forward in a module of its own that is not cut."
         )
-    return stages, stage_features
+    return apart.safe_stages(), apart.features
 
 
-def _check_num_exits(at: Sequence[str], num_exits: int | None) -> None:
-    if at != "auto" and num_exits is not None:
+def _paths(at: Sequence[str] | str, num_exits: int | None) -> list[str] | None:
+    """The paths that were named; None for "auto"."""
+    if at == "auto":
+        return None
+    if num_exits is not None:
         raise InvalidArgumentError(
             "The 'num_exits' parameter goes with at=\"auto\"; paths say it themselves."
         )
+    paths = [at] if isinstance(at, str) else list(at)
+    if not all(isinstance(path, str) for path in paths):
+        raise InvalidArgumentError(
+            f"The 'at' parameter must hold paths of modules, as in named_modules(). Got {at!r}."
+        )
+    return paths
 
 
 def _check_heads(heads: Sequence[nn.Module] | None, *, num_cuts: int) -> None:
@@ -261,76 +275,45 @@ def _spread(
 
 
 def _find_cutter(backbone: nn.Module, inputs: Features, at: Sequence[str]) -> Cutter:
+    if isinstance(backbone, torch.jit.ScriptModule):
+        raise BackboneCutError(
+            "Expected a module of Python code. TorchScript cannot be cut, since it holds no code "
+            "that could be followed: pass the module that it was made of."
+        )
     layers = find_layer_list(backbone)
     if layers is not None:
         return layers
-    chain = Chain(backbone)
-    why_no_chain = _difference(backbone, chain.stages(()), inputs)
+    chain: Chain | None = None
+    if len(inputs) == 1:
+        with suppress(NotTraceableError):
+            chain = Chain(backbone)
     wanted = {path for path, _ in backbone.named_modules()} & set(at)
-    if why_no_chain is None and wanted <= chain.places.keys() | chain.refused.keys():
+    if chain is not None and wanted <= chain.places.keys() | chain.refused.keys():
         return chain
     try:
         return Graph(backbone, inputs)
     except NotTraceableError as error:
-        if why_no_chain is None:
+        if chain is not None:
             return chain
         raise BackboneCutError(
-            f"{type(backbone).__name__} cannot be cut: its children do not run one after the other "
-            f"({why_no_chain}), and torch.fx cannot trace it ({reason(error)}). Wrap it in an "
-            "nn.Sequential of pieces that run in order."
+            f"{type(backbone).__name__} cannot be cut: its forward cannot be followed "
+            f"({reason(error)}). Move what depends on values into a module of its own, or wrap the "
+            "backbone in an nn.Sequential of pieces that run in order."
         ) from error
-
-
-def _difference(backbone: nn.Module, stages: Sequence[nn.Module], inputs: Features) -> str | None:
-    """How the stages, one after the other, differ from the backbone; None if they do not.
-
-    In training mode both draw the same random numbers; statistics are put back afterwards.
-    """
-    both = nn.ModuleList([backbone, *stages])
-    statistics = [(buffer, buffer.clone()) for buffer in backbone.buffers()]
-    two = tuple(torch.cat([tensor, tensor]) for tensor in inputs)  # one alone has no variance
-    with evaluation_mode(both), torch.no_grad(), torch.random.fork_rng():
-        try:
-            if not torch.equal(_run(stages, inputs), _output_of(backbone, inputs)):
-                return "in pieces it gives another output than whole"
-            both.train()
-            torch.manual_seed(0)
-            expected = _output_of(backbone, two)
-            for buffer, value in statistics:
-                buffer.copy_(value)
-            torch.manual_seed(0)
-            if not torch.allclose(_run(stages, two), expected, rtol=0, atol=1e-6):
-                return "in pieces it gives another output in training than whole"
-        except Exception as error:  # whatever a module raises on what it does not expect
-            return f"its pieces do not run one after the other: {reason(error)}"
-        finally:
-            for buffer, value in statistics:
-                buffer.copy_(value)
-    return None
-
-
-def _run(stages: Sequence[nn.Module], inputs: Features) -> Tensor:
-    features = tuple(tensor.clone() for tensor in inputs)
-    for stage in stages:
-        features = as_features(stage(*features))
-    return features[0]
-
-
-def _output_of(backbone: nn.Module, inputs: Features) -> Tensor:
-    """Its logits for inputs that stay as they are, though its modules may work in place."""
-    output = backbone(*(tensor.clone() for tensor in inputs))
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor):
-        raise BackboneCutError(
-            f"Expected a backbone that returns a tensor of logits. {type(backbone).__name__} "
-            f"returns {type(output).__name__}. Wrap it in a module that returns the logits alone."
-        )
-    return logits
 
 
 def _check_logits(backbone: nn.Module, inputs: Features, num_classes: int) -> None:
     with evaluation_mode(backbone), torch.no_grad():
-        logits = _output_of(backbone, inputs)
+        try:
+            logits = logits_of(backbone, inputs)
+        except BackboneCutError:
+            raise
+        except Exception as error:  # whatever the backbone's own code raises
+            shapes = " and ".join(str(tuple(tensor.shape)) for tensor in inputs)
+            raise InvalidArgumentError(
+                f"Expected an example that {type(backbone).__name__} takes. Got shape {shapes}, on "
+                f"which it fails: {reason(error)}."
+            ) from error
     if logits.ndim < 2 or logits.shape[1] != num_classes:
         raise InvalidArgumentError(
             f"Expected a backbone that ends in {num_classes} outputs. "
@@ -368,24 +351,35 @@ def _no_cut_after(backbone: nn.Module, cutter: Cutter, path: str) -> str:
     )
 
 
-def _run_apart(
-    stages: Sequence[nn.Module], inputs: Features
-) -> tuple[list[nn.Module], list[Features]]:
-    """Run the stages on copies, so that nothing crosses a cut but what is handed on.
+class _RunApart(nn.Module):
+    """Runs stages on copies, so that nothing crosses a cut but what is handed on.
 
-    Returns:
-        The stages, those that change what they are given in place made to work on copies, and
-        the features of each.
+    Args:
+        stages: The stages, in order.
+    Attributes:
+        features: What each returned when they first ran in evaluation.
     """
-    features = inputs
-    safe_stages: list[nn.Module] = []
-    outputs = []
-    for stage in stages:
-        given = tuple(tensor.clone() for tensor in features)
-        versions = [tensor._version for tensor in given]
-        features = as_features(stage(*given))
-        changed = frozenset(i for i, tensor in enumerate(given) if tensor._version != versions[i])
-        is_first = not safe_stages  # it is given the inputs, as the backbone is
-        safe_stages.append(WorksOnCopies(stage, changed) if changed and not is_first else stage)
-        outputs.append(tuple(tensor.clone() for tensor in features))
-    return safe_stages, outputs
+
+    def __init__(self, stages: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.features: list[Features] = []
+        self._changed: list[set[int]] = [set() for _ in stages]
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        features, outputs = inputs, []
+        for stage, changed in zip(self.stages, self._changed, strict=True):
+            given = tuple(tensor.clone() for tensor in features)
+            versions = [tensor._version for tensor in given]
+            features = as_features(stage(*given))
+            changed |= {i for i, tensor in enumerate(given) if tensor._version != versions[i]}
+            outputs.append(tuple(tensor.clone() for tensor in features))
+        if not self.features and not self.training:
+            self.features = outputs
+        return features[0]
+
+    def safe_stages(self) -> list[nn.Module]:
+        """The stages, those that change what they are given made to work on copies."""
+        first, *others = zip(self.stages, self._changed, strict=True)
+        copying = [WorksOnCopies(s, frozenset(changed)) if changed else s for s, changed in others]
+        return [first[0], *copying]  # the first is given the inputs, as the backbone is

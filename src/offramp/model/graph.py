@@ -3,11 +3,13 @@
 The graph is a list of nodes in the order they run. A cut divides the list; what is made before
 it and read after it crosses. What does not depend on the inputs, such as a position embedding,
 does not cross: it is made anew where it is read.
+
+A graph knows one mode. A backbone that asks ``self.training`` is traced in both and cut in both at
+the same modules; each of its stages runs the graph of the mode that it is in.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -15,57 +17,148 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from offramp.errors import reason
+from offramp.errors import BackboneCutError, reason
 from offramp.measure.cost import evaluation_mode
 from offramp.model.multi_exit import Features
-
-
-class NotTraceableError(Exception):
-    """torch.fx cannot follow this backbone; for :func:`~offramp.add_exits` to catch."""
+from offramp.model.tracing import NotTraceableError, Tracer, trace
 
 
 class Graph:
-    """The traced graph of a backbone, and where it can be cut.
+    """The traced graphs of a backbone, and where it can be cut.
 
     Args:
         backbone: The backbone.
         inputs: One batch of its inputs, each with the batch axis first.
     Raises:
-        NotTraceableError: If torch.fx cannot trace it, as where it takes other steps in training
-            than in evaluation.
+        NotTraceableError: If torch.fx cannot trace it in both modes.
     """
 
     num_read = 1
     ragged = None
 
     def __init__(self, backbone: nn.Module, inputs: Features) -> None:
-        tracer = _trace(backbone, num_inputs=len(inputs))
-        self._backbone = backbone
+        first, second = (
+            trace(backbone, num_inputs=len(inputs), is_training=mode) for mode in (False, True)
+        )
+        evaluation = _Mode(backbone, first, inputs)
+        training = evaluation
+        if not _are_equal(first, second):
+            training = _Mode(backbone, second, inputs)
+        self._modes = (evaluation, training)
+        self.refused: dict[str, str] = {}
+        ends: dict[str, tuple[int, int]] = {}
+        for path in evaluation.ends:
+            why = self._why_no_cut(path)
+            if why is None:
+                ends[path] = (evaluation.ends[path][0], training.ends[path][0])
+            else:
+                self.refused[path] = why
+        self._ends = sorted(set(ends.values()))
+        self._named = {end: path for path, end in ends.items()}
+        self.places: Mapping[str, int] = {p: self._ends.index(end) + 1 for p, end in ends.items()}
+
+    def is_narrow(self, position: int) -> bool:
+        """Whether nothing crosses there but the output of the module that ends there."""
+        end = self._ends[position - 1][0]
+        return len(self._modes[0].crossing(end)) == 1
+
+    def stages(self, positions: Sequence[int]) -> list[nn.Module]:
+        """The slices between positions, which share the backbone's modules."""
+        ends = [self._ends[position - 1] for position in positions]
+        if sorted(ends, key=lambda end: end[1]) != ends:
+            paths = ", ".join(self._named[end] for end in ends)
+            raise BackboneCutError(f"In training other modules run first: no cut after {paths}.")
+        paths = [self._named[end] for end in ends]
+        objects = {name: each for mode in self._modes for name, each in mode.objects.items()}
+        both = zip(*(mode.slices(paths) for mode in self._modes), strict=True)
+        return [TracedStage(objects, graphs) for graphs in both]
+
+    def _why_no_cut(self, path: str) -> str | None:
+        """What speaks against a cut after a module; None if nothing does."""
+        evaluation, training = self._modes
+        if path not in training.ends:
+            return "in training it is not called"
+        why = evaluation.why_no_cut(path) or training.why_no_cut(path)
+        if why is None:
+            crossing = [len(mode.crossing(mode.ends[path][0])) for mode in self._modes]
+            if crossing[0] != crossing[1]:
+                why = "in training more or fewer tensors cross there"
+        return why
+
+
+class TracedStage(nn.Module):
+    """A slice of a traced backbone: its modules and tensors by their paths, and what is run.
+
+    Unlike a ``GraphModule``, which is traced anew when it is unpickled, it keeps its graphs.
+
+    Args:
+        objects: Modules and tensors by path; those that the graphs name are taken.
+        graphs: What is run in evaluation, and in training.
+    """
+
+    def __init__(self, objects: Mapping[str, Any], graphs: Sequence[fx.Graph]) -> None:
+        super().__init__()
+        self._graphs = tuple(graphs)
+        for graph in self._graphs:
+            for node in graph.nodes:
+                if node.op in ("call_module", "get_attr"):
+                    self._adopt(node.target, objects[node.target])
+        self._compile()
+
+    def forward(self, *features: Tensor) -> Tensor | Features:
+        """Map features to features, as the backbone does in this mode."""
+        output: Tensor | Features = self._forwards[self.training](self, *features)
+        return output
+
+    def _adopt(self, target: str, value: Any) -> None:
+        *around, name = target.split(".")
+        module: nn.Module = self
+        for each in around:
+            if each not in module._modules:
+                setattr(module, each, nn.Module())
+            module = module.get_submodule(each)
+        if name in module._modules | module._parameters | module._buffers:
+            return  # it came with a module around it, or with the other graph
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            module.register_buffer(name, value)
+        else:
+            setattr(module, name, value)
+
+    def _compile(self) -> None:
+        forwards = {id(g): type(fx.GraphModule(self, g)).forward for g in self._graphs}
+        self._forwards = tuple(forwards[id(graph)] for graph in self._graphs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["_forwards"]  # made of the graphs
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._compile()
+
+
+class _Mode:
+    """The graph of a backbone in one mode.
+
+    Attributes:
+        ends: By path of a module, the position after its run, and what it returns.
+    """
+
+    def __init__(self, backbone: nn.Module, tracer: Tracer, inputs: Features) -> None:
+        self.objects = tracer.objects
         self._nodes = list(tracer.graph.nodes)
         index = {node: i for i, node in enumerate(self._nodes)}
         self._last_use = {n: max((index[u] for u in n.users), default=-1) for n in self._nodes}
         self._fed = _fed_by_inputs(self._nodes)
-        self._found = _record(backbone, tracer.graph, inputs)
-        self._output_at: dict[int, fx.Node] = {}
-        self.places: dict[str, int] = {}
-        self.refused: dict[str, str] = {}
-        for path, (last, output) in tracer.ends.items():
-            position = index[last] + 1
-            why = "it runs more than once" if path in tracer.repeated else None
-            why = why or self._why_no_cut(position, output)
-            if why is None:
-                self.places[path] = position
-                self._output_at[position] = output.node
-            else:
-                self.refused[path] = why
+        self._found = _record(backbone, tracer, inputs)
+        self._repeated = tracer.repeated
+        self.ends = {path: (index[n] + 1, out) for path, (n, out) in tracer.ends.items()}
 
-    def is_narrow(self, position: int) -> bool:
-        """Whether nothing crosses there but the output of the module that ends there."""
-        return len(self._crossing(position)) == 1
-
-    def stages(self, positions: Sequence[int]) -> list[nn.Module]:
-        """The slices between positions, as ``fx.GraphModule`` that share the backbone's modules."""
-        crossing = [self._nodes_handed_on(position) for position in positions]
+    def slices(self, paths: Sequence[str]) -> list[fx.Graph]:
+        """The parts between the ends of modules, one more than there are."""
+        positions = [self.ends[path][0] for path in paths]
+        crossing = [self._nodes_handed_on(path) for path in paths]
         placeholders = [node for node in self._nodes if node.op == "placeholder"]
         (final,) = self._nodes[-1].all_input_nodes
         between = pairwise((0, *positions, len(self._nodes) - 1))
@@ -75,22 +168,26 @@ class Graph:
             for (start, end), (given, returned) in zip(between, handed, strict=True)
         ]
 
-    def _nodes_handed_on(self, position: int) -> list[fx.Node]:
+    def _nodes_handed_on(self, path: str) -> list[fx.Node]:
         """What crosses, the output of the module that ends there first."""
-        output = self._output_at[position]
-        return [output, *(node for node in self._crossing(position) if node is not output)]
+        position, output = self.ends[path]
+        return [output.node, *(n for n in self.crossing(position) if n is not output.node)]
 
-    def _crossing(self, position: int) -> list[fx.Node]:
+    def crossing(self, position: int) -> list[fx.Node]:
+        """What is made before a position from the inputs, and read after it."""
         made = self._nodes[:position]
         return [n for n in made if n in self._fed and self._last_use[n] >= position]
 
-    def _why_no_cut(self, position: int, output: Any) -> str | None:
-        """What speaks against a cut after a module with this output; None if nothing does."""
+    def why_no_cut(self, path: str) -> str | None:
+        """What speaks against a cut after a module; None if nothing does."""
+        if path in self._repeated:
+            return "it runs more than once"
+        position, output = self.ends[path]
         if not isinstance(output, fx.Proxy) or self._shapes(output.node) is None:
             return "it returns something else than one tensor"
         if position == len(self._nodes) - 1:
             return "the backbone ends there, in the final exit"
-        crossing = self._crossing(position)
+        crossing = self.crossing(position)
         if output.node not in crossing:
             return "nothing after it reads its output"
         for node in crossing:
@@ -108,13 +205,14 @@ class Graph:
 
     def _slice(
         self, start: int, end: int, given: Sequence[fx.Node], returned: Sequence[fx.Node]
-    ) -> fx.GraphModule:
+    ) -> fx.Graph:
         graph = fx.Graph()
         copies = {node: graph.placeholder(node.name) for node in given}
 
         def copy(node: fx.Node) -> fx.Node:
             if node not in copies:
                 copies[node] = graph.node_copy(node, copy)
+                copies[node].meta = {}  # where it came from: classes that may not be pickled
             return copies[node]
 
         for node in self._nodes[start:end]:
@@ -122,75 +220,7 @@ class Graph:
                 copy(node)
         output = [copy(node) for node in returned]
         graph.output(output[0] if len(output) == 1 else tuple(output))
-        return fx.GraphModule(self._backbone, graph, class_name=type(self._backbone).__name__)
-
-
-class _Tracer(fx.Tracer):
-    """Notes after which node each module's run ends, and what it returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ends: dict[str, tuple[fx.Node, Any]] = {}
-        self.repeated: set[str] = set()
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a module stays one step: torch's own, and what training mode is read in."""
-        is_torchs = super().is_leaf_module(m, module_qualified_name)
-        return is_torchs or not any(True for _ in m.children()) or _asks_for_mode(m)
-
-    def create_args_for_root(
-        self, root_fn: Any, is_module: bool, concrete_args: Any = None
-    ) -> tuple[Any, list[Any]]:
-        """Prepare the call of the backbone, whose ``training`` becomes a node of the graph.
-
-        So a dropout that the backbone calls as a function asks its stage for the mode each time.
-        """
-        function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
-        self.root.training = self.create_proxy("get_attr", "training", (), {})  # type: ignore[assignment]
-        return function, arguments
-
-    def call_module(
-        self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Trace a call, and note its end."""
-        output = super().call_module(m, forward, args, kwargs)
-        path = self.path_of_module(m)
-        if path in self.ends:
-            self.repeated.add(path)
-        self.ends[path] = (next(iter(reversed(self.graph.nodes))), output)
-        return output
-
-
-def _asks_for_mode(module: nn.Module) -> bool:
-    """Whether its forward reads ``self.training``, which a trace would write down as it is now."""
-    code = getattr(type(module).forward, "__code__", None)
-    return code is not None and "training" in code.co_names
-
-
-def _trace(backbone: nn.Module, *, num_inputs: int) -> _Tracer:
-    parameters = list(inspect.signature(backbone.forward).parameters.values())
-    fixed = {
-        parameter.name: parameter.default
-        for parameter in parameters[num_inputs:]
-        if parameter.default is not inspect.Parameter.empty
-    }
-    tracer, is_training = _Tracer(), backbone.training
-    try:
-        graph = tracer.trace(backbone, concrete_args=fixed or None)
-    except Exception as error:  # whatever the backbone's own code raises on a stand-in for a tensor
-        raise NotTraceableError(reason(error)) from error
-    finally:
-        backbone.training = is_training
-    # Inputs that keep their defaults: the trace only asserts that they do.
-    for node in [n for n in graph.nodes if n.op == "placeholder"][num_inputs:]:
-        _erase_with_users(graph, node)
-    return tracer
-
-
-def _erase_with_users(graph: fx.Graph, node: fx.Node) -> None:
-    for user in list(node.users):
-        _erase_with_users(graph, user)
-    graph.erase_node(node)
+        return graph
 
 
 def _fed_by_inputs(nodes: Sequence[fx.Node]) -> set[fx.Node]:
@@ -202,16 +232,31 @@ def _fed_by_inputs(nodes: Sequence[fx.Node]) -> set[fx.Node]:
 
 
 def _record(
-    backbone: nn.Module, graph: fx.Graph, inputs: Features
+    backbone: nn.Module, tracer: Tracer, inputs: Features
 ) -> dict[int, Mapping[str, torch.Size | None]]:
     """Shape of every node's tensor, None for other values, for batches of one and of two."""
     found: dict[int, Mapping[str, torch.Size | None]] = {}
-    with evaluation_mode(backbone), torch.no_grad():
+    with evaluation_mode(backbone), torch.no_grad(), torch.random.fork_rng(devices=[]):
         for batch_size in (1, 2):
-            recorder = _Recorder(fx.GraphModule(backbone, graph))
-            recorder.run(*(t[:1].repeat(batch_size, *(1,) * (t.ndim - 1)) for t in inputs))
+            recorder = _Recorder(fx.GraphModule(tracer.objects, tracer.graph))
+            try:
+                recorder.run(*(t[:1].repeat(batch_size, *(1,) * (t.ndim - 1)) for t in inputs))
+            except Exception as error:  # whatever its modules raise
+                raise NotTraceableError(
+                    f"it fails on a batch of {batch_size}: {reason(error)}"
+                ) from error
             found[batch_size] = recorder.shapes
     return found
+
+
+def _are_equal(first: Tracer, second: Tracer) -> bool:
+    """Whether two graphs of a backbone do the same with the same."""
+    codes = {tracer.graph.python_code("self").src for tracer in (first, second)}
+    return len(codes) == 1 and all(
+        each is second.objects[name]
+        or (isinstance(each, Tensor) and torch.equal(each, second.objects[name]))
+        for name, each in first.objects.items()
+    )
 
 
 class _Recorder(fx.Interpreter):
@@ -220,6 +265,10 @@ class _Recorder(fx.Interpreter):
         self.shapes: dict[str, torch.Size | None] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
+        try:
+            value = super().run_node(n)
+        except Exception as error:
+            # torch.fx adds pages about its graph to what an error says.
+            raise RuntimeError(reason(error)) from error
         self.shapes[n.name] = value.shape if isinstance(value, Tensor) else None
         return value

@@ -1,0 +1,232 @@
+"""Tracing a backbone with torch.fx, in one mode, and noticing what a trace would lose.
+
+A trace runs the backbone's own code on stand-ins for tensors. What that code decides by values
+cannot be traced; what it does beside the stand-ins (random numbers, buffers, gradients switched
+off) would be done once, now, and never again, so that it is refused too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from offramp.errors import reason
+from offramp.measure.cost import evaluation_mode
+
+
+class NotTraceableError(Exception):
+    """torch.fx cannot follow this backbone; for :func:`~offramp.add_exits` to catch."""
+
+
+class Tracer(fx.Tracer):
+    """Notes after which node each module's run ends, and what it returns.
+
+    Args:
+        is_whole: Which modules stay one step.
+    Attributes:
+        ends: By path of a module, the last node of its run and its output.
+        repeated: Paths of modules that run more than once.
+        objects: Every module and tensor that the graph names, by its target.
+    """
+
+    def __init__(self, is_whole: Callable[[nn.Module], bool]) -> None:
+        super().__init__()
+        self.ends: dict[str, tuple[fx.Node, Any]] = {}
+        self.repeated: set[str] = set()
+        self.objects: dict[str, Any] = {}
+        self._is_whole = is_whole
+        self._context = _context()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module stays one step."""
+        return self._is_whole(m) or isinstance(m, torch.jit.ScriptModule)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Write a step down, unless it runs in a context that a trace does not keep."""
+        if _context() != self._context:
+            raise NotTraceableError(
+                "it switches gradients or autocast on its way, which its pieces would not"
+            )
+        return super().create_node(*args, **kwargs)
+
+    def call_module(
+        self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Trace a call, and note its end."""
+        output = super().call_module(m, forward, args, kwargs)
+        path = self.path_of_module(m)
+        if path in self.ends:
+            self.repeated.add(path)
+        self.ends[path] = (next(iter(reversed(self.graph.nodes))), output)
+        return output
+
+
+def stays_whole(module: nn.Module) -> bool:
+    """Whether a module stays one step: torch's own, and what training mode is read in."""
+    is_torchs = fx.Tracer().is_leaf_module(module, "")
+    return is_torchs or not any(True for _ in module.children()) or _asks_for_mode(module)
+
+
+def _asks_for_mode(module: nn.Module) -> bool:
+    """Whether its forward reads ``self.training``: kept whole, it goes by its own mode."""
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and "training" in code.co_names
+
+
+def trace(
+    backbone: nn.Module,
+    *,
+    num_inputs: int,
+    is_training: bool,
+    is_whole: Callable[[nn.Module], bool] = stays_whole,
+) -> Tracer:
+    """Trace a backbone in one mode; it is left as it was.
+
+    Args:
+        backbone: The backbone.
+        num_inputs: How many inputs it is given; those after keep their defaults.
+        is_training: The mode, which the graph has in it as a constant.
+        is_whole: Which modules stay one step.
+    Returns:
+        The tracer, which holds the graph.
+    Raises:
+        NotTraceableError: If torch.fx cannot follow its code, or would lose what it does.
+    """
+    parameters = list(inspect.signature(backbone.forward).parameters.values())
+    fixed = {
+        parameter.name: parameter.default
+        for parameter in parameters[num_inputs:]
+        if parameter.default is not inspect.Parameter.empty
+    }
+    with evaluation_mode(backbone), torch.enable_grad(), _unharmed(backbone):
+        backbone.train(is_training)
+        tracer = Tracer(is_whole)
+        try:
+            graph = tracer.trace(backbone, concrete_args=fixed or None)
+            # Inputs that keep their defaults: the trace only asserts that they do.
+            for node in [n for n in graph.nodes if n.op == "placeholder"][num_inputs:]:
+                _erase_with_users(graph, node)
+            tracer.objects = {
+                node.target: _find(backbone, node.target)
+                for node in graph.nodes
+                if node.op in ("call_module", "get_attr")
+            }
+        except NotTraceableError:
+            raise
+        except Exception as error:  # whatever the backbone's own code raises on a stand-in
+            raise NotTraceableError(_what_stopped(error)) from error
+    return tracer
+
+
+def require_calls_in_order(backbone: nn.Module, modules: Sequence[nn.Module]) -> None:
+    """Refuse a backbone that does more than to call some modules, one after the other.
+
+    Args:
+        backbone: A backbone of one input.
+        modules: Some of its modules.
+    Raises:
+        NotTraceableError: If it does more or less, in one of the modes, or torch.fx cannot tell.
+    """
+    known = {id(module) for module in modules}
+    for is_training in (False, True):
+        tracer = trace(
+            backbone, num_inputs=1, is_training=is_training, is_whole=lambda m: id(m) in known
+        )
+        first, *calls, output = tracer.graph.nodes
+        given = [first, *calls]
+        is_chain = (
+            first.op == "placeholder"
+            and [tracer.objects.get(node.target) for node in calls] == list(modules)
+            and all(node.op == "call_module" and not node.kwargs for node in calls)
+            and all(n.args == (last,) for n, last in zip([*calls, output], given, strict=True))
+        )
+        if not is_chain:
+            raise NotTraceableError("it does more than to call its children one after the other")
+
+
+def _find(root: nn.Module, target: str) -> Any:
+    found: Any = root
+    for name in target.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def _erase_with_users(graph: fx.Graph, node: fx.Node) -> None:
+    for user in list(node.users):
+        _erase_with_users(graph, user)
+    graph.erase_node(node)
+
+
+def _context() -> tuple[bool, ...]:
+    """What a block such as ``torch.no_grad()`` switches, and a graph does not keep."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+    )
+
+
+@contextmanager
+def _unharmed(backbone: nn.Module) -> Iterator[None]:
+    """Put attributes back that the traced code sets; refuse what it did once and for all."""
+    modules = [m for m in backbone.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    tables = [t for m in modules for t in (vars(m), m._parameters, m._buffers, m._modules)]
+    saved = [(table, dict(table)) for table in tables]
+    buffers = [(name, b, b._version, b.clone()) for name, b in backbone.named_buffers()]
+    numbers = _random_states()
+    try:
+        yield
+        if not _are_equal(numbers, _random_states()):
+            raise NotTraceableError(
+                "it draws random numbers outside its modules, which a trace would draw only once"
+            )
+        for name, buffer, version, _ in buffers:
+            if buffer._version != version:
+                raise NotTraceableError(
+                    f"it changes its buffer {name!r} outside its modules, which a trace would do "
+                    "only once"
+                )
+    finally:
+        for table, before in saved:
+            for key in [key for key in table if key not in before]:
+                del table[key]
+            table.update(before)
+        for _, buffer, version, value in buffers:
+            if buffer._version != version:
+                buffer.data.copy_(value)
+        torch.set_rng_state(numbers[0])
+        random.setstate(numbers[1])
+        np.random.set_state(numbers[2])
+
+
+def _random_states() -> tuple[Tensor, Any, Any]:
+    return torch.get_rng_state(), random.getstate(), np.random.get_state()
+
+
+def _are_equal(before: tuple[Tensor, Any, Any], after: tuple[Tensor, Any, Any]) -> bool:
+    return (
+        torch.equal(before[0], after[0])
+        and before[1] == after[1]
+        and all(map(np.array_equal, before[2], after[2]))
+    )
+
+
+def _what_stopped(error: Exception) -> str:
+    """The line of the backbone's own code that torch.fx could not follow."""
+    ours = (str(Path(torch.__file__).parent), __file__)
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if not frame.filename.startswith(ours)]
+    if not theirs or not theirs[-1].line:
+        return reason(error)
+    frame = theirs[-1]
+    return f"line {frame.lineno} of {Path(frame.filename).name}, `{frame.line}`"
