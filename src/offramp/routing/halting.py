@@ -18,12 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from offramp.errors import InvalidArgumentError
+from offramp.errors import BackboneCutError, InvalidArgumentError
 from offramp.measure.cost import count_macs, evaluation_mode, require_samples
-from offramp.model.multi_exit import Features, MultiExitNetwork
+from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
+from offramp.model.proof import find_difference
 from offramp.model.ragged import Ragged
 from offramp.routing.layers import TransformerLayer, attend
-from offramp.routing.token_parts import TokenParts, as_one_exit, take_apart
+from offramp.routing.token_parts import TokenParts, as_one_exit, example_of, take_apart
 
 DEFAULT_THRESHOLD = 0.99
 """Sum of scores at which a token halts in training: the paper's 1 - 0.01."""
@@ -288,9 +289,16 @@ def advance(total: Tensor, score: Tensor, threshold: float | Tensor) -> Step:
 
 
 def add_halting(
-    transformer: nn.Module, *, gate_scale: float = 10.0, gate_center: float = 30.0
+    transformer: nn.Module,
+    *,
+    gate_scale: float = 10.0,
+    gate_center: float = 30.0,
+    example: Tensor | Features | None = None,
 ) -> HaltingNetwork:
     """Let the tokens of a transformer halt.
+
+    As long as no token halts the network is proven to be the backbone, on the example and on
+    random inputs, in evaluation and in training.
 
     Args:
         transformer: A network that answers by its class token: ours with one exit, timm's
@@ -299,11 +307,16 @@ def add_halting(
         gate_scale: Factor on a token's first coordinate in its score.
         gate_center: What is taken off after that; the defaults are the paper's, for ViTs
             pretrained on ImageNet.
+        example: One batch of inputs for the proof, each with the batch axis first; a tuple where
+            there are several. If None, one of the shape that the model's configuration names; a
+            network of ours, whose parts are taken as they are, needs none.
     Returns:
         The network whose tokens halt; it has no weights of its own.
     Raises:
-        BackboneCutError: If it is of no kind that is known.
+        BackboneCutError: If it is of no kind that is known, or cannot be proven to be the
+            backbone.
         InvalidArgumentError: If a gate's number is none.
+        ShapeError: If the example has no sample in it.
     Reference: Yin et al. (2022), A-ViT: Adaptive tokens for efficient vision transformer. What
         differs from its code is in docs/decisions.md.
     """
@@ -311,6 +324,10 @@ def add_halting(
         if not isinstance(number, int | float) or not math.isfinite(number):
             raise InvalidArgumentError(f"The {name!r} parameter must be a number. Got {number!r}.")
     parts = take_apart(transformer)
+    inputs = example_of(transformer) if example is None else as_features(example)
+    if inputs is not None:
+        require_samples("an example", inputs)
+        _prove(transformer, parts, inputs)
     return HaltingNetwork(
         parts.embed,
         parts.layers,
@@ -319,6 +336,43 @@ def add_halting(
         gate_center=gate_center,
         ragged=parts.ragged,
     )
+
+
+_SAME_BUT_FOR_KERNELS = 1e-4
+"""Of the largest logit: attention with a mask runs another kernel than attention without one."""
+
+
+def _prove(transformer: nn.Module, parts: TokenParts, inputs: Features) -> None:
+    """Refuse a transformer that is more than its embedding, layers and head."""
+    is_ours = isinstance(transformer, MultiExitNetwork)
+    backbone = transformer.plain() if is_ours else transformer
+    for replacement in (as_one_exit(parts).plain(), _NobodyHalts(parts)):
+        why = find_difference(backbone, replacement, inputs, tolerance=_SAME_BUT_FOR_KERNELS)
+        if why is not None:
+            raise BackboneCutError(
+                f"The tokens of {type(transformer).__name__} cannot halt: {why}. Pass an 'example' "
+                "if it takes other inputs, or build a HaltingNetwork from its embedding, layers "
+                "and head."
+            )
+
+
+class _NobodyHalts(nn.Module):
+    """A network whose tokens have the score 0 after every layer but the last."""
+
+    def __init__(self, parts: TokenParts) -> None:
+        super().__init__()
+        self.network = HaltingNetwork(
+            parts.embed,
+            parts.layers,
+            parts.head,
+            gate_scale=0.0,
+            gate_center=math.inf,
+            ragged=parts.ragged,
+        )
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        output: HaltingOutput = self.network(*inputs, threshold=1.0)
+        return output.logits
 
 
 def _output(

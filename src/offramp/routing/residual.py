@@ -5,6 +5,8 @@ Known: ours with one exit, torchvision's ``ResNet`` and timm's, of basic and bot
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -89,11 +91,35 @@ def skip_block(block: nn.Module, x: Tensor) -> Tensor:
     Returns:
         The input itself; where the block changes the shape, its projection and the activation.
     """
-    shortcut = getattr(block, "shortcut", None) or getattr(block, "downsample", None)
-    if shortcut is None or isinstance(shortcut, nn.Identity):
+    shortcut = _shortcut(block)
+    if isinstance(shortcut, nn.Identity):
         return x
     y: Tensor = _last_activation(block)(shortcut(x))
     return y
+
+
+@contextmanager
+def adding_nothing(block: nn.Module) -> Iterator[None]:
+    """Set the weights of what a block adds to its shortcut to zero inside the block.
+
+    Args:
+        block: A residual block.
+    """
+    around = {id(p) for p in _shortcut(block).parameters()}
+    weights = [p.data for p in block.parameters() if id(p) not in around]
+    saved = [weight.clone() for weight in weights]
+    try:
+        for weight in weights:
+            weight.zero_()
+        yield
+    finally:
+        for weight, value in zip(weights, saved, strict=True):
+            weight.copy_(value)
+
+
+def _shortcut(block: nn.Module) -> nn.Module:
+    shortcut = getattr(block, "shortcut", None) or getattr(block, "downsample", None)
+    return shortcut if isinstance(shortcut, nn.Module) else nn.Identity()
 
 
 def _last_activation(block: nn.Module) -> nn.Module:

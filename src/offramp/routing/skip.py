@@ -12,11 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from offramp.errors import BackboneCutError
+from offramp.errors import BackboneCutError, reason
 from offramp.measure.cost import count_macs, evaluation_mode, require_samples
 from offramp.model.multi_exit import MultiExitNetwork
+from offramp.model.proof import find_difference
+from offramp.model.tracing import NotTraceableError, stays_whole, trace
 from offramp.routing.gates import Gates, GateState, make_gates
-from offramp.routing.residual import channels_into, skip_block, take_apart
+from offramp.routing.residual import adding_nothing, channels_into, skip_block, take_apart
 
 Choice = Callable[[Tensor], Tensor]
 """From the probabilities that a block runs, shape (B,), to how much of it does, in [0, 1]."""
@@ -269,9 +271,17 @@ def sampled(probability_B: Tensor) -> Tensor:
 
 
 def add_gates(
-    resnet: nn.Module, *, gates: str = "recurrent", gate_width: int | None = None
+    resnet: nn.Module,
+    *,
+    gates: str = "recurrent",
+    gate_width: int | None = None,
+    example: Tensor | None = None,
 ) -> SkipNetwork:
     """Put a gate in front of every residual block but the first.
+
+    With every gate open the network is proven to be the backbone, on the example and on random
+    images, in evaluation and in training; and a block that adds nothing to be what skipping it
+    leaves.
 
     Args:
         resnet: A residual network of ours with one exit, of torchvision, or of timm, of basic or
@@ -279,11 +289,15 @@ def add_gates(
         gates: recurrent (one small LSTM, shared) or feed_forward (two convolutions each).
         gate_width: Units of the LSTM, or channels of a gate's convolutions; the paper's if None:
             10, and those of the features, which takes a sixth of what a block does.
+        example: A batch of images, shape (B, C, H, W), for the proof; random ones of 64 x 64
+            pixels if None.
     Returns:
         The network with gates, which are new.
     Raises:
-        BackboneCutError: If it is no such network, or has fewer than two blocks.
+        BackboneCutError: If it is no such network, has fewer than two blocks, or cannot be proven
+            to be the backbone.
         InvalidArgumentError: If there is no such kind of gates, or their width is less than 1.
+        ShapeError: If the example has no sample in it.
     Reference: Wang et al. (2018), SkipNet: Learning dynamic routing in convolutional networks.
     """
     parts = take_apart(resnet)
@@ -295,7 +309,76 @@ def add_gates(
         )
     channels = [channels_into(block) for block in others]
     stem = nn.Sequential(parts.stem, first)
-    return SkipNetwork(stem, others, make_gates(gates, channels, gate_width), parts.head)
+    network = SkipNetwork(stem, others, make_gates(gates, channels, gate_width), parts.head)
+    _prove(resnet, network, _images_for(resnet) if example is None else example)
+    return network
+
+
+def _images_for(resnet: nn.Module) -> Tensor:
+    stem = next(m for m in resnet.modules() if isinstance(m, nn.Conv2d))
+    return stem.weight.new_zeros(1, stem.in_channels, 64, 64)
+
+
+def _prove(resnet: nn.Module, network: SkipNetwork, images: Tensor) -> None:
+    """Refuse gates on a network that is more than its stem, blocks and head."""
+    require_samples("an example", [images])
+    backbone = resnet.plain() if isinstance(resnet, MultiExitNetwork) else resnet
+    try:
+        if backbone is resnet:
+            _require_traceable(backbone, blocks=[network.stem[1], *network.blocks])  # type: ignore[index]
+        why = find_difference(backbone, _AllOpen(network), (images,))
+    except NotTraceableError as error:
+        why = f"its forward cannot be followed ({reason(error)})"
+    why = why or _find_unlike_its_way_around(network, images)
+    if why is not None:
+        raise BackboneCutError(
+            f"{type(resnet).__name__} cannot be given gates: {why}. Pass an 'example' if it takes "
+            "other images, or build a SkipNetwork from its stem, blocks and head."
+        )
+
+
+def _require_traceable(backbone: nn.Module, *, blocks: Sequence[nn.Module]) -> None:
+    """Refuse a forward that decides by values, or does what its parts alone would not do."""
+    known = {id(block) for block in blocks}
+    for is_training in (False, True):
+        trace(
+            backbone,
+            num_inputs=1,
+            is_training=is_training,
+            is_whole=lambda module: id(module) in known or stays_whole(module),
+        )
+
+
+class _AllOpen(nn.Module):
+    """A network with every gate open.
+
+    In training as the runner has it: blocks alone, since a projection that runs in its block and
+    for the way around it moves its statistics twice.
+    """
+
+    def __init__(self, network: SkipNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            logits: Tensor = self.network.plain()(x)
+            return logits
+        return self.network(x, at_threshold(0.0)).logits
+
+
+@torch.no_grad()
+def _find_unlike_its_way_around(network: SkipNetwork, images: Tensor) -> str | None:
+    """Find a block that is not what goes around it when all that it adds has the weight zero."""
+    with evaluation_mode(network):
+        x = network.stem(images[:1].clone())
+        for index, block in enumerate(network.blocks):
+            with adding_nothing(block):
+                ran, skipped = network.run_block(index, x.clone()), network.skip_block(index, x)
+            if not torch.allclose(ran, skipped, rtol=1e-4, atol=1e-6, equal_nan=True):
+                return f"block {index + 1} does not end in its shortcut and an activation"
+            x = network.run_block(index, x)
+    return None
 
 
 def _gated_sum(action_B: Tensor, ran: Tensor, skipped: Tensor) -> Tensor:

@@ -121,6 +121,29 @@ def take_apart(transformer: nn.Module) -> TokenParts:
     return describe(transformer)
 
 
+def example_of(transformer: Any) -> Features | None:
+    """Make inputs of the shape that a model's configuration names.
+
+    Args:
+        transformer: A network that :func:`take_apart` takes.
+    Returns:
+        A batch of one; None for a network of ours.
+    """
+    if isinstance(transformer, MultiExitNetwork):
+        return None
+    weight = next(transformer.parameters())
+    config = getattr(transformer, "config", None)
+    if hasattr(config, "vocab_size"):
+        ids_BT = torch.zeros(1, min(8, config.max_position_embeddings), dtype=torch.int64)
+        return ids_BT.to(weight.device), torch.ones_like(ids_BT).to(weight.device)
+    if config is not None:
+        channels, side = config.num_channels, config.image_size
+    else:
+        channels, side = transformer.patch_embed.proj.in_channels, transformer.patch_embed.img_size
+    height, width = (side, side) if isinstance(side, int) else (side[0], side[-1])
+    return (weight.new_zeros(1, channels, height, width),)
+
+
 class _AllValid(nn.Module):
     """An embedding without padding."""
 

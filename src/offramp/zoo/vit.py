@@ -75,7 +75,8 @@ def vit(
     plain.apply(_initialise)
     if is_plain(num_exits):
         return plain
-    return add_halting(plain, gate_scale=gate_scale, gate_center=gate_center)
+    example = torch.zeros(1, in_channels, side, side)
+    return add_halting(plain, gate_scale=gate_scale, gate_center=gate_center, example=example)
 
 
 _START = 0.3
