@@ -1,12 +1,10 @@
-"""Which axis of a stage's features holds the channels, as the network's own weights tell it.
+"""The axes of a stage's features: that of the samples, and that of the channels.
 
 An entry of a bias, a row of a weight matrix or a factor of a normalisation belongs to one channel
 of what its module puts out. Functions, shortcuts and permutations between that module and the cut
 move the axis of channels; they do not mix it. So gradients find it: along the axis of channels,
 different indexes of the features come from different entries of one weight; along an axis of
 positions, all come from the same entries. Nothing goes by names or sizes.
-
-Shapes: ``B`` batch, ``T`` tokens, ``D`` width of a token, ``C`` channels, ``H W`` pixels.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.hooks import RemovableHandle
 
+from offramp.errors import BackboneCutError, ShapeError
 from offramp.measure.cost import evaluation_mode
 from offramp.model.multi_exit import Features, as_features
 
@@ -63,9 +62,62 @@ def channel_axis(
                     features = _run(before, sample)
                 by_readers = _axes_by_readers(after, features)
                 axes = axes & by_readers if axes else by_readers
-        except RuntimeError:  # something in it has no gradients
+        except (RuntimeError, ShapeError):  # without gradients, or of other outputs than tensors
             return None
     return axes.pop() if len(axes) == 1 else None
+
+
+def require_batch_first(stages: Sequence[nn.Module], inputs: Features, at: Sequence[str]) -> None:
+    """Refuse cuts whose features do not hold one sample after the other, each for itself.
+
+    Args:
+        stages: All stages.
+        inputs: What the first is given, the batch axis first.
+        at: Name of the cut after each stage but the last.
+    Raises:
+        BackboneCutError: If the batch axis of some features is not the first, or a sample's
+            features depend on the other samples of its batch.
+    """
+    with (
+        torch.inference_mode(False),
+        evaluation_mode(nn.ModuleList(stages)),
+        torch.random.fork_rng(),
+        torch.no_grad(),
+    ):
+        torch.manual_seed(0)
+        alone = tuple(tensor[:1].clone() for tensor in inputs)
+        others = zip(_varied(alone), inputs, strict=True)
+        both = tuple(
+            torch.cat([tensor[:1], other if other.is_floating_point() else tensor[-1:]])
+            for other, tensor in others
+        )
+        for stage, path in zip(stages, at, strict=False):
+            alone, both = _run([stage], alone), _run([stage], both)
+            for one, two in zip(alone, both, strict=True):
+                _require_batch_first(one, two, path)
+
+
+def _require_batch_first(one: Tensor, two: Tensor, path: str) -> None:
+    """The features of a sample, alone and in a batch of two."""
+    if one.shape[:1] != (1,) or two.shape != (2, *one.shape[1:]):
+        raise BackboneCutError(
+            f"Expected features with the batch axis first after {path!r}. Got the shapes "
+            f"{tuple(one.shape)} for one sample and {tuple(two.shape)} for two. Cut where samples "
+            "come first, or set the batch_first of the layers around the cut."
+        )
+    if one.is_floating_point():
+        precision = torch.finfo(one.dtype).eps ** 0.5
+        size = float(one.abs().nan_to_num(posinf=0).amax()) if one.numel() else 0.0
+        is_own = torch.allclose(two[:1], one, rtol=0, atol=precision * size, equal_nan=True)
+    else:
+        is_own = torch.equal(two[:1], one)
+    if not is_own:
+        raise BackboneCutError(
+            f"Expected features that are each sample's own after {path!r}. They depend on the "
+            "other samples of the batch, from which some shall leave: is the batch_first of a "
+            "layer set otherwise than its input is laid out, or does a normalisation use the "
+            "batch in evaluation?"
+        )
 
 
 def _varied(inputs: Features) -> Features:
