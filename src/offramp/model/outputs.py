@@ -5,6 +5,8 @@ Shapes: ``B`` batch, ``C`` classes, ``h w`` cells of logits, ``H W`` pixels of a
 
 from __future__ import annotations
 
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any
 
 import torch
@@ -105,7 +107,8 @@ def find_pixel_multiple(network: MultiExitNetwork, inputs: Features) -> int:
 def _cells(network: MultiExitNetwork, images: Tensor, size: tuple[int, int]) -> set[Any]:
     """Heights and widths of the exits' logits for an image of this size; none if it fails."""
     try:
-        outputs = network(images.new_zeros((1, images.shape[1], *size)))
+        with redirect_stderr(StringIO()):  # torch.fx prints where a graph failed
+            outputs = network(images.new_zeros((1, images.shape[1], *size)))
     except Exception:  # whatever a module raises on an image of another size
         return set()
     return {tuple(logits.shape[2:]) for logits in outputs}
