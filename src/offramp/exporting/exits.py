@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -221,14 +223,18 @@ def _macs_by_size(
     if network.pixel_multiple is None:
         return None
     sizes = [tuple(network.pixel_multiple * n for n in size) for size in _SIZES]
-    at_size = np.array(
-        [
-            network.costs(*(t.new_zeros((1, *t.shape[1:-2], *size)) for t in inputs))
-            .with_decisions(policy.decision_macs)
-            .exit_macs(policy.off_exits)
-            for size in sizes
-        ]
-    )
+    try:
+        with redirect_stderr(StringIO()):  # torch.fx prints where a graph failed
+            at_size = np.array(
+                [
+                    network.costs(*(t.new_zeros((1, *t.shape[1:-2], *size)) for t in inputs))
+                    .with_decisions(policy.decision_macs)
+                    .exit_macs(policy.off_exits)
+                    for size in sizes
+                ]
+            )
+    except Exception:  # whatever a network for images of one size raises on others
+        return None
     cells = np.stack([map_cells(*size) for size in sizes])
     numbers = np.linalg.lstsq(cells, at_size, rcond=None)[0].round().astype(np.int64)
     if (cells @ numbers != at_size).any():

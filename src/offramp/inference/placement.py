@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from offramp.errors import InvalidArgumentError, ShapeError
 from offramp.measure.cost import evaluation_mode
-from offramp.model.cut import add_exits, cut_paths
-from offramp.model.heads import head_for
+from offramp.model.cut import cut_paths, cut_stages
+from offramp.model.head_choice import choose_head
 from offramp.model.multi_exit import Features, as_features
 from offramp.model.spacing import choose_cuts
 
@@ -98,11 +98,10 @@ def place(
     _check_at_least("rounds", rounds, 1)
     inputs = as_features(example)
     paths = cut_paths(backbone, inputs)
-    no_heads = [nn.Identity() for _ in paths]
-    network = add_exits(backbone, at=paths, num_classes=num_classes, example=inputs, heads=no_heads)
-    pieces = dict(zip([*paths, THE_END], network.stages, strict=True))
-    with evaluation_mode(network), torch.inference_mode():
-        heads = _fitting_heads(pieces, inputs, num_classes)
+    stages, stage_features = cut_stages(backbone, paths, num_classes=num_classes, inputs=inputs)
+    heads = _fitting_heads(paths, stages, inputs, stage_features)
+    pieces = dict(zip([*paths, THE_END], stages, strict=True))
+    with evaluation_mode(nn.ModuleList([*stages, *heads.values()])), torch.inference_mode():
         piece_ms, head_ms = _profile(pieces, heads, inputs, rounds)
     return propose(piece_ms, head_ms, num_exits=num_exits, batch_size=len(inputs[0]))
 
@@ -162,16 +161,16 @@ def _check_at_least(name: str, value: int, least: int) -> None:
 
 
 def _fitting_heads(
-    pieces: Mapping[str, nn.Module], inputs: Features, num_classes: int
+    paths: Sequence[str],
+    stages: Sequence[nn.Module],
+    inputs: Features,
+    stage_features: Sequence[Features],
 ) -> dict[str, nn.Module]:
     """A head for the features after each piece but the last, where one fits."""
     heads = {}
-    features = _clones(inputs)
-    for path in list(pieces)[:-1]:
-        features = as_features(pieces[path](*features))
-        if features[0].is_floating_point():
-            with suppress(ShapeError):
-                heads[path] = head_for(features[0], num_classes).to(features[0])
+    for k, path in enumerate(paths):
+        with suppress(ShapeError):
+            heads[path] = choose_head(stages, inputs, stage_features, after=k, path=path)
     return heads
 
 

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from offramp.errors import BackboneCutError, InvalidArgumentError, reason
 from offramp.measure.cost import count_macs, evaluation_mode, require_samples
+from offramp.model.axes import require_batch_first
 from offramp.model.chain import Chain
 from offramp.model.dense_heads import ReadsEverything
 from offramp.model.graph import Graph
-from offramp.model.heads import head_for
+from offramp.model.head_choice import check_heads, choose_head, list_heads
 from offramp.model.layer_lists import find_layer_list
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
+from offramp.model.outputs import check_logits, find_pixel_multiple
 from offramp.model.proof import find_difference, logits_of
 from offramp.model.ragged import Ragged
 from offramp.model.spacing import choose_cuts
@@ -84,8 +86,9 @@ def add_exits(
     on to the next stage.
 
     Args:
-        backbone: Any module of one output, which is the logits: a transformers model, one whose
-            children run in order, or one that torch.fx can trace.
+        backbone: Any module of one output, logits (B, C), or (B, C, h, w) where it says a class
+            for every pixel: a transformers model, one whose children run in order, or one that
+            torch.fx can trace.
         at: Paths of modules as in ``named_modules()``, in the order they run; an exit attaches
             after each. A string is one path. The backbone's end is the final exit and is not
             named. "auto" shares the backbone's MACs out evenly among ``num_exits``;
@@ -95,8 +98,10 @@ def add_exits(
             proof, which draws random inputs of its shape and kind too; a tuple where the backbone
             takes several.
         num_exits: With "auto": exits, the final one counted, at least 2.
-        heads: One exit head for each path; chosen from the features' shape where not given. One
-            of the class ``ReadsEverything`` is given all that crosses, the module's output first.
+        heads: One exit head for each path, chosen where not given: by the axis of channels, which
+            the weights around the cut tell, and for pixels where the backbone's output has some.
+            One of the class ``ReadsEverything`` is given all that crosses, the module's output
+            first. They are brought to the features' device and dtype.
     Returns:
         A network with ``len(at) + 1`` exits whose final exit equals the backbone, in evaluation
         and in training.
@@ -107,7 +112,8 @@ def add_exits(
         InvalidArgumentError: If ``heads`` has another length than ``at``, the backbone does not
             take the example or does not end in ``num_classes`` outputs, or ``num_exits`` is
             missing, superfluous or too large.
-        ShapeError: If the example has no sample in it.
+        ShapeError: If the example has no sample in it, a head does not map its features to logits
+            of the shape of the backbone's, or none is given and none can be chosen.
     Example:
         >>> backbone = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3))
         >>> network = add_exits(backbone, at=["1"], num_classes=3, example=torch.zeros(1, 8))
@@ -119,15 +125,39 @@ def add_exits(
     _check_logits(backbone, inputs, num_classes)
     cutter = _find_cutter(backbone, inputs, paths or ())
     at = _spread(backbone, cutter, inputs, num_exits) if paths is None else paths
-    _check_heads(heads, num_cuts=len(at))
+    heads = None if heads is None else list_heads(heads, at)
     stages, stage_features = _cut(backbone, cutter, inputs, at)
+    require_batch_first(stages, inputs, at)
     if heads is None:
-        heads = [head_for(f[0], num_classes).to(f[0]) for f in stage_features[:-1]]
+        heads = [
+            choose_head(stages, inputs, stage_features, after=k, path=path)
+            for k, path in enumerate(at)
+        ]
+    check_heads(heads, stage_features, at=at, num_read=cutter.num_read)
     heads = _reading_first(heads, stage_features, cutter.num_read)
     network = MultiExitNetwork(stages, [*heads, nn.Identity()])
     network.share_keys_with(backbone)
     network.ragged = cutter.ragged
+    if stage_features[-1][0].ndim == 4:
+        network.pixel_multiple = find_pixel_multiple(network, inputs)
     return network
+
+
+def cut_stages(
+    backbone: nn.Module, at: Sequence[str], *, num_classes: int, inputs: Features
+) -> tuple[list[nn.Module], list[Features]]:
+    """Cut a backbone as :func:`add_exits` does, without heads.
+
+    Args:
+        backbone: As for :func:`add_exits`.
+        at: Paths, in order.
+        num_classes: Number of classes C.
+        inputs: The example, as a tuple.
+    Returns:
+        The stages, and the features of each for the example.
+    """
+    _check_logits(backbone, inputs, num_classes)
+    return _cut(backbone, _find_cutter(backbone, inputs, at), inputs, at)
 
 
 def _cut(
@@ -159,13 +189,6 @@ def _paths(at: Sequence[str] | str, num_exits: int | None) -> list[str] | None:
             f"The 'at' parameter must hold paths of modules, as in named_modules(). Got {at!r}."
         )
     return paths
-
-
-def _check_heads(heads: Sequence[nn.Module] | None, *, num_cuts: int) -> None:
-    if heads is not None and len(heads) != num_cuts:
-        raise InvalidArgumentError(
-            f"Expected one head for each of the {num_cuts} cuts. Got {len(heads)}."
-        )
 
 
 def _reading_first(
@@ -314,11 +337,7 @@ def _check_logits(backbone: nn.Module, inputs: Features, num_classes: int) -> No
                 f"Expected an example that {type(backbone).__name__} takes. Got shape {shapes}, on "
                 f"which it fails: {reason(error)}."
             ) from error
-    if logits.ndim < 2 or logits.shape[1] != num_classes:
-        raise InvalidArgumentError(
-            f"Expected a backbone that ends in {num_classes} outputs. "
-            f"Got an output of shape {tuple(logits.shape)}."
-        )
+    check_logits(logits, backbone, inputs, num_classes)
 
 
 def _positions(backbone: nn.Module, cutter: Cutter, at: Sequence[str]) -> list[int]:

@@ -6,9 +6,15 @@ Shapes: ``B`` batch, ``C`` channels or classes, ``H W`` pixels of a map.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from offramp.errors import ShapeError
+
+_WIDEST = 64
+"""Channels inside a head that is chosen for a map."""
 
 
 class ReadsEverything(nn.Module):
@@ -39,6 +45,54 @@ def dense_head(channels: int, num_classes: int, *, width: int, fine: int = 2) ->
         nn.Conv2d(width, num_classes * fine**2, 1),
         nn.PixelShuffle(fine),
     )
+
+
+def dense_head_for(
+    features: Tensor, num_classes: int, *, axis: int, size: tuple[int, int]
+) -> nn.Module:
+    """Choose the dense head that fits a stage's map.
+
+    Args:
+        features: What the stage returns, shape (B, C, H, W) or (B, H, W, C).
+        num_classes: Number of classes.
+        axis: The axis of channels, 1 or 3.
+        size: Height and width that the logits shall have: a whole multiple or a whole part of the
+            map's, the same along both.
+    Returns:
+        A module from the features to (B, num_classes, *size).
+    Raises:
+        ShapeError: If the features are no such map, or the size is none of these.
+    """
+    if features.ndim != 4 or axis not in (1, 3):
+        raise ShapeError(
+            "Expected a map of shape (B, C, H, W) or (B, H, W, C), since the backbone says a class "
+            f"for every pixel. Got features of shape {tuple(features.shape)}."
+        )
+    height, width = features.shape[2:] if axis == 1 else features.shape[1:3]
+    scale = Fraction(size[0], height)
+    if scale != Fraction(size[1], width) or 1 not in (scale.numerator, scale.denominator):
+        raise ShapeError(
+            f"Expected a map whose height and width are a whole part or multiple of the {size[0]} "
+            f"x {size[1]} of the backbone's logits. Got {height} x {width}: an example whose sides "
+            "are a power of two may do."
+        )
+    channels, times = features.shape[axis], scale.numerator
+    fine = 2 if times % 2 == 0 else 1
+    parts: list[nn.Module] = [ChannelsFirst()] if axis == 3 else []
+    if scale < 1:
+        parts.append(nn.AvgPool2d(scale.denominator))
+    parts.append(dense_head(channels, num_classes, width=min(channels, _WIDEST), fine=fine))
+    if times > fine:
+        parts.append(nn.Upsample(scale_factor=times // fine, mode="bilinear", align_corners=False))
+    return nn.Sequential(*parts)
+
+
+class ChannelsFirst(nn.Module):
+    """Maps (B, H, W, C) to (B, C, H, W)."""
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        """Move the axis of channels."""
+        return x_BHWC.movedim(-1, 1)
 
 
 class PyramidHead(ReadsEverything):

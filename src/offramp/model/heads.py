@@ -149,24 +149,50 @@ class TokenHead(nn.Module):
         return logits_BC
 
 
-def head_for(features: Tensor, num_classes: int) -> nn.Module:
+class MeanHead(nn.Module):
+    """The mean over all positions, then one linear layer.
+
+    Args:
+        channels: Channels of the features.
+        num_classes: Number of classes.
+        axis: The axis of channels.
+    """
+
+    def __init__(self, channels: int, num_classes: int, *, axis: int) -> None:
+        super().__init__()
+        self.classify = nn.Linear(channels, num_classes)
+        self._axis = axis
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (B, ..., channels, ...) to (B, num_classes)."""
+        positions = [axis for axis in range(1, features.ndim) if axis != self._axis]
+        logits_BC: Tensor = self.classify(features.mean(positions))
+        return logits_BC
+
+
+def head_for(features: Tensor, num_classes: int, *, axis: int) -> nn.Module:
     """Choose the head that fits a stage's features.
 
     Args:
-        features: What the stage returns: (B, D), (B, T, D) or (B, C, H, W).
+        features: What the stage returns, the batch axis first, at least two axes.
         num_classes: Number of classes.
+        axis: The axis of channels, at least 1; all others but the batch's are positions.
     Returns:
-        A linear, token or pooled head.
+        A linear head for (B, D), a token head for (B, T, D), a pooled head for (B, C, H, W), and a
+        linear layer on the mean over all positions for features of other axes.
     Raises:
-        ShapeError: If the features have another number of axes.
+        ShapeError: If the features have no such axis.
     """
+    if not 1 <= axis < features.ndim:
+        raise ShapeError(
+            f"The 'axis' parameter must be an int in [1, {features.ndim - 1}] for features of "
+            f"shape {tuple(features.shape)}. Got {axis}."
+        )
+    channels = features.shape[axis]
     if features.ndim == 2:
-        return linear_head(features.shape[1], num_classes)
-    if features.ndim == 3:
-        return token_head(features.shape[2], num_classes)
-    if features.ndim == 4:
-        return pooled_head(features.shape[1], num_classes)
-    raise ShapeError(
-        "An exit head can be chosen for features of shape (B, D), (B, T, D) or (B, C, H, W). "
-        f"Got {tuple(features.shape)}: pass your own with 'heads'."
-    )
+        return linear_head(channels, num_classes)
+    if features.ndim == 3 and axis == 2:
+        return token_head(channels, num_classes)
+    if features.ndim == 4 and axis == 1:
+        return pooled_head(channels, num_classes)
+    return MeanHead(channels, num_classes, axis=axis)

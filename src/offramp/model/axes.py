@@ -1,0 +1,340 @@
+"""The axes of a stage's features: that of the samples, and that of the channels.
+
+An entry of a bias, a row of a weight matrix or a factor of a normalisation belongs to one channel
+of what its module puts out. Functions, shortcuts and permutations between that module and the cut
+move the axis of channels; they do not mix it. So gradients find it: along the axis of channels,
+different indexes of the features come from different entries of one weight; along an axis of
+positions, all come from the same entries. Nothing goes by names or sizes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils.hooks import RemovableHandle
+
+from offramp.errors import BackboneCutError, ShapeError
+from offramp.measure.cost import evaluation_mode
+from offramp.model.multi_exit import Features, as_features
+
+_MOST_INDEXES = 6
+"""Indexes of an axis that are asked: more than any pixel shuffle in use has phases."""
+
+_MOST_MAKERS = 24
+"""Modules that are asked: those of several blocks of a transformer."""
+
+_MOST_READERS = 4
+
+Source = tuple[Tensor, frozenset[int]]
+"""A tensor, and those of its axes along which an entry may stand for a channel."""
+
+
+def channel_axis(
+    before: Sequence[nn.Module], after: Sequence[nn.Module], inputs: Features
+) -> int | None:
+    """Find the axis of channels in the first of the features that cross a cut.
+
+    The last modules with weights before the cut are asked. Where they disagree or are silent, as
+    after a layer that mixes tokens, the normalisations and convolutions that read the features
+    decide.
+
+    Args:
+        before: The stages up to the cut, at least one.
+        after: The stages after it.
+        inputs: What the first stage is given.
+    Returns:
+        The axis, at least 1; None where the network does not tell.
+    """
+    stages = nn.ModuleList([*before, *after])
+    with torch.inference_mode(False), evaluation_mode(stages), torch.random.fork_rng():
+        torch.manual_seed(0)
+        sample = _varied(inputs)
+        try:
+            axes = _axes_by_makers(before, sample)
+            if len(axes) != 1:
+                with torch.no_grad():
+                    features = _run(before, sample)
+                by_readers = _axes_by_readers(after, features)
+                axes = axes & by_readers if axes else by_readers
+        except (RuntimeError, ShapeError):  # without gradients, or of other outputs than tensors
+            return None
+    return axes.pop() if len(axes) == 1 else None
+
+
+def require_batch_first(stages: Sequence[nn.Module], inputs: Features, at: Sequence[str]) -> None:
+    """Refuse cuts whose features do not hold one sample after the other, each for itself.
+
+    Args:
+        stages: All stages.
+        inputs: What the first is given, the batch axis first.
+        at: Name of the cut after each stage but the last.
+    Raises:
+        BackboneCutError: If the batch axis of some features is not the first, or a sample's
+            features depend on the other samples of its batch.
+    """
+    with (
+        torch.inference_mode(False),
+        evaluation_mode(nn.ModuleList(stages)),
+        torch.random.fork_rng(),
+        torch.no_grad(),
+    ):
+        torch.manual_seed(0)
+        alone = tuple(tensor[:1].clone() for tensor in inputs)
+        others = zip(_varied(alone), inputs, strict=True)
+        both = tuple(
+            torch.cat([tensor[:1], other if other.is_floating_point() else tensor[-1:]])
+            for other, tensor in others
+        )
+        for stage, path in zip(stages, at, strict=False):
+            alone, both = _run([stage], alone), _run([stage], both)
+            for one, two in zip(alone, both, strict=True):
+                _require_batch_first(one, two, path)
+
+
+def _require_batch_first(one: Tensor, two: Tensor, path: str) -> None:
+    """The features of a sample, alone and in a batch of two."""
+    if one.shape[:1] != (1,) or two.shape != (2, *one.shape[1:]):
+        raise BackboneCutError(
+            f"Expected features with the batch axis first after {path!r}. Got the shapes "
+            f"{tuple(one.shape)} for one sample and {tuple(two.shape)} for two. Cut where samples "
+            "come first, or set the batch_first of the layers around the cut."
+        )
+    if one.is_floating_point():
+        precision = torch.finfo(one.dtype).eps ** 0.5
+        size = float(one.abs().nan_to_num(posinf=0).amax()) if one.numel() else 0.0
+        is_own = torch.allclose(two[:1], one, rtol=0, atol=precision * size, equal_nan=True)
+    else:
+        is_own = torch.equal(two[:1], one)
+    if not is_own:
+        raise BackboneCutError(
+            f"Expected features that are each sample's own after {path!r}. They depend on the "
+            "other samples of the batch, from which some shall leave: is the batch_first of a "
+            "layer set otherwise than its input is laid out, or does a normalisation use the "
+            "batch in evaluation?"
+        )
+
+
+def _varied(inputs: Features) -> Features:
+    """One sample, moved away from an example of zeros."""
+    sample = (tensor[:1].clone() for tensor in inputs)
+    return tuple(
+        tensor + torch.rand_like(tensor) if tensor.is_floating_point() else tensor
+        for tensor in sample
+    )
+
+
+def _run(stages: Sequence[nn.Module], features: Features) -> Features:
+    features = tuple(tensor.clone() for tensor in features)  # a stage may work in place
+    for stage in stages:
+        features = as_features(stage(*features))
+    return features
+
+
+def _axes_by_makers(stages: Sequence[nn.Module], inputs: Features) -> set[int]:
+    """The axes that weights of the stages tell from all others, one axis a weight."""
+    makers = _last_with_weights(stages, inputs)
+    weights = [
+        (parameter, _channel_dims(module, parameter))
+        for module in makers
+        for parameter in module.parameters(recurse=False)
+        if parameter.is_floating_point()
+    ]
+    with (
+        _outputs_as_sources(makers) as outputs,
+        _needing_gradients(stages, [parameter for parameter, _ in weights]),
+        torch.enable_grad(),
+    ):
+        features = _run(stages, inputs)[0]
+        if not features.requires_grad:
+            return set()
+        sources = [*weights, *outputs]
+        axes_of: list[set[int]] = [set() for _ in sources]
+        for axis in _long_axes(features):
+            for axes, dims in zip(axes_of, _told_apart(features, axis, sources), strict=True):
+                if dims:
+                    axes.add(axis)
+    return {axis for axes in axes_of if len(axes) == 1 for axis in axes}
+
+
+def _last_with_weights(stages: Sequence[nn.Module], inputs: Features) -> list[nn.Module]:
+    """The last modules to run that have weights, or channels that their class tells.
+
+    Modules that are never called are among them: others read their weights, at any time.
+    """
+    count, ranks = itertools.count(), dict[nn.Module, int]()
+    modules = nn.ModuleList(stages)
+    handles = [
+        module.register_forward_hook(lambda module, *_: ranks.update({module: next(count)}))
+        for module in modules.modules()
+    ]
+    with _removing(handles), torch.no_grad():
+        _run(stages, inputs)
+    makers = [
+        module
+        for module in modules.modules()
+        if any(True for _ in module.parameters(recurse=False)) or _tells_its_channels(module)
+    ]
+    called = sorted((module for module in makers if module in ranks), key=ranks.__getitem__)
+    return [*(module for module in makers if module not in ranks), *called[-_MOST_MAKERS:]]
+
+
+def _axes_by_readers(stages: Sequence[nn.Module], features: Features) -> set[int]:
+    """The axes of features that the first normalisation or convolution takes for channels."""
+    read: list[tuple[Tensor, int]] = []
+    if not features[0].is_floating_point():
+        return set()
+    with _noting_readers(stages, read), torch.enable_grad():
+        first = features[0].clone().requires_grad_()
+        _run(stages, (first, *features[1:]))
+        source = (first, frozenset(_long_axes(first)))
+        for tensor, axis in read[:_MOST_READERS]:
+            if tensor.requires_grad:
+                (axes,) = _told_apart(tensor, axis, [source], needs_whole_slices=True)
+                if axes:
+                    return axes
+    return set()
+
+
+def _long_axes(tensor: Tensor) -> list[int]:
+    return [axis for axis in range(1, tensor.ndim) if tensor.shape[axis] > 1]
+
+
+def _told_apart(
+    target: Tensor, axis: int, sources: Sequence[Source], *, needs_whole_slices: bool = False
+) -> list[set[int]]:
+    """For each source, its axes along which no entry reaches two indexes of the target's axis."""
+    candidates = [set(dims) for _, dims in sources]
+    seen: list[dict[int, Tensor]] = [{} for _ in sources]
+    num_reached = [0] * len(sources)
+    for index in _indexes(target, axis):
+        part = target.select(axis, index)
+        gradients = torch.autograd.grad(
+            (part * torch.rand_like(part)).sum(),
+            [tensor for tensor, _ in sources],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        for i, gradient in enumerate(gradients):
+            if gradient is None or not gradient.any():
+                continue
+            num_reached[i] += 1
+            hits = {d: _any_but(gradient != 0, d) for d in range(gradient.ndim)}
+            for dim in list(candidates[i]):
+                others = (int(hits[d].sum()) for d in _long_axes(gradient) if d != dim)
+                before = seen[i].get(dim, torch.zeros_like(hits[dim]))
+                if (before & hits[dim]).any() or (
+                    needs_whole_slices and min(others, default=2) < 2
+                ):
+                    candidates[i].discard(dim)
+                seen[i][dim] = before | hits[dim]
+        if not any(candidates):
+            break
+    return [dims if num > 1 else set() for dims, num in zip(candidates, num_reached, strict=True)]
+
+
+def _any_but(is_hit: Tensor, dim: int) -> Tensor:
+    """Which indexes of an axis are hit anywhere."""
+    return is_hit.movedim(dim, 0).flatten(1).any(1) if is_hit.ndim > 1 else is_hit
+
+
+def _indexes(target: Tensor, axis: int) -> list[int]:
+    """Some indexes of an axis, from the most active to the least: dead ones tell nothing."""
+    activity = target.detach().abs().movedim(axis, 0).flatten(1).sum(1)
+    ranked: list[int] = activity.argsort(descending=True).tolist()
+    num = min(len(ranked), _MOST_INDEXES)
+    return [ranked[i * len(ranked) // num] for i in range(num)]
+
+
+def _channel_dims(module: nn.Module, parameter: Tensor) -> frozenset[int]:
+    """Axes of a weight that may be its module's channels: all, where the class does not tell."""
+    long = frozenset(dim for dim in range(parameter.ndim) if parameter.shape[dim] > 1)
+    if parameter.ndim > 1 and isinstance(module, (_ConvTransposeNd, nn.Embedding)):
+        return long & {1}
+    if isinstance(module, (_ConvNd, nn.Linear)):
+        return long & {0}
+    return long
+
+
+@contextmanager
+def _needing_gradients(stages: Sequence[nn.Module], weights: Sequence[Tensor]) -> Iterator[None]:
+    """Let these weights alone have gradients inside the block, frozen ones too."""
+    parameters = [p for p in nn.ModuleList(stages).parameters() if p.is_floating_point()]
+    before = [parameter.requires_grad for parameter in parameters]
+    wanted = {id(weight) for weight in weights}
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(id(parameter) in wanted)
+        yield
+    finally:
+        for parameter, needs in zip(parameters, before, strict=True):
+            parameter.requires_grad_(needs)
+
+
+@contextmanager
+def _outputs_as_sources(modules: Sequence[nn.Module]) -> Iterator[list[Source]]:
+    """Add a bias of zeros to what each module puts out whose own weights cannot tell its channels.
+
+    A recurrent layer mixes channels from step to step; a normalisation may have no weights.
+    """
+    sources: list[Source] = []
+
+    def add_bias(module: nn.Module, args: object, output: object) -> object:
+        first = output[0] if isinstance(output, tuple) else output
+        if not isinstance(first, Tensor):
+            return output
+        axis = 1 if type(module) is nn.GroupNorm else first.ndim - 1
+        shape = [size if a == axis else 1 for a, size in enumerate(first.shape)]
+        bias = first.new_zeros(shape).requires_grad_()
+        sources.append((bias, frozenset({axis})))
+        return (first + bias, *output[1:]) if isinstance(output, tuple) else first + bias
+
+    handles = [m.register_forward_hook(add_bias) for m in modules if _tells_its_channels(m)]
+    with _removing(handles):
+        yield sources
+
+
+def _tells_its_channels(module: nn.Module) -> bool:
+    if type(module) in (nn.LayerNorm, nn.RMSNorm):
+        return len(module.normalized_shape) == 1  # type: ignore[arg-type]
+    return type(module) in (nn.LSTM, nn.GRU, nn.RNN, nn.GroupNorm)
+
+
+@contextmanager
+def _noting_readers(stages: Sequence[nn.Module], read: list[tuple[Tensor, int]]) -> Iterator[None]:
+    """Note what normalisations and convolutions are given, and its axis of channels."""
+
+    def note(module: nn.Module, args: tuple[object, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            is_last = isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+            read.append((args[0], args[0].ndim - 1 if is_last else 1))
+
+    handles = [
+        module.register_forward_pre_hook(note)
+        for module in nn.ModuleList(stages).modules()
+        if _reads_channels(module)
+    ]
+    with _removing(handles):
+        yield
+
+
+@contextmanager
+def _removing(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _reads_channels(module: nn.Module) -> bool:
+    if not type(module).forward.__module__.startswith("torch.nn."):
+        return False  # a forward of its own may turn the axes first
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return len(module.normalized_shape) == 1
+    return isinstance(module, (_ConvNd, _BatchNorm, nn.GroupNorm))

@@ -1,0 +1,161 @@
+"""Choosing exit heads for a backbone that was cut, and checking those that are given.
+
+Shapes: ``B`` batch, ``C`` classes, ``h w`` cells of logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from offramp.errors import InvalidArgumentError, ShapeError, reason
+from offramp.model.axes import channel_axis
+from offramp.model.dense_heads import ReadsEverything, dense_head_for
+from offramp.model.heads import head_for
+from offramp.model.multi_exit import Features
+
+
+def choose_head(
+    stages: Sequence[nn.Module],
+    inputs: Features,
+    stage_features: Sequence[Features],
+    *,
+    after: int,
+    path: str,
+) -> nn.Module:
+    """Choose an exit head for the features of a stage.
+
+    Args:
+        stages: All stages of the backbone.
+        inputs: What the first is given.
+        stage_features: What each returned for them; the last, logits (B, C) or (B, C, h, w).
+        after: Number of the stage that the exit follows.
+        path: Name of the cut, for messages.
+    Returns:
+        A head of the features' device and dtype whose logits have the shape of the backbone's.
+    Raises:
+        ShapeError: If no head fits, or the network does not tell which axis holds the channels.
+    """
+    features, logits = stage_features[after][0], stage_features[-1][0]
+    where = f"the features after {path!r}, of shape {tuple(features.shape)}"
+    if features.ndim < 2 or not features.is_floating_point():
+        raise ShapeError(
+            f"No exit head can be chosen for {where} and type {features.dtype}: cut elsewhere, or "
+            "pass your own with 'heads'."
+        )
+    axis: int | None = 1
+    if features.ndim > 2:
+        axis = channel_axis(stages[: after + 1], stages[after + 1 :], inputs)
+    if axis is None:
+        raise ShapeError(
+            f"No exit head can be chosen for {where}: the weights around the cut do not tell which "
+            "axis holds the channels. Pass your own with 'heads', one for each cut."
+        )
+    if logits.ndim == 2:
+        return head_for(features, logits.shape[1], axis=axis).to(features)
+    size = (logits.shape[2], logits.shape[3])
+    try:
+        return dense_head_for(features, logits.shape[1], axis=axis, size=size).to(features)
+    except ShapeError as error:
+        raise ShapeError(
+            f"No exit head can be chosen for {where}: {error} Or pass your own with 'heads'."
+        ) from None
+
+
+def list_heads(heads: Sequence[nn.Module], at: Sequence[str]) -> list[nn.Module]:
+    """Check that there is one head for each cut, each a module of its own.
+
+    Args:
+        heads: What a caller gave.
+        at: Names of the cuts.
+    Returns:
+        The heads.
+    Raises:
+        InvalidArgumentError: If there are more or fewer, one is no module or is there twice.
+    """
+    if isinstance(heads, nn.Module) and not isinstance(heads, nn.ModuleList):
+        raise InvalidArgumentError(
+            f"Expected a list of heads, one for each of the {len(at)} cuts. "
+            f"Got one {type(heads).__name__}: put it in a list."
+        )
+    listed = list(heads)
+    if len(listed) != len(at):
+        raise InvalidArgumentError(
+            f"Expected one head for each of the {len(at)} cuts. Got {len(listed)}."
+        )
+    for index, (head, path) in enumerate(zip(listed, at, strict=True)):
+        if not isinstance(head, nn.Module):
+            came = f"the class {head.__name__}" if isinstance(head, type) else type(head).__name__
+            raise InvalidArgumentError(
+                f"Expected an nn.Module as heads[{index}], after {path!r}. Got {came}."
+            )
+        if any(head is other for other in listed[:index]):
+            raise InvalidArgumentError(
+                f"Expected a head of its own for each cut. heads[{index}], after {path!r}, is a "
+                "module that is there before: pass a copy, made with copy.deepcopy."
+            )
+    return listed
+
+
+def check_heads(
+    heads: Sequence[nn.Module],
+    stage_features: Sequence[Features],
+    *,
+    at: Sequence[str],
+    num_read: int,
+) -> None:
+    """Bring heads to the device and dtype of their features, run them, and check their logits.
+
+    Args:
+        heads: One for each cut.
+        stage_features: What each stage returned for an example; the last, the logits.
+        at: Names of the cuts, for messages.
+        num_read: How many of the features a head reads that does not read everything.
+    Raises:
+        ShapeError: If a head does not map its features to logits of the shape of the backbone's.
+    """
+    logits = stage_features[-1][0]
+    for index, (head, features, path) in enumerate(zip(heads, stage_features, at, strict=False)):
+        first = features[0]
+        head.to(first if first.is_floating_point() else first.device)
+        read = features if isinstance(head, ReadsEverything) else features[:num_read]
+        shapes = " and ".join(str(tuple(tensor.shape)) for tensor in read)
+        expected = (
+            f"Expected a head from features of shape {shapes} to logits of shape "
+            f"{tuple(logits.shape)} after {path!r}. heads[{index}] ({type(head).__name__})"
+        )
+        try:
+            output = _run_in_both_modes(head, read)
+        except Exception as error:  # whatever a head of one's own raises
+            raise ShapeError(f"{expected} fails: {reason(error)}.") from error
+        if not isinstance(output, Tensor):
+            raise ShapeError(f"{expected} returns {type(output).__name__}.")
+        if output.shape != logits.shape or not output.is_floating_point():
+            raise ShapeError(f"{expected} returns {output.dtype} of shape {tuple(output.shape)}.")
+
+
+def _run_in_both_modes(head: nn.Module, features: Features) -> object:
+    """The head's output in evaluation; in training it only must not fail."""
+    with _left_as_it_was(head), torch.no_grad(), torch.random.fork_rng():
+        head.eval()
+        output: object = head(*(tensor.clone() for tensor in features))
+        head.train()
+        head(*(torch.cat([tensor, tensor]) for tensor in features))  # one alone has no variance
+    return output
+
+
+@contextmanager
+def _left_as_it_was(module: nn.Module) -> Iterator[None]:
+    """Put statistics and modes back after the block."""
+    statistics = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    modes = [(child, child.training) for child in module.modules()]
+    try:
+        yield
+    finally:
+        for buffer, value in statistics:
+            buffer.copy_(value)
+        for child, training in modes:
+            child.training = training

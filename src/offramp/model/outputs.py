@@ -1,0 +1,114 @@
+"""What a backbone ends in: logits of a class for each sample, or for each pixel.
+
+Shapes: ``B`` batch, ``C`` classes, ``h w`` cells of logits, ``H W`` pixels of an image.
+"""
+
+from __future__ import annotations
+
+from contextlib import redirect_stderr
+from io import StringIO
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.errors import InvalidArgumentError
+from offramp.measure.cost import evaluation_mode
+from offramp.model.axes import channel_axis
+from offramp.model.multi_exit import Features, MultiExitNetwork
+
+_MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128)
+_LARGER = ((1, 3), (2, 1), (3, 2))
+"""By how many multiples images are made higher and wider, to try them."""
+
+
+def check_logits(logits: Tensor, backbone: nn.Module, inputs: Features, num_classes: int) -> None:
+    """Refuse a backbone that ends in something else than logits.
+
+    Args:
+        logits: What it returned, in evaluation.
+        backbone: The backbone.
+        inputs: What it was given.
+        num_classes: Classes C.
+    Raises:
+        InvalidArgumentError: If the output is not of shape (B, C) or (B, C, h, w), float, with at
+            least two classes.
+    """
+    wrong = _why_no_logits(logits, len(inputs[0]), num_classes)
+    if wrong is None and list(logits.shape[1:]).count(num_classes) > 1:
+        axis = channel_axis([backbone], [], inputs)
+        if axis not in (1, None):
+            wrong = "its classes are not on the axis after the batch's: permute it"
+    if wrong is not None:
+        raise InvalidArgumentError(
+            f"Expected a backbone that ends in {num_classes} outputs: logits (B, {num_classes}), "
+            f"or (B, {num_classes}, h, w) where pixels have classes. "
+            f"Got an output of shape {tuple(logits.shape)}: {wrong}."
+        )
+
+
+def _why_no_logits(logits: Tensor, batch_size: int, num_classes: int) -> str | None:
+    shape = tuple(logits.shape)
+    if num_classes == 1:
+        return "a single logit says no class: give the negative class an output of its own"
+    if logits.ndim == 3:
+        return "one class for every token is not supported: pool the tokens first"
+    if logits.ndim not in (2, 4):
+        return "it has other axes"
+    if shape[0] != batch_size:
+        return f"the example has {batch_size} samples on its first axis"
+    if shape[1] != num_classes:
+        return "'num_classes' and the last layer must agree"
+    if shape[2:] == (1, 1):
+        return "flatten it, so that no pixel axes are left"
+    if not logits.is_floating_point():
+        return f"logits are floats, not {logits.dtype}"
+    return None
+
+
+def find_pixel_multiple(network: MultiExitNetwork, inputs: Features) -> int:
+    """Find of what the height and width of images must be multiples, by trying.
+
+    Args:
+        network: A network whose exits put out logits (B, C, h, w).
+        inputs: Images that it takes, shape (B, channels, H, W).
+    Returns:
+        The least power of two for which all exits have logits of one size, which grows with the
+        image's; for a backbone that takes images of one size only, their side.
+    Raises:
+        InvalidArgumentError: If the backbone takes something else than images, or images of one
+            size that are not square.
+    """
+    if len(inputs) > 1 or inputs[0].ndim != 4:
+        raise InvalidArgumentError(
+            "Expected a backbone from images (B, channels, H, W), since it says a class for every "
+            f"pixel. Got inputs of shape {[tuple(tensor.shape) for tensor in inputs]}."
+        )
+    height, width = inputs[0].shape[2:]
+    with evaluation_mode(network), torch.no_grad(), torch.random.fork_rng():
+        (final_height, final_width) = network(inputs[0][:1].clone())[-1].shape[2:]
+        for multiple in _MULTIPLES:
+            up, right = -(-height // multiple), -(-width // multiple)
+            sizes = [((up + i) * multiple, (right + j) * multiple) for i, j in _LARGER]
+            if all(
+                _cells(network, inputs[0], size)
+                == {(final_height * size[0] / height, final_width * size[1] / width)}
+                for size in sizes
+            ):
+                return multiple
+    if height != width:
+        raise InvalidArgumentError(
+            "Expected a backbone that takes images of several sizes, or square ones. Got one that "
+            f"takes {height} x {width} pixels only."
+        )
+    return int(height)
+
+
+def _cells(network: MultiExitNetwork, images: Tensor, size: tuple[int, int]) -> set[Any]:
+    """Heights and widths of the exits' logits for an image of this size; none if it fails."""
+    try:
+        with redirect_stderr(StringIO()):  # torch.fx prints where a graph failed
+            outputs = network(images.new_zeros((1, images.shape[1], *size)))
+    except Exception:  # whatever a module raises on an image of another size
+        return set()
+    return {tuple(logits.shape[2:]) for logits in outputs}
