@@ -10,7 +10,8 @@ positions, all come from the same entries. Nothing goes by names or sizes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -139,12 +140,7 @@ def _run(stages: Sequence[nn.Module], features: Features) -> Features:
 def _axes_by_makers(stages: Sequence[nn.Module], inputs: Features) -> set[int]:
     """The axes that weights of the stages tell from all others, one axis a weight."""
     makers = _last_with_weights(stages, inputs)
-    weights = [
-        (parameter, _channel_dims(module, parameter))
-        for module in makers
-        for parameter in module.parameters(recurse=False)
-        if parameter.is_floating_point()
-    ]
+    weights = [source for module in makers for source in _weights_of(module)]
     with (
         _outputs_as_sources(makers) as outputs,
         _needing_gradients(stages, [parameter for parameter, _ in weights]),
@@ -163,25 +159,34 @@ def _axes_by_makers(stages: Sequence[nn.Module], inputs: Features) -> set[int]:
 
 
 def _last_with_weights(stages: Sequence[nn.Module], inputs: Features) -> list[nn.Module]:
-    """The last modules to run that have weights, or channels that their class tells.
-
-    Modules that are never called are among them: others read their weights, at any time.
-    """
-    count, ranks = itertools.count(), dict[nn.Module, int]()
-    modules = nn.ModuleList(stages)
+    """The last modules to run that have weights, or channels that their class tells."""
+    count, called = itertools.count(), dict[nn.Module, float]()
     handles = [
-        module.register_forward_hook(lambda module, *_: ranks.update({module: next(count)}))
-        for module in modules.modules()
+        module.register_forward_hook(lambda module, *_: called.update({module: next(count)}))
+        for module in nn.ModuleList(stages).modules()
     ]
     with _removing(handles), torch.no_grad():
         _run(stages, inputs)
-    makers = [
-        module
-        for module in modules.modules()
-        if any(True for _ in module.parameters(recurse=False)) or _tells_its_channels(module)
-    ]
-    called = sorted((module for module in makers if module in ranks), key=ranks.__getitem__)
-    return [*(module for module in makers if module not in ranks), *called[-_MOST_MAKERS:]]
+    ranks: dict[nn.Module, float] = {}
+    for stage in stages:
+        ranks[stage] = called[stage]
+        for child in stage.children():
+            _rank(child, math.inf, called, ranks)
+    makers = [m for m in ranks if _weights_of(m) or _tells_its_channels(m)]
+    makers.sort(key=ranks.__getitem__)
+    return [m for m in makers if m in makers[-_MOST_MAKERS:] or ranks[m] == math.inf]
+
+
+def _rank(
+    module: nn.Module,
+    around: float,
+    called: Mapping[nn.Module, float],
+    ranks: dict[nn.Module, float],
+) -> None:
+    """Note when a module runs: one that is not called, with the one around it; else at any time."""
+    ranks[module] = called.get(module, around)
+    for child in module.children():
+        _rank(child, ranks[module], called, ranks)
 
 
 def _axes_by_readers(stages: Sequence[nn.Module], features: Features) -> set[int]:
@@ -195,7 +200,7 @@ def _axes_by_readers(stages: Sequence[nn.Module], features: Features) -> set[int
         source = (first, frozenset(_long_axes(first)))
         for tensor, axis in read[:_MOST_READERS]:
             if tensor.requires_grad:
-                (axes,) = _told_apart(tensor, axis, [source], needs_whole_slices=True)
+                (axes,) = _told_apart(tensor, axis, [source])
                 if axes:
                     return axes
     return set()
@@ -205,10 +210,11 @@ def _long_axes(tensor: Tensor) -> list[int]:
     return [axis for axis in range(1, tensor.ndim) if tensor.shape[axis] > 1]
 
 
-def _told_apart(
-    target: Tensor, axis: int, sources: Sequence[Source], *, needs_whole_slices: bool = False
-) -> list[set[int]]:
-    """For each source, its axes along which no entry reaches two indexes of the target's axis."""
+def _told_apart(target: Tensor, axis: int, sources: Sequence[Source]) -> list[set[int]]:
+    """For each source, its axes along which no entry reaches two indexes of the target's axis.
+
+    Such an entry must do so as a whole: for all of its source's other axes, not one index of them.
+    """
     candidates = [set(dims) for _, dims in sources]
     seen: list[dict[int, Tensor]] = [{} for _ in sources]
     num_reached = [0] * len(sources)
@@ -224,21 +230,20 @@ def _told_apart(
             if gradient is None or not gradient.any():
                 continue
             num_reached[i] += 1
-            hits = {d: _any_but(gradient != 0, d) for d in range(gradient.ndim)}
+            is_hit = gradient != 0
             for dim in list(candidates[i]):
-                others = (int(hits[d].sum()) for d in _long_axes(gradient) if d != dim)
-                before = seen[i].get(dim, torch.zeros_like(hits[dim]))
-                if (before & hits[dim]).any() or (
-                    needs_whole_slices and min(others, default=2) < 2
-                ):
+                hits = _hits(is_hit, dim)
+                before = seen[i].get(dim, torch.zeros_like(hits))
+                others = (_hits(is_hit, other) for other in _long_axes(is_hit) if other != dim)
+                if (before & hits).any() or any(int(other.sum()) == 1 for other in others):
                     candidates[i].discard(dim)
-                seen[i][dim] = before | hits[dim]
+                seen[i][dim] = before | hits
         if not any(candidates):
             break
     return [dims if num > 1 else set() for dims, num in zip(candidates, num_reached, strict=True)]
 
 
-def _any_but(is_hit: Tensor, dim: int) -> Tensor:
+def _hits(is_hit: Tensor, dim: int) -> Tensor:
     """Which indexes of an axis are hit anywhere."""
     return is_hit.movedim(dim, 0).flatten(1).any(1) if is_hit.ndim > 1 else is_hit
 
@@ -251,14 +256,17 @@ def _indexes(target: Tensor, axis: int) -> list[int]:
     return [ranked[i * len(ranked) // num] for i in range(num)]
 
 
-def _channel_dims(module: nn.Module, parameter: Tensor) -> frozenset[int]:
-    """Axes of a weight that may be its module's channels: all, where the class does not tell."""
-    long = frozenset(dim for dim in range(parameter.ndim) if parameter.shape[dim] > 1)
-    if parameter.ndim > 1 and isinstance(module, (_ConvTransposeNd, nn.Embedding)):
-        return long & {1}
+def _weights_of(module: nn.Module) -> list[Source]:
+    """A module's own weights; where its class says which entries are channels, one is enough."""
+    own = {name: p for name, p in module.named_parameters(recurse=False) if p.is_floating_point()}
+    if isinstance(module, (nn.MultiheadAttention, nn.Embedding)):
+        return []  # the first puts out by a layer of its own
     if isinstance(module, (_ConvNd, nn.Linear)):
-        return long & {0}
-    return long
+        if "bias" in own:
+            return [(own["bias"], frozenset({0}))]
+        if "weight" in own:
+            return [(own["weight"], frozenset({int(isinstance(module, _ConvTransposeNd))}))]
+    return [(p, frozenset(d for d in range(p.ndim) if p.shape[d] > 1)) for p in own.values()]
 
 
 @contextmanager
@@ -280,7 +288,8 @@ def _needing_gradients(stages: Sequence[nn.Module], weights: Sequence[Tensor]) -
 def _outputs_as_sources(modules: Sequence[nn.Module]) -> Iterator[list[Source]]:
     """Add a bias of zeros to what each module puts out whose own weights cannot tell its channels.
 
-    A recurrent layer mixes channels from step to step; a normalisation may have no weights.
+    A recurrent layer mixes channels from step to step, a normalisation may have no weights, and
+    in those of an embedding the entries stand for words too.
     """
     sources: list[Source] = []
 
@@ -289,10 +298,10 @@ def _outputs_as_sources(modules: Sequence[nn.Module]) -> Iterator[list[Source]]:
         if not isinstance(first, Tensor):
             return output
         axis = 1 if type(module) is nn.GroupNorm else first.ndim - 1
-        shape = [size if a == axis else 1 for a, size in enumerate(first.shape)]
-        bias = first.new_zeros(shape).requires_grad_()
-        sources.append((bias, frozenset({axis})))
-        return (first + bias, *output[1:]) if isinstance(output, tuple) else first + bias
+        bias = first.new_zeros(first.shape[axis]).requires_grad_()
+        sources.append((bias, frozenset({0})))
+        biased = first + bias.reshape([-1, *(1,) * (first.ndim - 1 - axis)])
+        return (biased, *output[1:]) if isinstance(output, tuple) else biased
 
     handles = [m.register_forward_hook(add_bias) for m in modules if _tells_its_channels(m)]
     with _removing(handles):
@@ -300,9 +309,10 @@ def _outputs_as_sources(modules: Sequence[nn.Module]) -> Iterator[list[Source]]:
 
 
 def _tells_its_channels(module: nn.Module) -> bool:
+    """Whether its class says which axis of its output holds channels."""
     if type(module) in (nn.LayerNorm, nn.RMSNorm):
         return len(module.normalized_shape) == 1  # type: ignore[arg-type]
-    return type(module) in (nn.LSTM, nn.GRU, nn.RNN, nn.GroupNorm)
+    return type(module) in (nn.LSTM, nn.GRU, nn.RNN, nn.Embedding, nn.GroupNorm)
 
 
 @contextmanager
