@@ -270,15 +270,10 @@ def words_of(policy: ThresholdedPolicy) -> str:
         Words without a full stop.
     """
     from offramp.policy.as_dict import policy_to_dict
+    from offramp.runtime.answers import rule_in_words
 
     shown = ", ".join("off" if t == math.inf else f"{t:.4f}" for t in policy.thresholds)
-    described = policy_to_dict(policy)
-    how = described.get("rule", described["kind"])
-    if "patience" in described:
-        how = f"{how}, {described['patience']} exits in a row"
-    if how == "pixel_share":
-        how = f"{how} of pixels surer than {described['pixel_threshold']}"
-    return f"thresholds {shown} (rule {how})"
+    return f"thresholds {shown} (rule {rule_in_words(policy_to_dict(policy))})"
 
 
 def _print_policy(prepared: Prepared[ExitLogits], policy: ThresholdedPolicy) -> None:

@@ -18,6 +18,7 @@ from offramp.errors import DataError, ShapeError
 from offramp.inference.runner import Runner
 from offramp.measure.dense import confusion_matrices, label_maps, mean_iou, pixel_accuracy
 from offramp.model.multi_exit import as_inputs
+from offramp.runtime.answers import token_depths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,6 +302,6 @@ def _describe_tokens(answers: Answers, *, plain_macs: int) -> TokensEvaluation |
     tokens_NL = answers.tokens_NL.double()
     return TokensEvaluation(
         per_layer=tuple(tokens_NL.mean(0).tolist()),
-        mean_depth=float(tokens_NL.sum() / tokens_NL[:, 0].sum()),  # all run the first layer
+        mean_depth=float(np.average(token_depths(tokens_NL.numpy()), weights=tokens_NL[:, 0])),
         macs_saved=1 - answers.mean_macs / plain_macs,
     )
