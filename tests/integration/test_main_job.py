@@ -46,6 +46,9 @@ RESULT_KEYS = {
     "realised",
     "stage_bound",
     "stage_ms",
+    "num_samples",
+    "rounds",
+    "speedup_interval",
 }
 PLAIN_MACS = 64 * 128 + 128 * 256 + 256 * 256 + 256 * 10
 FIRST_EXIT_MACS = 64 * 128 + 128 * 10

@@ -115,13 +115,14 @@ def _time_steps(run: Path, threads: int | None) -> None:
 def _real_samples(asked: Artifact, data: str | None) -> Tensor:
     import torch
 
+    from offramp.inference.stopwatch import LEAST_SAMPLES
     from offramp.training.run import load_batches
     from offramp.training.sources import SOURCES
 
     split = SOURCES[asked.recipe.data].judging_split
     batches, _, _ = load_batches(asked.recipe, split, data or asked.data)
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0))
-    count = min(_SAMPLES, 8 * batches.run_batch_size)
+    count = min(_SAMPLES, max(LEAST_SAMPLES, 8 * batches.run_batch_size))
     inputs, _ = batches.__getitems__(order[:count].tolist())
     return inputs
 
