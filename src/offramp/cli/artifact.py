@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.data import DataLoader
 
+    from offramp.calibration.asked import Asked
     from offramp.calibration.logits import ExitLogits
     from offramp.inference.runner import TorchRunner
     from offramp.policy.policies import Policy
@@ -40,6 +41,7 @@ class Artifact:
             does not say.
         num_exits: Exits of the network, those that are off counted.
         is_routed: Whether it skips blocks or drops tokens inside.
+        target: What its policy was asked for; None where that is not known, as of a bundle.
         answer: From a batch of inputs on the device to what is said of each sample.
         collect: From a loader to the logits of every exit; of those that are on, for a bundle.
         has_seen: From a split and the fingerprint of its samples to whether they trained the
@@ -53,6 +55,7 @@ class Artifact:
     data: str | None
     num_exits: int
     is_routed: bool
+    target: Asked | None
     answer: Callable[[Tensor], list[SampleAnswer]]
     collect: Callable[[Loader], ExitLogits]
     has_seen: Callable[[str, str], bool]
@@ -110,6 +113,7 @@ def open_artifact(folder: Path, device: str | None = None) -> Artifact:
 
 
 def _open_run(folder: Path, device: str | None) -> Artifact:
+    from offramp.calibration.asked import Asked
     from offramp.calibration.collect import collect
     from offramp.inference.runner import make_runner
     from offramp.model.multi_exit import MultiExitNetwork
@@ -127,6 +131,7 @@ def _open_run(folder: Path, device: str | None) -> Artifact:
         data=loaded.data,
         num_exits=network.num_exits,
         is_routed=not isinstance(network, MultiExitNetwork),
+        target=Asked.from_record(loaded.calibration),
         answer=partial(answer_run, network, loaded.policy, loaded.class_names),
         collect=partial(collect, network),
         has_seen=partial(is_in_sample, loaded),
@@ -202,6 +207,7 @@ def _open_bundle(folder: Path, device: str | None) -> Artifact:
         data=None,
         num_exits=bundle.num_exits,
         is_routed=bundle.family != "exits",
+        target=None,
         answer=partial(_answer_bundle, session),
         collect=partial(collect_from_session, session),
         # A bundle does not say which samples chose its thresholds.

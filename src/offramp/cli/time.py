@@ -74,7 +74,7 @@ def time(
         asked, _real_samples(asked, data), {name: folders[name] for name in backends}, wanted
     )
     if json_file != "-":
-        _print_table(timing)
+        print(timing)
     if json_file is not None:
         write_figures(timing.to_dict(), json_file)
 
@@ -150,36 +150,3 @@ def _parse_batch_sizes(text: str) -> list[int]:
         raise InvalidArgumentError(
             f"Expected whole numbers separated by commas for --batch-size. Got {text!r}."
         ) from error
-
-
-def _print_table(timing: Timing) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="milliseconds a batch, medians")
-    columns = ("batch", "plain", "all exits", "adaptive", "never exit", "gain", "ideal")
-    table.add_column("engine", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in timing.results:
-        times = (row.plain_ms, row.all_exits_ms, row.adaptive_ms, row.never_exit_ms)
-        table.add_row(
-            row.backend,
-            str(row.batch_size),
-            *(f"{value:.3f}" for value in times),
-            f"{row.speedup:.2f}",
-            f"{row.ideal_speedup:.2f}",
-        )
-    Console().print(table)
-    engines = ", ".join(f"{name} {timing.versions[name]}" for name in _engines(timing))
-    print(f"{timing.hardware}, {timing.threads} threads, {engines}")
-    for row in timing.results:
-        if row.speedup < 1:
-            print(
-                f"at batch {row.batch_size} in {row.backend} running less is slower than the "
-                f"plain network ({row.adaptive_ms:.3f} against {row.plain_ms:.3f} ms)"
-            )
-
-
-def _engines(timing: Timing) -> list[str]:
-    return [name for name in timing.versions if name != "python"]

@@ -29,6 +29,7 @@ from offramp.inference.stopwatch import (
 )
 from offramp.results import AdaptiveResult
 from offramp.runtime.hardware import processor_name
+from offramp.tables import Lines, Printed, Table, milliseconds
 
 _MOST_S = 120.0
 """Seconds that the rounds of one batch size may take: fewer are run where all take longer."""
@@ -77,9 +78,9 @@ class BatchTiming:
     speedup_interval: tuple[float, float]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """What ``offramp time --json`` prints.
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Timing(Printed):
+    """Milliseconds of a runner and its rivals; print it for a table.
 
     Attributes:
         hardware: Processor or GPU.
@@ -103,6 +104,59 @@ class Timing:
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain values for JSON."""
         return asdict(self)
+
+    def _title(self) -> str:
+        return "milliseconds a batch, medians"
+
+    def _parts(self) -> list[Table | Lines]:
+        engines = list(dict.fromkeys(row.backend for row in self.results))
+        parts: list[Table | Lines] = []
+        for engine in engines:
+            if len(engines) > 1:
+                parts.append(Lines([("engine", engine)]))
+            parts.append(Table(_COLUMNS, [_cells(r) for r in self.results if r.backend == engine]))
+        return [*parts, Lines(self._conditions(engines))]
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [asdict(row) for row in self.results]
+
+    def _conditions(self, engines: Sequence[str]) -> list[tuple[str, str]]:
+        named = ", ".join(f"{engine} {self.versions[engine]}" for engine in engines)
+        rounds = sorted({row.rounds for row in self.results})
+        lines = [
+            ("hardware", self.hardware),
+            ("engine", f"{self.threads} threads, {named}"),
+            ("gain, its quartiles", f"plain over adaptive, {' or '.join(map(str, rounds))} rounds"),
+            ("ideal", "plain MACs over mean MACs of the same samples"),
+        ]
+        slower = [row for row in self.results if row.speedup < 1]
+        return lines + [
+            (
+                "slower than plain",
+                f"batches of {row.batch_size} in {row.backend}: running less takes "
+                f"{milliseconds(row.adaptive_ms)} ms against {milliseconds(row.plain_ms)}",
+            )
+            for row in slower
+        ]
+
+
+_COLUMNS = (
+    *("batch", "samples", "plain", "all exits", "adaptive", "never exit"),
+    *("gain", "quartiles", "ideal"),
+)
+
+
+def _cells(row: BatchTiming) -> tuple[str, ...]:
+    times = (row.plain_ms, row.all_exits_ms, row.adaptive_ms, row.never_exit_ms)
+    first, third = row.speedup_interval
+    return (
+        str(row.batch_size),
+        f"{row.num_samples:,}",
+        *map(milliseconds, times),
+        f"{row.speedup:.2f}",
+        f"{first:.2f}-{third:.2f}",
+        f"{row.ideal_speedup:.2f}",
+    )
 
 
 def time_runner(
