@@ -65,7 +65,7 @@ class Asked:
         asked, data = ((calibration or {}).get(name) for name in ("asked", "data"))
         if not isinstance(asked, Mapping) or not isinstance(data, Mapping):
             return None
-        target = next((name for name in TARGETS if name in asked), None)
+        target = next((name for name in TARGETS if asked.get(name) is not None), None)
         if target is None or "num_samples" not in data:
             return None
         return cls(
@@ -96,7 +96,7 @@ class Asked:
 
     def _limit(self, way: str, last: str, of: str) -> str:
         if self.target == "max_drop":
-            return f"at most {points(self.limit)} of {of} below {last}"
+            return f"a drop of at most {points(self.limit)} of {of} from {last}"
         if self.target == "max_risk" and self.risk in RISKS:
             return RISKS[self.risk].in_words(self.limit, way, last)
         if self.target == "budget_share":
@@ -130,7 +130,8 @@ def cannot_tell(asked: Asked | None, num_samples: float) -> str | None:
     needed = max(asked.limit, _FINEST) if is_limit else _FINEST
     if num_samples * needed >= 1 - 1e-9:
         return None
-    what = {"max_drop": f"a drop of {points(needed)}", "max_risk": f"a risk of {percent(needed)}"}
+    shown = asked.limit or _FINEST
+    what = {"max_drop": f"a drop of {points(shown)}", "max_risk": f"a risk of {percent(shown)}"}
     return (
         f"{num_samples:,.0f} calibration samples cannot tell "
         f"{what.get(asked.target, 'the accuracy within a budget')}: a single answer is "

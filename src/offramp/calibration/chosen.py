@@ -93,7 +93,7 @@ class Calibration(Printed):
         quality, macs = percent(self.quality), f"{self.mean_macs:,.0f}"
         if self.final_exit is not None:
             final = self.final_exit.quality
-            quality += f", {points(final - self.quality)} below the final exit's {percent(final)}"
+            quality += f", a drop of {points(final - self.quality)} from {percent(final)}"
         if self.plain_macs is not None:
             share = percent(self.mean_macs / self.plain_macs)
             macs += f", {share} of the plain network's {self.plain_macs:,}"

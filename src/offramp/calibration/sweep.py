@@ -114,8 +114,8 @@ class ChosenThreshold(Printed):
     def _parts(self) -> list[Table | Lines]:
         accuracy, macs = percent(self.accuracy), f"{self.mean_macs:,.0f}"
         if self.whole_accuracy is not None:
-            below = points(self.whole_accuracy - self.accuracy)
-            accuracy += f", {below} below {percent(self.whole_accuracy)} where most runs"
+            drop, whole = points(self.whole_accuracy - self.accuracy), percent(self.whole_accuracy)
+            accuracy += f", a drop of {drop} from {whole} where most runs"
         if self.plain_macs is not None:
             share = percent(self.mean_macs / self.plain_macs)
             macs += f", {share} of the plain network's {self.plain_macs:,}"

@@ -35,7 +35,8 @@ def paired_drop(answers: Answers, logits: ExitLogits) -> Interval:
         answers: What a runner said.
         logits: Every exit's logits.
     Returns:
-        Accuracy, or mean IoU where pixels have classes: exact, or by drawing images anew.
+        Of accuracy, by its score interval; of mean IoU where pixels have classes, by drawing the
+        images anew.
     """
     if isinstance(logits, DenseLogits):
         both_N2CC = torch.stack([logits.confusion_KNCC[-1], answers.confusion_NCC], 1)

@@ -141,10 +141,15 @@ class Evaluation(Printed):
     def _words(self) -> Words:
         """Words for what this network does."""
         if self.blocks is not None:
-            return Words("accuracy with skipping", "every block run", "skipping")
+            whole = "every block run"
+            return Words("accuracy with skipping", whole, "skipping", whole)
         if self.tokens is not None:
-            return Words("accuracy, tokens dropped", "with a threshold of 1", "dropping tokens")
-        return Words(f"{self._quality} with early exit", "final exit alone", "early exit")
+            whole = "with a threshold of 1"
+            return Words(
+                "accuracy, tokens dropped", whole, "dropping tokens", f"the network {whole}"
+            )
+        less = f"{self._quality} with early exit"
+        return Words(less, "final exit alone", "early exit", "the final exit")
 
     @property
     def _quality(self) -> str:
@@ -210,10 +215,10 @@ class Evaluation(Printed):
         if self.tokens is not None:
             depth = f"{self.tokens.mean_depth:.2f} of {len(self.tokens.per_layer)} layers"
             lines.append(("mean depth of a token", depth))
-        change = f"{percent(abs(saved))} {'saved' if saved >= 0 else 'more'}"
+        change = f"{percent(abs(saved))} {'less' if saved >= 0 else 'more'}"
         return [
             *lines,
-            ("mean MACs", f"{self.mean_macs:,.0f}, {change} of the plain network's"),
+            ("mean MACs", f"{self.mean_macs:,.0f}, {change} than the plain network's"),
             ("plain network", f"{self.plain_macs:,} MACs (the same backbone, its last exit only)"),
         ]
 
@@ -228,17 +233,17 @@ class Evaluation(Printed):
         )
 
     def _asked_lines(self) -> list[tuple[str, str]]:
-        lines = []
-        if self.drop is not None and (self.asked is None or self.asked.target != "max_drop"):
-            lines.append(("below the final exit", _spread(self.drop, points)))
+        words, lines = self._words, []
+        is_drop = self.asked is not None and self.asked.target == "max_drop"
+        is_plain = len(self.exits) == 1 and self.blocks is None and self.tokens is None
+        if self.drop is not None and not is_drop and not is_plain:
+            lines.append(("drop", _spread(self.drop, points)))
         if self.asked is not None:
-            said = self.asked.in_words(way=self._words.way, of=self._quality)
+            said = self.asked.in_words(way=words.way, last=words.last, of=self._quality)
             lines.append(("asked", said))
             if self.got is not None:
-                is_drop = self.asked.target == "max_drop"
                 got = _spread(self.got, points if is_drop else percent)
-                on = f"on {self.num_samples:,} samples"
-                lines.append(("got", f"{got}{' below' if is_drop else ''}, {on}"))
+                lines.append(("got", f"{got}, on {self.num_samples:,} samples"))
         return lines
 
 
@@ -249,11 +254,13 @@ class Words(NamedTuple):
         less: Its accuracy.
         whole: That of all of it.
         way: What it does, as a noun.
+        last: All of it, as a noun.
     """
 
     less: str
     whole: str
     way: str
+    last: str
 
 
 def _spread(found: Interval, form: Callable[[float], str]) -> str:
