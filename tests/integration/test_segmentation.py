@@ -172,7 +172,7 @@ def test_a_smaller_plain_network_goes_through_the_same_commands(seg_run, scenes,
         (("--max-drop", 0.01, "--prior", "uniform"), ("--prior weights samples",)),
         (
             ("--max-drop", 0.1, "--guarantee", 0.9),
-            ("mean IoU is no mean over images", "(--max-risk)"),
+            ("mean IoU is no mean over images", "--max-risk and --risk 'pixel_error_gap'"),
         ),
         (
             ("--max-risk", 0.01, "--risk", "pixel_error_gap", "--guarantee", 0.95),

@@ -174,7 +174,7 @@ def _require_plain(bundle: Bundle) -> None:
     if bundle.plain_file is None:
         raise ArtifactError(
             f"The bundle {bundle.folder} holds no plain network to be timed against. "
-            "Export it again with --plain."
+            "Export it again with plain=True."
         )
 
 

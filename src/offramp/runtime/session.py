@@ -233,7 +233,7 @@ class PlainSession:
         if self.bundle.plain_file is None:
             raise ArtifactError(
                 f"The bundle {self.bundle.folder} holds no plain network. "
-                "Export the run again with --plain."
+                "Export the run again with plain=True."
             )
         self._session = Loader(self.bundle, threads=threads).load(self.bundle.plain_file)
 
