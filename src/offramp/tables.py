@@ -82,7 +82,16 @@ class Lines:
         return f"<pre>{html.escape(str(self))}</pre>"
 
 
-class Printed:
+class Brief:
+    """A dataclass whose ``repr`` leaves out fields that are not set."""
+
+    def __repr__(self) -> str:
+        given = ((each.name, getattr(self, each.name)) for each in fields(self))  # type: ignore[arg-type]
+        shown = ", ".join(f"{name}={value!r}" for name, value in given if value is not None)
+        return f"{type(self).__name__}({shown})"
+
+
+class Printed(Brief):
     """A result that prints as a table; dataclasses inherit it and say :meth:`_parts`."""
 
     def _title(self) -> str:
@@ -126,12 +135,6 @@ class Printed:
 
     def __str__(self) -> str:
         return self.to_text()
-
-    def __repr__(self) -> str:
-        """The fields that are set."""
-        given = ((each.name, getattr(self, each.name)) for each in fields(self))  # type: ignore[arg-type]
-        shown = ", ".join(f"{name}={value!r}" for name, value in given if value is not None)
-        return f"{type(self).__name__}({shown})"
 
     def _repr_html_(self) -> str:
         parts = "".join(part.to_html() for part in self._parts())

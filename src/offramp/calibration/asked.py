@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from offramp.calibration.risk import RISKS
-from offramp.tables import percent, points
+from offramp.tables import Brief, percent, points
 
 TARGETS = ("max_drop", "max_risk", "budget_macs", "budget_share", "budget_ms")
 """What a policy can be chosen for."""
@@ -20,8 +20,8 @@ _FINEST = 0.01
 """A target below is a wish for as little as can be, not one to be shown."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Asked:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Asked(Brief):
     """The target that a policy was chosen for.
 
     Attributes:

@@ -21,13 +21,13 @@ from offramp.calibration.thresholds import choose_policy, measure_policy
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError, ShapeError
 from offramp.policy.as_dict import without_inf
 from offramp.policy.policies import ThresholdedPolicy
-from offramp.tables import Lines, Printed, Table, percent, thresholds_in_words
+from offramp.tables import Brief, Lines, Printed, Table, percent, thresholds_in_words
 
 _MAX_NUM_POINTS = 1000
 
 
-@dataclass(frozen=True, kw_only=True)
-class FrontierPoint:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FrontierPoint(Brief):
     """A policy that a budget led to.
 
     Attributes:
@@ -64,8 +64,8 @@ class FrontierPoint:
         return _without_dense(asdict(self)) | {"thresholds": without_inf(self.thresholds)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExitAlone:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ExitAlone(Brief):
     """The network cut off at one exit, where every sample leaves; no head before it runs.
 
     Attributes:

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from offramp.calibration.asked import Asked
 from offramp.measure.intervals import Interval
-from offramp.tables import Lines, Printed, Table, percent, points
+from offramp.tables import Brief, Lines, Printed, Table, percent, points
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExitEvaluation:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ExitEvaluation(Brief):
     """One exit.
 
     Attributes:

@@ -29,14 +29,14 @@ from offramp.inference.stopwatch import (
 )
 from offramp.results import AdaptiveResult
 from offramp.runtime.hardware import processor_name
-from offramp.tables import Lines, Printed, Table, milliseconds
+from offramp.tables import Brief, Lines, Printed, Table, milliseconds
 
 _MOST_S = 120.0
 """Seconds that the rounds of one batch size may take: fewer are run where all take longer."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class BatchTiming:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class BatchTiming(Brief):
     """Medians for one batch size.
 
     Attributes:

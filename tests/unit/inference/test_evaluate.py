@@ -227,7 +227,11 @@ def test_network_and_policy_need_no_second_pass(network, pairs, shuffled):
     expected = evaluate(runner, in_order(pairs), collect(network, in_order(pairs)))
     assert 0 < expected.exits[0].share < 1
     for found in (evaluate(network, policy, shuffled), evaluate(runner, shuffled)):
-        assert found.to_dict() == pytest.approx(expected.to_dict())
+        assert (found.exits, found.drop, found.mean_macs) == (
+            expected.exits,
+            expected.drop,
+            expected.mean_macs,
+        )
 
 
 def test_a_generator_is_gone_through_once(network, pairs):
@@ -246,8 +250,9 @@ def test_a_calibration_brings_what_was_asked(network, pairs):
     )
     assert found.got == found.drop
     assert found.got.value == pytest.approx(found.final_exit_accuracy - found.accuracy)
-    assert "a drop of at most 5 points of accuracy from the final exit" in str(found)
-    assert "on 120 samples" in str(found)
+    words = " ".join(str(found).split())
+    assert "a drop of at most 5 points of accuracy from the final exit, on 120 calib" in words
+    assert "score), on 120 samples" in words
 
 
 def test_network_without_data_is_refused(network, pairs):

@@ -2,7 +2,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from offramp.runtime.bundle import Bundle, Padding, Step
 from offramp.runtime.files import TensorSpec
@@ -93,4 +92,4 @@ def test_samples_of_one_size_cost_the_same():
     found = StepMacs(replace(BUNDLE, steps=steps, padding=None))
     assert found.of_plain(()).tolist() == [2115]
     assert found.of_steps(np.array([1, 0]), ()).tolist() == [2145, 140]
-    assert found.mean(()) == pytest.approx(((110, 2000 + 5 - 5), (30, 5)))
+    assert found.mean(()) == ((110, 2000), (30, 5))
