@@ -15,6 +15,7 @@ from offramp.errors import (
     DataError,
     DataNotFoundError,
     ExportMismatchError,
+    FewSamplesWarning,
     InfeasibleTargetError,
     InSampleError,
     InvalidArgumentError,
@@ -31,6 +32,7 @@ from offramp.errors import (
 from offramp.results import AdaptiveResult
 
 if TYPE_CHECKING:
+    from offramp.calibration.chosen import Calibration
     from offramp.calibration.collect import collect
     from offramp.calibration.controller import fit_controller
     from offramp.calibration.frontier import Frontier, frontier
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
         choose_threshold_with_guarantee,
     )
     from offramp.calibration.temperature import fit_temperatures
-    from offramp.calibration.thresholds import Calibration, calibrate
+    from offramp.calibration.thresholds import calibrate
     from offramp.exporting.bundle import export
     from offramp.inference.evaluate import Evaluation, evaluate
     from offramp.inference.halting import HaltingRunner
@@ -99,7 +101,7 @@ _HOMES = {
     "ControllerPolicy": "offramp.policy.controller",
     "AgreementPolicy": "offramp.policy.dense_policies",
     "DensePolicy": "offramp.policy.dense_policies",
-    "Calibration": "offramp.calibration.thresholds",
+    "Calibration": "offramp.calibration.chosen",
     "calibrate": "offramp.calibration.thresholds",
     "export": "offramp.exporting.bundle",
     "Evaluation": "offramp.inference.evaluate",
@@ -167,6 +169,7 @@ __all__ = [
     "ExitCosts",
     "ExitLogits",
     "ExportMismatchError",
+    "FewSamplesWarning",
     "FitConfig",
     "Frontier",
     "GateConfig",

@@ -18,6 +18,7 @@
         AuthenticationError                the token is missing or wrong
       PayloadError(ValueError)             what came over a link is damaged or not allowed
       MissingExtraError(ImportError)       an optional dependency is missing; says what to install
+    FewSamplesWarning(UserWarning)         a policy was chosen on samples that cannot tell
 
 A message says what was expected, what came, and what to do. The command line prints it as one
 line and exits with code 2.
@@ -105,6 +106,10 @@ class PayloadError(OfframpError, ValueError):
 
 class MissingExtraError(OfframpError, ImportError):
     """An optional dependency is missing; the message holds the command that installs it."""
+
+
+class FewSamplesWarning(UserWarning):
+    """A policy was chosen on so few samples that they cannot tell whether its target holds."""
 
 
 def reason(error: BaseException) -> str:

@@ -200,7 +200,10 @@ def test_predict_prints_the_same_lines_for_run_and_bundle(run, offramp, pictures
     of_bundle = offramp("predict", run / "bundle", *pictures)
     assert (of_bundle.code, of_bundle.stderr) == (0, "")
     assert of_bundle.stdout == of_run.stdout
-    assert re.search(r"confidence 0\.\d+  [1-4]\.\d\d of 4 layers a token  ", of_run.stdout)
+    assert re.search(
+        r"confidence 0\.\d+ \(rule max_probability\)  [1-4]\.\d\d of 4 layers a token  ",
+        of_run.stdout,
+    )
 
 
 @pytest.mark.parametrize("backend", ["torch", "torch,onnxruntime"])
@@ -241,7 +244,7 @@ def test_show_draws_how_far_each_patch_goes(run, offramp, pictures, workplace):
     outcome = offramp("show", run, "--image", pictures[0])
     assert (outcome.code, outcome.stderr) == (0, "")
     first, per_layer, where = outcome.stdout.splitlines()
-    assert re.search(r"0\.png: \d  confidence 0\.\d+  mean depth [1-4]\.\d\d of 4 layers", first)
+    assert first == offramp("predict", run, pictures[0]).stdout.rstrip()
     assert per_layer.startswith("tokens in each layer: 17 ")
     assert where == "drawn in 0-depth.png"
     with Image.open(workplace / "0-depth.png") as sheet:

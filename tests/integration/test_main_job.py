@@ -23,6 +23,7 @@ EVALUATION_KEYS = {
     "final_exit_accuracy",
     "plain_accuracy",
     "exits",
+    "drop",
 }
 TIMING_KEYS = {
     "hardware",
@@ -46,6 +47,9 @@ RESULT_KEYS = {
     "realised",
     "stage_bound",
     "stage_ms",
+    "num_samples",
+    "rounds",
+    "speedup_interval",
 }
 PLAIN_MACS = 64 * 128 + 128 * 256 + 256 * 256 + 256 * 10
 FIRST_EXIT_MACS = 64 * 128 + 128 * 10
@@ -161,6 +165,18 @@ def test_evaluate_prints_a_table_and_writes_the_same_figures_to_a_file(
     assert f"{100 * figures['accuracy']:.2f} %" in outcome.stdout
     assert f"{figures['mean_macs']:,.0f}" in outcome.stdout
     assert "digits-mlp, test, 450 samples" in outcome.stdout
+    assert max(map(len, outcome.stdout.splitlines())) <= 80
+
+
+def test_calibrate_says_where_samples_cannot_tell(workplace, run, offramp):
+    few = ("--epochs", 1, "--set", "widths=8,8", "--set", "calibration_share=0.05", "--out", "few")
+    assert offramp("train", *few).code == 0
+    told = offramp("calibrate", "few", "--max-drop", 0.01)
+    assert (told.code, told.stderr) == (0, "")
+    assert re.search(
+        r"warning: 6\d calibration samples cannot tell a drop of 1 point.* --guarantee", told.stdout
+    )
+    assert "warning" not in offramp("calibrate", run, "--max-drop", 0.01).stdout  # 269 samples
 
 
 def test_thresholds_by_hand_decide_who_leaves(run, offramp, evaluate):
@@ -190,6 +206,17 @@ def test_max_drop_holds_on_the_calibration_data(run, offramp, evaluate):
     assert policy["data"]["num_samples"] == there["num_samples"]
     assert policy["reached"]["accuracy"] == pytest.approx(there["accuracy"])
     assert there["accuracy"] >= there["final_exit_accuracy"] - 0.01
+    assert there["asked"] == {
+        "target": "max_drop",
+        "limit": 0.01,
+        "num_samples": there["num_samples"],
+        "risk": None,
+        "guarantee": None,
+    }
+    lost = there["final_exit_accuracy"] - there["accuracy"]
+    assert there["got"] == there["drop"]
+    assert there["got"]["value"] == pytest.approx(lost)
+    assert there["got"]["low"] < lost < there["got"]["high"]
     assert there["mean_macs"] < PLAIN_MACS
 
 
@@ -221,7 +248,12 @@ def test_a_plain_network_trained_as_long_stands_beside(
     plain = evaluate("plain")
     assert len(plain["exits"]) == 1
     assert plain["mean_macs"] == plain["plain_macs"] == PLAIN_MACS
-    assert evaluate(calibrated_run, "--plain", "plain")["plain_accuracy"] == plain["accuracy"]
+    beside = evaluate(calibrated_run, "--plain", "plain")
+    assert beside["plain_accuracy"] == plain["accuracy"]
+    assert beside["rival"] == {"name": "plain", "macs": PLAIN_MACS}
+    assert f"at its own {PLAIN_MACS:,} MACs" in offramp(
+        "evaluate", calibrated_run, "--plain", "plain"
+    ).stdout.replace("\n", " ")
 
 
 def test_a_static_network_is_smaller_and_needs_no_policy(workplace, offramp, evaluate):
@@ -304,11 +336,12 @@ def test_predict_reads_enlarged_digits(run, offramp, pictures, kind):
     assert (outcome.code, outcome.stderr) == (0, "")
     lines = outcome.stdout.splitlines()
     form = re.compile(
-        r"(.+): (\d)  confidence (\d\.\d+)  exit 2  100\.00 % of the plain network's MACs"
+        r"(.+): (\d)  probability (\d\.\d+)  confidence (\d\.\d+) \(rule entropy\)  exit 2  "
+        r"100\.00 % of the plain network's MACs"
     )
     found = [form.fullmatch(line) for line in lines]
     assert [match[1] for match in found] == [str(path) for path in pictures[kind]]
-    assert all(0 <= float(match[3]) <= 1 for match in found)
+    assert all(0.1 <= float(match[3]) <= 1 and 0 <= float(match[4]) <= 1 for match in found)
     assert sum(match[2] == str(label) for label, match in enumerate(found)) >= 8
 
 

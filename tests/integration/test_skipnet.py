@@ -213,7 +213,8 @@ def test_predict_tells_how_many_blocks_ran(skip_run, offramp, workplace):
     Image.fromarray(np.zeros((28, 28), dtype=np.uint8)).save(workplace / "black.png")
     outcome = offramp("predict", skip_run, "black.png")
     assert (outcome.code, outcome.stderr) == (0, "")
-    assert re.match(r"black.png: \S+  confidence 0\.\d+  [0-3] of 3 gated blocks  ", outcome.stdout)
+    form = r"black.png: \S+  probability 0\.\d+  confidence 0\.\d+ .*  [0-3] of 3 gated blocks  "
+    assert re.match(form, outcome.stdout)
 
 
 def test_time_measures_skipping_against_the_plain_network(skip_run, figures):

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from offramp import AdaptiveRunner, Session, ThresholdPolicy, export
+from offramp import AdaptiveRunner, Session, ThresholdPolicy, collect, export
+from offramp.calibration.collect import collect_from_session
 from offramp.inference.agreement import answer_in_batches
 from offramp.training.text import encode_padded
 
@@ -58,6 +59,10 @@ def test_the_bundle_answers_like_torch_at_any_length(network, ids, tmp_path):
         assert torch.equal(answers.exit_index, expected.exit_index)
         torch.testing.assert_close(answers.output, expected.output, rtol=0, atol=1e-4)
         assert torch.equal(answers.macs, expected.macs)
+        assert session.plain_macs(ids).tolist() == network.plain_macs(ids).tolist()
+    pairs = [(ids, torch.zeros(6, dtype=torch.int64))]
+    of_bundle, of_run = collect_from_session(session, pairs), collect(network, pairs)
+    assert (of_bundle.costs, of_bundle.is_ragged) == (of_run.costs, True)
     longer = np.concatenate([ids.numpy(), np.zeros((6, 5), dtype=np.int64)], axis=1)
     assert np.array_equal(session.run(longer).exit_index, expected.exit_index)
 
@@ -80,6 +85,8 @@ def test_from_training_to_a_sentence(workplace, offramp, text_data):
     first, second = told.stdout.splitlines()
     assert first.startswith("a wonderful film: positive")
     assert second.startswith("dull: negative")
+    # One exit and no more: each costs what the plain network takes for that text, not the mean.
+    assert all("100.00 % of the plain network's MACs" in line for line in (first, second))
     figures = offramp("evaluate", "run", "--json", "-")
     assert json.loads(figures.stdout)["accuracy"] == 1.0
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -28,6 +29,7 @@ from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
 from offramp.runtime import Session, with_routing_threshold
 from offramp.runtime.session import check_inputs
+from offramp.runtime.step_macs import Measured, StepMacs
 
 _ABOUT = "exits"
 """Where a file of logits says what its exits cost."""
@@ -95,22 +97,50 @@ def collect_from_session(session: Session, loader: Iterable[tuple[Tensor, Tensor
     bundle = session.bundle
     if bundle.family == "exits":
         run = partial(_every_exit, session)
-        decides = policy_from_dict(dict(bundle.policy))
-        assert isinstance(decides, Policy)  # about exits
-        stages = tuple(step.stage_macs for step in bundle.steps)
-        # Without what its own policy takes to decide: others are to be measured too.
-        heads = tuple(step.head_macs - decides.macs(step.exit_index) for step in bundle.steps)
         numbers = tuple(step.exit_index for step in bundle.steps)
     else:
         dearest = 0.0 if bundle.family == "skip" else 1.0
         run = partial(_only_exit, Session(with_routing_threshold(bundle, dearest)))
-        stages, heads, numbers = (bundle.plain_macs,), (0,), (0,)
-    gathered = _Gathered()
+        numbers = (0,)
+    gathered, macs = _Gathered(), _BundleMacs(session)
     for batch, labels_B in loader:
-        gathered.add(run(as_inputs(batch)), labels_B)
+        inputs = as_inputs(batch)
+        gathered.add(run(inputs), labels_B)
+        macs.add(inputs)
     if gathered.is_empty:
         raise DataError("Expected at least one batch of samples to collect logits from. Got none.")
-    return gathered.logits(ExitCosts(stage_macs=stages, head_macs=heads), numbers)
+    return gathered.logits(macs.costs(), numbers, is_ragged=bundle.padding is not None)
+
+
+class _BundleMacs:
+    """What the parts of a bundle cost the mean of some samples, each of its own length."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._steps = StepMacs(session.bundle) if session.bundle.family == "exits" else None
+        self._measured: list[Measured] = []
+
+    def add(self, inputs: Features) -> None:
+        if self._steps is None:
+            self._measured.append(self._session.plain_macs(*inputs))
+        else:
+            self._measured.append(self._steps.trim(check_inputs(self._session.bundle, inputs))[1])
+
+    def costs(self) -> ExitCosts:
+        bundle = self._session.bundle
+        if self._steps is None:
+            plain_macs = round(float(np.concatenate(self._measured).mean()))
+            return ExitCosts(stage_macs=(plain_macs,), head_macs=(0,))
+        is_ragged = bundle.padding is not None
+        mean = self._steps.mean(np.concatenate(self._measured) if is_ragged else self._measured[-1])
+        decides = policy_from_dict(dict(bundle.policy))
+        assert isinstance(decides, Policy)  # about exits
+        # Without what its own policy takes to decide: others are to be measured too.
+        heads = zip(bundle.steps, mean.heads, strict=True)
+        return ExitCosts(
+            stage_macs=mean.stages,
+            head_macs=tuple(macs - decides.macs(step.exit_index) for step, macs in heads),
+        )
 
 
 class _Gathered:

@@ -16,17 +16,18 @@ import numpy as np
 
 from offramp.calibration.logits import ExitLogits
 from offramp.calibration.rules import Rule, policies_like, policy_like
-from offramp.calibration.sweep import Sweep, choose_threshold
-from offramp.calibration.thresholds import calibrate, measure_policy
+from offramp.calibration.sweep import Sweep, best_threshold
+from offramp.calibration.thresholds import choose_policy, measure_policy
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError, ShapeError
 from offramp.policy.as_dict import without_inf
 from offramp.policy.policies import ThresholdedPolicy
+from offramp.tables import Brief, Lines, Printed, Table, percent, thresholds_in_words
 
 _MAX_NUM_POINTS = 1000
 
 
-@dataclass(frozen=True, kw_only=True)
-class FrontierPoint:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FrontierPoint(Brief):
     """A policy that a budget led to.
 
     Attributes:
@@ -63,8 +64,8 @@ class FrontierPoint:
         return _without_dense(asdict(self)) | {"thresholds": without_inf(self.thresholds)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExitAlone:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ExitAlone(Brief):
     """The network cut off at one exit, where every sample leaves; no head before it runs.
 
     Attributes:
@@ -85,9 +86,9 @@ class ExitAlone:
         return self.accuracy if self.mean_iou is None else self.mean_iou
 
 
-@dataclass(frozen=True, kw_only=True)
-class Frontier:
-    """Accuracy against cost of one network.
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Frontier(Printed):
+    """Accuracy against cost of one network; print it for a table.
 
     Attributes:
         points: What each budget led to, from the least budget on; equal thresholds once.
@@ -110,6 +111,42 @@ class Frontier:
             "points": [point.to_dict() for point in self.points],
             "exits": [_without_dense(asdict(alone)) for alone in self.exits],
         }
+
+    @property
+    def _quality(self) -> str:
+        return "accuracy" if self.points[0].mean_iou is None else "mean IoU"
+
+    def _title(self) -> str:
+        return f"{len(self.points)} points on test data"
+
+    def _parts(self) -> list[Table | Lines]:
+        plain_macs = self.plain_macs
+        rows = [
+            (
+                percent(point.budget_macs / plain_macs),
+                thresholds_in_words(point.thresholds) or "-",
+                percent(point.quality),
+                f"{point.mean_macs:,.0f}",
+                percent(point.mean_macs / plain_macs),
+            )
+            for point in self.points
+        ]
+        lines = [
+            (
+                f"exit {alone.index} alone",
+                f"{percent(alone.quality)} at {alone.macs:,} MACs, "
+                f"{percent(alone.macs / plain_macs)} of the plain network's",
+            )
+            for alone in self.exits
+        ]
+        area = f"{percent(self.area)} mean {self._quality} over costs up to the plain network's"
+        return [
+            Table(("budget", "thresholds", self._quality, "mean MACs", "of plain"), rows),
+            Lines([*lines, ("area", f"{area} {plain_macs:,} MACs")]),
+        ]
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [point.to_dict() for point in self.points]
 
 
 def frontier(
@@ -197,7 +234,7 @@ def sweep_frontier(calibration: Sweep, test: Sweep, *, num_points: int = 10) -> 
     budgets = np.geomspace(calibration.mean_macs_K.min(), calibration.plain_macs, num_points)
     for budget_macs in budgets.tolist():
         with suppress(InfeasibleTargetError):
-            chosen = choose_threshold(calibration, budget_macs=budget_macs)
+            chosen = best_threshold(calibration, budget_macs=budget_macs)
             k = test.thresholds.index(chosen.threshold)
             point = FrontierPoint(
                 budget_macs=budget_macs,
@@ -273,7 +310,7 @@ def _least_macs(calibration: ExitLogits, policy: ThresholdedPolicy) -> float:
     """The smallest budget that can be kept."""
     cheapest_macs = float(min(_macs_alone(calibration)))
     try:
-        calibrate(calibration, budget_macs=cheapest_macs, rule=policy)
+        choose_policy(calibration, budget_macs=cheapest_macs, rule=policy)
     except InfeasibleTargetError as error:  # NaN, or a policy that waits, holds samples back
         return error.best_achievable
     return cheapest_macs
@@ -289,7 +326,7 @@ def _points(
     points: dict[object, FrontierPoint] = {}
     for budget_macs in budgets:
         with suppress(InfeasibleTargetError):
-            chosen = calibrate(calibration, budget_macs=budget_macs, rule=lambda _: policies)
+            chosen = choose_policy(calibration, budget_macs=budget_macs, rule=lambda _: policies)
             pixel_threshold = getattr(chosen.policy, "pixel_threshold", None)
             numbers = chosen.policy.thresholds, pixel_threshold
             if numbers in points:

@@ -89,15 +89,18 @@ class Guarantee:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class GuaranteedCalibration(Calibration):
-    """A policy with a promise.
+    """A policy with a promise; print it for a table.
 
     Attributes:
         guarantee: The promise.
     """
 
     guarantee: Guarantee
+
+    def _lines(self) -> list[tuple[str, str]]:
+        return [*super()._lines(), ("promise", self.guarantee.sentence("as they were drawn"))]
 
 
 def calibrate_with_guarantee(

@@ -22,8 +22,8 @@ from offramp.calibration.search import Floats
 from offramp.calibration.targets import feasible
 from offramp.calibration.thresholds import (
     Calibration,
-    calibrate,
     calibrate_within,
+    choose_policy,
     expected_correctness,
     reached_under,
     search_thresholds,
@@ -105,7 +105,7 @@ def calibrate_for_latency(
         return _reaching(logits, policy, batch_size)
 
     def choose(off: frozenset[int]) -> tuple[float, Calibration]:
-        chosen = calibrate(logits, max_drop=max_drop, rule=policy, off=off)
+        chosen = choose_policy(logits, max_drop=max_drop, rule=policy, off=off)
         return profile.batch_ms(reaching(chosen.policy), chosen.policy.off_exits), chosen
 
     def without(k: int) -> frozenset[int]:
@@ -208,7 +208,7 @@ def _cheapest_of(
     """Of several policies the one that keeps to a target at the least MACs."""
     if len(policies) == 1:
         return policies[0]
-    return calibrate(logits, max_drop=max_drop, rule=lambda _: policies).policy
+    return choose_policy(logits, max_drop=max_drop, rule=lambda _: policies).policy
 
 
 def _best_of(

@@ -158,8 +158,7 @@ def check_risk_fits(risk: str, logits: LabelledLogits) -> None:
         raise InvalidArgumentError(
             f"Where every pixel has a class, the risk must be {PIXEL_ERROR_GAP}, the mean over "
             "images of their wrong pixels: mean IoU is no mean over images, and nothing is "
-            f"promised of it. Got {risk!r}: give 'max_risk' (--max-risk) and 'risk' (--risk) "
-            f"{PIXEL_ERROR_GAP}."
+            f"promised of it. Got {risk!r}: give max_risk=... and risk={PIXEL_ERROR_GAP!r}."
         )
     if not logits.is_dense and risk == PIXEL_ERROR_GAP:
         raise InvalidArgumentError(

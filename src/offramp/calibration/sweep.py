@@ -9,20 +9,24 @@ Shapes: ``K`` thresholds, ``N`` samples, ``C`` classes.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from offramp.calibration.asked import Asked, cannot_tell
 from offramp.calibration.guarantee import Guarantee, check_guarantee
 from offramp.calibration.labelled import LabelledLogits
 from offramp.calibration.risk import RISKS, check_risk
 from offramp.calibration.search import Floats
 from offramp.calibration.sequence import choose_test, part_samples, passing_values
 from offramp.calibration.targets import RiskLimit, as_target, budget_too_low, risk_too_low
-from offramp.errors import ShapeError
+from offramp.errors import FewSamplesWarning, ShapeError
+from offramp.tables import Lines, Printed, Table, percent, points
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,21 +83,50 @@ class Sweep(LabelledLogits):
         return mean_K
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChosenThreshold:
-    """A threshold and what it reached on the data that chose it.
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ChosenThreshold(Printed):
+    """A threshold and what it reached on the data that chose it; print it for a table.
 
     Attributes:
         threshold: For the network's policy.
         accuracy: Adaptive accuracy on the calibration data, a fraction.
         mean_macs: Mean MACs per sample on the calibration data.
         guarantee: What is promised of it; None where nothing is.
+        asked: The target that it was chosen for; None where that is not known.
+        whole_accuracy: Where most runs, on the calibration data.
+        plain_macs: MACs per sample of the plain network.
+        num_samples: Calibration samples.
     """
 
     threshold: float
     accuracy: float
     mean_macs: float
     guarantee: Guarantee | None = None
+    asked: Asked | None = None
+    whole_accuracy: float | None = None
+    plain_macs: int | None = None
+    num_samples: int | None = None
+
+    def _title(self) -> str:
+        on = "" if self.num_samples is None else f", on {self.num_samples:,} calibration samples"
+        return f"threshold {self.threshold:.4f}{on}"
+
+    def _parts(self) -> list[Table | Lines]:
+        accuracy, macs = percent(self.accuracy), f"{self.mean_macs:,.0f}"
+        if self.whole_accuracy is not None:
+            drop, whole = points(self.whole_accuracy - self.accuracy), percent(self.whole_accuracy)
+            accuracy += f", a drop of {drop} from {whole} where most runs"
+        if self.plain_macs is not None:
+            share = percent(self.mean_macs / self.plain_macs)
+            macs += f", {share} of the plain network's {self.plain_macs:,}"
+        lines = [("accuracy", accuracy), ("mean MACs", macs)]
+        if self.asked is not None:
+            lines.append(("asked", self.asked.in_words(way="it", last="where most runs")))
+        return [Lines(lines)]
+
+    def _records(self) -> list[dict[str, Any]]:
+        names = ("threshold", "accuracy", "mean_macs")
+        return [{name: getattr(self, name) for name in names}]
 
 
 def choose_threshold(
@@ -124,15 +157,35 @@ def choose_threshold(
     Raises:
         InvalidArgumentError: If not exactly one target is given, or it is out of range.
         InfeasibleTargetError: If no threshold costs so little, or risks so little, on this data.
+    Warns:
+        FewSamplesWarning: If so few samples cannot tell whether the target holds.
     """
-    target = as_target(
+    chosen = best_threshold(
+        sweep,
+        risk=risk,
         max_drop=max_drop,
         max_risk=max_risk,
-        risk=risk,
         budget_macs=budget_macs,
         budget_share=budget_share,
-        plain_macs=sweep.plain_macs,
     )
+    doubt = cannot_tell(chosen.asked, sweep.effective_num_samples)
+    if doubt is not None:
+        advice = "choose_threshold_with_guarantee(), which says how many a promise takes"
+        warnings.warn(f"{doubt}, or use {advice}.", FewSamplesWarning, stacklevel=2)
+    return chosen
+
+
+def best_threshold(sweep: Sweep, *, risk: str = "accuracy_gap", **targets: Any) -> ChosenThreshold:
+    """Choose a threshold as :func:`choose_threshold` does, without a word about few samples.
+
+    Args:
+        sweep: What the network says on held-out data.
+        risk: What ``max_risk`` bounds.
+        targets: One target by name.
+    Returns:
+        The threshold with what it reached.
+    """
+    target = as_target(**targets, risk=risk, plain_macs=sweep.plain_macs)
     accuracy_K, mean_macs_K = sweep.accuracy_K, sweep.mean_macs_K
     if isinstance(target, RiskLimit):
         risk_K = np.average(RISKS[target.risk].losses(sweep), axis=1, weights=sweep.weights_N)
@@ -146,7 +199,8 @@ def choose_threshold(
             raise budget_too_low(target.macs, cheapest_macs=float(mean_macs_K.min()))
         # A trace of cost prefers the cheaper of equally accurate thresholds.
         score_K = accuracy_K - 1e-9 * mean_macs_K / sweep.plain_macs
-    return _chosen(sweep, int(np.where(is_allowed_K, score_K, -np.inf).argmax()))
+    chosen = _chosen(sweep, int(np.where(is_allowed_K, score_K, -np.inf).argmax()))
+    return replace(chosen, asked=Asked.of(len(sweep.labels_N), risk=risk, **targets))
 
 
 def choose_threshold_with_guarantee(
@@ -215,4 +269,7 @@ def _chosen(sweep: Sweep, k: int) -> ChosenThreshold:
         threshold=sweep.thresholds[k],
         accuracy=float(sweep.accuracy_K[k]),
         mean_macs=float(sweep.mean_macs_K[k]),
+        whole_accuracy=float(sweep.accuracy_K[-1]),
+        plain_macs=sweep.plain_macs,
+        num_samples=len(sweep.labels_N),
     )

@@ -43,11 +43,11 @@ class RiskLimit:
 
 def as_target(
     *,
-    max_drop: float | None,
-    max_risk: float | None,
+    max_drop: float | None = None,
+    max_risk: float | None = None,
     risk: str,
-    budget_macs: float | None,
-    budget_share: float | None,
+    budget_macs: float | None = None,
+    budget_share: float | None = None,
     plain_macs: int,
     drop: str = "accuracy_gap",
 ) -> Budget | RiskLimit:

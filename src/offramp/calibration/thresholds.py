@@ -6,12 +6,17 @@ Shapes: ``K`` exits, ``N`` samples, ``C`` classes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import warnings
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from offramp.calibration.asked import IN_PYTHON, Asked, cannot_tell
+from offramp.calibration.chosen import Calibration as Calibration
+from offramp.calibration.chosen import ExitOfCalibration
 from offramp.calibration.logits import ExitLogits
 from offramp.calibration.risk import RISKS, check_risk_fits
 from offramp.calibration.rules import Rule, policies_like
@@ -25,35 +30,12 @@ from offramp.calibration.targets import (
     risk_too_low,
 )
 from offramp.calibration.temperature import BoolArray, fit_temperature, reached
-from offramp.errors import InvalidArgumentError
+from offramp.errors import FewSamplesWarning, InvalidArgumentError
 from offramp.measure.cost import ExitCosts
 from offramp.policy.policies import State, ThresholdedPolicy
 
 _CHUNK = 2**24
 """So many logits at a time are asked about, where there are more."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """A policy and what it reached on the data that chose it.
-
-    Attributes:
-        policy: The policy with its thresholds.
-        accuracy: Adaptive accuracy on the calibration data, a fraction; of pixels, where every
-            pixel has a class.
-        mean_macs: Mean MACs per sample on the calibration data.
-        mean_iou: Mean IoU on the calibration data; None where a sample has one class.
-    """
-
-    policy: ThresholdedPolicy
-    accuracy: float
-    mean_macs: float
-    mean_iou: float | None = None
-
-    @property
-    def quality(self) -> float:
-        """The figure that counts: mean IoU where there is one, else accuracy."""
-        return self.accuracy if self.mean_iou is None else self.mean_iou
 
 
 def calibrate(
@@ -91,17 +73,51 @@ def calibrate(
             several, of which the best is chosen.
         off: Exits to switch off whatever they could do.
     Returns:
-        The policy with accuracy and mean MACs on this data.
+        The policy with accuracy and mean MACs on this data; print it for a table.
     Raises:
         InvalidArgumentError: If not exactly one target is given, or it is out of range.
         InfeasibleTargetError: If no thresholds cost so little, or risk so little, on this data.
+    Warns:
+        FewSamplesWarning: If so few samples cannot tell whether the target holds.
     """
-    target = as_target(
+    chosen = choose_policy(
+        logits,
+        rule=rule,
+        off=off,
+        risk=risk,
         max_drop=max_drop,
         max_risk=max_risk,
-        risk=risk,
         budget_macs=budget_macs,
         budget_share=budget_share,
+    )
+    doubt = None if logits.is_dense else cannot_tell(chosen.asked, logits.effective_num_samples)
+    if doubt is not None:
+        warnings.warn(f"{doubt}, or use {IN_PYTHON}.", FewSamplesWarning, stacklevel=2)
+    return chosen
+
+
+def choose_policy(
+    logits: ExitLogits,
+    *,
+    rule: Rule | None = None,
+    off: frozenset[int] = frozenset(),
+    risk: str = "accuracy_gap",
+    **targets: Any,
+) -> Calibration:
+    """Choose thresholds as :func:`calibrate` does, without a word about few samples.
+
+    Args:
+        logits: As for :func:`calibrate`, as the others.
+        rule: See there.
+        off: See there.
+        risk: See there.
+        targets: One target by name.
+    Returns:
+        The policy with what it reached.
+    """
+    target = as_target(
+        **targets,
+        risk=risk,
         plain_macs=logits.costs.plain_macs,
         drop=QUALITY_GAP if logits.is_dense else "accuracy_gap",
     )
@@ -110,10 +126,12 @@ def calibrate(
     if isinstance(target, RiskLimit):
         limit = target
         reached = feasible(policies, lambda policy: _within_risk(logits, policy, limit, off=off))
-        return min(reached, key=lambda each: (each.mean_macs, -each.quality))
-    macs = target.macs
-    reached = feasible(policies, lambda policy: _within_budget(logits, policy, macs, off=off))
-    return max(reached, key=lambda each: (each.quality, -each.mean_macs))
+        best = min(reached, key=lambda each: (each.mean_macs, -each.quality))
+    else:
+        macs = target.macs
+        reached = feasible(policies, lambda policy: _within_budget(logits, policy, macs, off=off))
+        best = max(reached, key=lambda each: (each.quality, -each.mean_macs))
+    return replace(best, asked=Asked.of(len(logits.labels_N), risk=risk, **targets))
 
 
 def _check_off(off: frozenset[int], *, num_exits: int) -> None:
@@ -260,10 +278,17 @@ def measure_policy(logits: ExitLogits, policy: ThresholdedPolicy) -> Calibration
     """
     confidence_KN = confidences(logits, policy, policy.off_exits)
     exit_N = exits_left_by(confidence_KN, policy.thresholds)
-    macs_K = np.array(costs_under(logits, policy).exit_macs(policy.off_exits), dtype=np.float64)
+    exit_macs = costs_under(logits, policy).exit_macs(policy.off_exits)
+    macs_N, weights_N = np.array(exit_macs, dtype=np.float64)[exit_N], logits.weights_N
+    leaving_K = np.bincount(exit_N, weights=weights_N, minlength=len(exit_macs)) / len(exit_N)
+    rows = zip(logits.numbers, leaving_K.tolist(), exit_macs, strict=True)
     return Calibration(
         policy=policy,
-        mean_macs=float(np.average(macs_K[exit_N], weights=logits.weights_N)),
+        mean_macs=float(np.average(macs_N, weights=weights_N)),
+        final_exit=logits.figures(np.full_like(exit_N, len(exit_macs) - 1)),
+        plain_macs=logits.costs.plain_macs,
+        num_samples=len(exit_N),
+        exits=tuple(ExitOfCalibration(index=k, share=share, macs=macs) for k, share, macs in rows),
         **vars(logits.figures(exit_N)),
     )
 

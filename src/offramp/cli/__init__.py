@@ -24,6 +24,7 @@ from offramp.cli import (
     time,
     train,
 )
+from offramp.cli.in_options import in_options
 from offramp.errors import OfframpError
 
 app = typer.Typer(
@@ -88,7 +89,7 @@ def main() -> None:
     except OfframpError as error:
         if is_debugging:
             raise
-        _fail(str(error))
+        _fail(in_options(str(error)))
     except OSError as error:  # a name too long, a disk that is full
         if is_debugging:
             raise

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from offramp.cli.options import BUNDLE_FOLDER, pick_device
 from offramp.errors import ArtifactError, InvalidArgumentError
@@ -15,10 +15,15 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.data import DataLoader
 
+    from offramp.calibration.asked import Asked
     from offramp.calibration.logits import ExitLogits
     from offramp.inference.runner import TorchRunner
+    from offramp.policy.policies import Policy
+    from offramp.policy.routing_policy import RoutingPolicy
     from offramp.runtime import Bundle, Session
+    from offramp.runtime.answers import SampleAnswer
     from offramp.training.recipes import Recipe
+    from offramp.zoo import Network
 
     Loader = DataLoader[tuple[Tensor, Tensor]]
 
@@ -36,7 +41,8 @@ class Artifact:
             does not say.
         num_exits: Exits of the network, those that are off counted.
         is_routed: Whether it skips blocks or drops tokens inside.
-        plain_macs: From a batch of inputs to MACs a sample of the plain network.
+        target: What its policy was asked for; None where that is not known, as of a bundle.
+        answer: From a batch of inputs on the device to what is said of each sample.
         collect: From a loader to the logits of every exit; of those that are on, for a bundle.
         has_seen: From a split and the fingerprint of its samples to whether they trained the
             network or may have chosen its thresholds.
@@ -49,7 +55,8 @@ class Artifact:
     data: str | None
     num_exits: int
     is_routed: bool
-    plain_macs: Callable[[Tensor], int]
+    target: Asked | None
+    answer: Callable[[Tensor], list[SampleAnswer]]
     collect: Callable[[Loader], ExitLogits]
     has_seen: Callable[[str, str], bool]
 
@@ -106,6 +113,7 @@ def open_artifact(folder: Path, device: str | None = None) -> Artifact:
 
 
 def _open_run(folder: Path, device: str | None) -> Artifact:
+    from offramp.calibration.asked import Asked
     from offramp.calibration.collect import collect
     from offramp.inference.runner import make_runner
     from offramp.model.multi_exit import MultiExitNetwork
@@ -123,9 +131,59 @@ def _open_run(folder: Path, device: str | None) -> Artifact:
         data=loaded.data,
         num_exits=network.num_exits,
         is_routed=not isinstance(network, MultiExitNetwork),
-        plain_macs=lambda inputs: network.costs(inputs).plain_macs,
+        target=Asked.from_record(loaded.calibration),
+        answer=partial(answer_run, network, loaded.policy, loaded.class_names),
         collect=partial(collect, network),
         has_seen=partial(is_in_sample, loaded),
+    )
+
+
+def answer_run(
+    network: Network,
+    policy: Policy | RoutingPolicy | None,
+    class_names: tuple[str, ...],
+    inputs: Tensor,
+) -> list[SampleAnswer]:
+    """Say what a run answers, sample by sample.
+
+    Args:
+        network: Its network.
+        policy: Its policy.
+        class_names: Name of each class.
+        inputs: A batch, on the network's device.
+    Returns:
+        An answer for each sample.
+    Raises:
+        NotCalibratedError: If there is no policy.
+    """
+    from offramp.inference.runner import make_runner
+    from offramp.policy.as_dict import policy_to_dict
+    from offramp.results import AdaptiveResult
+    from offramp.runtime.answers import describe_answers
+
+    runner = make_runner(network, policy)
+    result = runner.run(inputs)
+    arrays: dict[str, Any] = {
+        name: None if part is None else part.cpu().numpy() for name, part in vars(result).items()
+    }
+    return describe_answers(
+        AdaptiveResult(**arrays),
+        policy=policy_to_dict(runner.policy),
+        class_names=class_names,
+        plain_macs_B=network.plain_macs(inputs).numpy(),
+        size=tuple(inputs.shape[2:]),
+    )
+
+
+def _answer_bundle(session: Session, inputs: Tensor) -> list[SampleAnswer]:
+    from offramp.runtime.answers import describe_answers
+
+    return describe_answers(
+        session.run(inputs),
+        policy=session.bundle.policy,
+        class_names=session.bundle.class_names,
+        plain_macs_B=session.plain_macs(inputs),
+        size=tuple(inputs.shape[2:]),
     )
 
 
@@ -149,7 +207,8 @@ def _open_bundle(folder: Path, device: str | None) -> Artifact:
         data=None,
         num_exits=bundle.num_exits,
         is_routed=bundle.family != "exits",
-        plain_macs=lambda _: bundle.plain_macs,
+        target=None,
+        answer=partial(_answer_bundle, session),
         collect=partial(collect_from_session, session),
         # A bundle does not say which samples chose its thresholds.
         has_seen=lambda split, _: split in ("train", CALIBRATION_SPLIT),

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from offramp.cli.options import percent, pick_device
+from offramp.cli.options import pick_device
 from offramp.errors import DataError, InvalidArgumentError
+from offramp.tables import percent
 
 if TYPE_CHECKING:
     from offramp.calibration.labelled import LabelledLogits
@@ -170,9 +171,21 @@ def conclude(
         f"there: {quality} at {reached['mean_macs']:,.0f} mean MACs, "
         f"{percent(reached['mean_macs'] / plain_macs)} of the plain network's"
     )
+    _print_doubt(about, prepared)
     if promise is not None:
         print(
             f"{promise['num_passed']} of {promise['num_candidates']} candidates passed "
             f"({promise['method']} on {promise['num_tested']:,} of the samples)"
         )
         print(promise["sentence"])
+
+
+def _print_doubt(about: dict[str, Any], prepared: Prepared[Any]) -> None:
+    """Say where the samples are too few for what was asked of them."""
+    from offramp.calibration.asked import Asked, cannot_tell
+
+    if prepared.logits.is_dense:
+        return
+    doubt = cannot_tell(Asked.from_record(about), prepared.logits.effective_num_samples)
+    if doubt is not None:
+        print(f"warning: {doubt}, or add --guarantee 0.95, which says how many a promise takes")

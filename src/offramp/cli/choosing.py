@@ -200,14 +200,14 @@ class Wanted:
 
     def _fit_temperatures(self, logits: ExitLogits, policy: ThresholdedPolicy) -> tuple[float, ...]:
         from offramp.calibration.temperature import fit_temperatures
-        from offramp.calibration.thresholds import calibrate, reached_under
+        from offramp.calibration.thresholds import choose_policy, reached_under
 
         of_all = fit_temperatures(logits)
         if self.temperatures == "all":
             return of_all
         # Who survives depends on the thresholds, and those on the temperatures: one round of both.
         tempered = replace(policy, temperatures=of_all)  # type: ignore[type-var]
-        chosen = calibrate(logits, rule=tempered, **self.target).policy
+        chosen = choose_policy(logits, rule=tempered, **self.target).policy
         reached_KN = reached_under(logits, chosen)
         of_survivors = fit_temperatures(logits, reached_KN=reached_KN)
         return tuple(
@@ -230,7 +230,7 @@ def choose(
     """
     from offramp.calibration.collect import collect
     from offramp.calibration.guarantee import GuaranteedCalibration, calibrate_with_guarantee
-    from offramp.calibration.thresholds import calibrate
+    from offramp.calibration.thresholds import choose_policy
 
     prepared = prepare(
         loaded, partial(collect, loaded.network), data=data, device=device, prior=prior
@@ -241,7 +241,7 @@ def choose(
     elif wanted.guarantee is not None:
         chosen = calibrate_with_guarantee(logits, rule=wanted.make_policies, **wanted.risk_limit)
     else:
-        chosen = calibrate(logits, rule=wanted.make_policies, **wanted.target)
+        chosen = choose_policy(logits, rule=wanted.make_policies, **wanted.target)
     _print_policy(prepared, chosen.policy)
     promise = None
     if isinstance(chosen, GuaranteedCalibration):
@@ -270,15 +270,10 @@ def words_of(policy: ThresholdedPolicy) -> str:
         Words without a full stop.
     """
     from offramp.policy.as_dict import policy_to_dict
+    from offramp.runtime.answers import rule_in_words
 
     shown = ", ".join("off" if t == math.inf else f"{t:.4f}" for t in policy.thresholds)
-    described = policy_to_dict(policy)
-    how = described.get("rule", described["kind"])
-    if "patience" in described:
-        how = f"{how}, {described['patience']} exits in a row"
-    if how == "pixel_share":
-        how = f"{how} of pixels surer than {described['pixel_threshold']}"
-    return f"thresholds {shown} (rule {how})"
+    return f"thresholds {shown} (rule {rule_in_words(policy_to_dict(policy))})"
 
 
 def _print_policy(prepared: Prepared[ExitLogits], policy: ThresholdedPolicy) -> None:

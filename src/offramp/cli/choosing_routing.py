@@ -126,7 +126,7 @@ def choose_routing(
         device: Where to compute.
         prior: As for :func:`~offramp.cli.calibration_data.prepare`.
     """
-    from offramp.calibration.sweep import choose_threshold, choose_threshold_with_guarantee
+    from offramp.calibration.sweep import best_threshold, choose_threshold_with_guarantee
     from offramp.inference.sweeping import collect_sweep, steering_policy
 
     words = words_for(network)
@@ -135,7 +135,7 @@ def choose_routing(
     )
     sweep = prepared.logits_for(wanted.guarantee)
     if wanted.guarantee is None:
-        chosen = choose_threshold(sweep, **wanted.target)
+        chosen = best_threshold(sweep, **wanted.target)
     else:
         chosen = choose_threshold_with_guarantee(sweep, **wanted.risk_limit)
     promise = None

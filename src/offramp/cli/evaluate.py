@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,13 +14,13 @@ from offramp.cli.options import (
     DeviceOption,
     JsonOption,
     RunOrBundle,
-    percent,
     write_figures,
 )
 from offramp.errors import InSampleError, InvalidArgumentError
 
 if TYPE_CHECKING:
-    from offramp.inference.evaluate import BlocksEvaluation, Evaluation, TokensEvaluation
+    from offramp.calibration.asked import Asked
+    from offramp.inference.evaluation import Evaluation
 
 
 def evaluate(
@@ -96,26 +96,29 @@ def measure(
             "--in-sample to see them labelled as such."
         )
 
-    def figures(of: Artifact, rival: Evaluation | None = None) -> Evaluation:
+    def figures(of: Artifact, target: Asked | None = None) -> Evaluation:
         loader = make_loader(batches.unaugmented(), batch_size=batches.run_batch_size)
         on_device = ((inputs.to(of.device), labels) for inputs, labels in loader)
-        beside = {} if rival is None else _as_plain(rival)
-        return evaluate_runner(of.runner, on_device, of.collect(loader), **beside)
+        return evaluate_runner(of.runner, on_device, asked=target)
 
-    rival = None if plain is None else _open_rival(plain, device, asked)
-    evaluation = figures(asked, None if rival is None else figures(rival))
+    beside = {} if plain is None else _beside(plain, figures(_open_rival(plain, device, asked)))
+    evaluation = replace(figures(asked, asked.target), **beside)
     content = {"recipe": recipe.name, "split": split, **evaluation.to_dict()}
     if seen:
         content["in_sample"] = True
     if show:
-        _print_table(evaluation, label=f"{recipe.name}, {split}" + " (IN SAMPLE)" * seen)
+        print(evaluation.to_text(f"{recipe.name}, {split}" + " (IN SAMPLE)" * seen))
     return content
 
 
-def _as_plain(rival: Evaluation) -> dict[str, float | None]:
+def _beside(run: Path, rival: Evaluation) -> dict[str, Any]:
+    """What the figures say of a rival, under its own name."""
+    from offramp.inference.evaluation import Rival
+
     return {
         "plain_accuracy": rival.final_exit_accuracy,
         "plain_mean_iou": rival.final_exit_mean_iou,
+        "rival": Rival(name=run.resolve().name, macs=rival.plain_macs),
     }
 
 
@@ -130,72 +133,3 @@ def _open_rival(folder: Path, device: str | None, asked: Artifact) -> Artifact:
             f"offramp train {recipe.name} --set variant=plain, or variant=static."
         )
     return rival
-
-
-def _print_table(evaluation: Evaluation, *, label: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    blocks, tokens = evaluation.blocks, evaluation.tokens
-    table = Table(title=f"{label}, {evaluation.num_samples:,} samples")
-    columns, rows = _exit_rows(evaluation)
-    less, whole = "accuracy with early exit", "final exit alone"
-    if blocks is not None:
-        columns, rows = _block_rows(blocks)
-        less, whole = "accuracy with skipping", "every block run"
-    if tokens is not None:
-        columns, rows = _layer_rows(tokens)
-        less, whole = "accuracy, tokens dropped", "with a threshold of 1"
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-    figures = (evaluation.accuracy, evaluation.final_exit_accuracy, evaluation.plain_accuracy)
-    if evaluation.mean_iou is not None:
-        less = "mean IoU with early exit"
-        of_exit, of_plain = evaluation.final_exit_mean_iou, evaluation.plain_mean_iou
-        figures = (evaluation.mean_iou, of_exit or 0.0, of_plain)
-    for name, figure in zip((less, whole, "plain network"), figures, strict=True):
-        if figure is not None:
-            print(f"{name:26}{percent(figure)}")
-    if blocks is not None:
-        print(f"gated blocks run          {percent(1 - blocks.saved)}")
-    if tokens is not None:
-        depth = f"{tokens.mean_depth:.2f} of {len(tokens.per_layer)} layers"
-        print(f"mean depth of a token     {depth}")
-    saved = 1 - evaluation.mean_macs / evaluation.plain_macs
-    print(
-        f"mean MACs                 {evaluation.mean_macs:,.0f}, plain network "
-        f"{evaluation.plain_macs:,}: {percent(abs(saved))} {'saved' if saved >= 0 else 'more'}"
-    )
-
-
-Rows = tuple[Sequence[str], list[tuple[str, ...]]]
-
-
-def _exit_rows(evaluation: Evaluation) -> Rows:
-    rows: list[tuple[str, ...]] = [
-        (str(row.index), percent(row.accuracy), percent(row.share), f"{row.macs:,}")
-        for row in evaluation.exits
-    ]
-    if evaluation.mean_iou is None:
-        return ("exit", "accuracy alone", "samples leaving", "MACs"), rows
-    ious = [percent(row.mean_iou) for row in evaluation.exits]
-    return ("exit", "mean IoU alone", "pixel accuracy", "images leaving", "MACs"), [
-        (number, iou, *others) for iou, (number, *others) in zip(ious, rows, strict=True)
-    ]
-
-
-def _block_rows(blocks: BlocksEvaluation) -> Rows:
-    return ("gated block", "samples running it"), [
-        (str(index), percent(rate)) for index, rate in enumerate(blocks.run_rates)
-    ]
-
-
-def _layer_rows(tokens: TokensEvaluation) -> Rows:
-    every = tokens.per_layer[0]  # all run the first layer
-    return ("layer", "tokens in it", "of all"), [
-        (str(number), f"{mean:.1f}", percent(mean / every))
-        for number, mean in enumerate(tokens.per_layer, start=1)
-    ]

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offramp.cli.choosing import LEARNED, TARGETS
-from offramp.cli.options import BUNDLE_FOLDER, DataOption, RunFolder, percent
+from offramp.cli.options import BUNDLE_FOLDER, DataOption, RunFolder
 from offramp.errors import InvalidArgumentError, NotCalibratedError
+from offramp.tables import percent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,7 +136,7 @@ def _choose_anew(folder: Path, loader: DataLoader[Any], calibration: dict[str, A
         Whether there was a target to choose for, and no more to it than thresholds.
     """
     from offramp.calibration.collect import collect_from_session
-    from offramp.calibration.thresholds import calibrate
+    from offramp.calibration.thresholds import choose_policy
     from offramp.policy.confidence import PIXEL_SHARE
     from offramp.runtime import Session, with_thresholds
     from offramp.runtime.bundle import write_bundle
@@ -150,7 +151,7 @@ def _choose_anew(folder: Path, loader: DataLoader[Any], calibration: dict[str, A
         print(f"shares moved by more than {_SHARE_TOLERANCE}; the thresholds were {how} and stay")
         return False
     session = Session(folder)
-    chosen = calibrate(collect_from_session(session, loader), rule=asked["rule"], **target)
+    chosen = choose_policy(collect_from_session(session, loader), rule=asked["rule"], **target)
     write_bundle(with_thresholds(session.bundle, chosen.policy.thresholds))
     return True
 

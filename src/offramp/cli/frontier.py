@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,11 +17,11 @@ from offramp.cli.options import (
     DataOption,
     DeviceOption,
     JsonOption,
-    percent,
     pick_device,
     write_figures,
 )
 from offramp.errors import InSampleError, InvalidArgumentError
+from offramp.tables import Table, percent
 
 if TYPE_CHECKING:
     from offramp.calibration.frontier import Frontier
@@ -247,32 +246,8 @@ def _collect(run: _Opened, split: str, data: str | None) -> tuple[Any, str]:
 
 
 def _print_curve(curve: _Curve, split: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     found = curve.frontier
-    table = Table(title=f"{curve.run.name}, {split}, {curve.num_samples:,} samples")
-    quality = "accuracy" if found.points[0].mean_iou is None else "mean IoU"
-    for column in ("budget", "thresholds", quality, "mean MACs", "of plain"):
-        table.add_column(column, justify="right")
-    for point in found.points:
-        table.add_row(
-            percent(point.budget_macs / found.plain_macs),
-            ", ".join("off" if t == math.inf else f"{t:.3f}" for t in point.thresholds) or "-",
-            percent(point.quality),
-            f"{point.mean_macs:,.0f}",
-            percent(point.mean_macs / found.plain_macs),
-        )
-    Console().print(table)
-    for alone in found.exits:
-        print(
-            f"exit {alone.index} alone  {percent(alone.quality)} at {alone.macs:,} MACs, "
-            f"{percent(alone.macs / found.plain_macs)} of the plain network's"
-        )
-    print(
-        f"area          {percent(found.area)} mean {quality} over costs up to the plain "
-        f"network's {found.plain_macs:,} MACs"
-    )
+    print(found.to_text(f"{curve.run.name}, {split}, {curve.num_samples:,} samples"))
     if len(found.exits) > 1 or curve.run.is_steered:
         print(
             f"thresholds chosen on {curve.num_calibration_samples:,} calibration samples"
@@ -282,14 +257,9 @@ def _print_curve(curve: _Curve, split: str) -> None:
 
 def _print_areas(curves: Sequence[_Curve]) -> None:
     """Beside the cost that each area goes up to: only areas of equal ones compare."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="areas, each up to its own plain network's MACs")
-    table.add_column("run")
-    for column in ("area", "plain MACs"):
-        table.add_column(column, justify="right")
-    for curve in curves:
-        found = curve.frontier
-        table.add_row(curve.run.name, percent(found.area), f"{found.plain_macs:,}")
-    Console().print(table)
+    rows = [
+        (curve.run.name, percent(curve.frontier.area), f"{curve.frontier.plain_macs:,}")
+        for curve in curves
+    ]
+    print("\nareas, each up to its own plain network's MACs\n")
+    print(Table(("run", "area", "plain MACs"), rows, words=1))

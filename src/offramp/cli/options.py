@@ -106,14 +106,3 @@ def use_threads(threads: int | None) -> None:
     if threads < 1:
         raise InvalidArgumentError(f"--threads must be an int of at least 1. Got {threads}.")
     torch.set_num_threads(threads)
-
-
-def percent(fraction: float | None) -> str:
-    """Format a fraction as a percentage; a dash for None.
-
-    Args:
-        fraction: In [0, 1], or None.
-    Returns:
-        For example "82.65 %".
-    """
-    return "-" if fraction is None else f"{100 * fraction:.2f} %"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from offramp.cli.options import JsonOption, percent, use_threads, write_figures
+from offramp.cli.options import JsonOption, use_threads, write_figures
 from offramp.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def place(
     )
     hardware, used_threads = hardware_name(torch.device("cpu")), torch.get_num_threads()
     if json_file != "-":
-        _print_table(placement, backbone)
+        print(placement)
         print(f"{hardware}, {used_threads} threads, torch {torch.__version__}")
         _print_use(placement, num_classes)
     if json_file is not None:
@@ -90,31 +90,6 @@ def _find_backbone(name: str) -> tuple[nn.Module, Recipe]:
         assert isinstance(plain, MultiExitNetwork)  # of one exit, whatever the recipe's family
         network = plain
     return nn.Sequential(*network.stages, network.exits[-1]), recipe
-
-
-def _print_table(placement: Placement, backbone: nn.Module) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=f"milliseconds a batch of {placement.batch_size}, medians; "
-        f"the whole takes {placement.total_ms:.3f}"
-    )
-    table.add_column("after", no_wrap=True)
-    table.add_column("module", no_wrap=True)
-    for column in ("so far", "share", "head"):
-        table.add_column(column, justify="right")
-    table.add_column("proposed", no_wrap=True)
-    for row in placement.candidates:
-        table.add_row(
-            row.path,
-            type(backbone.get_submodule(row.path)).__name__,
-            f"{row.ms:.3f}",
-            percent(row.share),
-            f"{row.head_ms:.3f}",
-            f"exit {placement.at.index(row.path)}" if row.chosen else "",
-        )
-    Console().print(table)
 
 
 def _print_use(placement: Placement, num_classes: int) -> None:

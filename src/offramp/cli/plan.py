@@ -11,9 +11,10 @@ import typer
 
 from offramp.artifacts import atomic_path
 from offramp.cli.artifact import find_bundle
-from offramp.cli.options import DataOption, JsonOption, RunOrBundle, percent, write_figures
+from offramp.cli.options import DataOption, JsonOption, RunOrBundle, write_figures
 from offramp.cli.server_options import needs_extra
 from offramp.errors import InvalidArgumentError
+from offramp.tables import percent
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from offramp.artifacts import atomic_path
-from offramp.cli.artifact import is_bundle
-from offramp.cli.options import DeviceOption, RunFolder, percent, pick_device
+from offramp.cli.artifact import answer_run, is_bundle
+from offramp.cli.options import DeviceOption, RunFolder, pick_device
 from offramp.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -92,14 +92,10 @@ def _draw_depths(loaded: Run, runner: HaltingRunner, image: Path, path: Path) ->
     sheet = draw_depths(Image.fromarray(colours), grid.numpy(), runner.network.num_layers)
     with atomic_path(path) as temporary:
         sheet.save(temporary, format="PNG")
-    index = int(result.output[0].argmax())
-    label = loaded.class_names[index] if index < len(loaded.class_names) else str(index)
+    (answer,) = answer_run(runner.network, runner.policy, loaded.class_names, inputs)
     assert result.tokens is not None  # its tokens halt
     per_layer = " ".join(str(count) for count in result.tokens[0].tolist())
-    print(
-        f"{image}: {label}  confidence {float(result.confidence[0]):.3f}  mean depth "
-        f"{float(grid.double().mean()):.2f} of {runner.network.num_layers} layers"
-    )
+    print(f"{image}: {answer}")
     print(f"tokens in each layer: {per_layer}")
 
 
@@ -122,7 +118,6 @@ def _draw_exits(loaded: Run, image: Path, path: Path, device: str | None) -> Non
     with torch.inference_mode():
         _, chosen_B, confidence_KB = all_exits_loop(network, runner.policy, inputs)
         outputs = network(inputs)
-    result = runner.run(inputs)
     sheet = draw_sheet(
         pixels_CHW.numpy(),
         exit_maps(runner.policy, outputs, confidence_KB[:, 0], int(chosen_B[0])),
@@ -131,8 +126,5 @@ def _draw_exits(loaded: Run, image: Path, path: Path, device: str | None) -> Non
     )
     with atomic_path(path) as temporary:
         sheet.save(temporary, format="PNG")
-    share = int(result.macs[0]) / network.costs(inputs).plain_macs
-    print(
-        f"{image}: exit {int(result.exit_index[0])}  confidence {float(result.confidence[0]):.3f}  "
-        f"{percent(share)} of the plain network's MACs"
-    )
+    (answer,) = answer_run(network, runner.policy, loaded.class_names, inputs)
+    print(f"{image}: {answer}")

@@ -74,7 +74,7 @@ def time(
         asked, _real_samples(asked, data), {name: folders[name] for name in backends}, wanted
     )
     if json_file != "-":
-        _print_table(timing)
+        print(timing)
     if json_file is not None:
         write_figures(timing.to_dict(), json_file)
 
@@ -115,13 +115,14 @@ def _time_steps(run: Path, threads: int | None) -> None:
 def _real_samples(asked: Artifact, data: str | None) -> Tensor:
     import torch
 
+    from offramp.inference.stopwatch import LEAST_SAMPLES
     from offramp.training.run import load_batches
     from offramp.training.sources import SOURCES
 
     split = SOURCES[asked.recipe.data].judging_split
     batches, _, _ = load_batches(asked.recipe, split, data or asked.data)
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0))
-    count = min(_SAMPLES, 8 * batches.run_batch_size)
+    count = min(_SAMPLES, max(LEAST_SAMPLES, 8 * batches.run_batch_size))
     inputs, _ = batches.__getitems__(order[:count].tolist())
     return inputs
 
@@ -149,36 +150,3 @@ def _parse_batch_sizes(text: str) -> list[int]:
         raise InvalidArgumentError(
             f"Expected whole numbers separated by commas for --batch-size. Got {text!r}."
         ) from error
-
-
-def _print_table(timing: Timing) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="milliseconds a batch, medians")
-    columns = ("batch", "plain", "all exits", "adaptive", "never exit", "gain", "ideal")
-    table.add_column("engine", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in timing.results:
-        times = (row.plain_ms, row.all_exits_ms, row.adaptive_ms, row.never_exit_ms)
-        table.add_row(
-            row.backend,
-            str(row.batch_size),
-            *(f"{value:.3f}" for value in times),
-            f"{row.speedup:.2f}",
-            f"{row.ideal_speedup:.2f}",
-        )
-    Console().print(table)
-    engines = ", ".join(f"{name} {timing.versions[name]}" for name in _engines(timing))
-    print(f"{timing.hardware}, {timing.threads} threads, {engines}")
-    for row in timing.results:
-        if row.speedup < 1:
-            print(
-                f"at batch {row.batch_size} in {row.backend} running less is slower than the "
-                f"plain network ({row.adaptive_ms:.3f} against {row.plain_ms:.3f} ms)"
-            )
-
-
-def _engines(timing: Timing) -> list[str]:
-    return [name for name in timing.versions if name != "python"]

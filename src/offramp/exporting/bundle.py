@@ -195,6 +195,6 @@ def new_bundle_folder(folder: Path) -> Iterator[Path]:
     """
     is_bundle = (folder / BUNDLE_FILE).is_file()
     if not is_bundle and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
-        raise ArtifactError(f"{folder} exists and is no bundle. Choose another folder with --out.")
-    with atomic_folder(folder, instead="Choose another with --out.") as making:
+        raise ArtifactError(f"{folder} exists and is no bundle. Choose another folder.")
+    with atomic_folder(folder, instead="Choose another folder.") as making:
         yield making

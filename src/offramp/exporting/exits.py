@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from offramp.errors import ArtifactError
@@ -18,6 +19,7 @@ from offramp.exporting.onnx import (
     PLAIN_FILE,
     SINGLE_FILE,
     StepModule,
+    StepPlan,
     plan_steps,
     tensor_specs,
     write_onnx,
@@ -33,6 +35,8 @@ from offramp.runtime import Bundle, Step, with_thresholds
 from offramp.runtime.bundle import Padding
 from offramp.runtime.dense import map_cells
 from offramp.runtime.files import file_sha256
+
+Array = npt.NDArray[Any]
 
 _LENGTHS = (8, 16, 32)
 """In tokens: where the MACs of samples of unequal length are counted."""
@@ -106,7 +110,7 @@ def _write_steps(
     inputs: Features,
     costs: ExitCosts,
     folder: Path,
-    by_size: Sequence[tuple[int, ...]] | None,
+    by_size: _Formula | None,
 ) -> tuple[Step, ...]:
     exit_macs = costs.exit_macs(policy.off_exits)
     by_length = _macs_by_length(network, policy, inputs)
@@ -151,8 +155,8 @@ def _write_steps(
                 exit_macs=exit_macs[k],
                 payload_bytes=0 if is_last else payload_bytes(*next_features, *next_state),
                 parameter_bytes=parameter_bytes(module),
-                exit_macs_by_length=None if by_length is None else by_length[k],
-                exit_macs_by_size=None if by_size is None else by_size[k],
+                **_by("length", by_length, plan),
+                **_by("size", by_size, plan),
                 pixel_threshold=float(setting.pixel_threshold) if counts_pixels else None,
                 channel_scales=scales[plan.stages[0]],
             )
@@ -186,36 +190,62 @@ def _first_sample(network: MultiExitNetwork, inputs: Features) -> Features:
     return tuple(tensor.repeat(1, 2) for tensor in sample)
 
 
-def _macs_by_length(
-    network: MultiExitNetwork, policy: Policy, inputs: Features
-) -> tuple[tuple[int, ...], ...] | None:
+@dataclass(frozen=True)
+class _Formula:
+    """Numbers that MACs are made of, where they go by a sample's length or size.
+
+    Attributes:
+        exits: Up to each exit.
+        stages: Of each stage alone.
+    """
+
+    exits: Array
+    stages: Array
+
+
+def _by(what: str, formula: _Formula | None, plan: StepPlan) -> dict[str, tuple[int, ...] | None]:
+    """A step's part of a formula, by the names of its attributes."""
+    names = f"exit_macs_by_{what}", f"stage_macs_by_{what}"
+    if formula is None:
+        return dict.fromkeys(names)
+    stages = formula.stages[list(plan.stages)].sum(0)
+    numbers = formula.exits[plan.exit_index], stages
+    return {name: tuple(row.tolist()) for name, row in zip(names, numbers, strict=True)}
+
+
+def _fitted(basis: Array, policy: Policy, costs: Sequence[ExitCosts]) -> _Formula | None:
+    """The whole numbers that say all costs exactly; None if there are none."""
+    exits = [
+        each.with_decisions(policy.decision_macs).exit_macs(policy.off_exits) for each in costs
+    ]
+    stages = [each.stage_macs for each in costs]
+    fitted = []
+    for macs in (np.array(exits), np.array(stages)):
+        numbers = np.linalg.lstsq(basis, macs, rcond=None)[0].round().astype(np.int64)
+        if (basis @ numbers != macs).any():
+            return None
+        fitted.append(numbers.T)
+    return _Formula(*fitted)
+
+
+def _macs_by_length(network: MultiExitNetwork, policy: Policy, inputs: Features) -> _Formula | None:
     """MACs up to each exit as a polynomial in a sample's tokens; None where all are of one size.
 
     Layers cost so much a token, attention so much a pair of tokens: three lengths say it all.
     """
     if network.ragged is None:
         return None
-    at_length = np.array(
-        [
-            network.costs_at(length, inputs)
-            .with_decisions(policy.decision_macs)
-            .exit_macs(policy.off_exits)
-            for length in _LENGTHS
-        ]
-    )
-    powers = np.vander(_LENGTHS, 3, increasing=True)
-    numbers_3K = np.linalg.solve(powers, at_length).round().astype(np.int64)
-    if (powers @ numbers_3K != at_length).any():
+    costs = [network.costs_at(length, inputs) for length in _LENGTHS]
+    formula = _fitted(np.vander(_LENGTHS, 3, increasing=True), policy, costs)
+    if formula is None:
         raise ArtifactError(
             "The MACs of this network are no polynomial of degree 2 in its tokens, which a bundle "
             "could write down. Run it with torch."
         )
-    return tuple(tuple(numbers.tolist()) for numbers in numbers_3K.T)
+    return formula
 
 
-def _macs_by_size(
-    network: MultiExitNetwork, policy: Policy, inputs: Features
-) -> list[tuple[int, ...]] | None:
+def _macs_by_size(network: MultiExitNetwork, policy: Policy, inputs: Features) -> _Formula | None:
     """MACs up to each exit by the cells of feature maps; None where images have one size only.
 
     That is so too where maps are no whole parts of the image, as in a network that scales it.
@@ -225,21 +255,13 @@ def _macs_by_size(
     sizes = [tuple(network.pixel_multiple * n for n in size) for size in _SIZES]
     try:
         with redirect_stderr(StringIO()):  # torch.fx prints where a graph failed
-            at_size = np.array(
-                [
-                    network.costs(*(t.new_zeros((1, *t.shape[1:-2], *size)) for t in inputs))
-                    .with_decisions(policy.decision_macs)
-                    .exit_macs(policy.off_exits)
-                    for size in sizes
-                ]
-            )
+            costs = [
+                network.costs(*(t.new_zeros((1, *t.shape[1:-2], *size)) for t in inputs))
+                for size in sizes
+            ]
     except Exception:  # whatever a network for images of one size raises on others
         return None
-    cells = np.stack([map_cells(*size) for size in sizes])
-    numbers = np.linalg.lstsq(cells, at_size, rcond=None)[0].round().astype(np.int64)
-    if (cells @ numbers != at_size).any():
-        return None
-    return [tuple(of_exit.tolist()) for of_exit in numbers.T]
+    return _fitted(np.stack([map_cells(*size) for size in sizes]), policy, costs)
 
 
 def _write_plain(

@@ -5,120 +5,54 @@ Shapes: ``B`` batch, ``C`` classes, ``K`` exits, ``N`` samples, ``G`` gates, ``L
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast, overload
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from offramp.calibration.asked import Asked
+from offramp.calibration.collect import collect, collect_from_session
+from offramp.calibration.latency import LatencyCalibration
 from offramp.calibration.logits import ExitLogits
-from offramp.errors import DataError, ShapeError
-from offramp.inference.runner import Runner
+from offramp.calibration.sweep import ChosenThreshold
+from offramp.calibration.thresholds import Calibration
+from offramp.errors import DataError, InvalidArgumentError, ShapeError
+from offramp.inference.asked_and_got import paired_drop, reached
+from offramp.inference.evaluation import (
+    BlocksEvaluation,
+    Evaluation,
+    ExitEvaluation,
+    Rival,
+    TokensEvaluation,
+)
+from offramp.inference.runner import Runner, make_runner
+from offramp.inference.sweeping import steering_policy
 from offramp.measure.dense import confusion_matrices, label_maps, mean_iou, pixel_accuracy
-from offramp.model.multi_exit import as_inputs
+from offramp.model.multi_exit import MultiExitNetwork, as_inputs
+from offramp.policy.policies import Policy
+from offramp.policy.routing_policy import RoutingPolicy
+from offramp.results import AdaptiveResult
+from offramp.runtime import Session
+from offramp.runtime.answers import token_depths
+from offramp.zoo import Network
 
+__all__ = [
+    "Answers",
+    "BlocksEvaluation",
+    "Evaluation",
+    "ExitEvaluation",
+    "Rival",
+    "TokensEvaluation",
+    "answer",
+    "evaluate",
+    "predicted",
+]
 
-@dataclass(frozen=True, kw_only=True)
-class ExitEvaluation:
-    """One exit.
-
-    Attributes:
-        index: Its number in the network, from 0.
-        accuracy: Over all samples at that exit, a fraction; of pixels, where each has a class.
-        share: Of the samples that left there, a fraction.
-        macs: Of the samples that left there, the mean; where none did, that of running every head.
-        mean_iou: Over all samples at that exit; None where a sample has one class.
-    """
-
-    index: int
-    accuracy: float
-    share: float
-    macs: int
-    mean_iou: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlocksEvaluation:
-    """The blocks of a network that skips them.
-
-    Attributes:
-        run_rates: Share of the samples that ran each gated block, in order.
-        saved: Share of the gated blocks that a sample skips, the mean.
-        macs_saved: Share of the plain network's MACs that a sample saves, the mean, gates counted;
-            below 0 where the gates cost more than is skipped.
-    """
-
-    run_rates: tuple[float, ...]
-    saved: float
-    macs_saved: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokensEvaluation:
-    """The tokens of a network in which they halt.
-
-    Attributes:
-        per_layer: Tokens of a sample that run each layer, the mean, in order.
-        mean_depth: Layers that a token runs, the mean over all tokens.
-        macs_saved: Share of the plain network's MACs that a sample saves, the mean; attention's
-            part counted by the pairs of tokens that run.
-    """
-
-    per_layer: tuple[float, ...]
-    mean_depth: float
-    macs_saved: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What a runner reached on a data set.
-
-    Attributes:
-        num_samples: How many samples were answered.
-        accuracy: Of the adaptive network, a fraction.
-        mean_macs: Mean MACs per sample that ran, heads and gates counted.
-        plain_macs: MACs per sample of the plain network.
-        final_exit_accuracy: Of the final exit on every sample, every block run; where tokens halt,
-            with a threshold of 1, at which they stay longest.
-        plain_accuracy: Of a plain network trained as long; None where none was given.
-        exits: Figures of each exit; exits that are off in a bundle have none.
-        blocks: Figures of the gated blocks; None where blocks are not skipped.
-        tokens: Figures of the tokens; None where they do not halt.
-        mean_iou: Of the adaptive network; this and the next two are None where a sample has one
-            class.
-        final_exit_mean_iou: Of the final exit on every sample.
-        plain_mean_iou: Of a plain network trained as long; None too where none was given.
-    """
-
-    num_samples: int
-    accuracy: float
-    mean_macs: float
-    plain_macs: int
-    final_exit_accuracy: float
-    plain_accuracy: float | None
-    exits: tuple[ExitEvaluation, ...]
-    blocks: BlocksEvaluation | None = None
-    tokens: TokensEvaluation | None = None
-    mean_iou: float | None = None
-    final_exit_mean_iou: float | None = None
-    plain_mean_iou: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures as plain values for JSON, under the keys of ``offramp evaluate --json``."""
-        content = asdict(self)
-        content["exits"] = list(content["exits"])
-        if self.mean_iou is None:
-            for figures in (content, *content["exits"]):
-                for name in [name for name in figures if name.endswith("mean_iou")]:
-                    del figures[name]
-        for name, rates in (("blocks", "run_rates"), ("tokens", "per_layer")):
-            if content[name] is None:
-                del content[name]
-            else:
-                content[name][rates] = list(content[name][rates])
-        return content
+Chosen = Policy | RoutingPolicy | Calibration | ChosenThreshold | LatencyCalibration | None
+"""A policy, or what chose one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +66,7 @@ class Answers:
         macs_N: MACs that ran for each, shape (N,), int64.
         labels_N: True classes, shape (N,), int64; of each pixel, shape (N, H, W), uint8.
         num_classes: Classes that could be predicted.
+        output_NC: Raw logits, shape (N, C); None where the labels are masks.
         blocks_NG: Gated blocks that ran, shape (N, G), bool; None where blocks are not skipped.
         tokens_NL: Tokens that ran each layer, shape (N, L), int64; None where they do not halt.
     """
@@ -141,6 +76,7 @@ class Answers:
     macs_N: Tensor
     labels_N: Tensor
     num_classes: int
+    output_NC: Tensor | None = None
     blocks_NG: Tensor | None = None
     tokens_NL: Tensor | None = None
 
@@ -190,29 +126,62 @@ def answer(runner: Runner, loader: Iterable[tuple[Any, Tensor]]) -> Answers:
     Raises:
         DataError: If the loader yields no sample.
     """
-    predictions, exits, macs, labels, blocks, tokens = [], [], [], [], [], []
-    for batch, labels_B in loader:
-        result = runner.run(*as_inputs(batch))
-        output = torch.as_tensor(result.output)
-        predictions.append(predicted(output, labels_B).cpu())
-        exits.append(torch.as_tensor(result.exit_index).cpu())
-        macs.append(torch.as_tensor(result.macs).cpu())
-        labels.append(labels_B.cpu().to(predictions[-1].dtype))
-        if result.blocks is not None:
-            blocks.append(torch.as_tensor(result.blocks).cpu())
-        if result.tokens is not None:
-            tokens.append(torch.as_tensor(result.tokens).cpu())
-    if not labels:
-        raise DataError("Expected at least one batch of samples to evaluate. Got none.")
-    return Answers(
-        predictions_N=torch.cat(predictions),
-        exit_index_N=torch.cat(exits),
-        macs_N=torch.cat(macs),
-        labels_N=torch.cat(labels),
-        num_classes=output.shape[1],
-        blocks_NG=torch.cat(blocks) if blocks else None,
-        tokens_NL=torch.cat(tokens) if tokens else None,
-    )
+    gathered = _Gathered()
+    for _ in gathered.answering(runner, loader):
+        pass
+    return gathered.answers()
+
+
+@dataclass
+class _Gathered:
+    """What a runner says, batch after batch."""
+
+    results: list[AdaptiveResult[Tensor]] = field(default_factory=list)
+    predictions: list[Tensor] = field(default_factory=list)
+    labels: list[Tensor] = field(default_factory=list)
+
+    def answering(
+        self, runner: Runner, loader: Iterable[tuple[Any, Tensor]]
+    ) -> Iterator[tuple[Any, Tensor]]:
+        """Run each batch and hand it on, so that one pass serves what comes after too."""
+        for batch, labels_B in loader:
+            result = runner.run(*as_inputs(batch))
+            output = torch.as_tensor(result.output)
+            self.predictions.append(predicted(output, labels_B).cpu())
+            self.labels.append(labels_B.cpu().to(self.predictions[-1].dtype))
+            # Maps of logits are large, and only their classes count.
+            kept = output if output.ndim == 2 else output[:, :, :0, :0]
+            parts: dict[str, Any] = {
+                name: None if part is None else torch.as_tensor(part).cpu()
+                for name, part in {**vars(result), "output": kept}.items()
+            }
+            self.results.append(AdaptiveResult(**parts))
+            yield batch, labels_B
+
+    def answers(self) -> Answers:
+        """All of it.
+
+        Raises:
+            DataError: If there is none.
+        """
+        if not self.labels:
+            raise DataError("Expected at least one batch of samples to evaluate. Got none.")
+
+        def joined(name: str) -> Any:
+            parts = [getattr(result, name) for result in self.results]
+            return None if parts[0] is None else torch.cat(parts)
+
+        output = joined("output")
+        return Answers(
+            predictions_N=torch.cat(self.predictions),
+            exit_index_N=joined("exit_index"),
+            macs_N=joined("macs"),
+            labels_N=torch.cat(self.labels),
+            num_classes=output.shape[1],
+            output_NC=output if output.ndim == 2 else None,
+            blocks_NG=joined("blocks"),
+            tokens_NL=joined("tokens"),
+        )
 
 
 def predicted(output: Tensor, labels_B: Tensor) -> Tensor:
@@ -229,31 +198,108 @@ def predicted(output: Tensor, labels_B: Tensor) -> Tensor:
     return label_maps(output, (labels_B.shape[1], labels_B.shape[2]))
 
 
+@overload
 def evaluate(
     runner: Runner,
     loader: Iterable[tuple[Any, Tensor]],
-    logits: ExitLogits,
+    logits: ExitLogits | None = None,
     *,
+    asked: Asked | None = None,
+    plain_accuracy: float | None = None,
+    plain_mean_iou: float | None = None,
+) -> Evaluation: ...
+
+
+@overload
+def evaluate(
+    runner: Network,
+    loader: Chosen,
+    logits: Iterable[tuple[Any, Tensor]],
+    *,
+    asked: Asked | None = None,
+    plain_accuracy: float | None = None,
+    plain_mean_iou: float | None = None,
+) -> Evaluation: ...
+
+
+def evaluate(
+    runner: Any,
+    loader: Any,
+    logits: Any = None,
+    *,
+    asked: Asked | None = None,
     plain_accuracy: float | None = None,
     plain_mean_iou: float | None = None,
 ) -> Evaluation:
-    """Run every sample with a runner and compare with what each exit alone would have said.
+    """Run every sample early, and compare with what each exit alone would have said.
+
+    Call it as ``evaluate(network, policy, data)``, where the policy may be what a calibration
+    chose, or as ``evaluate(runner, data)``; where every exit's logits on the same samples are at
+    hand, as ``evaluate(runner, data, logits)``.
 
     Args:
-        runner: Any runner.
+        runner: Any runner, or a network.
         loader: Batches of (inputs, labels) on the runner's device; inputs is a tuple where the
-            network takes several.
+            network takes several. Behind a network, its policy or a calibration.
         logits: Every exit's logits on the same samples in the same order, from ``collect``, or
-            ``collect_from_session`` for a bundle.
+            ``collect_from_session`` for a bundle; collected in the same pass if None. Behind a
+            network and its policy, the batches.
+        asked: What the policy was asked for, to stand beside what came; a calibration says it.
         plain_accuracy: Of a plain network trained as long, to stand beside the figures.
         plain_mean_iou: Its mean IoU, where every pixel has a class.
     Returns:
-        The figures.
+        The figures; print them for a table.
     Raises:
-        DataError: If the loader yields no sample.
-        ShapeError: If the loader and the logits hold different samples.
+        DataError: If there is no sample.
+        InvalidArgumentError: If there are no batches behind a network and its policy.
+        NotCalibratedError: If the policy is None or of another network.
+        ShapeError: If the batches and the logits hold different samples.
     """
-    answers = answer(runner, loader)
+    if isinstance(runner, nn.Module):
+        if logits is None:
+            raise InvalidArgumentError(
+                "Expected evaluate(network, policy, data), or evaluate(runner, data). Got a "
+                f"{type(runner).__name__} and nothing behind its policy or data."
+            )
+        network, chosen = cast(Network, runner), loader
+        asked = asked or getattr(_calibration(chosen), "asked", None)
+        runner, loader, logits = make_runner(network, _policy(network, chosen)), logits, None
+    if logits is None:
+        gathered = _Gathered()
+        batches = gathered.answering(runner, loader)
+        if isinstance(runner, Session):
+            logits = collect_from_session(runner, batches)
+        else:
+            logits = collect(runner.network, batches)
+        answers = gathered.answers()
+    else:
+        answers = answer(runner, loader)
+    return _compare(
+        answers,
+        logits,
+        asked=asked,
+        plain_accuracy=plain_accuracy,
+        plain_mean_iou=plain_mean_iou,
+    )
+
+
+def _calibration(chosen: Any) -> Any:
+    """What chose a policy, or the policy itself."""
+    return chosen.chosen if isinstance(chosen, LatencyCalibration) else chosen
+
+
+def _policy(network: Network, chosen: Any) -> Any:
+    chosen = _calibration(chosen)
+    if isinstance(chosen, Calibration):
+        return chosen.policy
+    if isinstance(chosen, ChosenThreshold) and not isinstance(network, MultiExitNetwork):
+        return steering_policy(network)(chosen.threshold)
+    return chosen
+
+
+def _compare(
+    answers: Answers, logits: ExitLogits, *, asked: Asked | None, **plain: float | None
+) -> Evaluation:
     if not torch.equal(answers.labels_N, logits.labels_N):
         raise ShapeError(
             "Expected the loader to yield the samples of the logits in the same order. "
@@ -265,13 +311,13 @@ def evaluate(
     shares = answers.shares(logits.numbers[-1] + 1)
     everybody = np.ones(len(answers.labels_N), dtype=np.int64)
     alone = [logits.figures(k * everybody) for k in range(logits.costs.num_exits)]
+    drop = paired_drop(answers, logits)
     return Evaluation(
         num_samples=len(answers.labels_N),
         accuracy=answers.accuracy,
         mean_macs=answers.mean_macs,
         plain_macs=logits.costs.plain_macs,
         final_exit_accuracy=alone[-1].accuracy,
-        plain_accuracy=plain_accuracy,
         exits=tuple(
             ExitEvaluation(index=k, share=shares[k], macs=macs[k], **vars(figures))
             for k, figures in zip(logits.numbers, alone, strict=True)
@@ -280,7 +326,10 @@ def evaluate(
         tokens=_describe_tokens(answers, plain_macs=logits.costs.plain_macs),
         mean_iou=answers.mean_iou,
         final_exit_mean_iou=alone[-1].mean_iou,
-        plain_mean_iou=plain_mean_iou,
+        drop=drop,
+        asked=asked,
+        got=None if asked is None else reached(asked, answers, logits, drop=drop),
+        **plain,  # type: ignore[arg-type]
     )
 
 
@@ -301,6 +350,6 @@ def _describe_tokens(answers: Answers, *, plain_macs: int) -> TokensEvaluation |
     tokens_NL = answers.tokens_NL.double()
     return TokensEvaluation(
         per_layer=tuple(tokens_NL.mean(0).tolist()),
-        mean_depth=float(tokens_NL.sum() / tokens_NL[:, 0].sum()),  # all run the first layer
+        mean_depth=float(np.average(token_depths(tokens_NL.numpy()), weights=tokens_NL[:, 0])),
         macs_saved=1 - answers.mean_macs / plain_macs,
     )

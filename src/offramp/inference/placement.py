@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from statistics import median
 from typing import Any
@@ -19,6 +19,7 @@ from offramp.model.cut import cut_paths, cut_stages
 from offramp.model.head_choice import choose_head
 from offramp.model.multi_exit import Features, as_features
 from offramp.model.spacing import choose_cuts
+from offramp.tables import Lines, Printed, Table, milliseconds, percent
 
 _WARM_UP_ROUNDS = 2
 
@@ -36,6 +37,7 @@ class Candidate:
         share: ``ms`` over the whole backbone's, a fraction in [0, 1].
         head_ms: The exit head that would hang here, a batch.
         chosen: Whether it is proposed.
+        module: Class of that module.
     """
 
     path: str
@@ -43,11 +45,12 @@ class Candidate:
     share: float
     head_ms: float
     chosen: bool
+    module: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Where to put exits, and the milliseconds that say so.
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Placement(Printed):
+    """Where to put exits, and the milliseconds that say so; print it for a table.
 
     Attributes:
         at: The proposed paths in order, for ``add_exits(backbone, at=...)``.
@@ -64,6 +67,27 @@ class Placement:
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain values for JSON."""
         return asdict(self)
+
+    def _title(self) -> str:
+        whole = milliseconds(self.total_ms)
+        return f"milliseconds a batch of {self.batch_size}, medians; the whole takes {whole}"
+
+    def _parts(self) -> list[Table | Lines]:
+        rows = [
+            (
+                row.path,
+                row.module,
+                milliseconds(row.ms),
+                percent(row.share),
+                milliseconds(row.head_ms),
+                f"exit {self.at.index(row.path)}" if row.chosen else "",
+            )
+            for row in self.candidates
+        ]
+        return [Table(("after", "module", "so far", "share", "head", "proposed"), rows, words=2)]
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [asdict(row) for row in self.candidates]
 
 
 def place(
@@ -103,7 +127,12 @@ def place(
     pieces = dict(zip([*paths, THE_END], stages, strict=True))
     with evaluation_mode(nn.ModuleList([*stages, *heads.values()])), torch.inference_mode():
         piece_ms, head_ms = _profile(pieces, heads, inputs, rounds)
-    return propose(piece_ms, head_ms, num_exits=num_exits, batch_size=len(inputs[0]))
+    found = propose(piece_ms, head_ms, num_exits=num_exits, batch_size=len(inputs[0]))
+    named = (
+        replace(row, module=type(backbone.get_submodule(row.path)).__name__)
+        for row in found.candidates
+    )
+    return replace(found, candidates=tuple(named))
 
 
 def propose(

@@ -7,6 +7,7 @@ answers one line on its standard input with one line on its standard output.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,10 +17,34 @@ from typing import Any, NamedTuple, Protocol
 
 from offramp.errors import OfframpError
 
-_WARM_UP_ROUNDS = 2
+LEAST_SAMPLES = 64
+"""So many samples are timed at least, or all there are: fewer say little of who leaves where."""
 _ROUND_S = 0.5
-"""A contender's turn takes about this long, at most."""
+"""A contender's turn takes about this long, unless fewer samples than those would fit."""
 _MAX_BATCHES = 64
+_WARM_UP_ROUNDS = 2
+_WARM_AFTER_S = 5.0
+"""A round that takes so long needs no other to warm up."""
+_LEAST_ROUNDS = 2
+
+
+def representative_rows(cost_N: Sequence[float] | None, count: int) -> list[int]:
+    """Choose samples that stand for more: evenly spread over all, from the cheapest to the dearest.
+
+    Args:
+        cost_N: What each sample costs, in any unit; None where it is not known: then the first.
+        count: How many to choose, at most N.
+    Returns:
+        Their numbers, ascending.
+    Example:
+        >>> representative_rows([9, 1, 1, 1, 9, 1, 1, 1], 4)
+        [0, 2, 5, 7]
+    """
+    if cost_N is None:
+        return list(range(count))
+    cheap_first = sorted(range(len(cost_N)), key=cost_N.__getitem__)
+    places = [(2 * i + 1) * len(cost_N) // (2 * count) for i in range(count)]
+    return sorted(cheap_first[place] for place in places)
 
 
 class Prepared(NamedTuple):
@@ -27,7 +52,7 @@ class Prepared(NamedTuple):
 
     Attributes:
         contenders: Their names.
-        num_batches: How many batches each runs at a time, from the first sample on.
+        num_batches: How many batches each runs at a time.
     """
 
     contenders: list[str]
@@ -80,11 +105,16 @@ class LocalStopwatch:
         self._synchronise = synchronise
 
     def prepare(self, batch_size: int) -> Prepared:
-        """See :class:`Stopwatch`; as many batches as a round of the plain network has time for."""
+        """See :class:`Stopwatch`.
+
+        As many batches as a round of the plain network has time for, of 64 samples at least; whole
+        ones, so that a batch's time is that of full batches.
+        """
         self._num_batches, self._contenders = 1, self._make_contenders(batch_size, 1)
         self.elapsed_ms("plain")
-        fitting = int(1e3 * _ROUND_S / self.elapsed_ms("plain"))
-        self._num_batches = max(1, min(fitting, self._num_samples // batch_size, _MAX_BATCHES))
+        fitting = min(int(1e3 * _ROUND_S / self.elapsed_ms("plain")), _MAX_BATCHES)
+        least = -(-LEAST_SAMPLES // batch_size)
+        self._num_batches = min(max(fitting, least), self._num_samples // batch_size)
         self._contenders = self._make_contenders(batch_size, self._num_batches)
         return Prepared(list(self._contenders), self._num_batches)
 
@@ -166,14 +196,17 @@ def serve(stopwatch: Stopwatch) -> None:
 
 
 def time_in_turn(
-    stopwatches: Mapping[str, Stopwatch], batch_size: int, rounds: int
+    stopwatches: Mapping[str, Stopwatch], batch_size: int, rounds: int, *, most_s: float = math.inf
 ) -> dict[str, Laps]:
     """Time every contender of every stopwatch, one after the other, round after round.
 
     Args:
         stopwatches: By name.
         batch_size: Samples a batch.
-        rounds: How often each contender is timed, after two rounds that warm up.
+        rounds: How often each contender is timed, after two rounds that warm up; none do where a
+            round takes so long that it has warmed up by itself.
+        most_s: Where all rounds would take longer than so many seconds, as many as fit are run
+            instead, at least two.
     Returns:
         What was timed, by stopwatch.
     """
@@ -181,10 +214,24 @@ def time_in_turn(
     for name, stopwatch in stopwatches.items():
         prepared = stopwatch.prepare(batch_size)
         laps[name] = Laps({one: [] for one in prepared.contenders}, prepared.num_batches)
-    for round_index in range(_WARM_UP_ROUNDS + rounds):
-        for name, stopwatch in stopwatches.items():
-            for contender, batch_ms in laps[name].batch_ms.items():
-                elapsed_ms = stopwatch.elapsed_ms(contender)
-                if round_index >= _WARM_UP_ROUNDS:
-                    batch_ms.append(elapsed_ms)
+    begun = time.perf_counter()
+    _run_round(stopwatches, laps)
+    round_s = time.perf_counter() - begun
+    if round_s < _WARM_AFTER_S:
+        for _ in range(_WARM_UP_ROUNDS - 1):
+            _run_round(stopwatches, laps)
+        for lap in laps.values():
+            for batch_ms in lap.batch_ms.values():
+                batch_ms.clear()
+    if rounds * round_s > most_s:
+        rounds = min(rounds, max(_LEAST_ROUNDS, int(most_s / round_s)))
+    while any(len(ms) < rounds for lap in laps.values() for ms in lap.batch_ms.values()):
+        _run_round(stopwatches, laps)
     return laps
+
+
+def _run_round(stopwatches: Mapping[str, Stopwatch], laps: Mapping[str, Laps]) -> None:
+    """Time every contender once more."""
+    for name, stopwatch in stopwatches.items():
+        for contender, batch_ms in laps[name].batch_ms.items():
+            batch_ms.append(stopwatch.elapsed_ms(contender))

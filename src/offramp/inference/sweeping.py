@@ -15,7 +15,7 @@ from torch import Tensor
 from offramp.calibration.sweep import Sweep
 from offramp.errors import DataError
 from offramp.inference.runner import make_runner
-from offramp.model.multi_exit import Features, as_inputs
+from offramp.model.multi_exit import as_inputs
 from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
 from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
@@ -64,7 +64,7 @@ def collect_sweep(
         results = [runner.run(*inputs) for runner in runners]
         outputs.append(torch.stack([result.output for result in results]).float().cpu())
         macs.append(torch.stack([result.macs for result in results]).cpu())
-        plain_macs.append(_plain_macs(network, inputs))
+        plain_macs.append(network.plain_macs(*inputs))
         labels.append(labels_B.cpu())
     if not labels:
         raise DataError("Expected at least one batch of samples to run. Got none.")
@@ -95,10 +95,3 @@ def _cheap_first(network: SteeredNetwork, thresholds: Sequence[float] | None) ->
         return sorted({0.0, *asked}, reverse=True)
     asked = HALTING_THRESHOLDS if thresholds is None else thresholds
     return sorted({1.0, *asked})
-
-
-def _plain_macs(network: SteeredNetwork, inputs: Features) -> Tensor:
-    """Of each sample."""
-    if isinstance(network, HaltingNetwork) and network.ragged is not None:
-        return network.costs(*inputs).macs_of_length(network.lengths(inputs)).cpu()
-    return torch.full((len(inputs[0]),), network.costs(*inputs).plain_macs)

@@ -18,15 +18,25 @@ from torch import Tensor
 
 from offramp.errors import InvalidArgumentError
 from offramp.inference.agreement import check_agreement
-from offramp.inference.contenders import torch_contenders
+from offramp.inference.contenders import Contenders, torch_contenders
 from offramp.inference.runner import TorchRunner
-from offramp.inference.stopwatch import LocalStopwatch, Stopwatch, time_in_turn
+from offramp.inference.stopwatch import (
+    Laps,
+    LocalStopwatch,
+    Stopwatch,
+    representative_rows,
+    time_in_turn,
+)
 from offramp.results import AdaptiveResult
 from offramp.runtime.hardware import processor_name
+from offramp.tables import Brief, Lines, Printed, Table, milliseconds
+
+_MOST_S = 120.0
+"""Seconds that the rounds of one batch size may take: fewer are run where all take longer."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class BatchTiming:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class BatchTiming(Brief):
     """Medians for one batch size.
 
     Attributes:
@@ -38,13 +48,17 @@ class BatchTiming:
         adaptive_ms: Leaving early, or skipping blocks.
         never_exit_ms: Asking every head or gate and saving nothing: the price of asking.
         interval_ms: First and third quartile over the rounds, by contender.
-        ideal_speedup: Plain MACs over mean MACs.
+        ideal_speedup: Plain MACs over mean MACs, of the samples that were timed, each with its own.
         speedup: plain_ms over adaptive_ms.
         realised: speedup over ideal_speedup.
         stage_bound: Stages and heads alone at the survivors' batch sizes, over adaptive_ms; None
             without stages, as where blocks are skipped.
         stage_ms: Each stage with its head on a full batch; steps of a bundle, for onnxruntime;
             None without stages.
+        num_samples: Samples that every contender ran in each round, and that ``ideal_speedup`` is
+            of: 64 at least, as far as they went in whole batches.
+        rounds: How often; fewer than asked for where the network is slow.
+        speedup_interval: First and third quartile over the rounds of plain over adaptive time.
     """
 
     backend: str
@@ -59,18 +73,21 @@ class BatchTiming:
     realised: float
     stage_bound: float | None
     stage_ms: tuple[float, ...] | None
+    num_samples: int
+    rounds: int
+    speedup_interval: tuple[float, float]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """What ``offramp time --json`` prints.
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Timing(Printed):
+    """Milliseconds of a runner and its rivals; print it for a table.
 
     Attributes:
         hardware: Processor or GPU.
         threads: Threads that compute.
         versions: Of Python and the engines.
-        shares: Of the timed samples that left by each exit.
-        mean_macs: Mean MACs per timed sample.
+        shares: Of the given samples that left by each exit; those that are timed stand for them.
+        mean_macs: Mean MACs per given sample.
         stage_ms: Batch size to milliseconds of each stage, of the engine that was named last;
             empty without stages.
         results: One entry for each batch size and engine.
@@ -88,6 +105,59 @@ class Timing:
         """The figures as plain values for JSON."""
         return asdict(self)
 
+    def _title(self) -> str:
+        return "milliseconds a batch, medians"
+
+    def _parts(self) -> list[Table | Lines]:
+        engines = list(dict.fromkeys(row.backend for row in self.results))
+        parts: list[Table | Lines] = []
+        for engine in engines:
+            if len(engines) > 1:
+                parts.append(Lines([("engine", engine)]))
+            parts.append(Table(_COLUMNS, [_cells(r) for r in self.results if r.backend == engine]))
+        return [*parts, Lines(self._conditions(engines))]
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [asdict(row) for row in self.results]
+
+    def _conditions(self, engines: Sequence[str]) -> list[tuple[str, str]]:
+        named = ", ".join(f"{engine} {self.versions[engine]}" for engine in engines)
+        rounds = sorted({row.rounds for row in self.results})
+        lines = [
+            ("hardware", self.hardware),
+            ("engine", f"{self.threads} threads, {named}"),
+            ("gain, its quartiles", f"plain over adaptive, {' or '.join(map(str, rounds))} rounds"),
+            ("ideal", "plain MACs over mean MACs of the same samples"),
+        ]
+        slower = [row for row in self.results if row.speedup < 1]
+        return lines + [
+            (
+                "slower than plain",
+                f"batches of {row.batch_size} in {row.backend}: running less takes "
+                f"{milliseconds(row.adaptive_ms)} ms against {milliseconds(row.plain_ms)}",
+            )
+            for row in slower
+        ]
+
+
+_COLUMNS = (
+    *("batch", "samples", "plain", "all exits", "adaptive", "never exit"),
+    *("gain", "quartiles", "ideal"),
+)
+
+
+def _cells(row: BatchTiming) -> tuple[str, ...]:
+    times = (row.plain_ms, row.all_exits_ms, row.adaptive_ms, row.never_exit_ms)
+    first, third = row.speedup_interval
+    return (
+        str(row.batch_size),
+        f"{row.num_samples:,}",
+        *map(milliseconds, times),
+        f"{row.speedup:.2f}",
+        f"{first:.2f}-{third:.2f}",
+        f"{row.ideal_speedup:.2f}",
+    )
+
 
 def time_runner(
     runner: TorchRunner,
@@ -98,15 +168,19 @@ def time_runner(
 ) -> Timing:
     """Time a runner against its plain network, and against choosing afterwards, in this process.
 
-    Before the clock starts, the runner's answers are checked against choosing afterwards.
+    Before the clock starts, the runner's answers are checked against choosing afterwards. Gain and
+    ideal are of the same samples: at least 64, or as many whole batches as there are, spread
+    evenly over all samples from the cheapest to the dearest, each with its own plain MACs. Where
+    the rounds would take longer than two minutes a batch size, fewer are run, at least two; the
+    samples stay.
 
     Args:
         runner: The runner to time, with its network and policy.
         inputs: Real samples, shape (N, ...), on the network's device.
         batch_sizes: Samples a batch; each at most N.
-        rounds: How often every contender runs all batches.
+        rounds: How often every contender runs all batches, at most.
     Returns:
-        Medians per batch.
+        Medians per batch; print it for a table.
     Raises:
         InvalidArgumentError: If a batch size is below 1 or above N, or there are no rounds.
         OfframpError: If running less gives other answers than choosing afterwards.
@@ -114,10 +188,11 @@ def time_runner(
     check_batch_sizes(batch_sizes, num_samples=len(inputs))
     result = runner.run(inputs)
     check_agreement(result, runner, inputs)
+    spent = Spent.of(result, runner.network.plain_macs(inputs))
     return time_engines(
-        {"torch": torch_stopwatch(runner, inputs)},
+        {"torch": torch_stopwatch(runner, inputs, spent.shares)},
         result,
-        plain_macs=runner.network.costs(inputs).plain_macs,
+        spent,
         num_exits=runner.network.num_exits,
         batch_sizes=batch_sizes,
         rounds=rounds,
@@ -128,8 +203,8 @@ def time_runner(
 def time_engines(
     stopwatches: Mapping[str, Stopwatch],
     result: AdaptiveResult[Any],
+    spent: Spent,
     *,
-    plain_macs: int,
     num_exits: int,
     batch_sizes: Sequence[int],
     rounds: int,
@@ -139,11 +214,11 @@ def time_engines(
 
     Args:
         stopwatches: By name of the engine: torch or onnxruntime.
-        result: What the runner said of the samples that are timed, in their order.
-        plain_macs: MACs a sample of the plain network.
+        result: What the runner said of the given samples, in their order.
+        spent: What they cost.
         num_exits: Exits of the network.
         batch_sizes: Samples a batch; each at most as many as there are samples.
-        rounds: How often every contender runs all batches, at least 2.
+        rounds: How often every contender runs all batches, from 2 on; fewer where it takes long.
         hardware: Where they run, with as many threads as torch has here.
     Returns:
         Medians per batch.
@@ -154,22 +229,21 @@ def time_engines(
         raise InvalidArgumentError(
             f"The 'rounds' parameter must be an int of at least 2. Got {rounds}."
         )
-    macs_N = torch.as_tensor(result.macs).double()
     exit_index_N = torch.as_tensor(result.exit_index)
     results = []
     for batch_size in batch_sizes:
-        for backend, laps in time_in_turn(stopwatches, batch_size, rounds).items():
-            timed_macs = float(macs_N[: batch_size * laps.num_batches].mean())
-            ideal_speedup = plain_macs / timed_macs
-            results.append(_summary(backend, batch_size, laps.batch_ms, ideal_speedup))
-    shares_K = torch.bincount(exit_index_N, minlength=num_exits).double() / len(macs_N)
+        in_turn = time_in_turn(stopwatches, batch_size, rounds, most_s=_MOST_S)
+        for backend, laps in in_turn.items():
+            ideal_speedup = spent.ideal_speedup(batch_size * laps.num_batches)
+            results.append(_summary(backend, batch_size, laps, ideal_speedup))
+    shares_K = torch.bincount(exit_index_N, minlength=num_exits).double() / len(exit_index_N)
     last_backend = list(stopwatches)[-1]
     return Timing(
         hardware=hardware,
         threads=torch.get_num_threads(),
         versions={"python": platform.python_version(), **engine_versions(stopwatches)},
         shares=tuple(shares_K.tolist()),
-        mean_macs=float(macs_N.mean()),
+        mean_macs=spent.mean_macs,
         stage_ms={
             row.batch_size: row.stage_ms
             for row in results
@@ -179,17 +253,59 @@ def time_engines(
     )
 
 
-def torch_stopwatch(runner: TorchRunner, inputs: Tensor) -> LocalStopwatch:
+@dataclass(frozen=True)
+class Spent:
+    """What samples cost, each beside what the plain network takes for it.
+
+    Attributes:
+        macs: That ran for each sample.
+        plain_macs: Of the plain network.
+    """
+
+    macs: tuple[int, ...]
+    plain_macs: tuple[int, ...]
+
+    @classmethod
+    def of(cls, result: AdaptiveResult[Any], plain_macs_N: Any) -> Spent:
+        """Put what a runner said beside what the plain network takes."""
+        return cls(*(tuple(map(int, macs_N)) for macs_N in (result.macs, plain_macs_N)))
+
+    @property
+    def shares(self) -> list[float]:
+        """MACs of each sample over its own plain ones."""
+        return [macs / plain for macs, plain in zip(self.macs, self.plain_macs, strict=True)]
+
+    @property
+    def mean_macs(self) -> float:
+        """Mean MACs a sample."""
+        return sum(self.macs) / len(self.macs)
+
+    def ideal_speedup(self, count: int) -> float:
+        """Plain MACs over MACs, of the samples that stand for all when so many are timed."""
+        rows = representative_rows(self.shares, count)
+        return sum(self.plain_macs[row] for row in rows) / sum(self.macs[row] for row in rows)
+
+
+def torch_stopwatch(
+    runner: TorchRunner, inputs: Tensor, shares: Sequence[float] | None
+) -> LocalStopwatch:
     """A stopwatch for what torch runs in this process.
 
     Args:
         runner: Holds the network and the policy.
         inputs: Real samples, shape (N, ...), on the network's device.
+        shares: MACs of each over its own plain ones, by which some stand for all; None to time the
+            first.
     Returns:
         The stopwatch.
     """
+
+    def contenders(size: int, count: int) -> Contenders:
+        rows = representative_rows(shares, size * count)
+        return torch_contenders(runner, torch.split(inputs[rows], size))
+
     return LocalStopwatch(
-        lambda size, count: torch_contenders(runner, torch.split(inputs[: size * count], size)),
+        contenders,
         num_samples=len(inputs),
         synchronise=torch.cuda.synchronize if inputs.is_cuda else lambda: None,
     )
@@ -212,11 +328,13 @@ def check_batch_sizes(batch_sizes: Sequence[int], *, num_samples: int) -> None:
             )
 
 
-def _summary(
-    backend: str, batch_size: int, batch_ms: Mapping[str, Sequence[float]], ideal_speedup: float
-) -> BatchTiming:
+def _summary(backend: str, batch_size: int, laps: Laps, ideal_speedup: float) -> BatchTiming:
+    batch_ms = laps.batch_ms
     middle = {name: median(values) for name, values in batch_ms.items()}
-    quartiles = {name: quantiles(values, n=4) for name, values in batch_ms.items()}
+    gains = [
+        plain / adaptive
+        for plain, adaptive in zip(batch_ms["plain"], batch_ms["adaptive"], strict=True)
+    ]
     speedup = middle["plain"] / middle["adaptive"]
     stage_ms = tuple(middle[name] for name in middle if name.startswith("stage_"))
     return BatchTiming(
@@ -227,7 +345,7 @@ def _summary(
         adaptive_ms=middle["adaptive"],
         never_exit_ms=middle["never_exit"],
         interval_ms={
-            name: (quartiles[name][0], quartiles[name][2])
+            name: _quartiles(batch_ms[name])
             for name in ("plain", "all_exits", "adaptive", "never_exit")
         },
         ideal_speedup=ideal_speedup,
@@ -235,7 +353,16 @@ def _summary(
         realised=speedup / ideal_speedup,
         stage_bound=middle["stages"] / middle["adaptive"] if stage_ms else None,
         stage_ms=stage_ms or None,
+        num_samples=batch_size * laps.num_batches,
+        rounds=len(gains),
+        speedup_interval=_quartiles(gains),
     )
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """The first and the third."""
+    first, _, third = quantiles(values, n=4, method="inclusive")
+    return first, third
 
 
 def engine_versions(engines: Iterable[str]) -> dict[str, str]:

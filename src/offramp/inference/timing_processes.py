@@ -30,7 +30,13 @@ from offramp.inference.agreement import (
 from offramp.inference.bundle_contenders import all_steps_loop
 from offramp.inference.runner import TorchRunner
 from offramp.inference.stopwatch import ProcessStopwatch, Stopwatch
-from offramp.inference.timing import Timing, check_batch_sizes, hardware_name, time_engines
+from offramp.inference.timing import (
+    Spent,
+    Timing,
+    check_batch_sizes,
+    hardware_name,
+    time_engines,
+)
 from offramp.policy.as_dict import policy_to_dict
 from offramp.results import AdaptiveResult
 from offramp.runtime import Bundle, Session, read_bundle
@@ -66,11 +72,12 @@ def time_in_processes(
     check_agreement(result, runner, inputs)
     if "onnxruntime" in folders:
         _check_bundle(folders["onnxruntime"], runner, inputs)
-    with _stopwatches(folders, inputs) as stopwatches:
+    spent = Spent.of(result, runner.network.plain_macs(inputs))
+    with _stopwatches(folders, inputs, spent.shares) as stopwatches:
         return time_engines(
             stopwatches,
             result,
-            plain_macs=runner.network.costs(inputs).plain_macs,
+            spent,
             num_exits=runner.network.num_exits,
             batch_sizes=batch_sizes,
             rounds=rounds,
@@ -112,11 +119,12 @@ def time_bundle(
         few = inputs[:SINGLE_SAMPLES]
         ones = answer_in_batches(session, few, batch_size=1)
         require_agreement(_compare_with_all_steps(ones, session, few))
-    with _stopwatches({"onnxruntime": bundle.folder}, inputs) as stopwatches:
+    spent = Spent.of(result, session.plain_macs(inputs))
+    with _stopwatches({"onnxruntime": bundle.folder}, inputs, spent.shares) as stopwatches:
         return time_engines(
             stopwatches,
             result,
-            plain_macs=bundle.plain_macs,
+            spent,
             num_exits=bundle.num_exits,
             batch_sizes=batch_sizes,
             rounds=rounds,
@@ -125,17 +133,21 @@ def time_bundle(
 
 
 @contextmanager
-def _stopwatches(folders: Mapping[str, Path], inputs: Tensor) -> Iterator[dict[str, Stopwatch]]:
+def _stopwatches(
+    folders: Mapping[str, Path], inputs: Tensor, shares: Sequence[float]
+) -> Iterator[dict[str, Stopwatch]]:
     """A process for each engine, until the block ends."""
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        samples = Path(scratch) / "inputs.npy"
+        samples, of_plain = Path(scratch) / "inputs.npy", Path(scratch) / "shares.npy"
         np.save(samples, inputs.numpy())
+        np.save(of_plain, shares)
         stopwatches: dict[str, Stopwatch] = {}
         for backend, folder in folders.items():
             spec = {
                 "backend": backend,
                 "folder": str(folder),
                 "inputs": str(samples),
+                "shares": str(of_plain),
                 "threads": torch.get_num_threads(),
             }
             worker = [sys.executable, "-m", "offramp.inference.timing_worker", json.dumps(spec)]
@@ -162,7 +174,7 @@ def _require_plain(bundle: Bundle) -> None:
     if bundle.plain_file is None:
         raise ArtifactError(
             f"The bundle {bundle.folder} holds no plain network to be timed against. "
-            "Export it again with --plain."
+            "Export it again with plain=True."
         )
 
 

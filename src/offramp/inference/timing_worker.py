@@ -1,7 +1,9 @@
 """A process that times one engine: ``python -m offramp.inference.timing_worker SPEC``.
 
 SPEC is JSON: the engine (``backend``), the run or bundle (``folder``), a ``.npy`` file of real
-samples (``inputs``), and ``threads``. :class:`~offramp.inference.stopwatch.ProcessStopwatch` asks.
+samples (``inputs``), one of the MACs of each over its own plain ones (``shares``; where it is left
+out, the first samples are timed), and ``threads``.
+:class:`~offramp.inference.stopwatch.ProcessStopwatch` asks.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from offramp.inference.stopwatch import LocalStopwatch, Stopwatch, serve
+from offramp.inference.stopwatch import LocalStopwatch, Stopwatch, representative_rows, serve
 
 
 def make_stopwatch(spec: dict[str, Any]) -> Stopwatch:
@@ -24,6 +26,7 @@ def make_stopwatch(spec: dict[str, Any]) -> Stopwatch:
         The stopwatch of that engine.
     """
     inputs = np.load(spec["inputs"])
+    shares = np.load(spec["shares"]).tolist() if "shares" in spec else None
     if spec["backend"] == "torch":
         import torch
 
@@ -33,14 +36,17 @@ def make_stopwatch(spec: dict[str, Any]) -> Stopwatch:
 
         torch.set_num_threads(spec["threads"])
         run = load(spec["folder"])
-        return torch_stopwatch(make_runner(run.network, run.policy), torch.from_numpy(inputs))
+        runner = make_runner(run.network, run.policy)
+        return torch_stopwatch(runner, torch.from_numpy(inputs), shares)
     from offramp.inference.bundle_contenders import bundle_contenders
     from offramp.runtime import Session
 
     session = Session(spec["folder"], threads=spec["threads"])
     return LocalStopwatch(
         lambda size, count: bundle_contenders(
-            session, np.split(inputs[: size * count], count), threads=spec["threads"]
+            session,
+            np.split(inputs[representative_rows(shares, size * count)], count),
+            threads=spec["threads"],
         ),
         num_samples=len(inputs),
     )

@@ -210,6 +210,20 @@ class MultiExitNetwork(nn.Module):
             return self._costs_of(tuple(tensor[:1] for tensor in inputs))
         return self.costs_of_lengths(self.ragged.lengths(inputs), inputs)
 
+    def plain_macs(self, *inputs: Tensor) -> Tensor:
+        """Count what each sample would cost the plain network, padding left out.
+
+        Args:
+            inputs: As for :meth:`costs`.
+        Returns:
+            MACs of each sample, shape (B,), int64, on the CPU.
+        """
+        if self.ragged is None:
+            return torch.full((len(inputs[0]),), self.costs(*inputs).plain_macs)
+        lengths, of_sample_B = torch.unique(self.ragged.lengths(inputs), return_inverse=True)
+        macs = [self.costs_at(length, inputs).plain_macs for length in lengths.tolist()]
+        return torch.tensor(macs)[of_sample_B.cpu()]
+
     def costs_of_lengths(self, lengths_N: Tensor, inputs: Features) -> ExitCosts:
         """Count the MACs of the mean of samples of unequal length.
 

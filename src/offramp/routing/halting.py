@@ -252,6 +252,16 @@ class HaltingNetwork(nn.Module):
         plain_macs = costs.macs_of_length(lengths_B).double().mean().round()
         return HaltingCosts(**{**vars(costs), "plain_macs": int(plain_macs)})
 
+    def plain_macs(self, *inputs: Tensor) -> Tensor:
+        """Count what each sample would cost the plain network, padding left out.
+
+        Args:
+            inputs: As for :meth:`costs`.
+        Returns:
+            MACs of each sample, shape (B,), int64, on the CPU.
+        """
+        return self.costs(*inputs).macs_of_length(self.lengths(inputs)).cpu()
+
     def _layers(self) -> Sequence[TransformerLayer]:
         return self.parts().layers
 

@@ -166,6 +166,16 @@ class SkipNetwork(nn.Module):
         """The plain network: what every saving is measured against; weights shared."""
         return self.without_gates().plain()
 
+    def plain_macs(self, *inputs: Tensor) -> Tensor:
+        """Count what each sample would cost the plain network.
+
+        Args:
+            inputs: The network's input, with the batch axis first.
+        Returns:
+            MACs of each sample, shape (B,), int64, on the CPU.
+        """
+        return torch.full((len(inputs[0]),), self.costs(*inputs).plain_macs)
+
     @torch.no_grad()
     def costs(self, x: Tensor) -> SkipCosts:
         """Count what the parts cost a sample.

@@ -58,6 +58,9 @@ class Step:
             numbers c0, c1, c2: c0 + c1 T + c2 T^2.
         exit_macs_by_size: For images of any size, ``exit_macs`` as numbers to be multiplied with
             :func:`~offramp.runtime.dense.map_cells`.
+        stage_macs_by_length: ``stage_macs`` in the same numbers as ``exit_macs_by_length``; None
+            in bundles that were exported before they were written.
+        stage_macs_by_size: ``stage_macs`` in the same numbers as ``exit_macs_by_size``.
         pixel_threshold: How sure a pixel must be to count as sure; an input of the step, where the
             policy counts pixels, else None.
         channel_scales: Of each feature, by how much a number of 8 bits counts in each channel, so
@@ -79,6 +82,8 @@ class Step:
     parameter_bytes: int
     exit_macs_by_length: tuple[int, ...] | None = None
     exit_macs_by_size: tuple[int, ...] | None = None
+    stage_macs_by_length: tuple[int, ...] | None = None
+    stage_macs_by_size: tuple[int, ...] | None = None
     pixel_threshold: float | None = None
     channel_scales: tuple[tuple[float, ...], ...] | None = None
 
@@ -117,7 +122,8 @@ class Bundle:
         class_names: Name of each class; empty where none were given.
         plain_file: The plain network as one ONNX file, for timing on the device; None if left out.
         plain_sha256: Hash of that file.
-        plain_macs: MACs a sample of the plain network.
+        plain_macs: MACs a sample of the plain network; of the mean sample that it was exported
+            with, where samples are of unequal size. :meth:`Session.plain_macs` says of any sample.
         policy: The policy as in ``policy.json``.
         recipe: How the network was trained, as in ``recipe.json``; None for a network of the
             user's own.
@@ -269,6 +275,7 @@ def write_bundle(bundle: Bundle) -> None:
     _delete_none(content, "skip", "halting", "pixel_multiple")
     for step in content["steps"]:
         _delete_none(step, "exit_macs_by_size", "pixel_threshold", "channel_scales")
+        _delete_none(step, "stage_macs_by_length", "stage_macs_by_size")
     write_json(bundle.folder / BUNDLE_FILE, content)
 
 
@@ -348,9 +355,10 @@ def _read_step(content: Mapping[str, Any]) -> Step:
         "features": tuple(read_spec(spec) for spec in content["features"]),
         "state": tuple(read_spec(spec) for spec in content["state"]),
     }
-    for name in ("exit_macs_by_length", "exit_macs_by_size"):
-        numbers = content.get(name)
-        parts[name] = None if numbers is None else tuple(map(int, numbers))
+    for name in ("exit_macs", "stage_macs"):
+        for by in ("length", "size"):
+            numbers = content.get(f"{name}_by_{by}")
+            parts[f"{name}_by_{by}"] = None if numbers is None else tuple(map(int, numbers))
     scales = content.get("channel_scales")
     parts["channel_scales"] = (
         None if scales is None else tuple(tuple(map(float, s)) for s in scales)

@@ -5,7 +5,6 @@ Shapes: ``B`` batch, ``C`` classes, ``H W`` pixels of images, ``h w`` cells of l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -67,17 +66,3 @@ def map_cells(height: int, width: int) -> Array:
         1, then the cells of a map of each of :data:`MAP_STRIDES`, int64.
     """
     return np.array([1, *(-(-height // s) * -(-width // s) for s in MAP_STRIDES)])
-
-
-def macs_at(numbers: Sequence[Sequence[int]], height: int, width: int) -> Array:
-    """MACs up to each step for an image of some size.
-
-    Args:
-        numbers: Of each step, what a cell of each map takes, as :func:`map_cells` has them.
-        height: In pixels.
-        width: In pixels.
-    Returns:
-        One number per step, int64.
-    """
-    macs: Array = np.array(numbers, dtype=np.int64) @ map_cells(height, width)
-    return macs

@@ -93,6 +93,11 @@ class ExitSteps:
             macs=self._macs.of_steps(step_B, measured),
         )
 
+    def plain_macs(self, inputs: list[Array]) -> Array:
+        """See :meth:`offramp.runtime.Session.plain_macs`."""
+        _, measured = self._macs.trim(inputs)
+        return np.broadcast_to(self._macs.of_plain(measured), len(inputs[0]))
+
     def run_step(
         self, index: int, carried: Sequence[Array]
     ) -> tuple[dict[str, Array], list[Array]]:

@@ -65,14 +65,24 @@ class HaltingSteps:
         else:
             output, confidence_B, tokens_BS = self._answer(inputs)
         tokens_BL = self._in_layers(tokens_BS)
-        macs_BL = tokens_BL * (self._token_macs_L + tokens_BL * self._pair_macs_L)
         return AdaptiveResult(
             output=output,
             exit_index=np.zeros(len(output), dtype=np.int64),
             confidence=confidence_B,
-            macs=self._parts.fixed_macs + macs_BL.sum(1),
+            macs=self._macs(tokens_BL),
             tokens=tokens_BL,
         )
+
+    def plain_macs(self, inputs: list[Array]) -> Array:
+        """See :meth:`offramp.runtime.Session.plain_macs`; of samples of unequal length."""
+        assert self._bundle.padding is not None
+        lengths_B = mask_of_inputs(self._bundle.padding, inputs).sum(1)
+        return self._macs(np.repeat(lengths_B[:, None], len(self._token_macs_L), axis=1))
+
+    def _macs(self, tokens_BL: Array) -> Array:
+        macs_BL = tokens_BL * (self._token_macs_L + tokens_BL * self._pair_macs_L)
+        macs_B: Array = self._parts.fixed_macs + macs_BL.sum(1)
+        return macs_B
 
     def _answer(self, inputs: list[Array]) -> tuple[Array, Array, Array]:
         """Logits, confidence, and the tokens in each step."""

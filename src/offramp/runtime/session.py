@@ -116,6 +116,22 @@ class Session:
         result = self.run(*inputs, deadline_ms=deadline_ms)
         return replace(result, output=label_maps(result.output, np.shape(inputs[0])[2:]))
 
+    def plain_macs(self, *inputs: npt.ArrayLike) -> Array:
+        """Count what each sample would cost the plain network, padding left out.
+
+        Args:
+            inputs: As for :meth:`run`.
+        Returns:
+            MACs of each sample, shape (B,), int64.
+        Raises:
+            ShapeError: As :meth:`run`.
+        """
+        arrays = check_inputs(self.bundle, inputs)
+        if self.bundle.padding is None and self.bundle.pixel_multiple is None:
+            return np.full(len(arrays[0]), self.bundle.plain_macs)
+        assert not isinstance(self._steps, SkipSteps)  # all of whose samples are of one size
+        return self._steps.plain_macs(arrays)
+
     def time_steps(self, *inputs: npt.ArrayLike) -> tuple[float, ...]:
         """Measure what each step takes, so that a deadline can be kept.
 
@@ -217,7 +233,7 @@ class PlainSession:
         if self.bundle.plain_file is None:
             raise ArtifactError(
                 f"The bundle {self.bundle.folder} holds no plain network. "
-                "Export the run again with --plain."
+                "Export the run again with plain=True."
             )
         self._session = Loader(self.bundle, threads=threads).load(self.bundle.plain_file)
 

@@ -1,22 +1,34 @@
 """What samples cost that left a network by some exit, as ``bundle.json`` counts it.
 
-Shapes: ``B`` batch.
+Shapes: ``B`` batch, ``S`` steps, ``P`` numbers that MACs are made of.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from offramp.runtime.bundle import Bundle
-from offramp.runtime.dense import macs_at
+from offramp.runtime.bundle import Bundle, Step
+from offramp.runtime.dense import map_cells
 from offramp.runtime.padding import mask_of_inputs, trim_tokens
 
 Array = npt.NDArray[Any]
 Measured = Array | tuple[int, ...]
 """What MACs go by: tokens of each sample, shape (B,), or height and width of the images."""
+
+
+class MeanMacs(NamedTuple):
+    """MACs of the mean sample, to the nearest MAC.
+
+    Attributes:
+        stages: Of the stages of each step.
+        heads: Of the exit head of each step, with its decision.
+    """
+
+    stages: tuple[int, ...]
+    heads: tuple[int, ...]
 
 
 class StepMacs:
@@ -29,10 +41,17 @@ class StepMacs:
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
         self._exits = np.array([step.exit_index for step in bundle.steps])
-        self._exit_macs = np.array([step.exit_macs for step in bundle.steps])
-        # Of unequal samples: numbers of a polynomial in their tokens, shape (steps, 3).
-        self._by_length = np.array([step.exit_macs_by_length for step in bundle.steps])
-        self._by_size = [step.exit_macs_by_size for step in bundle.steps]
+        self._exit_SP = np.array([_exit_numbers(bundle, step) for step in bundle.steps])
+        step_SP = np.diff(self._exit_SP, axis=0, prepend=0)
+        stages = [_stage_numbers(bundle, step) for step in bundle.steps]
+        self._stage_SP = np.array(
+            [
+                # A bundle of before does not say: then the head costs all samples the same.
+                step_P - step.head_macs * _first_only(step_P) if stage is None else stage
+                for step, step_P, stage in zip(bundle.steps, step_SP, stages, strict=True)
+            ]
+        )
+        self._head_SP = step_SP - self._stage_SP
 
     def trim(self, inputs: list[Array]) -> tuple[list[Array], Measured]:
         """Cut off the padding that all samples have, and measure what MACs go by.
@@ -57,15 +76,7 @@ class StepMacs:
         Returns:
             Shape (B,), int64.
         """
-        if self._bundle.pixel_multiple is not None:
-            numbers = [by_size for by_size in self._by_size if by_size is not None]
-            height, width = measured
-            return macs_at(numbers, int(height), int(width))[step_B]
-        if self._bundle.padding is None:
-            of_all: Array = self._exit_macs[step_B]
-            return of_all
-        lengths_B = np.asarray(measured)
-        macs_B: Array = (self._by_length[step_B] * lengths_B[:, None] ** np.arange(3)).sum(1)
+        macs_B: Array = (self._exit_SP[step_B] * self._basis(measured)).sum(1)
         return macs_B
 
     def of_exits(self, exit_index_B: Array, measured: Measured) -> Array:
@@ -78,3 +89,65 @@ class StepMacs:
             Shape (B,), int64.
         """
         return self.of_steps(np.searchsorted(self._exits, exit_index_B), measured)
+
+    def of_plain(self, measured: Measured) -> Array:
+        """MACs of each sample in the plain network: every stage and the final head only.
+
+        Args:
+            measured: As :meth:`trim` says.
+        Returns:
+            Shape (B,), or (1,) where all samples cost the same, int64.
+        """
+        plain_P = self._stage_SP.sum(0) + self._head_SP[-1]
+        macs_B: Array = (self._basis(measured) * plain_P).sum(1)
+        return macs_B
+
+    def mean(self, measured: Measured) -> MeanMacs:
+        """MACs of the mean of some samples, step by step.
+
+        Args:
+            measured: As :meth:`trim` says.
+        Returns:
+            The mean over the samples.
+        """
+        mean_P = self._basis(measured).mean(0)
+        stages, heads = (
+            tuple((numbers_SP @ mean_P).round().astype(np.int64).tolist())
+            for numbers_SP in (self._stage_SP, self._head_SP)
+        )
+        return MeanMacs(stages, heads)
+
+    def _basis(self, measured: Measured) -> Array:
+        """What the numbers are multiplied with, shape (B, P), or (1, P) for all samples."""
+        if self._bundle.pixel_multiple is not None:
+            height, width = measured
+            return map_cells(int(height), int(width))[None]
+        if self._bundle.padding is None:
+            return np.ones((1, 1), dtype=np.int64)
+        powers: Array = np.asarray(measured)[:, None] ** np.arange(3)
+        return powers
+
+
+def _exit_numbers(bundle: Bundle, step: Step) -> tuple[int, ...]:
+    if bundle.pixel_multiple is not None:
+        return _written(step.exit_macs_by_size)
+    if bundle.padding is not None:
+        return _written(step.exit_macs_by_length)
+    return (step.exit_macs,)
+
+
+def _stage_numbers(bundle: Bundle, step: Step) -> tuple[int, ...] | None:
+    if bundle.pixel_multiple is not None:
+        return step.stage_macs_by_size
+    return (step.stage_macs,) if bundle.padding is None else step.stage_macs_by_length
+
+
+def _written(numbers: tuple[int, ...] | None) -> tuple[int, ...]:
+    assert numbers is not None  # an exporter writes them for all such bundles
+    return numbers
+
+
+def _first_only(numbers_P: Array) -> Array:
+    """1, then zeros: the number that counts once a sample."""
+    first_P: Array = np.eye(len(numbers_P), dtype=np.int64)[0]
+    return first_P

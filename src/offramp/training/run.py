@@ -137,9 +137,12 @@ def load(folder: Path | str, network: Network | None = None) -> Run:
     folder = Path(folder)
     recipe, class_names, data = read_recipe(folder)
     if not (folder / WEIGHTS_FILE).exists():
+        finish = (
+            f"offramp train {recipe.name} --out {folder} --resume" if recipe else "fit and save"
+        )
         raise ArtifactError(
-            f"The run {folder} is not trained to the end: {WEIGHTS_FILE} is missing. Finish it: "
-            f"offramp train {recipe.name if recipe else 'RECIPE'} --out {folder} --resume"
+            f"The run {folder} is not trained to the end: {WEIGHTS_FILE} is missing. "
+            f"Finish it: {finish}"
         )
     if network is None:
         if recipe is None:
@@ -171,8 +174,8 @@ def require_new(folder: Path) -> None:
     """
     if folder.is_dir() and any(folder.iterdir()):
         raise ArtifactError(
-            f"The folder {folder} exists already. Go on with --resume, or choose another "
-            "name with --out."
+            f"The folder {folder} exists already. Choose another folder, or go on with what was "
+            "begun there: resume=True."
         )
 
 
@@ -228,7 +231,7 @@ def create_folder(folder: Path | str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArtifactError(
-            f"Cannot make the folder {folder}: {error.strerror}. Choose another with --out."
+            f"Cannot make the folder {folder}: {error.strerror}. Choose another folder."
         ) from error
     return folder
 
@@ -311,8 +314,7 @@ def load_batches(
     if split == CALIBRATION_SPLIT and recipe.calibration_share == 0:
         raise InvalidArgumentError(
             f"The recipe {recipe.name!r} was trained with calibration_share=0: no data was set "
-            "aside. Give thresholds by hand with --thresholds, or train with "
-            "--set calibration_share=0.1."
+            "aside. Give thresholds by hand, or train with calibration_share=0.1."
         )
     whole = _load_checked(recipe, "train" if split == CALIBRATION_SPLIT else split, data)
     if split in ("train", CALIBRATION_SPLIT):

@@ -141,9 +141,9 @@ def _find_parquet(name: str, split: str, data: str | None) -> Path:
         f"{folder / f'{split}.parquet'} does not exist" if folder else "OFFRAMP_DATA is not set"
     )
     download = SOURCES[name].download
-    ways = [f"--data DIR with {split}.parquet in it", f"OFFRAMP_DATA=DIR with {name}/ in it"]
+    ways = [f"data=DIR with {split}.parquet in it", f"OFFRAMP_DATA=DIR with {name}/ in it"]
     if download is not None:
-        ways.append(f"--data {download} to download the official set through torchvision")
+        ways.append(f"data={download} to download the official set through torchvision")
     raise DataNotFoundError(
         f"Data set {name}, split {split}, not found: {looked}. Give {'; or '.join(ways)}."
     )
@@ -174,7 +174,7 @@ def _torchvision_emnist(split: str) -> Split:
         from torchvision.datasets import EMNIST
     except (ImportError, RuntimeError) as error:
         raise MissingExtraError(
-            f"--data {EMNIST_BALANCED} downloads through torchvision, which does not import here: "
+            f"data={EMNIST_BALANCED} downloads through torchvision, which does not import here: "
             "pip install torchvision (a build that matches torch)"
         ) from error
     root = Path.home() / ".cache" / "offramp"
@@ -183,7 +183,7 @@ def _torchvision_emnist(split: str) -> Split:
     except (OSError, RuntimeError) as error:
         raise DataNotFoundError(
             f"EMNIST Balanced could not be downloaded to {root}: {reason(error)}. "
-            "Connect to the internet, or give --data DIR with Parquet files in it."
+            "Connect to the internet, or give data=DIR with Parquet files in it."
         ) from error
     return Split(
         store=emnist.data[:, None],

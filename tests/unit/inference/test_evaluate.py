@@ -1,14 +1,26 @@
 import json
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
+from offramp.calibration.asked import Asked
 from offramp.calibration.collect import ExitLogits, collect
-from offramp.errors import DataError, ShapeError
-from offramp.inference.evaluate import BlocksEvaluation, ExitEvaluation, TokensEvaluation, evaluate
+from offramp.calibration.thresholds import calibrate
+from offramp.errors import DataError, InvalidArgumentError, NotCalibratedError, ShapeError
+from offramp.inference.evaluate import (
+    BlocksEvaluation,
+    ExitEvaluation,
+    Rival,
+    TokensEvaluation,
+    evaluate,
+)
 from offramp.inference.runner import AdaptiveRunner
 from offramp.measure.cost import ExitCosts
+from offramp.measure.intervals import difference_interval
 from offramp.policy.policies import ThresholdPolicy, always_leave_at
 from offramp.results import AdaptiveResult
 
@@ -190,3 +202,120 @@ def test_other_samples_than_those_of_the_logits_are_refused(constant_network, ba
 def test_empty_loader_is_refused(network):
     with pytest.raises(DataError, match="at least one batch"):
         evaluate(Scripted([], [], []), [], LOGITS)
+
+
+# One pass, and what was asked
+
+
+@pytest.fixture
+def pairs():
+    return torch.randn(120, 6), torch.randint(0, 4, (120,))
+
+
+@pytest.fixture
+def shuffled(pairs):
+    return DataLoader(TensorDataset(*pairs), batch_size=50, shuffle=True)
+
+
+def in_order(pairs):
+    return DataLoader(TensorDataset(*pairs), batch_size=50)
+
+
+def test_network_and_policy_need_no_second_pass(network, pairs, shuffled):
+    policy = ThresholdPolicy((0.02, 0.02))
+    runner = AdaptiveRunner(network, policy)
+    expected = evaluate(runner, in_order(pairs), collect(network, in_order(pairs)))
+    assert 0 < expected.exits[0].share < 1
+    for found in (evaluate(network, policy, shuffled), evaluate(runner, shuffled)):
+        assert (found.exits, found.drop, found.mean_macs) == (
+            expected.exits,
+            expected.drop,
+            expected.mean_macs,
+        )
+
+
+def test_a_generator_is_gone_through_once(network, pairs):
+    found = evaluate(network, ThresholdPolicy((0.02, 0.02)), iter([pairs]))
+    assert found.num_samples == 120
+
+
+def test_a_calibration_brings_what_was_asked(network, pairs):
+    chosen = calibrate(collect(network, in_order(pairs)), max_drop=0.05)
+    found = evaluate(network, chosen, in_order(pairs))
+    assert found.accuracy == chosen.accuracy  # on the samples that chose it
+    assert (found.asked.target, found.asked.limit, found.asked.num_samples) == (
+        "max_drop",
+        0.05,
+        120,
+    )
+    assert found.got == found.drop
+    assert found.got.value == pytest.approx(found.final_exit_accuracy - found.accuracy)
+    words = " ".join(str(found).split())
+    assert "a drop of at most 5 points of accuracy from the final exit, on 120 calib" in words
+    assert "score), on 120 samples" in words
+
+
+def test_network_without_data_is_refused(network, pairs):
+    with pytest.raises(InvalidArgumentError, match=r"evaluate\(network, policy, data\)"):
+        evaluate(network, in_order(pairs))
+
+
+def test_network_without_a_policy_is_refused(network, pairs):
+    with pytest.raises(NotCalibratedError):
+        evaluate(network, None, in_order(pairs))
+
+
+def test_drop_is_paired_sample_by_sample():
+    # The final exit is wrong about sample 3 alone, the runner about sample 1 alone.
+    found = evaluate(Scripted(*RUNNER_SAYS), loader(), LOGITS)
+    assert found.drop == difference_interval(1, 1, 5)
+    assert f"drop                      0 points (95 % interval {100 * found.drop.low:.2f}" in str(
+        found
+    )
+
+
+def asked(target, limit, **more):
+    return Asked(target=target, limit=limit, num_samples=400, **more)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "value", "method"),
+    [
+        (asked("max_drop", 0.01), 0.0, "score"),
+        (asked("max_risk", 0.1, risk="disagreement"), 2 / 5, "exact"),
+        (asked("max_risk", 0.1, risk="error"), 1 / 5, "exact"),
+        (asked("max_risk", 0.1, risk="accuracy_gap"), 0.0, "score"),
+        (asked("max_risk", 0.1, risk="brier_gap"), 0.0, "bootstrap"),
+        (asked("budget_share", 0.5), (2 * 11 + 3 * 33) / 5 / 32, "bootstrap"),
+        (asked("budget_macs", 20), (2 * 11 + 3 * 33) / 5 / 32, "bootstrap"),
+    ],
+)
+def test_what_came_of_what_was_asked(wanted, value, method):
+    found = evaluate(Scripted(*RUNNER_SAYS), loader(), LOGITS, asked=wanted)
+    assert found.got.value == pytest.approx(value)
+    assert found.got.method == method
+    assert found.got.low <= found.got.value <= found.got.high
+    assert json.loads(json.dumps(found.to_dict()))["asked"]["target"] == wanted.target
+    assert "got  " in str(found)
+
+
+def test_milliseconds_are_asked_for_and_not_measured_here():
+    found = evaluate(Scripted(*RUNNER_SAYS), loader(), LOGITS, asked=asked("budget_ms", 2))
+    assert found.got is None
+    assert "at most 2 ms a sample on average" in str(found)
+
+
+def test_rival_stands_under_its_own_name_with_its_own_macs():
+    found = evaluate(Scripted(*RUNNER_SAYS), loader(), LOGITS, plain_accuracy=0.9)
+    named = str(replace(found, rival=Rival(name="small", macs=16)))
+    assert "small                     90.00 % at its own 16 MACs, 50.00 % of the plain" in named
+    assert "plain network             32 MACs (the same backbone, its last exit only)" in named
+    assert "plain, trained as long    90.00 %" in str(found)
+    assert "None" not in named + repr(found)
+
+
+def test_frame_has_a_row_for_each_exit(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=list))
+    rows = evaluate(Scripted(*RUNNER_SAYS), loader(), LOGITS).to_frame()
+    assert [row["macs"] for row in rows] == [11, 33]
+    assert all("mean_iou" not in row for row in rows)

@@ -184,14 +184,14 @@ def test_empty_folder_may_exist(tmp_path):
 
 def test_folder_that_holds_something_is_kept(network, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="Go on with --resume, or choose another name"):
+    with pytest.raises(ArtifactError, match=r"Choose another folder, or go on .*resume=True"):
         save(tmp_path, network)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match="Choose another with --out"):
+    with pytest.raises(ArtifactError, match="Choose another folder"):
         create_folder(tmp_path / "file" / "run")
 
 
@@ -232,7 +232,9 @@ def test_only_training_images_are_augmented(recipe):
 def test_recipe_without_calibration_data_says_what_to_do(recipe):
     whole = replace(recipe, calibration_share=0.0)
     assert len(load_batches(whole, "train")[0]) == 1347
-    with pytest.raises(InvalidArgumentError, match="--thresholds"):
+    with pytest.raises(
+        InvalidArgumentError, match="thresholds by hand, or train with calibration_share"
+    ):
         load_batches(whole, CALIBRATION_SPLIT)
 
 

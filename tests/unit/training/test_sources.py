@@ -235,7 +235,7 @@ def test_missing_data_names_the_three_ways(monkeypatch, tmp_path, given):
     with pytest.raises(DataNotFoundError) as caught:
         load_split("emnist47", "train", str(tmp_path) if given == "argument" else None)
     message = str(caught.value)
-    for way in ("--data DIR", "OFFRAMP_DATA=DIR", "--data emnist-balanced"):
+    for way in ("data=DIR", "OFFRAMP_DATA=DIR", "data=emnist-balanced"):
         assert way in message
     looked = {
         "argument": f"{tmp_path / 'train.parquet'} does not exist",
@@ -299,7 +299,7 @@ def test_official_emnist_comes_through_torchvision(torchvision, name, value):
 
 def test_failed_download_says_what_else_to_do_in_one_line(torchvision):
     torchvision(UnreachableEMNIST)
-    with pytest.raises(DataNotFoundError, match=r"gzip.zip.* --data DIR") as caught:
+    with pytest.raises(DataNotFoundError, match=r"gzip.zip.* data=DIR") as caught:
         load_split("emnist47", "train", "emnist-balanced")
     assert "\n" not in str(caught.value)
 

@@ -1,0 +1,31 @@
+"""Messages of the library in the words of the command line."""
+
+from __future__ import annotations
+
+_WORDS = (
+    ("resume=True", "--resume"),
+    ("Choose another folder", "Choose another folder with --out"),
+    ("data=DIR", "--data DIR"),
+    ("data=emnist-balanced", "--data emnist-balanced"),
+    ("thresholds by hand", "thresholds by hand with --thresholds"),
+    ("calibration_share=0.1", "--set calibration_share=0.1"),
+    ("plain=True", "--plain"),
+    ("max_risk=... and risk=", "--max-risk and --risk "),
+)
+"""What a Python caller writes, and the option that is the same."""
+
+
+def in_options(message: str) -> str:
+    """Say a message of the library so that it names options.
+
+    Args:
+        message: What an error says to a Python caller.
+    Returns:
+        The same with options in place of parameters.
+    Example:
+        >>> in_options("Go on with resume=True. Choose another folder.")
+        'Go on with --resume. Choose another folder with --out.'
+    """
+    for parameter, option in _WORDS:
+        message = message.replace(parameter, option)
+    return message
