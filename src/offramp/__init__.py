@@ -77,9 +77,15 @@ if TYPE_CHECKING:
     from offramp.routing.skip import SkipNetwork, add_gates
     from offramp.runtime import Session
     from offramp.training.config import FitConfig, GateConfig, HaltingConfig
-    from offramp.training.fit import fit
+    from offramp.training.dense_task import DenseTask
+    from offramp.training.fit import fit, make_task
+    from offramp.training.halting_task import HaltingTask
+    from offramp.training.history import History
     from offramp.training.hub import from_pretrained, push_to_hub, save_pretrained
+    from offramp.training.losses import joint_loss
     from offramp.training.run import Run, load, save
+    from offramp.training.skip_task import SkipTask
+    from offramp.training.task import MultiExitTask
 
 __version__ = "0.1.0"
 
@@ -137,6 +143,13 @@ _HOMES = {
     "add_gates": "offramp.routing.skip",
     "Session": "offramp.runtime",
     "fit": "offramp.training.fit",
+    "make_task": "offramp.training.fit",
+    "MultiExitTask": "offramp.training.task",
+    "DenseTask": "offramp.training.dense_task",
+    "SkipTask": "offramp.training.skip_task",
+    "HaltingTask": "offramp.training.halting_task",
+    "History": "offramp.training.history",
+    "joint_loss": "offramp.training.losses",
     "from_pretrained": "offramp.training.hub",
     "push_to_hub": "offramp.training.hub",
     "save_pretrained": "offramp.training.hub",
@@ -161,6 +174,7 @@ __all__ = [
     "DataNotFoundError",
     "DenseLogits",
     "DensePolicy",
+    "DenseTask",
     "EdgeConfig",
     "EdgeRunner",
     "Evaluation",
@@ -176,6 +190,8 @@ __all__ = [
     "HaltingNetwork",
     "HaltingPolicy",
     "HaltingRunner",
+    "HaltingTask",
+    "History",
     "HttpLink",
     "InSampleError",
     "InfeasibleTargetError",
@@ -183,6 +199,7 @@ __all__ = [
     "LinkTimeoutError",
     "MissingExtraError",
     "MultiExitNetwork",
+    "MultiExitTask",
     "NotCalibratedError",
     "OffloadError",
     "OfframpError",
@@ -196,6 +213,7 @@ __all__ = [
     "ShapeError",
     "SkipNetwork",
     "SkipRunner",
+    "SkipTask",
     "Sweep",
     "ThresholdPolicy",
     "TrainingDivergedError",
@@ -218,8 +236,10 @@ __all__ = [
     "fit_temperatures",
     "from_pretrained",
     "frontier",
+    "joint_loss",
     "label_maps",
     "load",
+    "make_task",
     "margin_confidence",
     "max_probability_confidence",
     "mean_iou",
