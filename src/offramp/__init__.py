@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     from offramp.runtime import Session
     from offramp.training.config import FitConfig, GateConfig, HaltingConfig
     from offramp.training.dense_task import DenseTask
+    from offramp.training.exits_task import MultiExitTask
     from offramp.training.fit import fit, make_task
     from offramp.training.halting_task import HaltingTask
     from offramp.training.history import History
@@ -85,7 +86,6 @@ if TYPE_CHECKING:
     from offramp.training.losses import joint_loss
     from offramp.training.run import Run, load, save
     from offramp.training.skip_task import SkipTask
-    from offramp.training.task import MultiExitTask
 
 __version__ = "0.1.0"
 
@@ -144,7 +144,7 @@ _HOMES = {
     "Session": "offramp.runtime",
     "fit": "offramp.training.fit",
     "make_task": "offramp.training.fit",
-    "MultiExitTask": "offramp.training.task",
+    "MultiExitTask": "offramp.training.exits_task",
     "DenseTask": "offramp.training.dense_task",
     "SkipTask": "offramp.training.skip_task",
     "HaltingTask": "offramp.training.halting_task",

@@ -23,8 +23,9 @@ from offramp.measure.dense import (
 from offramp.model.multi_exit import Features, as_inputs
 from offramp.training.config_checks import check_class_weights
 from offramp.training.data import check_labels
+from offramp.training.exits_task import MultiExitTask
 from offramp.training.parquet import known_labels
-from offramp.training.task import ACCURACY_METRIC, MultiExitTask
+from offramp.training.task import ACCURACY_METRIC
 
 MEAN_IOU_METRIC = "mean_iou_exit_{}"
 """Name of the logged mean IoU of an exit on calibration data."""

@@ -27,6 +27,7 @@ from offramp.training.checkpoint_choice import note_choice, read_choice, write_c
 from offramp.training.config import FitConfig
 from offramp.training.data import Batches, EpochSampler, make_loader, split_off_calibration
 from offramp.training.dense_task import DenseTask
+from offramp.training.exits_task import MultiExitTask
 from offramp.training.halting_task import HaltingTask
 from offramp.training.history import METRICS_FILE, EpochReport, History
 from offramp.training.last_checkpoint import (
@@ -35,9 +36,9 @@ from offramp.training.last_checkpoint import (
     check_checkpoint,
     planned_optimizers,
 )
-from offramp.training.processes import EveryProcess, ReturnStates, own_errors, quiet_lightning
+from offramp.training.processes import EveryProcess, Spawned, own_errors, quiet_lightning
 from offramp.training.skip_task import SkipTask
-from offramp.training.task import VAL_LOSS, Loss, MakeOptimizer, Metrics, MultiExitTask, Task
+from offramp.training.task import VAL_LOSS, Loss, MakeOptimizer, Metrics, Task
 from offramp.zoo import Network
 
 Data = Dataset[Any] | DataLoader[Any]
@@ -236,7 +237,7 @@ def _fit(
         stack.callback(network.eval)
         stack.enter_context(quiet_lightning())
         stack.enter_context(own_errors())
-        returned = ReturnStates(private / "states.pt")
+        spawned = Spawned(private / "states.pt")
         report = EpochReport(
             place / METRICS_FILE,
             task.num_exits,
@@ -244,7 +245,7 @@ def _fit(
             is_validated=sets.judging is not None and not sets.is_calibration,
         )
         keep = [] if folder is None else [LastCheckpoint(place)]
-        several = [returned] if config.devices > 1 else []
+        several = [spawned] if config.devices > 1 else []
         trainer = _trainer(
             task,
             sets,
@@ -260,7 +261,7 @@ def _fit(
             ckpt_path=checkpoint,
             weights_only=True,
         )
-        returned.restore(reports.callbacks)
+        spawned.restore(reports.callbacks)
         return History.read(report.path)
 
 

@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 from offramp.artifacts import SCHEMA_VERSION
 from offramp.errors import ArtifactError, reason
 from offramp.training.config import FitConfig
+from offramp.training.exits_task import MultiExitTask
 from offramp.training.regimes import frozen_backbone
-from offramp.training.task import MultiExitTask, Task
+from offramp.training.task import Task
 
 LAST_CHECKPOINT = "last.ckpt"
 

@@ -31,11 +31,16 @@ class EveryProcess:
         return len(self.loader)
 
 
-class ReturnStates(Callback):
-    """Brings the states of callbacks back from the process that trained."""
+class Spawned(Callback):
+    """Keeps processes that train together quiet, and brings the states of callbacks back."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Silence this process: it did not inherit that."""
+        logging.getLogger(_LIGHTNING).setLevel(logging.ERROR)
+        _ignore_tips()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save them, in the first process."""
@@ -104,7 +109,8 @@ def _as_own(name: str, message: str) -> OfframpError | None:
     return None
 
 
-_LIGHTNING_TIPS = (
+_LIGHTNING = "lightning.pytorch"
+_TIPS = (
     ".*does not have many workers.*",
     ".*training batches.*logging interval.*",
     ".*no `val_dataloader`.*",
@@ -112,16 +118,20 @@ _LIGHTNING_TIPS = (
 )
 
 
+def _ignore_tips() -> None:
+    for tip in _TIPS:
+        warnings.filterwarnings("ignore", message=tip)
+
+
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Silence Lightning's tips about workers, loggers and hardware; errors still show."""
-    logger = logging.getLogger("lightning.pytorch")
+    logger = logging.getLogger(_LIGHTNING)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            for tip in _LIGHTNING_TIPS:
-                warnings.filterwarnings("ignore", message=tip)
+            _ignore_tips()
             yield
     finally:
         logger.setLevel(level)

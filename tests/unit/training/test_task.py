@@ -11,9 +11,9 @@ from offramp.errors import ArtifactError, DataError, InvalidArgumentError, Train
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.training.config import FitConfig
 from offramp.training.data import check_labels
+from offramp.training.exits_task import MultiExitTask
 from offramp.training.fit import fit
 from offramp.training.last_checkpoint import check_checkpoint
-from offramp.training.task import MultiExitTask
 
 PAIRS = [(torch.zeros(6), 0), (torch.ones(6), 1)]
 
