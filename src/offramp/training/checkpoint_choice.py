@@ -35,10 +35,6 @@ class CheckpointChoice:
     by: str
     samples: frozenset[str]
 
-    def was_by_any_of(self, inputs: Features) -> bool:
-        """Whether a sample of a batch is among them."""
-        return not self.samples.isdisjoint(digests(inputs))
-
 
 def digests(inputs: Features) -> list[str]:
     """Identify each sample of a batch by its inputs, whatever they are padded to."""
@@ -70,10 +66,27 @@ def choice_of(network: nn.Module) -> CheckpointChoice | None:
     return choice
 
 
-def write_choice(folder: Path, network: nn.Module) -> None:
-    """Write what was noted on a network into a run folder, if anything was."""
+def who_chose_by(network: nn.Module, inputs: Features) -> str:
+    """Name what chose the checkpoint of a network by a sample of this batch; empty if nothing did.
+
+    Args:
+        network: The network.
+        inputs: Its inputs, each with the batch axis first.
+    Returns:
+        A callback or scheduler, and the figure that it went by.
+    """
     choice = choice_of(network)
-    if choice is not None:
+    if choice is None or choice.samples.isdisjoint(digests(inputs)):
+        return ""
+    return choice.by
+
+
+def write_choice(folder: Path, network: nn.Module) -> None:
+    """Write what was noted on a network into a run folder; if nothing was, leave no file."""
+    choice = choice_of(network)
+    if choice is None:
+        (folder / CHOICE_FILE).unlink(missing_ok=True)
+    else:
         write_json(folder / CHOICE_FILE, {"by": choice.by, "samples": sorted(choice.samples)})
 
 

@@ -36,7 +36,13 @@ from offramp.training.last_checkpoint import (
     check_checkpoint,
     planned_optimizers,
 )
-from offramp.training.processes import EveryProcess, Spawned, own_errors, quiet_lightning
+from offramp.training.processes import (
+    EveryProcess,
+    Spawned,
+    own_errors,
+    quiet_lightning,
+    quiet_torch,
+)
 from offramp.training.skip_task import SkipTask
 from offramp.training.task import VAL_LOSS, Loss, MakeOptimizer, Metrics, Task
 from offramp.zoo import Network
@@ -236,6 +242,7 @@ def _fit(
         network.train()
         stack.callback(network.eval)
         stack.enter_context(quiet_lightning())
+        stack.enter_context(quiet_torch())
         stack.enter_context(own_errors())
         spawned = Spawned(private / "states.pt")
         report = EpochReport(

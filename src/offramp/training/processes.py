@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,7 +42,8 @@ class Spawned(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Silence this process: it did not inherit that."""
-        logging.getLogger(_LIGHTNING).setLevel(logging.ERROR)
+        for name in _LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
         _ignore_tips()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -59,11 +63,27 @@ class Spawned(Callback):
 
 
 @contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Let processes that start meanwhile not warn that every parameter is used after all."""
+    before = os.environ.get(_TORCH_LEVEL)
+    os.environ[_TORCH_LEVEL] = before or "ERROR"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_TORCH_LEVEL]
+
+
+@contextmanager
 def own_errors() -> Iterator[None]:
     """Say what Lightning and its processes raise as errors of ours, an interruption as one."""
+    in_main = threading.current_thread() is threading.main_thread()
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         yield
     except SystemExit as error:  # what Lightning makes of Ctrl-C and of SIGTERM
+        if in_main:
+            signal.signal(signal.SIGINT, on_interrupt)  # which it then ignores for good
         raise KeyboardInterrupt from error
     except ProcessRaisedException as error:
         name, _, message = str(error).strip().splitlines()[-1].partition(": ")
@@ -109,7 +129,8 @@ def _as_own(name: str, message: str) -> OfframpError | None:
     return None
 
 
-_LIGHTNING = "lightning.pytorch"
+_LOGGERS = ("lightning.pytorch", "pytorch_lightning")  # the second speaks where it is imported too
+_TORCH_LEVEL = "TORCH_CPP_LOG_LEVEL"
 _TIPS = (
     ".*does not have many workers.*",
     ".*training batches.*logging interval.*",
@@ -126,12 +147,13 @@ def _ignore_tips() -> None:
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Silence Lightning's tips about workers, loggers and hardware; errors still show."""
-    logger = logging.getLogger(_LIGHTNING)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     try:
+        for name in _LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
         with warnings.catch_warnings():
             _ignore_tips()
             yield
     finally:
-        logger.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
