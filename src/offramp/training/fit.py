@@ -258,7 +258,7 @@ def _fit(
             sets,
             reports,
             folder=None if folder is None else place,
-            callbacks=[report, *reports.callbacks, *several, *keep],
+            callbacks=[*reports.callbacks, report, *several, *keep],
         )
         judging = sets.judging
         trainer.fit(
