@@ -79,9 +79,15 @@ if TYPE_CHECKING:
     from offramp.routing.skip import SkipNetwork, add_gates
     from offramp.runtime import Session
     from offramp.training.config import FitConfig, GateConfig, HaltingConfig
-    from offramp.training.fit import fit
+    from offramp.training.dense_task import DenseTask
+    from offramp.training.exits_task import MultiExitTask
+    from offramp.training.fit import fit, make_task
+    from offramp.training.halting_task import HaltingTask
+    from offramp.training.history import History
     from offramp.training.hub import from_pretrained, push_to_hub, save_pretrained
+    from offramp.training.losses import joint_loss
     from offramp.training.run import Run, load, save
+    from offramp.training.skip_task import SkipTask
 
 __version__ = "0.1.0"
 
@@ -139,6 +145,13 @@ _HOMES = {
     "add_gates": "offramp.routing.skip",
     "Session": "offramp.runtime",
     "fit": "offramp.training.fit",
+    "make_task": "offramp.training.fit",
+    "MultiExitTask": "offramp.training.exits_task",
+    "DenseTask": "offramp.training.dense_task",
+    "SkipTask": "offramp.training.skip_task",
+    "HaltingTask": "offramp.training.halting_task",
+    "History": "offramp.training.history",
+    "joint_loss": "offramp.training.losses",
     "from_pretrained": "offramp.training.hub",
     "push_to_hub": "offramp.training.hub",
     "save_pretrained": "offramp.training.hub",
@@ -163,6 +176,7 @@ __all__ = [
     "DataNotFoundError",
     "DenseLogits",
     "DensePolicy",
+    "DenseTask",
     "EdgeConfig",
     "EdgeRunner",
     "Evaluation",
@@ -179,6 +193,8 @@ __all__ = [
     "HaltingNetwork",
     "HaltingPolicy",
     "HaltingRunner",
+    "HaltingTask",
+    "History",
     "HttpLink",
     "InSampleError",
     "InfeasibleTargetError",
@@ -186,6 +202,7 @@ __all__ = [
     "LinkTimeoutError",
     "MissingExtraError",
     "MultiExitNetwork",
+    "MultiExitTask",
     "NotCalibratedError",
     "OffloadError",
     "OfframpError",
@@ -199,6 +216,7 @@ __all__ = [
     "ShapeError",
     "SkipNetwork",
     "SkipRunner",
+    "SkipTask",
     "Sweep",
     "ThresholdPolicy",
     "TrainingDivergedError",
@@ -221,8 +239,10 @@ __all__ = [
     "fit_temperatures",
     "from_pretrained",
     "frontier",
+    "joint_loss",
     "label_maps",
     "load",
+    "make_task",
     "margin_confidence",
     "max_probability_confidence",
     "mean_iou",

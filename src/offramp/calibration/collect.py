@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from offramp.routing.skip import SkipNetwork
 from offramp.runtime import Session, with_routing_threshold
 from offramp.runtime.session import check_inputs
 from offramp.runtime.step_macs import Measured, StepMacs
+from offramp.training.checkpoint_choice import who_chose_by
 
 _ABOUT = "exits"
 """Where a file of logits says what its exits cost."""
@@ -55,6 +57,7 @@ def collect(
         DataError: If the loader yields no sample.
     """
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    trained, chosen_by = network, ""
     say: Callable[..., Sequence[Tensor]] = network
     if isinstance(network, HaltingNetwork):
         say, network = partial(_where_tokens_stay, network), network.without_halting()
@@ -65,14 +68,18 @@ def collect(
     with evaluation_mode(network):  # whose weights are those of what answers
         for batch, labels_B in loader:
             inputs = as_inputs(batch, device)
+            chosen_by = chosen_by or who_chose_by(trained, inputs)
             gathered.add(torch.stack(tuple(say(*inputs))), labels_B)
             if network.ragged is not None:
                 lengths.append(network.ragged.lengths(inputs))
     if inputs is None:
         raise DataError("Expected at least one batch of samples to collect logits from. Got none.")
     if lengths:
-        return gathered.logits(network.costs_of_lengths(torch.cat(lengths), inputs), is_ragged=True)
-    return gathered.logits(network.costs(*inputs))
+        costs = network.costs_of_lengths(torch.cat(lengths), inputs)
+    else:
+        costs = network.costs(*inputs)
+    logits = gathered.logits(costs, is_ragged=bool(lengths))
+    return replace(logits, checkpoint_chosen_by=chosen_by)
 
 
 def _where_tokens_stay(network: HaltingNetwork, *inputs: Tensor) -> tuple[Tensor]:
@@ -235,6 +242,7 @@ def write_logits(path: Path | str, logits: ExitLogits) -> None:
         "head_macs": logits.costs.head_macs,
         "numbers": logits.numbers,
         "is_ragged": logits.is_ragged,
+        "checkpoint_chosen_by": logits.checkpoint_chosen_by,
     }
     with atomic_path(Path(path)) as temporary:
         save_file(tensors, temporary, metadata={_ABOUT: json.dumps(about)})
@@ -261,6 +269,7 @@ def read_logits(path: Path | str) -> ExitLogits:
                 ),
                 numbers=tuple(about["numbers"]),
                 is_ragged=about.get("is_ragged", False),
+                checkpoint_chosen_by=about.get("checkpoint_chosen_by", ""),
             )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(

@@ -136,12 +136,14 @@ def calibrate_with_guarantee(
     Raises:
         InvalidArgumentError: If an argument is out of range, or a promise on average is asked for
             with a prior that weights samples unevenly.
+        InSampleError: If some of the samples chose the network's checkpoint.
         InfeasibleTargetError: If not even the safest policy passes; says how many samples would
             do, and carries the lowest target that these would allow.
     """
     check_risk(risk, max_risk)
     check_guarantee(max_risk, guarantee)
     check_risk_fits(risk, logits)
+    logits.require_independent()
     finding, testing = part_samples(logits, seed)
     candidates = _front(finding, _best_of(rule, finding, max_risk, risk), risk)
     test = choose_test(risk, testing, guarantee=guarantee)

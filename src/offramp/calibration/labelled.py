@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from offramp.errors import DataError, InvalidArgumentError
+from offramp.errors import DataError, InSampleError, InvalidArgumentError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,8 @@ class LabelledLogits:
         is_dense: Whether every pixel of a sample has a class of its own.
         is_ragged: Whether samples have lengths of their own, so that what they cost on average
             differs from data to data.
+        checkpoint_chosen_by: The callback or scheduler of ``fit`` that went by some of these
+            samples, so that the network depends on them; empty if none did.
     """
 
     is_dense: ClassVar[bool] = False
@@ -37,12 +39,26 @@ class LabelledLogits:
     labels_N: Tensor
     prior: tuple[float, ...] | None = None
     is_ragged: bool = False
+    checkpoint_chosen_by: str = ""
 
     def __post_init__(self) -> None:
         if len(self.labels_N) == 0:
             raise DataError("Expected logits of at least one sample. Got none.")
         if self.prior is not None:
             self._check_prior(self.prior)
+
+    def require_independent(self) -> None:
+        """Refuse a guarantee on samples that the network depends on.
+
+        Raises:
+            InSampleError: If they chose its checkpoint.
+        """
+        if self.checkpoint_chosen_by:
+            raise InSampleError(
+                "A guarantee needs samples that the network does not depend on. Some of these "
+                f"chose its checkpoint in training ({self.checkpoint_chosen_by}): train with a "
+                "validation part (validation_share, or validation=...), or give other samples."
+            )
 
     @property
     def correct_KN(self) -> Tensor:

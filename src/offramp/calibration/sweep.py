@@ -229,11 +229,13 @@ def choose_threshold_with_guarantee(
     Raises:
         InvalidArgumentError: If an argument is out of range, or a promise on average is asked for
             with a prior that weights samples unevenly.
+        InSampleError: If some of the samples chose the network's checkpoint.
         InfeasibleTargetError: If not even running everything passes; says how many samples would
             do, and carries the lowest target that these would allow.
     """
     check_risk(risk, max_risk)
     check_guarantee(max_risk, guarantee)
+    sweep.require_independent()
     testing = sweep
     test = choose_test(risk, testing, guarantee=guarantee)
     found_KN = np.empty((len(sweep.thresholds), 0))

@@ -86,7 +86,7 @@ def train(
 def _check_begun(folder: Path, recipe: Recipe, network: Network) -> str | None:
     """Make sure that a run can go on; the data that it was started with."""
     from offramp.training import run as run_folder
-    from offramp.training.fit import LAST_CHECKPOINT, check_checkpoint
+    from offramp.training.last_checkpoint import LAST_CHECKPOINT, check_checkpoint
 
     begun, _, data = run_folder.read_recipe(folder)
     if begun != recipe:

@@ -19,6 +19,7 @@ from offramp.model.multi_exit import as_inputs
 from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
 from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
+from offramp.training.checkpoint_choice import who_chose_by
 
 SteeredNetwork = SkipNetwork | HaltingNetwork
 """A network of one exit that one threshold steers inside."""
@@ -58,9 +59,10 @@ def collect_sweep(
     cheap_first = _cheap_first(network, thresholds)
     policy = steering_policy(network)
     runners = [make_runner(network, policy(threshold)) for threshold in cheap_first]
-    outputs, macs, plain_macs, labels = [], [], [], []
+    outputs, macs, plain_macs, labels, chosen_by = [], [], [], [], ""
     for batch, labels_B in loader:
         inputs = as_inputs(batch, device)
+        chosen_by = chosen_by or who_chose_by(network, inputs)
         results = [runner.run(*inputs) for runner in runners]
         outputs.append(torch.stack([result.output for result in results]).float().cpu())
         macs.append(torch.stack([result.macs for result in results]).cpu())
@@ -75,6 +77,7 @@ def collect_sweep(
         macs_KN=torch.cat(macs, dim=1),
         plain_macs=round(float(torch.cat(plain_macs).double().mean())),
         is_ragged=isinstance(network, HaltingNetwork) and network.ragged is not None,
+        checkpoint_chosen_by=chosen_by,
     )
 
 

@@ -127,7 +127,10 @@ class FitConfig:
             whose classes are equally likely while those of train are not.
         class_weights: Of each class in the loss, of a network that says one for every pixel; all
             1 if None.
-        seed: Of the order of samples, of augmentation and of dropout.
+        validation_share: Share of the training data set cut off to validate on after every
+            epoch, in [0, 0.5]; 0 for none.
+        gradient_clip_val: Largest norm of the gradient; a larger one is scaled down. None for any.
+        seed: Of the order of samples, of augmentation and of dropout, and of the validation part.
         device: cpu, cuda, or auto (cuda where there is one).
         devices: Processes that train together (DDP), at least 1.
         precision: bfloat16 computes most of a step in it, and keeps weights and losses in float32:
@@ -152,6 +155,8 @@ class FitConfig:
     distillation: float = 0.0
     class_balance: Literal["none", "sampling"] = "none"
     class_weights: tuple[float, ...] | None = None
+    validation_share: float = 0.0
+    gradient_clip_val: float | None = None
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 1
@@ -160,6 +165,7 @@ class FitConfig:
     halting: HaltingConfig | None = None
 
     def __post_init__(self) -> None:
+        clip = self.gradient_clip_val
         epochs_left = self.epochs - self.backbone_epochs
         num_first = self.epochs - self._last_phase()
         checks = {
@@ -200,27 +206,31 @@ class FitConfig:
                 all(0 < weight < math.inf for weight in self.class_weights or ()),
                 "positive numbers",
             ),
+            "validation_share": (0 <= self.validation_share <= 0.5, "in [0, 0.5]"),
+            "gradient_clip_val": (
+                clip is None or 0 < clip < math.inf,
+                "a positive number, or None",
+            ),
             "device": (self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
             "devices": (self.devices >= 1, "an int of at least 1"),
             "precision": (self.precision in ("float32", "bfloat16"), "float32 or bfloat16"),
             "seed": (0 <= self.seed < 2**32, "an int in [0, 2**32 - 1]"),
         }
-        if self.gates is not None:
-            checks["gates"] = (
-                self.gates.reward_epochs <= self.epochs,
-                f"of at most {self.epochs} reward_epochs, as many as there are epochs",
-            )
-        if self.halting is not None:
-            checks["halting"] = (
-                self.halting.halting_epochs <= self.epochs,
-                f"of at most {self.epochs} halting_epochs, as many as there are epochs",
-            )
-        _check(self, checks)
+        _check(self, checks | self._last_phase_checks())
 
     def _last_phase(self) -> int:
         """Epochs of reinforcement learning, or with halting tokens."""
         reward = 0 if self.gates is None else self.gates.reward_epochs
         return reward if self.halting is None else self.halting.halting_epochs
+
+    def _last_phase_checks(self) -> dict[str, tuple[bool, str]]:
+        fits = self._last_phase() <= self.epochs
+        names = {"gates": "reward_epochs", "halting": "halting_epochs"}
+        return {
+            kind: (fits, f"of at most {self.epochs} {name}, as many as there are epochs")
+            for kind, name in names.items()
+            if getattr(self, kind) is not None
+        }
 
 
 def _check(config: object, checks: Mapping[str, tuple[bool, str]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 
@@ -12,21 +13,32 @@ from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
 from offramp.training.config import FitConfig
 from offramp.training.regimes import head_parameters
+from offramp.zoo import Network
 
 
-def check_config(
-    network: MultiExitNetwork | SkipNetwork | HaltingNetwork, config: FitConfig
-) -> None:
+def check_config(network: Network, config: FitConfig) -> None:
     """Make sure that a network can be trained as configured, before anything is written.
 
     Args:
         network: The network.
         config: How to train it.
     Raises:
-        InvalidArgumentError: If there is not one loss weight per exit, or the backbone shall be
-            frozen and nothing else can be trained, or a setting is for another kind of network,
-            or cuda was asked for and there is none.
+        InvalidArgumentError: If the network is none of Offramp's, or has nothing to train, or
+            there is not one loss weight per exit, or the backbone shall be frozen and nothing else
+            can be trained, or a setting is for another kind of network, or cuda was asked for and
+            there is none.
     """
+    if not isinstance(network, get_args(Network)):
+        raise InvalidArgumentError(
+            "Expected a network with exits, gates or halting tokens to train. Got "
+            f"{type(network).__name__}: call add_exits(backbone, ...), add_gates or add_halting "
+            "first."
+        )
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise InvalidArgumentError(
+            "Expected parameters to train. All of this network's are frozen: call "
+            "requires_grad_(True) on those to train, such as network.exits."
+        )
     weights = config.loss_weights
     if weights is not None and len(weights) != network.num_exits:
         raise InvalidArgumentError(
@@ -46,7 +58,7 @@ def check_config(
         )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InvalidArgumentError(
-            "The device cuda was asked for, but torch sees no CUDA device here. Use --device cpu."
+            "The device cuda was asked for, but torch sees no CUDA device here. Use the device cpu."
         )
 
 
@@ -66,9 +78,7 @@ def check_class_weights(weights: Sequence[float] | None, *, num_classes: int) ->
         )
 
 
-def _check_kind(
-    network: MultiExitNetwork | SkipNetwork | HaltingNetwork, config: FitConfig
-) -> None:
+def _check_kind(network: Network, config: FitConfig) -> None:
     for name, kind, what, maker in (
         ("gates", SkipNetwork, "networks that skip blocks", "add_gates"),
         ("halting", HaltingNetwork, "networks whose tokens halt", "add_halting"),

@@ -5,6 +5,7 @@ Shapes: ``B`` batch, ``C`` classes, ``K`` exits, ``N`` pixels, ``H W`` of masks,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,13 +20,12 @@ from offramp.measure.dense import (
     mean_iou,
     pixel_accuracy,
 )
-from offramp.model.multi_exit import Features, MultiExitNetwork, as_inputs
-from offramp.training.config import FitConfig
+from offramp.model.multi_exit import Features, as_inputs
 from offramp.training.config_checks import check_class_weights
 from offramp.training.data import check_labels
-from offramp.training.losses import joint_loss
+from offramp.training.exits_task import MultiExitTask
 from offramp.training.parquet import known_labels
-from offramp.training.task import ACCURACY_METRIC, MultiExitTask
+from offramp.training.task import ACCURACY_METRIC
 
 MEAN_IOU_METRIC = "mean_iou_exit_{}"
 """Name of the logged mean IoU of an exit on calibration data."""
@@ -34,17 +34,9 @@ MEAN_IOU_METRIC = "mean_iou_exit_{}"
 class DenseTask(MultiExitTask):
     """Trains every exit at once on masks, and reports each exit's mean IoU.
 
-    Args:
-        network: The network to train, in place.
-        config: How to train it.
+    Args are those of :class:`~offramp.training.task.Task`. A loss of your own is given logits
+    (N, C) and classes (N,) of the pixels whose class is known. Metrics of your own are not taken.
     """
-
-    class_weights_C: Tensor | None
-
-    def __init__(self, network: MultiExitNetwork, config: FitConfig) -> None:
-        super().__init__(network, config)
-        weights_C = None if config.class_weights is None else torch.tensor(config.class_weights)
-        self.register_buffer("class_weights_C", weights_C, persistent=False)
 
     def loss(self, inputs: Features, labels_B: Tensor) -> Tensor:
         """The joint loss over the pixels whose class is known, one a cell of the logits."""
@@ -53,20 +45,30 @@ class DenseTask(MultiExitTask):
         _check(labels_B, num_classes=num_classes)
         check_class_weights(self.config.class_weights, num_classes=num_classes)
         labels_Bhw = one_pixel_a_cell(labels_B, outputs[-1].shape[-2:])
+        return self._loss_of_cells(outputs, labels_Bhw, self.loss_weights(self.current_epoch))
+
+    def judging_loss(self, outputs: Sequence[Tensor], labels_B: Tensor) -> Tensor:
+        """The joint loss with the full weights, of the pixel in the middle of each cell."""
+        labels_Bhw = labels_of_cells(labels_B, outputs[-1].shape[-2:])
+        return self._loss_of_cells(outputs, labels_Bhw, self.config.loss_weights)
+
+    def _loss_of_cells(
+        self, outputs: Sequence[Tensor], labels_Bhw: Tensor, weights: Sequence[float] | None
+    ) -> Tensor:
         is_known_Bhw = labels_Bhw != IGNORED_LABEL
         if not is_known_Bhw.any():  # the few pixels that have a class were not drawn
             return torch.stack([0 * logits.sum() for logits in outputs]).sum()
-        return joint_loss(
+        class_weights = self.config.class_weights
+        return self._joint_loss(
             [logits_BChw.movedim(1, -1)[is_known_Bhw] for logits_BChw in outputs],
             labels_Bhw[is_known_Bhw],
-            weights=self.loss_weights(self.current_epoch),
-            label_smoothing=self.config.label_smoothing,
-            distillation=self.config.distillation,
-            class_weights_C=self.class_weights_C,
+            weights,
+            None if class_weights is None else outputs[-1].new_tensor(class_weights).float(),
         )
 
     def on_validation_epoch_start(self) -> None:
         """Start counting."""
+        super().on_validation_epoch_start()
         self._confusion_KCC: Tensor | int = 0
 
     def validation_step(self, batch: tuple[Any, Tensor], batch_index: int) -> None:
@@ -81,14 +83,16 @@ class DenseTask(MultiExitTask):
             for logits in outputs
         ]
         self._confusion_KCC = self._confusion_KCC + torch.stack(counts).cpu()
+        self._count_loss(self.judging_loss(outputs, labels_BHW), len(labels_BHW))
 
     def on_validation_epoch_end(self) -> None:
-        """Log each exit's mean IoU, and its share of right pixels."""
-        confusion_KCC = torch.as_tensor(self._confusion_KCC).double()
+        """Log the loss, each exit's mean IoU, and its share of right pixels."""
+        self.report_loss()
+        confusion_KCC = self.over_processes(torch.as_tensor(self._confusion_KCC)).double()
         figures = {MEAN_IOU_METRIC: mean_iou, ACCURACY_METRIC: pixel_accuracy}
         for name, figure in figures.items():
             for k, value in enumerate(figure(confusion_KCC).tolist()):
-                self.log(name.format(k), value, rank_zero_only=True)
+                self.report(name.format(k), value)
 
 
 def one_pixel_a_cell(labels_BHW: Tensor, size: torch.Size) -> Tensor:

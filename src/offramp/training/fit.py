@@ -1,286 +1,360 @@
-"""Training a multi-exit network with Lightning: ``fit`` and what it writes."""
+"""Training a network with Lightning: ``fit`` and what it writes."""
 
 from __future__ import annotations
 
-import json
-import logging
-import pickle
 import sys
-import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import tempfile
+from collections.abc import Mapping, Sequence, Sized
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.profilers import SimpleProfiler
-from torch import Tensor, nn
-from torch.multiprocessing.spawn import ProcessRaisedException
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from offramp import errors
-from offramp.artifacts import SCHEMA_VERSION, atomic_path
-from offramp.errors import ArtifactError, DataError, InvalidArgumentError, reason
+from offramp.errors import DataError, InvalidArgumentError
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
+from offramp.training.checkpoint_choice import note_choice, read_choice, write_choice
 from offramp.training.config import FitConfig
-from offramp.training.config_checks import check_config
-from offramp.training.data import Batches, EpochSampler, make_loader
-from offramp.training.dense_task import MEAN_IOU_METRIC, DenseTask
-from offramp.training.halting_task import TOKENS_METRIC, HaltingTask
-from offramp.training.regimes import frozen_backbone
-from offramp.training.skip_task import BLOCKS_METRIC, SkipTask
-from offramp.training.task import ACCURACY_METRIC, MultiExitTask, Task
+from offramp.training.data import Batches, EpochSampler, make_loader, split_off_calibration
+from offramp.training.dense_task import DenseTask
+from offramp.training.exits_task import MultiExitTask
+from offramp.training.halting_task import HaltingTask
+from offramp.training.history import METRICS_FILE, EpochReport, History
+from offramp.training.last_checkpoint import (
+    LAST_CHECKPOINT,
+    LastCheckpoint,
+    check_checkpoint,
+    planned_optimizers,
+)
+from offramp.training.processes import (
+    EveryProcess,
+    Spawned,
+    own_errors,
+    quiet_lightning,
+    quiet_torch,
+)
+from offramp.training.skip_task import SkipTask
+from offramp.training.task import VAL_LOSS, Loss, MakeOptimizer, Metrics, Task
+from offramp.zoo import Network
 
-LAST_CHECKPOINT = "last.ckpt"
-METRICS_FILE = "metrics.jsonl"
+Data = Dataset[Any] | DataLoader[Any]
+"""Pairs of (input, class), or a loader of batches of them."""
+
+Loggers = Logger | Sequence[Logger] | bool | None
+"""As Lightning's Trainer takes them; None for those that fit makes itself."""
 
 
 def fit(
-    network: MultiExitNetwork | SkipNetwork | HaltingNetwork,
-    train: Dataset[Any] | DataLoader[Any],
-    calibration: Dataset[Any] | DataLoader[Any] | None = None,
+    network: Network | Task,
+    train: Data,
+    calibration: Data | None = None,
     config: FitConfig | None = None,
     *,
+    validation: Data | None = None,
     folder: Path | str | None = None,
     resume: bool = False,
-    callbacks: Sequence[Callback] = (),
-) -> None:
+    callbacks: Callback | Sequence[Callback] = (),
+    logger: Loggers = None,
+    progress: bool = True,
+) -> History:
     """Train a network in place: every exit at once, gates that skip blocks, tokens that halt.
 
     With a ``folder``, every epoch ends with a checkpoint (``last.ckpt``), a line in
-    ``metrics.jsonl``, and Lightning's CSV and TensorBoard logs under ``logs/``. Given a Dataset,
-    order of samples, augmentation and dropout depend on the seed and the epoch alone: a run that
-    was killed and resumed ends with the weights of the unbroken run (same device and number of
-    threads). The order of a DataLoader is its own.
+    ``metrics.jsonl``, and Lightning's logs under ``logs/``. Given a Dataset, order, augmentation
+    and dropout depend on the seed and the epoch alone: a run that was killed and resumed ends with
+    the weights of the unbroken run (same device and number of threads). BatchNorm uses its running
+    statistics on a last batch of one sample.
+
+    Args:
+        network: The network to train, left in evaluation mode; or a task that holds it, from
+            ``make_task``, for an optimizer, loss or metrics of your own.
+        train: Pairs of (input, class), or a loader of batches of them; the input is a tuple of
+            tensors where the network takes several.
+        calibration: Held-out pairs to report on after every epoch, where there is no validation
+            data. If a callback or scheduler goes by such a figure, no guarantee may rest on these
+            samples: that is noted on the network and in the folder.
+        config: How to train; ``FitConfig()`` if None. Its ``validation_share`` cuts validation
+            data from train.
+        validation: Pairs to report on instead: ``val_loss``, ``accuracy_exit_k``, metrics.
+        folder: An existing folder for checkpoint and logs; nothing is written if None.
+        resume: Go on from the folder's checkpoint, if there is one.
+        callbacks: Lightning callbacks; a progress bar among them replaces fit's own.
+        logger: As Lightning's Trainer takes it; if None, CSV and TensorBoard in the folder.
+        progress: Whether to print a line an epoch, and show a bar in a terminal.
+    Returns:
+        A record of every epoch, those before it was resumed too.
+    Raises:
+        InvalidArgumentError: If config, callbacks or logger do not suit the network, the data or
+            this machine.
+        DataError: If a label is outside the network's classes, or there is no sample.
+        TrainingDivergedError: If the loss is no longer finite; a folder keeps the last checkpoint.
+        ArtifactError: If the checkpoint to resume from is damaged, or of another network or
+            training.
+    """
+    task = _task_of(network, config)
+    own_callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+    _check_lightning(own_callbacks, logger)
+    reports = _Reports(callbacks=own_callbacks, logger=logger, progress=progress)
+    return _fit(
+        task, _Sets.of(train, calibration, validation, task.config), folder, resume, reports
+    )
+
+
+def make_task(
+    network: Network,
+    config: FitConfig | None = None,
+    *,
+    optimizer: MakeOptimizer | None = None,
+    loss: Loss | None = None,
+    metrics: Metrics | None = None,
+) -> Task:
+    """Make the Lightning task that trains a network, for ``fit`` or a Trainer of your own.
 
     Args:
         network: The network to train.
-        train: Pairs of (input, class), or a loader of batches of them; the input is a tuple of
-            tensors where the network takes several.
-        calibration: Held-out pairs, to report each exit's accuracy after every epoch.
-        config: How to train; ``FitConfig()`` if None.
-        folder: An existing folder for checkpoint and logs; nothing is written if None.
-        resume: Go on from the folder's checkpoint, if there is one.
-        callbacks: Lightning callbacks to run as well.
+        config: How to train it; ``FitConfig()`` if None. A Trainer of your own has its own epochs,
+            devices, precision and gradient clipping, and its loader the batch size and order.
+        optimizer: A function of the parameters to train that returns an optimizer, or a dict of
+            "optimizer" and "lr_scheduler" as ``configure_optimizers`` does. It replaces the
+            config's optimizer, learning rate and schedule.
+        loss: A function of an exit's logits and the labels that returns a scalar, instead of
+            cross entropy.
+        metrics: By name, torchmetrics metrics of logits and labels, or functions of them that
+            return a number, whose mean over the samples counts. Logged as ``NAME_exit_k``.
+    Returns:
+        A ``LightningModule``: :class:`MultiExitTask`, :class:`DenseTask`, :class:`SkipTask` or
+        :class:`HaltingTask`, which can be subclassed too.
     Raises:
-        InvalidArgumentError: If the config does not suit the network or this machine, or class
-            balance was asked for where the labels are unknown.
-        DataError: If a label is outside the network's classes, or there is no sample.
-        TrainingDivergedError: If the loss is no longer finite; a folder keeps the last checkpoint.
-        ArtifactError: If the checkpoint to resume from is damaged or of another run.
+        InvalidArgumentError: If the config does not suit the network.
+    Example:
+        >>> from functools import partial
+        >>> from torch.optim import SGD
+        >>> task = make_task(network, optimizer=partial(SGD, lr=0.1))  # doctest: +SKIP
+        >>> Trainer(max_epochs=10).fit(task, train_loader, validation_loader)  # doctest: +SKIP
     """
-    config = config or FitConfig()
-    check_config(network, config)
-    checkpoint = _to_resume(Path(folder), network) if resume and folder is not None else None
-    if config.class_balance == "sampling" and isinstance(train, DataLoader):
+    kinds: dict[type, type[Task]] = {SkipNetwork: SkipTask, HaltingNetwork: HaltingTask}
+    is_dense = isinstance(network, MultiExitNetwork) and network.is_dense
+    kind = kinds.get(type(network), DenseTask if is_dense else MultiExitTask)
+    return kind(network, config, optimizer=optimizer, loss=loss, metrics=metrics)
+
+
+def _task_of(network: Network | Task, config: FitConfig | None) -> Task:
+    if not isinstance(network, Task):
+        return make_task(network, config)
+    if config is not None and config != network.config:
         raise InvalidArgumentError(
-            "'class_balance' counts the labels of a data set. Got a DataLoader: give fit the "
-            "data set, or balance in the loader."
+            "A task has its own config, and another was given to fit. Give it to make_task alone."
         )
-    network.train()
-    with _quiet_lightning(), _own_errors(), _frozen(network, config):
-        trainer = _trainer(
-            config,
-            folder=None if folder is None else Path(folder),
-            callbacks=callbacks,
-            num_exits=network.num_exits,
+    return network
+
+
+@dataclass(frozen=True)
+class _Reports:
+    """What the user wants to see and be called by."""
+
+    callbacks: list[Callback]
+    logger: Loggers
+    progress: bool
+
+    @property
+    def has_bar(self) -> bool:
+        return any(isinstance(callback, ProgressBar) for callback in self.callbacks)
+
+    @property
+    def prints(self) -> bool:
+        return self.progress and not self.has_bar
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether a bar of ours is to be seen."""
+        return self.prints and sys.stdout.isatty()
+
+    def loggers(self, folder: Path | None) -> Loggers:
+        if self.logger is not None:
+            return self.logger
+        if folder is None:
+            return DummyLogger()  # for callbacks that need one, such as LearningRateMonitor
+        return [
+            CSVLogger(folder / "logs", name="csv"),
+            TensorBoardLogger(folder / "logs", name="tensorboard"),
+        ]
+
+
+@dataclass(frozen=True)
+class _Sets:
+    """The loaders: one to train on, and one to report on, if there is any."""
+
+    train: DataLoader[Any]
+    has_own_loader: bool
+    judging: DataLoader[Any] | None
+    is_calibration: bool
+
+    @classmethod
+    def of(
+        cls, train: Data, calibration: Data | None, validation: Data | None, config: FitConfig
+    ) -> _Sets:
+        if config.class_balance == "sampling" and isinstance(train, DataLoader):
+            raise InvalidArgumentError(
+                "'class_balance' counts the labels of a data set. Got a DataLoader: give fit the "
+                "data set, or balance in the loader."
+            )
+        if config.validation_share:
+            if validation is not None or isinstance(train, DataLoader):
+                raise InvalidArgumentError(
+                    "'validation_share' cuts validation data from a data set. Got "
+                    f"{'a DataLoader' if validation is None else 'validation data as well'}: give "
+                    "fit validation=... and leave validation_share out."
+                )
+            train, validation = _cut(train, config)
+        judging = calibration if validation is None else validation
+        return cls(
+            train=_train_loader(train, config),
             has_own_loader=isinstance(train, DataLoader),
-            may_leave_out=isinstance(network, SkipNetwork),  # settled gates get no gradient
+            judging=None if judging is None else _loader(judging, config),
+            is_calibration=validation is None,
         )
+
+
+def _fit(
+    task: Task, sets: _Sets, folder: Path | str | None, resume: bool, reports: _Reports
+) -> History:
+    network, config = task.network, task.config
+    with ExitStack() as stack:
+        private = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="offramp-fit-")))
+        place = private if folder is None else Path(folder)
+        last = place / LAST_CHECKPOINT
+        checkpoint = check_checkpoint(last, network, task) if resume and last.exists() else None
+        _note_choosers(task, sets, reports.callbacks)
+        if folder is not None:
+            if resume:
+                read_choice(place, network)
+            write_choice(place, network)
+        network.train()
+        stack.callback(network.eval)
+        stack.enter_context(quiet_lightning())
+        stack.enter_context(quiet_torch())
+        stack.enter_context(own_errors())
+        spawned = Spawned(private / "states.pt")
+        report = EpochReport(
+            place / METRICS_FILE,
+            task.num_exits,
+            prints=reports.prints,
+            is_validated=sets.judging is not None and not sets.is_calibration,
+        )
+        keep = [] if folder is None else [LastCheckpoint(place)]
+        several = [spawned] if config.devices > 1 else []
+        trainer = _trainer(
+            task,
+            sets,
+            reports,
+            folder=None if folder is None else place,
+            callbacks=[*reports.callbacks, report, *several, *keep],
+        )
+        judging = sets.judging
         trainer.fit(
-            _task(network, config),
-            _train_loader(train, config),
-            None if calibration is None else _loader(calibration, config),
+            task,
+            sets.train,
+            EveryProcess(judging) if judging is not None and config.devices > 1 else judging,
             ckpt_path=checkpoint,
             weights_only=True,
         )
-    network.eval()
-
-
-def _to_resume(folder: Path, network: nn.Module) -> Path | None:
-    path = folder / LAST_CHECKPOINT
-    return check_checkpoint(path, network) if path.exists() else None
-
-
-def check_checkpoint(path: Path, network: nn.Module) -> Path:
-    """Make sure that a checkpoint is whole and belongs to a network, before training touches it.
-
-    Args:
-        path: A ``last.ckpt``.
-        network: The network about to be trained.
-    Returns:
-        The path.
-    Raises:
-        ArtifactError: If it is damaged, of a newer schema, or of another network.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        version = content[_SCHEMA_KEY]
-        shapes = {name: tensor.shape for name, tensor in content["state_dict"].items()}
-    except _UNREADABLE as error:
-        raise ArtifactError(
-            f"The checkpoint {path} is damaged or not Offramp's "
-            f"({reason(error)}). "
-            "Delete it to start this run again from the first epoch."
-        ) from error
-    if version > SCHEMA_VERSION:
-        raise ArtifactError(
-            f"{path} has schema version {version}; this Offramp reads up to {SCHEMA_VERSION}. "
-            "Upgrade Offramp: pip install --upgrade offramp"
-        )
-    if shapes != {f"network.{name}": t.shape for name, t in network.state_dict().items()}:
-        raise ArtifactError(
-            f"The checkpoint {path} is of another network. Resume with the settings the run "
-            "was started with, or choose another folder."
-        )
-    return path
-
-
-_SCHEMA_KEY = "offramp_schema_version"
-_UNREADABLE = (
-    AttributeError,
-    EOFError,
-    KeyError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    pickle.UnpicklingError,
-)
-
-
-class _LastCheckpoint(Callback):
-    """Writes ``last.ckpt`` at the end of every epoch, whole or not at all."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        checkpoint[_SCHEMA_KEY] = SCHEMA_VERSION
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        temporary = self.folder / f".{LAST_CHECKPOINT}.partial"
-        trainer.save_checkpoint(temporary)
-        if trainer.is_global_zero:
-            temporary.replace(self.folder / LAST_CHECKPOINT)
-
-
-_SHARES = {BLOCKS_METRIC: "blocks run", TOKENS_METRIC: "tokens run"}
-"""What a line per epoch calls the shares of a network that is run."""
-
-
-class _EpochReport(Callback):
-    """Writes and prints a line per epoch: loss, accuracies, seconds, share of time on data."""
-
-    def __init__(self, folder: Path, num_exits: int) -> None:
-        self.path = folder / METRICS_FILE
-        self.num_exits = num_exits
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start = time.perf_counter()
-        self._marks = _profiled_seconds(trainer)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        data_s, step_s = (
-            after - before
-            for before, after in zip(self._marks, _profiled_seconds(trainer), strict=True)
-        )
-        metrics = trainer.callback_metrics
-        accuracies = self._per_exit(ACCURACY_METRIC, metrics)
-        ious = self._per_exit(MEAN_IOU_METRIC, metrics)
-        epoch, loss = trainer.current_epoch + 1, float(metrics["train_loss_epoch"])
-        epoch_s = time.perf_counter() - self._start
-        run = {name: float(metrics[name]) for name in _SHARES if name in metrics}
-        self._append(
-            {
-                "epoch": epoch,
-                "train_loss": loss,
-                "exit_accuracy": accuracies,
-                **({"exit_mean_iou": ious} if ious else {}),
-                **run,
-                "epoch_s": round(epoch_s, 3),
-                "data_share": round(data_s / (data_s + step_s), 4),
-            }
-        )
-        exits = "  ".join(f"{100 * share:.2f}" for share in ious or accuracies)
-        print(
-            f"epoch {epoch}/{trainer.max_epochs}  loss {loss:.4f}"
-            + (f"  exits {exits} %{' mean IoU' if ious else ''}" if accuracies else "")
-            + "".join(f"  {_SHARES[name]} {100 * share:.1f} %" for name, share in run.items())
-            + f"  {epoch_s:.1f} s",
-            flush=True,
-        )
-
-    def _per_exit(self, metric: str, metrics: Mapping[str, Tensor]) -> list[float]:
-        names = map(metric.format, range(self.num_exits))
-        return [float(metrics[name]) for name in names if name in metrics]
-
-    def _append(self, record: dict[str, Any]) -> None:
-        """Add a line; lines of this epoch and later ones stem from a run that was killed."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)["epoch"] < record["epoch"]]
-        with atomic_path(self.path) as temporary:
-            temporary.write_text("\n".join([*kept, json.dumps(record)]) + "\n")
-
-
-def _task(network: MultiExitNetwork | SkipNetwork | HaltingNetwork, config: FitConfig) -> Task:
-    if isinstance(network, SkipNetwork):
-        return SkipTask(network, config)
-    if isinstance(network, HaltingNetwork):
-        return HaltingTask(network, config)
-    if network.is_dense:
-        return DenseTask(network, config)
-    return MultiExitTask(network, config)
+        spawned.restore(reports.callbacks)
+        return History.read(report.path)
 
 
 def _trainer(
-    config: FitConfig,
+    task: Task,
+    sets: _Sets,
+    reports: _Reports,
     *,
     folder: Path | None,
-    callbacks: Sequence[Callback],
-    num_exits: int,
-    has_own_loader: bool,
-    may_leave_out: bool,
+    callbacks: list[Callback],
 ) -> Trainer:
-    is_watched = sys.stdout.isatty()
-    several = "ddp_spawn_find_unused_parameters_true" if may_leave_out else "ddp_spawn"
-    own: list[Callback] = [RichProgressBar(leave=False)] if is_watched else []
-    if folder is not None:
-        own += [_EpochReport(folder, num_exits), _LastCheckpoint(folder)]
+    config = task.config
+    bar: list[Callback] = [RichProgressBar(leave=False)] if reports.is_watched else []
     return Trainer(
         max_epochs=config.epochs,
         accelerator={"auto": "auto", "cpu": "cpu", "cuda": "gpu"}[config.device],
         devices=config.devices,
         precision="bf16-mixed" if config.precision == "bfloat16" else "32-true",
-        strategy=several if config.devices > 1 else "auto",
-        callbacks=[*own, *callbacks],
-        logger=_loggers(folder) if folder is not None else False,
+        # Layers that a forward leaves out get no gradient, which processes would wait for.
+        strategy="ddp_spawn_find_unused_parameters_true" if config.devices > 1 else "auto",
+        gradient_clip_val=config.gradient_clip_val,
+        callbacks=[*bar, *callbacks],
+        logger=reports.loggers(folder),
         profiler=SimpleProfiler(),
-        enable_checkpointing=False,
+        default_root_dir=folder,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         enable_model_summary=False,
-        enable_progress_bar=is_watched,
+        enable_progress_bar=reports.is_watched or reports.has_bar,
         num_sanity_val_steps=0,
-        use_distributed_sampler=has_own_loader,
+        use_distributed_sampler=sets.has_own_loader,
     )
 
 
-def _profiled_seconds(trainer: Trainer) -> tuple[float, float]:
-    profiler = trainer.profiler  # type: ignore[attr-defined]
-    durations: dict[str, list[float]] = profiler.recorded_durations
-    waiting = "[_TrainingEpochLoop].train_dataloader_next"
-    return sum(durations[waiting]), sum(durations["run_training_batch"])
+_OF_TRAINING = ("train_", "lr", "step", "epoch")
+"""What begins the names of figures that tell nothing of held-out samples."""
 
 
-def _train_loader(train: Dataset[Any] | DataLoader[Any], config: FitConfig) -> DataLoader[Any]:
+def _note_choosers(task: Task, sets: _Sets, callbacks: Sequence[Callback]) -> None:
+    """Refuse what goes by validation figures without any; note it where they are calibration's."""
+    monitors = {type(c).__name__: getattr(c, "monitor", None) for c in callbacks}
+    made = planned_optimizers(task)
+    schedule = made.get("lr_scheduler") if isinstance(made, Mapping) else None
+    if isinstance(schedule, Mapping):
+        monitors[type(schedule["scheduler"]).__name__] = schedule.get("monitor")
+    for who, figure in monitors.items():
+        if not isinstance(figure, str) or figure.startswith(_OF_TRAINING):
+            continue
+        if sets.judging is None:
+            if figure == VAL_LOSS or "_exit_" in figure:
+                raise InvalidArgumentError(
+                    f"{who} goes by {figure!r}, a figure of validation data. There is none: give "
+                    "fit validation=..., or set validation_share in FitConfig."
+                )
+        elif sets.is_calibration:
+            note_choice(task.network, f"{who} by {figure!r}", sets.judging)
+
+
+def _check_lightning(callbacks: Sequence[Callback], logger: Loggers) -> None:
+    loggers = logger if isinstance(logger, Sequence) else [logger]
+    for name, kind, things in (("callbacks", Callback, callbacks), ("logger", Logger, loggers)):
+        for thing in things:
+            if not isinstance(thing, kind | bool | None):
+                raise InvalidArgumentError(
+                    f"The {name!r} parameter must hold what lightning.pytorch calls a "
+                    f"{kind.__name__}. Got {type(thing).__module__}.{type(thing).__name__}: import "
+                    "it from lightning.pytorch, and make an instance."
+                )
+
+
+def _cut(train: Dataset[Any], config: FitConfig) -> tuple[Dataset[Any], Dataset[Any]]:
+    """Cut validation data from train, by the seed."""
+    share, seed = config.validation_share, config.seed
+    if isinstance(train, Batches):
+        return split_off_calibration(train, share=share, seed=seed, uniform_prior=False)
+    order = torch.randperm(_length(train), generator=torch.Generator().manual_seed(seed))
+    count = round(share * len(order))
+    if count == 0:
+        raise InvalidArgumentError(
+            f"A 'validation_share' of {share} sets no sample of {len(order)} aside. Use a larger "
+            "one, or 0."
+        )
+    rows = order.tolist()
+    return Subset(train, sorted(rows[count:])), Subset(train, sorted(rows[:count]))
+
+
+def _train_loader(train: Data, config: FitConfig) -> DataLoader[Any]:
     if isinstance(train, DataLoader):
         return train
     class_balanced = config.class_balance == "sampling"
@@ -306,57 +380,5 @@ def _length(dataset: Dataset[Any]) -> int:
     return len(dataset)
 
 
-def _loader(data: Dataset[Any] | DataLoader[Any], config: FitConfig) -> DataLoader[Any]:
+def _loader(data: Data, config: FitConfig) -> DataLoader[Any]:
     return data if isinstance(data, DataLoader) else make_loader(data, batch_size=config.batch_size)
-
-
-def _loggers(folder: Path) -> list[Logger]:
-    return [
-        CSVLogger(folder / "logs", name="csv"),
-        TensorBoardLogger(folder / "logs", name="tensorboard"),
-    ]
-
-
-def _frozen(
-    network: MultiExitNetwork | SkipNetwork | HaltingNetwork, config: FitConfig
-) -> AbstractContextManager[None]:
-    if isinstance(network, MultiExitNetwork) and config.freeze_backbone:
-        return frozen_backbone(network)
-    return nullcontext()
-
-
-@contextmanager
-def _own_errors() -> Iterator[None]:
-    """Let an interruption be one, and an error of ours from another process be that error."""
-    try:
-        yield
-    except SystemExit as error:  # what Lightning makes of Ctrl-C and of SIGTERM
-        raise KeyboardInterrupt from error
-    except ProcessRaisedException as error:
-        name, _, message = str(error).strip().splitlines()[-1].partition(": ")
-        if not name.startswith("offramp.errors."):
-            raise
-        raise getattr(errors, name.rpartition(".")[2])(message) from error
-
-
-_LIGHTNING_TIPS = (
-    ".*does not have many workers.*",
-    ".*training batches.*logging interval.*",
-    ".*no `val_dataloader`.*",
-    ".*LeafSpec.*is deprecated.*",
-)
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Silence Lightning's tips about workers, loggers and hardware; errors still show."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            for tip in _LIGHTNING_TIPS:
-                warnings.filterwarnings("ignore", message=tip)
-            yield
-    finally:
-        logger.setLevel(level)

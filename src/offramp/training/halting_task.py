@@ -8,13 +8,12 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from offramp.model.multi_exit import Features
 from offramp.routing.halting import HaltingNetwork, HaltingOutput
 from offramp.routing.ponder import ponder_loss, prior_loss
-from offramp.training.config import FitConfig, HaltingConfig
+from offramp.training.config import HaltingConfig
 from offramp.training.data import check_labels
 from offramp.training.schedules import two_cosines
 from offramp.training.task import Task
@@ -26,17 +25,17 @@ TOKENS_METRIC = "tokens_run"
 class HaltingTask(Task):
     """Trains the plain network first, then by labels, pondering and prior with halting tokens.
 
-    Args:
-        network: The network to train, in place.
-        config: How to train it.
+    Args are those of :class:`~offramp.training.task.Task`.
+
     Reference: Yin et al. (2022), A-ViT: a network trained plain is fine-tuned with halting.
     """
 
     network: HaltingNetwork
 
-    def __init__(self, network: HaltingNetwork, config: FitConfig) -> None:
-        super().__init__(network, config)
-        self.halting = config.halting or HaltingConfig()
+    @property
+    def halting(self) -> HaltingConfig:
+        """How tokens are trained to halt."""
+        return self.config.halting or HaltingConfig()
 
     @property
     def first_halting_epoch(self) -> int:
@@ -57,18 +56,17 @@ class HaltingTask(Task):
     def loss(self, inputs: Features, labels_B: Tensor) -> Tensor:
         """Cross entropy; in the last epochs pondering and the prior as well."""
         if not self.is_halting:
-            return self._cross_entropy(self.network.plain()(*inputs), labels_B)
+            return self._checked_loss(self.network.plain()(*inputs), labels_B)
         output: HaltingOutput = self.network(*inputs)
         return (
-            self._cross_entropy(output.logits, labels_B)
+            self._checked_loss(output.logits, labels_B)
             + self.halting.ponder_weight * ponder_loss(output)
             + self.halting.prior_weight * prior_loss(output, self.target_depth)
         )
 
-    def _cross_entropy(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+    def _checked_loss(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
         check_labels(labels_B, num_classes=logits_BC.shape[-1])
-        smoothing = self.config.label_smoothing
-        return F.cross_entropy(logits_BC, labels_B, label_smoothing=smoothing)
+        return self.criterion(logits_BC, labels_B)
 
     def answers(self, inputs: Features) -> tuple[Tensor, ...]:
         """The only exit's logits: the plain network's as long as no token halts."""
@@ -88,7 +86,7 @@ class HaltingTask(Task):
         """Log accuracy and, where tokens halt, the share of them that run."""
         super().on_validation_epoch_end()
         if self._share_run_B:
-            self.log(TOKENS_METRIC, torch.cat(self._share_run_B).mean(), rank_zero_only=True)
+            self.report(TOKENS_METRIC, torch.cat(self._share_run_B).mean())
 
     def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         """Two cosines to zero, one after the other: of the plain network and of halting."""

@@ -24,6 +24,7 @@ from offramp.policy.as_dict import policy_from_dict
 from offramp.policy.policies import Policy
 from offramp.policy.routing_policy import RoutingPolicy
 from offramp.training.card import check_evaluation, model_card
+from offramp.training.checkpoint_choice import CHOICE_FILE
 from offramp.training.recipes import Recipe
 from offramp.training.run import (
     POLICY_FILE,
@@ -39,7 +40,7 @@ from offramp.zoo import Network
 
 CARD_FILE = "README.md"
 _METRICS_FILE = "metrics.jsonl"  # as training.fit has it, which takes Lightning to import
-SHARED_FILES = (RECIPE_FILE, WEIGHTS_FILE, POLICY_FILE, _METRICS_FILE, CARD_FILE)
+SHARED_FILES = (RECIPE_FILE, WEIGHTS_FILE, POLICY_FILE, CHOICE_FILE, _METRICS_FILE, CARD_FILE)
 """What is sent and fetched; nothing else of a run folder or a repository is."""
 
 
@@ -255,7 +256,7 @@ def _write(
         class_names=contents.class_names,
         data=data if travels else None,
     )
-    for file in (WEIGHTS_FILE, POLICY_FILE, _METRICS_FILE):
+    for file in (WEIGHTS_FILE, POLICY_FILE, CHOICE_FILE, _METRICS_FILE):
         if (contents.folder / file).is_file():
             shutil.copyfile(contents.folder / file, folder / file)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")

@@ -5,7 +5,7 @@ Shapes: ``B`` batch, ``C`` classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,12 +17,13 @@ def joint_loss(
     outputs: Sequence[Tensor],
     labels_B: Tensor,
     *,
-    weights: Sequence[float],
+    weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
     distillation: float = 0.0,
     class_weights_C: Tensor | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Weighted sum of the exits' losses.
+    """Add up the exits' losses, each times its weight.
 
     The final exit's loss is cross entropy. The others mix cross entropy with the divergence
     from the final exit's predictions, which are not pulled towards them.
@@ -30,31 +31,43 @@ def joint_loss(
     Args:
         outputs: Raw logits of each exit, shape (B, C) each, the final exit last.
         labels_B: Classes, shape (B,), int64.
-        weights: One weight per exit.
+        weights: One weight per exit; all 1 if None.
         label_smoothing: Share of the target spread over all classes, in [0, 1).
         distillation: Share of the exits' loss that comes from the final exit, in [0, 1].
         class_weights_C: How much a sample of each class counts in the cross entropy, shape (C,);
             all alike if None.
+        loss: A function of an exit's logits and the labels that returns a scalar, instead of cross
+            entropy; label smoothing and class weights are then its own business.
     Returns:
         A scalar.
     Raises:
         InvalidArgumentError: If there is not one weight per exit.
+    Example:
+        >>> from torch import tensor
+        >>> outputs = [tensor([[2.0, 0.0]]), tensor([[0.0, 2.0]])]
+        >>> round(joint_loss(outputs, tensor([1]), weights=(0.5, 1.0)).item(), 4)
+        1.1904
     Reference: Teerapittayanon et al. (2016), equation 1; the distillation term is that of Zhang
         et al. (2019), Be Your Own Teacher, equation 3, at temperature 1.
     """
+    if weights is None:
+        weights = (1.0,) * len(outputs)
     if len(weights) != len(outputs):
         raise InvalidArgumentError(
             f"Expected one loss weight for each of the {len(outputs)} exits. Got {len(weights)}."
         )
     total = outputs[-1].new_zeros(())
     for k, (logits_BC, weight) in enumerate(zip(outputs, weights, strict=True)):
-        loss = F.cross_entropy(
-            logits_BC, labels_B, weight=class_weights_C, label_smoothing=label_smoothing
-        )
+        if loss is None:
+            of_exit = F.cross_entropy(
+                logits_BC, labels_B, weight=class_weights_C, label_smoothing=label_smoothing
+            )
+        else:
+            of_exit = loss(logits_BC, labels_B)
         if distillation and k < len(outputs) - 1:
             divergence = distillation_loss(logits_BC, outputs[-1])
-            loss = (1 - distillation) * loss + distillation * divergence
-        total = total + weight * loss
+            of_exit = (1 - distillation) * of_exit + distillation * divergence
+        total = total + weight * of_exit
     return total
 
 

@@ -20,6 +20,7 @@ from offramp.policy.policies import Policy, never_leave
 from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
 from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
+from offramp.training.checkpoint_choice import read_choice, write_choice
 from offramp.training.data import Batches, ImageBatches, check_labels, split_off_calibration
 from offramp.training.masks import MaskBatches
 from offramp.training.parquet import Split, TextSplit, known_labels
@@ -116,6 +117,7 @@ def save(
         policy_to_dict(policy)  # refuses one that cannot be written, before anything is
     folder = create_folder(folder)
     write_recipe(folder, recipe=None, class_names=class_names, data=None)
+    write_choice(folder, network)
     save_weights(network, folder / WEIGHTS_FILE)
     if policy is not None:
         write_policy(folder, policy)
@@ -152,6 +154,7 @@ def load(folder: Path | str, network: Network | None = None) -> Run:
             )
         network = recipe.build_network()
     load_weights(network, folder / WEIGHTS_FILE)
+    read_choice(folder, network)
     policy, calibration = _read_policy(folder / POLICY_FILE, network)
     return Run(
         folder=folder,

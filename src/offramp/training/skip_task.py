@@ -8,7 +8,6 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from offramp.model.multi_exit import Features
@@ -21,7 +20,7 @@ from offramp.routing.skip import (
     sampled,
     straight_through,
 )
-from offramp.training.config import FitConfig, GateConfig
+from offramp.training.config import GateConfig
 from offramp.training.data import check_labels
 from offramp.training.schedules import two_cosines
 from offramp.training.task import Task
@@ -38,19 +37,20 @@ class SkipTask(Task):
     The last epochs may settle: the gates' weights change no more, what they say is done and not
     drawn, and the blocks learn to do with it. Their norms still follow the features.
 
-    Args:
-        network: The network to train, in place.
-        config: How to train it.
+    Args are those of :class:`~offramp.training.task.Task`.
+
     Reference: Wang et al. (2018), SkipNet, section 3.3: supervised pre-training, then hybrid
         reinforcement learning.
     """
 
     network: SkipNetwork
 
-    def __init__(self, network: SkipNetwork, config: FitConfig) -> None:
-        super().__init__(network, config)
-        self.gates = config.gates or GateConfig()
-        self._block_macs: tuple[int, ...] | None = None
+    _block_macs: tuple[int, ...] | None = None
+
+    @property
+    def gates(self) -> GateConfig:
+        """How the gates are trained."""
+        return self.config.gates or GateConfig()
 
     @property
     def first_reward_epoch(self) -> int:
@@ -75,8 +75,7 @@ class SkipTask(Task):
         output: GatedOutput = self.network(*inputs, self._choice)
         check_labels(labels_B, num_classes=output.logits.shape[-1])
         if not is_rewarded:
-            smoothing = self.config.label_smoothing
-            return F.cross_entropy(output.logits, labels_B, label_smoothing=smoothing)
+            return self.criterion(output.logits, labels_B)
         return hybrid_loss(
             output.logits,
             labels_B,
@@ -117,7 +116,7 @@ class SkipTask(Task):
     def on_validation_epoch_end(self) -> None:
         """Log accuracy and share of blocks run."""
         super().on_validation_epoch_end()
-        self.log(BLOCKS_METRIC, torch.cat(self._run_BG).mean(), rank_zero_only=True)
+        self.report(BLOCKS_METRIC, torch.cat(self._run_BG).mean())
 
     def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         """Two cosines to zero, of the supervised and the rewarded epochs; or one over all."""

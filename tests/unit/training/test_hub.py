@@ -13,11 +13,13 @@ import huggingface_hub
 import pytest
 import torch
 
+from offramp.artifacts import write_json
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.model.checkpoint import save_weights
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, never_leave
 from offramp.training import fit, hub
 from offramp.training.catalogue import find_recipe
+from offramp.training.checkpoint_choice import CHOICE_FILE
 from offramp.training.hub import SHARED_FILES, from_pretrained, pull, push_to_hub, save_pretrained
 from offramp.training.run import load, save, write_policy, write_recipe
 from offramp.zoo.mlp import mlp
@@ -48,6 +50,7 @@ def make_run(folder, *, data=None):
     for name in ("last.ckpt", "profile.json", "logs/events", "bundle/bundle.json"):
         (folder / name).write_text("stays at home")
     (folder / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    write_json(folder / CHOICE_FILE, {"by": "ModelCheckpoint by 'val_loss'", "samples": ["0a"]})
     write_recipe(folder, recipe=recipe, class_names=tuple("0123456789"), data=data)
     torch.manual_seed(99)
     save_weights(mlp(**options), folder / "model.safetensors")

@@ -11,8 +11,9 @@ from offramp.errors import ArtifactError, DataError, InvalidArgumentError, Train
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.training.config import FitConfig
 from offramp.training.data import check_labels
-from offramp.training.fit import check_checkpoint, fit
-from offramp.training.task import MultiExitTask
+from offramp.training.exits_task import MultiExitTask
+from offramp.training.fit import fit
+from offramp.training.last_checkpoint import check_checkpoint
 
 PAIRS = [(torch.zeros(6), 0), (torch.ones(6), 1)]
 
@@ -168,7 +169,7 @@ def test_training_that_diverges_ends_in_an_error(network):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_where_there_is_none(network):
-    with pytest.raises(InvalidArgumentError, match="--device cpu"):
+    with pytest.raises(InvalidArgumentError, match="Use the device cpu"):
         fit(network, PAIRS, config=FitConfig(device="cuda"))
 
 
