@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     from offramp.training.fit import fit
     from offramp.training.hub import from_pretrained, push_to_hub, save_pretrained
     from offramp.training.run import Run, load, save
+    from offramp.training.run_data import load_data
 
 __version__ = "0.1.0"
 
@@ -143,6 +144,7 @@ _HOMES = {
     "Run": "offramp.training.run",
     "load": "offramp.training.run",
     "save": "offramp.training.run",
+    "load_data": "offramp.training.run_data",
     "FitConfig": "offramp.training.config",
     "GateConfig": "offramp.training.config",
     "HaltingConfig": "offramp.training.config",
@@ -220,6 +222,7 @@ __all__ = [
     "frontier",
     "label_maps",
     "load",
+    "load_data",
     "margin_confidence",
     "max_probability_confidence",
     "mean_iou",
