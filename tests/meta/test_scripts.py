@@ -1,6 +1,8 @@
 """Every script of the repository can be imported and says how to use it."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ SCRIPTS = sorted(
     for f in ("benchmarks", "examples")
     for path in (ROOT / f).glob("*.py")
 )
+CALL = re.compile(r"python ((?:benchmarks|examples)/\w+\.py)([^`\n]*)")
 ASK_ALL = """
 import contextlib, io, json, os, runpy, sys, traceback
 
@@ -38,7 +41,10 @@ print(json.dumps(answers))
 def answers():
     """Exit code and what was said, by script; the code is None where nothing runs."""
     command = [sys.executable, "-c", ASK_ALL, *SCRIPTS]
-    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    wide = {**os.environ, "COLUMNS": "200"}  # no option is cut short
+    outcome = subprocess.run(
+        command, cwd=ROOT, env=wide, capture_output=True, text=True, timeout=300
+    )
     assert outcome.returncode == 0, outcome.stderr
     return json.loads(outcome.stdout)
 
@@ -49,6 +55,14 @@ def test_script_says_how_to_use_it(answers, script):
     is_run = '__name__ == "__main__"' in (ROOT / script).read_text(encoding="utf-8")
     assert code == (0 if is_run else None), said
     assert ("usage" in said.lower()) == is_run
+
+
+def test_pages_call_scripts_as_they_are(answers, page):
+    for script, options in CALL.findall(page.read_text(encoding="utf-8")):
+        _, said = answers[script]
+        assert [
+            word for word in options.split() if word.startswith("--") and word not in said
+        ] == []
 
 
 def test_there_are_scripts():
