@@ -16,6 +16,7 @@ BLOCK = re.compile(
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 COMMAND_LINE = re.compile(r"^ {4}offramp (.+)$", re.MULTILINE)
 COMMAND_IN_TEXT = re.compile(r"`offramp ([^`]+)`")
+MAKE = re.compile(r"(?:^ {4}|`)make ([\w-]+)", re.MULTILINE)
 COMMANDS = typer.main.get_command(app).commands
 
 
@@ -52,6 +53,12 @@ def test_commands_exist_with_their_options(page):
 def options_of(name: str) -> set[str]:
     parameters = COMMANDS[name].params
     return {option for p in parameters for option in (*p.opts, *p.secondary_opts)}
+
+
+def test_make_targets_exist(project, page):
+    makefile = (project / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^([\w-]+):", makefile, re.MULTILINE)
+    assert set(MAKE.findall(page.read_text(encoding="utf-8"))) <= set(targets)
 
 
 def test_every_python_block_is_found(pages):

@@ -41,7 +41,7 @@ def names_of(module_name: str) -> set[str]:
 
 
 def is_public(dotted: str) -> bool:
-    """Whether a name is a public module, or a public name in one or an attribute of that."""
+    """True of a public module, a public name in one, and an attribute of that."""
     parts = dotted.split(".")
     homes = [(".".join(parts[:n]), parts[n]) for n in range(1, len(parts))]
     return dotted in PUBLIC_MODULES or any(
@@ -72,11 +72,16 @@ def test_names_that_examples_use_are_public(project, name):
 
 
 def test_private_names_are_found():
-    shown = "import offramp.zoo.mlp\nfrom offramp.calibration.search import evaluate_thresholds\n"
-    shown += (
-        "from offramp import (\n    fit,\n    fitt as f,\n)\nfrom offramp.runtime import Session"
-    )
-    shown += "\nofframp.FitConfig.epochs; `offramp.training.data` and offramp.collectt(network)"
+    shown = """
+import offramp.zoo.mlp
+from offramp.calibration.search import evaluate_thresholds
+from offramp import (
+    fit,
+    fitt as f,
+)
+from offramp.runtime import Session
+offramp.FitConfig.epochs; `offramp.training.data` and offramp.collectt(network)
+"""
     assert private_names(shown) == [
         "offramp.zoo.mlp",
         "offramp.training.data",
