@@ -29,13 +29,19 @@ def test_python_blocks_run_in_order_and_print_what_they_say(page, tmp_path, monk
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             exec(compile("\n" * lines_before + block[1], page, "exec"), names)
-        assert_like(said.getvalue(), block[2] or "")
+        if block[2]:
+            assert_ends_like(said.getvalue().splitlines(), block[2].splitlines())
 
 
-def assert_like(said: str, shown: str) -> None:
-    """The same words, and about the same numbers: other processors round otherwise."""
-    assert NUMBER.sub("#", said).split() == NUMBER.sub("#", shown).split()
-    numbers = [[float(n.replace(",", "")) for n in NUMBER.findall(text)] for text in (said, shown)]
+def assert_ends_like(said: list[str], shown: list[str]) -> None:
+    """The same words at the end, and about the same numbers: other processors round otherwise.
+
+    Before them training may say how it goes.
+    """
+    texts = ["\n".join(said[-len(shown) :]), "\n".join(shown)]
+    words = [NUMBER.sub("#", text).split() for text in texts]
+    numbers = [[float(n.replace(",", "")) for n in NUMBER.findall(text)] for text in texts]
+    assert words[0] == words[1]
     assert numbers[0] == pytest.approx(numbers[1], rel=0.15, abs=0.03)
 
 
