@@ -25,6 +25,9 @@ test: $(READY)  ## The fast tests.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile \
 		--cov --cov-report=term:skip-covered --cov-fail-under=90
 
+test-data: $(READY)  ## Tests on real data, under a minute each; needs OFFRAMP_DATA.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "data and not slow" tests
+
 test-slow: $(READY)  ## The tests that take minutes; some need OFFRAMP_DATA.
 	$(BIN)/python -m pytest -q -m slow
 

@@ -81,6 +81,8 @@ if TYPE_CHECKING:
     from offramp.training.hub import from_pretrained, push_to_hub, save_pretrained
     from offramp.training.run import Run, load, save
     from offramp.training.run_data import load_data
+    from offramp.training.text import encode_padded
+    from offramp.zoo.text import load_tokenizer
 
 __version__ = "0.1.0"
 
@@ -145,6 +147,8 @@ _HOMES = {
     "load": "offramp.training.run",
     "save": "offramp.training.run",
     "load_data": "offramp.training.run_data",
+    "encode_padded": "offramp.training.text",
+    "load_tokenizer": "offramp.zoo.text",
     "FitConfig": "offramp.training.config",
     "GateConfig": "offramp.training.config",
     "HaltingConfig": "offramp.training.config",
@@ -212,6 +216,7 @@ __all__ = [
     "collect",
     "collect_sweep",
     "count_macs",
+    "encode_padded",
     "entropy_confidence",
     "evaluate",
     "export",
@@ -223,6 +228,7 @@ __all__ = [
     "label_maps",
     "load",
     "load_data",
+    "load_tokenizer",
     "margin_confidence",
     "max_probability_confidence",
     "mean_iou",

@@ -24,6 +24,7 @@ PUBLIC_MODULES = (
 
 IMPORT = re.compile(r"^\s*from (offramp[\w.]*) import (\([^)]*\)|[^#\n]*)", re.MULTILINE)
 DOTTED = re.compile(r"(?<![\w./-])offramp(?:\.[A-Za-z_]\w*)+")
+PROMPT = re.compile(r"^ *(?:>>>|\.\.\.) (.*)", re.MULTILINE)
 INDENTED = re.compile(r"(?<=\n\n)(?: {4}.*\n)+")
 STATEMENT = re.compile(r"^(?:from [\w.]+ import |import |\w+ = )", re.MULTILINE)
 
@@ -69,6 +70,13 @@ def test_names_that_examples_use_are_public(project, name):
         text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
     assert "offramp" in text
     assert private_names(text) == []
+
+
+def test_names_that_docstrings_show_are_public(project):
+    sources = [*(project / "src").rglob("*.py")]
+    shown = {path.name: "\n".join(PROMPT.findall(path.read_text("utf-8"))) for path in sources}
+    assert any("import" in text for text in shown.values())
+    assert {name: private_names(text) for name, text in shown.items() if private_names(text)} == {}
 
 
 def test_private_names_are_found():
