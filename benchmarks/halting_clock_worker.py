@@ -12,12 +12,12 @@ computes every token; ``longest``, a threshold of 1.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 
 from offramp.inference.stopwatch import LocalStopwatch, serve
 from offramp.runtime import PlainSession, Session, read_bundle, with_routing_threshold
@@ -75,11 +75,13 @@ def of_torch(spec: Mapping[str, Any]) -> LocalStopwatch:
     return LocalStopwatch(contenders, num_samples=len(images))
 
 
-def main() -> None:
-    spec = json.loads(sys.argv[1])
+def main(
+    spec_json: Annotated[str, typer.Argument(metavar="SPEC", help="JSON: see the docstring.")],
+) -> None:
+    spec = json.loads(spec_json)
     make = {"torch": of_torch, "onnxruntime": of_onnxruntime}[spec["backend"]]
     serve(make(spec))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -2,8 +2,9 @@
 
     python examples/split.py RUN [--split-after K] [--mbit 10] [--rtt-ms 20] [--codec int8+zstd]
 
-RUN has a bundle (offramp export RUN). Its test images are sent to the edge one by one over the
-Open Inference Protocol, with the client that users have, and the table says who answered.
+RUN is a run folder with a bundle in it (offramp export RUN). The test images of its data are sent
+to the edge one by one over the Open Inference Protocol, with the client that users have, and the
+table says who answered.
 """
 
 from __future__ import annotations
@@ -13,20 +14,19 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import tritonclient.http as triton_http
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from offramp.cli.artifact import find_bundle, recipe_of
+from offramp import load, load_data
 from offramp.runtime import read_bundle
-from offramp.training.run import load_batches
-from offramp.training.sources import SOURCES
 
 NAME = "model"
 
@@ -54,11 +54,11 @@ def main(
     samples: Annotated[int, typer.Option(help="Images to send.")] = 200,
 ) -> None:
     """Start the three, send images, and say what came of it."""
-    folder = find_bundle(run)
+    folder = run / "bundle"
     bundle = read_bundle(folder)
-    recipe = recipe_of(bundle)
-    test = load_batches(recipe, SOURCES[recipe.data].judging_split, None)[0]
-    inputs, labels = test.__getitems__(list(range(min(samples, len(test)))))
+    batches = load_data(load(run))
+    pairs = (pair for inputs, labels in batches for pair in zip(inputs, labels, strict=True))
+    images, labels = zip(*islice(pairs, samples), strict=True)
     quiet = ("--name", NAME, "--http-port", 0, "--grpc-port", -1)
     with ExitStack() as stack:
         _, cloud_port = start(stack, "cloud", folder, *quiet)
@@ -69,9 +69,9 @@ def main(
         _, edge_port = start(stack, "edge", folder, *edge_options, *cloud, *quiet)
         client = stack.enter_context(triton_http.InferenceServerClient(f"127.0.0.1:{edge_port}"))
         answers = []
-        for image in inputs.numpy():
+        for image in images:
             tensor = triton_http.InferInput(bundle.inputs[0].name, (1, *image.shape), "FP32")
-            tensor.set_data_from_numpy(image[None])
+            tensor.set_data_from_numpy(image[None].numpy())
             began = time.perf_counter()
             answer = client.infer(NAME, [tensor])
             latency_ms = 1e3 * (time.perf_counter() - began)
@@ -79,12 +79,12 @@ def main(
             answers.append((*(int(answer.as_numpy(name)[0]) for name in names), latency_ms))
         link.terminate()
         said, _ = link.communicate()
-    print_table(answers, labels.numpy(), bytes_on_link=int(said.split()[0]))
+    print_table(answers, [int(label) for label in labels], bytes_on_link=int(said.split()[0]))
 
 
 def print_table(
     answers: list[tuple[int, int, int, int, float]],
-    labels: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
+    labels: Sequence[int],
     *,
     bytes_on_link: int,
 ) -> None:

@@ -87,7 +87,10 @@ if TYPE_CHECKING:
     from offramp.training.hub import from_pretrained, push_to_hub, save_pretrained
     from offramp.training.losses import joint_loss
     from offramp.training.run import Run, load, save
+    from offramp.training.run_data import load_data
     from offramp.training.skip_task import SkipTask
+    from offramp.training.text import encode_padded
+    from offramp.zoo.text import load_tokenizer
 
 __version__ = "0.1.0"
 
@@ -158,6 +161,9 @@ _HOMES = {
     "Run": "offramp.training.run",
     "load": "offramp.training.run",
     "save": "offramp.training.run",
+    "load_data": "offramp.training.run_data",
+    "encode_padded": "offramp.training.text",
+    "load_tokenizer": "offramp.zoo.text",
     "FitConfig": "offramp.training.config",
     "GateConfig": "offramp.training.config",
     "HaltingConfig": "offramp.training.config",
@@ -231,6 +237,7 @@ __all__ = [
     "collect",
     "collect_sweep",
     "count_macs",
+    "encode_padded",
     "entropy_confidence",
     "evaluate",
     "export",
@@ -242,6 +249,8 @@ __all__ = [
     "joint_loss",
     "label_maps",
     "load",
+    "load_data",
+    "load_tokenizer",
     "make_task",
     "margin_confidence",
     "max_probability_confidence",

@@ -1,10 +1,23 @@
-"""Where the project's own files are."""
+"""Where the project's own files are, and the pages that people read."""
 
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks" / "README.md"])
+
 
 @pytest.fixture(scope="session")
-def project():
-    return Path(__file__).parents[2]
+def project() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def pages() -> list[Path]:
+    return PAGES
+
+
+@pytest.fixture(params=PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def page(request: pytest.FixtureRequest) -> Path:
+    return request.param

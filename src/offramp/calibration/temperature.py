@@ -104,7 +104,7 @@ def fit_temperatures(
     Reference: Guo et al. (2017), On Calibration of Modern Neural Networks, section 4.2; there for
         the one exit of a network, and all samples.
     Example:
-        >>> from offramp.measure.cost import ExitCosts
+        >>> from offramp import ExitCosts
         >>> logits = ExitLogits(  # sure of class 0, which is right three times in four: odds of 3
         ...     logits_KNC=torch.tensor([[[2 * math.log(3), 0.0]] * 4]),
         ...     labels_N=torch.tensor([0, 0, 1, 0]),

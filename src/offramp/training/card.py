@@ -33,9 +33,7 @@ On the command line, `offramp pull` brings the files into a run folder of your o
 """
 _LOAD_TEXTS = """\
 ```python
-from offramp import {runner}, from_pretrained
-from offramp.training.text import encode_padded
-from offramp.zoo.text import load_tokenizer
+from offramp import {runner}, encode_padded, from_pretrained, load_tokenizer
 
 run = from_pretrained("{name}")
 inputs = encode_padded(load_tokenizer(), ["yours", "one sentence each"])
