@@ -176,15 +176,7 @@ def choose_threshold(
 
 
 def best_threshold(sweep: Sweep, *, risk: str = "accuracy_gap", **targets: Any) -> ChosenThreshold:
-    """Choose a threshold as :func:`choose_threshold` does, without a word about few samples.
-
-    Args:
-        sweep: What the network says on held-out data.
-        risk: What ``max_risk`` bounds.
-        targets: One target by name.
-    Returns:
-        The threshold with what it reached.
-    """
+    """Choose a threshold as :func:`choose_threshold` does, without a word about few samples."""
     target = as_target(**targets, risk=risk, plain_macs=sweep.plain_macs)
     accuracy_K, mean_macs_K = sweep.accuracy_K, sweep.mean_macs_K
     if isinstance(target, RiskLimit):

@@ -90,8 +90,7 @@ def calibrate(
         budget_macs=budget_macs,
         budget_share=budget_share,
     )
-    doubt = None if logits.is_dense else cannot_tell(chosen.asked, logits.effective_num_samples)
-    if doubt is not None:
+    if not logits.is_dense and (doubt := cannot_tell(chosen.asked, logits.effective_num_samples)):
         warnings.warn(f"{doubt}, or use {IN_PYTHON}.", FewSamplesWarning, stacklevel=2)
     return chosen
 
@@ -104,17 +103,7 @@ def choose_policy(
     risk: str = "accuracy_gap",
     **targets: Any,
 ) -> Calibration:
-    """Choose thresholds as :func:`calibrate` does, without a word about few samples.
-
-    Args:
-        logits: As for :func:`calibrate`, as the others.
-        rule: See there.
-        off: See there.
-        risk: See there.
-        targets: One target by name.
-    Returns:
-        The policy with what it reached.
-    """
+    """Choose thresholds as :func:`calibrate` does, without a word about few samples."""
     target = as_target(
         **targets,
         risk=risk,

@@ -52,8 +52,15 @@ def test_proposal_by_hand():
     assert json.loads(json.dumps(placement.to_dict())) == {
         "at": ["b"],
         "candidates": [
-            {"path": "stem", "ms": 2.0, "share": 0.25, "head_ms": 0.5, "chosen": False},
-            {"path": "b", "ms": 4.0, "share": 0.5, "head_ms": 0.25, "chosen": True},
+            {
+                "path": "stem",
+                "ms": 2.0,
+                "share": 0.25,
+                "head_ms": 0.5,
+                "chosen": False,
+                "module": "",
+            },
+            {"path": "b", "ms": 4.0, "share": 0.5, "head_ms": 0.25, "chosen": True, "module": ""},
         ],
         "total_ms": 8.0,
         "batch_size": 7,
