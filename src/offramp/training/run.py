@@ -139,9 +139,12 @@ def load(folder: Path | str, network: Network | None = None) -> Run:
     folder = Path(folder)
     recipe, class_names, data = read_recipe(folder)
     if not (folder / WEIGHTS_FILE).exists():
+        finish = (
+            f"offramp train {recipe.name} --out {folder} --resume" if recipe else "save it anew"
+        )
         raise ArtifactError(
             f"The run {folder} is not trained to the end: {WEIGHTS_FILE} is missing. Finish it: "
-            f"offramp train {recipe.name if recipe else 'RECIPE'} --out {folder} --resume"
+            f"{finish}"
         )
     if network is None:
         if recipe is None:
@@ -174,8 +177,8 @@ def require_new(folder: Path) -> None:
     """
     if folder.is_dir() and any(folder.iterdir()):
         raise ArtifactError(
-            f"The folder {folder} exists already. Go on with --resume, or choose another "
-            "name with --out."
+            f"The folder {folder} exists already. Choose another one, or go on with the run in "
+            "it: resume=True, --resume."
         )
 
 
@@ -231,7 +234,7 @@ def create_folder(folder: Path | str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArtifactError(
-            f"Cannot make the folder {folder}: {error.strerror}. Choose another with --out."
+            f"Cannot make the folder {folder}: {error.strerror}. Choose another one."
         ) from error
     return folder
 

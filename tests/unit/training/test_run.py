@@ -184,14 +184,14 @@ def test_empty_folder_may_exist(tmp_path):
 
 def test_folder_that_holds_something_is_kept(network, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="Go on with --resume, or choose another name"):
+    with pytest.raises(ArtifactError, match="Choose another one, or go on with"):
         save(tmp_path, network)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match="Choose another with --out"):
+    with pytest.raises(ArtifactError, match="Choose another one"):
         create_folder(tmp_path / "file" / "run")
 
 
