@@ -4,6 +4,10 @@ import json
 
 import pytest
 
+from offramp.training.checkpoint_choice import note_choice, write_choice
+from offramp.training.data import make_loader
+from offramp.training.run import load, load_batches
+
 
 def policy_of(run) -> dict:
     return json.loads((run / "policy.json").read_text())
@@ -63,6 +67,18 @@ def test_what_cannot_be_promised_says_what_would_do_and_leaves_the_policy(calibr
     assert "cannot promise a target of 0.001: about " in line
     assert " would do" in line
     assert (calibrated_run / "policy.json").read_bytes() == before
+
+
+def test_samples_that_chose_the_checkpoint_promise_nothing(run, offramp):
+    loaded = load(run)
+    samples, *_ = load_batches(loaded.recipe, "calibration")
+    note_choice(loaded.network, "EarlyStopping by 'val_loss'", make_loader(samples, batch_size=64))
+    write_choice(run, loaded.network)
+    outcome = offramp("calibrate", run, "--max-drop", "0.05", "--guarantee", "0.9")
+    assert outcome.code == 2
+    (line,) = outcome.stderr.splitlines()
+    assert "chose its checkpoint in training (EarlyStopping by 'val_loss')" in line
+    assert offramp("calibrate", run, "--max-drop", "0.05").code == 0
 
 
 def test_without_a_promise_none_is_written(run, offramp):

@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import offramp as off
 from offramp.training.config import GateConfig
@@ -50,6 +52,42 @@ def test_two_processes_train_gates_that_settle(tmp_path):
     off.fit(network, data, config=config)
     moved = [not torch.equal(*pair) for pair in zip(before, network.parameters(), strict=True)]
     assert all(moved)
+
+
+class Net(nn.Module):
+    """A layer to spare, a BatchNorm, and functions between."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)
+        self.spare = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.norm(self.a(x))))
+
+
+def test_two_processes_share_out_a_loader_and_report_all_samples(tmp_path):
+    """Unused parameters, a last batch of one in each process, and callbacks that go by val_loss."""
+    network = off.add_exits(Net(), at=["norm"], num_classes=3, example=torch.randn(2, 8))
+    inputs, others = torch.randn(66, 8), torch.randn(33, 8)
+    train = DataLoader(TensorDataset(inputs, inputs[:, :3].argmax(1)), 16, shuffle=True)
+    held_out = DataLoader(TensorDataset(others, others[:, :3].argmax(1)), 8)
+    keep = ModelCheckpoint(tmp_path, monitor="val_loss")
+    config = off.FitConfig(epochs=2, devices=2, device="cpu", learning_rate=0.03)
+    history = off.fit(network, train, None, config, validation=held_out, callbacks=[keep])
+    correct_KN = off.collect(network, held_out).correct_KN
+    assert history[-1]["exit_accuracy"] == pytest.approx(correct_KN.double().mean(1).tolist())
+    assert float(keep.best_model_score) == pytest.approx(min(e["val_loss"] for e in history))
+
+
+def test_what_cannot_be_sent_to_a_process_is_named(network):
+    task = off.make_task(
+        network,
+        off.FitConfig(devices=2, device="cpu"),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    )
+    with pytest.raises(off.InvalidArgumentError, match=r"by pickle.*lambda.*top of a module"):
+        off.fit(task, TensorDataset(torch.randn(16, 6), torch.arange(16) % 4))
 
 
 def test_error_in_a_process_is_one_line(tmp_path, start_offramp, finish_offramp, assert_one_line):

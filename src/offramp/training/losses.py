@@ -42,13 +42,13 @@ def joint_loss(
         A scalar.
     Raises:
         InvalidArgumentError: If there is not one weight per exit.
+    Reference: Teerapittayanon et al. (2016), equation 1; the distillation term is that of Zhang
+        et al. (2019), Be Your Own Teacher, equation 3, at temperature 1.
     Example:
         >>> from torch import tensor
         >>> outputs = [tensor([[2.0, 0.0]]), tensor([[0.0, 2.0]])]
         >>> round(joint_loss(outputs, tensor([1]), weights=(0.5, 1.0)).item(), 4)
         1.1904
-    Reference: Teerapittayanon et al. (2016), equation 1; the distillation term is that of Zhang
-        et al. (2019), Be Your Own Teacher, equation 3, at temperature 1.
     """
     if weights is None:
         weights = (1.0,) * len(outputs)
