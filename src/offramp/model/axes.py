@@ -86,20 +86,21 @@ def require_batch_first(stages: Sequence[nn.Module], inputs: Features, at: Seque
         torch.no_grad(),
     ):
         torch.manual_seed(0)
-        alone = tuple(tensor[:1].clone() for tensor in inputs)
-        others = zip(_varied(alone), inputs, strict=True)
         both = tuple(
             torch.cat([tensor[:1], other if other.is_floating_point() else tensor[-1:]])
-            for other, tensor in others
+            for other, tensor in zip(_varied(inputs), inputs, strict=True)
         )
+        second = tuple(
+            tensor[1:] for tensor in both
+        )  # by a recurrent layer only this one hangs on the other
         for stage, path in zip(stages, at, strict=False):
-            alone, both = _run([stage], alone), _run([stage], both)
-            for one, two in zip(alone, both, strict=True):
+            second, both = _run([stage], second), _run([stage], both)
+            for one, two in zip(second, both, strict=True):
                 _require_batch_first(one, two, path)
 
 
 def _require_batch_first(one: Tensor, two: Tensor, path: str) -> None:
-    """The features of a sample, alone and in a batch of two."""
+    """The features of a sample, alone and as the second of a batch."""
     if one.shape[:1] != (1,) or two.shape != (2, *one.shape[1:]):
         raise BackboneCutError(
             f"Expected features with the batch axis first after {path!r}. Got the shapes "
@@ -109,9 +110,9 @@ def _require_batch_first(one: Tensor, two: Tensor, path: str) -> None:
     if one.is_floating_point():
         precision = torch.finfo(one.dtype).eps ** 0.5
         size = float(one.abs().nan_to_num(posinf=0).amax()) if one.numel() else 0.0
-        is_own = torch.allclose(two[:1], one, rtol=0, atol=precision * size, equal_nan=True)
+        is_own = torch.allclose(two[1:], one, rtol=0, atol=precision * size, equal_nan=True)
     else:
-        is_own = torch.equal(two[:1], one)
+        is_own = torch.equal(two[1:], one)
     if not is_own:
         raise BackboneCutError(
             f"Expected features that are each sample's own after {path!r}. They depend on the "
@@ -207,7 +208,7 @@ def _axes_by_readers(stages: Sequence[nn.Module], features: Features) -> set[int
 
 
 def _long_axes(tensor: Tensor) -> list[int]:
-    return [axis for axis in range(1, tensor.ndim) if tensor.shape[axis] > 1]
+    return [axis for axis in range(tensor.ndim) if tensor.shape[axis] > 1]
 
 
 def _told_apart(target: Tensor, axis: int, sources: Sequence[Source]) -> list[set[int]]:
@@ -343,7 +344,9 @@ def _removing(handles: Sequence[RemovableHandle]) -> Iterator[None]:
 
 
 def _reads_channels(module: nn.Module) -> bool:
-    if not type(module).forward.__module__.startswith("torch.nn."):
+    """Whether its class says which axis of its input holds channels."""
+    author = getattr(type(module).forward, "__module__", None) or ""
+    if not author.startswith("torch.nn."):
         return False  # a forward of its own may turn the axes first
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return len(module.normalized_shape) == 1

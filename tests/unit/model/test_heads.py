@@ -14,24 +14,27 @@ from offramp.model.heads import (
 
 
 @pytest.mark.parametrize(
-    ("features", "as_vector"),
+    ("features", "axis", "as_vector"),
     [
-        pytest.param(torch.randn(2, 5), lambda x: x, id="flat"),
-        pytest.param(torch.randn(2, 7, 5), lambda x: x.sum(1) / 7, id="tokens"),
-        pytest.param(torch.randn(2, 5, 4, 3), lambda x: x.sum((2, 3)) / 12, id="pixels"),
+        pytest.param(torch.randn(2, 5), 1, lambda x: x, id="flat"),
+        pytest.param(torch.randn(2, 7, 5), 2, lambda x: x.sum(1) / 7, id="tokens"),
+        pytest.param(torch.randn(2, 5, 7), 1, lambda x: x.sum(2) / 7, id="signal"),
+        pytest.param(torch.randn(2, 5, 4, 3), 1, lambda x: x.sum((2, 3)) / 12, id="pixels"),
+        pytest.param(torch.randn(2, 4, 3, 5), 3, lambda x: x.sum((1, 2)) / 12, id="channels last"),
+        pytest.param(torch.randn(2, 5, 2, 3, 4), 1, lambda x: x.sum((2, 3, 4)) / 24, id="video"),
     ],
 )
-def test_head_for_features_is_linear_in_their_mean(features, as_vector):
-    head = head_for(features, num_classes=3)
+def test_head_for_features_is_linear_in_their_mean(features, axis, as_vector):
+    head = head_for(features, num_classes=3, axis=axis)
     linear = list(head.modules())[-1]
     expected = as_vector(features) @ linear.weight.T + linear.bias
     torch.testing.assert_close(head(features), expected)
 
 
-@pytest.mark.parametrize("shape", [(2,), (2, 3, 4, 5, 6)])
-def test_features_without_a_ready_made_head(shape):
-    with pytest.raises(ShapeError, match="pass your own with 'heads'"):
-        head_for(torch.zeros(shape), num_classes=3)
+@pytest.mark.parametrize(("shape", "axis"), [((2,), 1), ((2, 3, 4), 0), ((2, 3, 4), 3)])
+def test_features_without_such_an_axis(shape, axis):
+    with pytest.raises(ShapeError, match=rf"'axis' parameter .* Got {axis}"):
+        head_for(torch.zeros(shape), num_classes=3, axis=axis)
 
 
 def test_grid_head_keeps_positions_that_pooling_forgets():
