@@ -15,9 +15,10 @@ from torch import Tensor
 
 from offramp.calibration.logits import ExitLogits
 from offramp.errors import DataError, ShapeError
-from offramp.inference.runner import Runner
+from offramp.inference.runner import Runner, TorchRunner
 from offramp.measure.dense import confusion_matrices, label_maps, mean_iou, pixel_accuracy
-from offramp.model.multi_exit import as_inputs
+from offramp.training.data import check_labels
+from offramp.training.samples import batches_of, read_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,9 +192,12 @@ def answer(runner: Runner, loader: Iterable[tuple[Any, Tensor]]) -> Answers:
         DataError: If the loader yields no sample.
     """
     predictions, exits, macs, labels, blocks, tokens = [], [], [], [], [], []
-    for batch, labels_B in loader:
-        result = runner.run(*as_inputs(batch))
+    network = runner.network if isinstance(runner, TorchRunner) else None
+    for batch in batches_of(loader):
+        inputs, labels_B = read_batch(batch, network)
+        result = runner.run(*inputs)
         output = torch.as_tensor(result.output)
+        check_labels(labels_B, num_classes=output.shape[1])
         predictions.append(predicted(output, labels_B).cpu())
         exits.append(torch.as_tensor(result.exit_index).cpu())
         macs.append(torch.as_tensor(result.macs).cpu())

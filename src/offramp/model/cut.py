@@ -22,10 +22,14 @@ from offramp.model.chain import Chain
 from offramp.model.dense_heads import ReadsEverything
 from offramp.model.graph import Graph, NotTraceableError
 from offramp.model.heads import head_for
-from offramp.model.layer_lists import find_layer_list
+from offramp.model.inputs import InputSpec, example_inputs, explained
+from offramp.model.layer_lists import find_layer_list, supported_classes
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
 from offramp.model.ragged import Ragged
 from offramp.model.spacing import choose_cuts
+
+Example = Tensor | Features | Mapping[str, Tensor]
+"""A batch of inputs: a tensor, a tuple of them, or a dict by the names of ``forward``."""
 
 
 class Cutter(Protocol):
@@ -68,7 +72,7 @@ def add_exits(
     *,
     at: Sequence[str] | Literal["auto"],
     num_classes: int,
-    example: Tensor | Features,
+    example: Example,
     num_exits: int | None = None,
     heads: Sequence[nn.Module] | None = None,
 ) -> MultiExitNetwork:
@@ -89,7 +93,8 @@ def add_exits(
             clock.
         num_classes: Number of classes C.
         example: One batch of inputs, each with the batch axis first, for the heads' sizes and the
-            check; a tuple where the backbone takes several.
+            check; a tuple where the backbone takes several, in the order of its ``forward``, or a
+            dict by the names there. A text model's mask may be left out: it is then of ones.
         num_exits: With "auto": exits, the final one counted, at least 2.
         heads: One exit head for each path; chosen from the features' shape where not given. One
             of the class ``ReadsEverything`` is given all that crosses, the module's output first.
@@ -107,7 +112,7 @@ def add_exits(
         >>> network.num_exits
         2
     """
-    inputs = _check_example(example)
+    inputs, input_specs = _check_example(backbone, example)
     _check_num_exits(at, num_exits)
     _check_logits(backbone, inputs, num_classes)
     cutter = _find_cutter(backbone, inputs, () if at == "auto" else at)
@@ -120,6 +125,8 @@ def add_exits(
     heads = _reading_first(heads, stage_features, cutter.num_read)
     network = MultiExitNetwork(stages, [*heads, nn.Identity()])
     network.share_keys_with(backbone)
+    network.input_specs = input_specs
+    network.num_classes = num_classes
     network.ragged = cutter.ragged
     return network
 
@@ -166,7 +173,7 @@ def _reading_first(
     ]
 
 
-def cut_paths(backbone: nn.Module, example: Tensor | Features) -> list[str]:
+def cut_paths(backbone: nn.Module, example: Example) -> list[str]:
     """Name the places where a backbone can be cut and only what an exit reads crosses, in order.
 
     Args:
@@ -183,7 +190,8 @@ def cut_paths(backbone: nn.Module, example: Tensor | Features) -> list[str]:
         >>> cut_paths(backbone, torch.zeros(1, 8))
         ['0.0', '0']
     """
-    return _narrow_paths(_find_cutter(backbone, _check_example(example), ()))
+    inputs, _ = _check_example(backbone, example)
+    return _narrow_paths(_find_cutter(backbone, inputs, ()))
 
 
 def _narrow_paths(cutter: Cutter) -> list[str]:
@@ -233,10 +241,11 @@ class WorksOnCopies(nn.Module):
         return output
 
 
-def _check_example(example: Tensor | Features) -> Features:
-    inputs = as_features(example)
+def _check_example(backbone: nn.Module, example: Example) -> tuple[Features, tuple[InputSpec, ...]]:
+    layers = find_layer_list(backbone)
+    inputs, specs = example_inputs(backbone, example, None if layers is None else layers.ragged)
     require_samples("an example", inputs)
-    return inputs
+    return inputs, specs
 
 
 def _spread(
@@ -274,6 +283,11 @@ def _find_cutter(backbone: nn.Module, inputs: Features, at: Sequence[str]) -> Cu
     except NotTraceableError as error:
         if why_no_chain is None:
             return chain
+        if type(backbone).__module__.startswith("transformers."):
+            raise BackboneCutError(
+                f"{type(backbone).__name__} cannot be cut. Of transformers, these classes can: "
+                f"{', '.join(supported_classes())}."
+            ) from error
         raise BackboneCutError(
             f"{type(backbone).__name__} cannot be cut: its children do not run one after the other "
             f"({why_no_chain}), and torch.fx cannot trace it ({reason(error)}). Wrap it in an "
@@ -329,7 +343,7 @@ def _output_of(backbone: nn.Module, inputs: Features) -> Tensor:
 
 
 def _check_logits(backbone: nn.Module, inputs: Features, num_classes: int) -> None:
-    with evaluation_mode(backbone), torch.no_grad():
+    with evaluation_mode(backbone), torch.no_grad(), explained(inputs):
         logits = _output_of(backbone, inputs)
     if logits.ndim < 2 or logits.shape[1] != num_classes:
         raise InvalidArgumentError(

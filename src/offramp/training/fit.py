@@ -8,7 +8,7 @@ import pickle
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from offramp.training.data import Batches, EpochSampler, make_loader
 from offramp.training.dense_task import MEAN_IOU_METRIC, DenseTask
 from offramp.training.halting_task import TOKENS_METRIC, HaltingTask
 from offramp.training.regimes import frozen_backbone
+from offramp.training.samples import batches_of, checked_loader, dataset_of, read_batch
 from offramp.training.skip_task import BLOCKS_METRIC, SkipTask
 from offramp.training.task import ACCURACY_METRIC, MultiExitTask, Task
 
@@ -100,6 +101,8 @@ def fit(
             ckpt_path=checkpoint,
             weights_only=True,
         )
+        if trainer.global_step == 0:
+            raise DataError("Expected at least one batch to train on. The loader gave none.")
     network.eval()
 
 
@@ -282,32 +285,24 @@ def _profiled_seconds(trainer: Trainer) -> tuple[float, float]:
 
 def _train_loader(train: Dataset[Any] | DataLoader[Any], config: FitConfig) -> DataLoader[Any]:
     if isinstance(train, DataLoader):
-        return train
+        return checked_loader(train)
+    dataset = dataset_of(train)
     class_balanced = config.class_balance == "sampling"
-    labels_N = _labels(train) if class_balanced else torch.zeros(_length(train), dtype=torch.int64)
+    labels_N = _labels(dataset) if class_balanced else torch.zeros(len(dataset), dtype=torch.int64)
     sampler = EpochSampler(labels_N, seed=config.seed, class_balanced=class_balanced)
-    return make_loader(train, batch_size=config.batch_size, sampler=sampler)
+    return make_loader(dataset, batch_size=config.batch_size, sampler=sampler)
 
 
 def _labels(train: Dataset[Any]) -> Tensor:
     if isinstance(train, Batches):
         return train.labels_N
-    return torch.tensor([int(train[i][1]) for i in range(_length(train))])
-
-
-def _length(dataset: Dataset[Any]) -> int:
-    if not isinstance(dataset, Sized):
-        raise InvalidArgumentError(
-            "Expected a map-style Dataset with a length, or a DataLoader. "
-            f"Got {type(dataset).__name__}: wrap it in a DataLoader."
-        )
-    if len(dataset) == 0:
-        raise DataError("Expected at least one sample to train on. Got none.")
-    return len(dataset)
+    return torch.cat([read_batch(batch)[1] for batch in batches_of(train)])
 
 
 def _loader(data: Dataset[Any] | DataLoader[Any], config: FitConfig) -> DataLoader[Any]:
-    return data if isinstance(data, DataLoader) else make_loader(data, batch_size=config.batch_size)
+    if isinstance(data, DataLoader):
+        return checked_loader(data)
+    return make_loader(dataset_of(data), batch_size=config.batch_size)
 
 
 def _loggers(folder: Path) -> list[Logger]:

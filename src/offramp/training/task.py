@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 
 from offramp.errors import TrainingDivergedError
-from offramp.model.multi_exit import Features, MultiExitNetwork, as_inputs
+from offramp.model.multi_exit import Features, MultiExitNetwork
+from offramp.routing.halting import HaltingNetwork
+from offramp.routing.skip import SkipNetwork
 from offramp.training.config import FitConfig
 from offramp.training.data import check_labels, epoch_seed
 from offramp.training.losses import joint_loss, weights_in_epoch
 from offramp.training.regimes import balanced_outputs, set_training_mode
+from offramp.training.samples import explained_data, read_batch
 from offramp.training.schedules import cosine_factor
 
 ACCURACY_METRIC = "accuracy_exit_{}"
@@ -32,8 +35,11 @@ class Task(LightningModule):
     """
 
     num_exits = 1
+    network: MultiExitNetwork | SkipNetwork | HaltingNetwork
 
-    def __init__(self, network: nn.Module, config: FitConfig) -> None:
+    def __init__(
+        self, network: MultiExitNetwork | SkipNetwork | HaltingNetwork, config: FitConfig
+    ) -> None:
         super().__init__()
         self.network = network
         self.config = config
@@ -56,10 +62,11 @@ class Task(LightningModule):
         seed = epoch_seed(self.config.seed, self.current_epoch)
         torch.manual_seed(seed + self.global_rank)
 
-    def training_step(self, batch: tuple[Any, Tensor], batch_index: int) -> Tensor:
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
         """Compute the loss of a batch."""
-        inputs, labels_B = batch
-        loss = self.loss(as_inputs(inputs), labels_B)
+        inputs, labels_B = read_batch(batch, self.network)
+        with explained_data(inputs, self.network):
+            loss = self.loss(inputs, labels_B)
         if not loss.isfinite():
             raise TrainingDivergedError(
                 f"The training loss is {loss.item()} in epoch {self.current_epoch + 1}: training "
@@ -74,10 +81,11 @@ class Task(LightningModule):
         self._correct_K = torch.zeros(self.num_exits)
         self._num_validated = 0
 
-    def validation_step(self, batch: tuple[Any, Tensor], batch_index: int) -> None:
+    def validation_step(self, batch: Any, batch_index: int) -> None:
         """Count each exit's correct answers on a batch."""
-        inputs, labels_B = batch
-        outputs = self.answers(as_inputs(inputs))
+        inputs, labels_B = read_batch(batch, self.network)
+        with explained_data(inputs, self.network):
+            outputs = self.answers(inputs)
         check_labels(labels_B, num_classes=outputs[-1].shape[-1])
         correct = [(logits_BC.argmax(-1) == labels_B).sum() for logits_BC in outputs]
         self._correct_K += torch.stack(correct).cpu()
