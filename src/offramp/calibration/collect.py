@@ -140,6 +140,11 @@ class _Gathered:
     def add(self, outputs_KBC: Tensor, labels_B: Tensor) -> None:
         outputs_KBC = outputs_KBC.float()
         check_labels(labels_B, num_classes=outputs_KBC.shape[2])
+        if bool(outputs_KBC.isnan().any()):
+            raise DataError(
+                "Expected logits that are numbers. The network says NaN of a sample: check that "
+                "its weights and inputs are finite."
+            )
         if outputs_KBC.ndim == 5:
             labels_B = labels_B.to(outputs_KBC.device)
             self._confusion.append(_confusion(outputs_KBC, labels_B).cpu())

@@ -101,7 +101,7 @@ def place(
     no_heads = [nn.Identity() for _ in paths]
     network = add_exits(backbone, at=paths, num_classes=num_classes, example=inputs, heads=no_heads)
     pieces = dict(zip([*paths, THE_END], network.stages, strict=True))
-    with evaluation_mode(network), torch.inference_mode():
+    with evaluation_mode(network), torch.no_grad():
         heads = _fitting_heads(pieces, inputs, num_classes)
         piece_ms, head_ms = _profile(pieces, heads, inputs, rounds)
     return propose(piece_ms, head_ms, num_exits=num_exits, batch_size=len(inputs[0]))

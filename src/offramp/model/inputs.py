@@ -205,36 +205,38 @@ def _leading(given: Mapping[Any, Any], names: Sequence[str], *, least: int = 1) 
             f"Expected a dict with the inputs in the order {', '.join(names[: least + 4])}, none "
             f"left out. Got the keys {_listed(given)}."
         )
-    return tuple(given[name] for name in there)
+    return tuple(_tensor(given[name]) for name in there)
 
 
-def _named_texts(given: Mapping[Any, Any], ragged: Ragged) -> tuple[Any, ...]:
+def _named_texts(given: Mapping[Any, Any], ragged: Ragged) -> Tensors:
     """Token ids, mask and token types, as far as a network takes them."""
     foreign = [name for name in _UNKNOWN_TO_EXITS if given.get(name) is not None]
-    if TEXT_NAMES[0] not in given or foreign:
+    if given.get(TEXT_NAMES[0]) is None or foreign:
         raise InvalidArgumentError(
             f"Expected a dict with {', '.join(TEXT_NAMES)}, of which the first is needed. "
             f"Got the keys {_listed(given)}."
         )
-    ids, mask, types = (given.get(name) for name in TEXT_NAMES)
+    ids, mask, types = (
+        None if given.get(name) is None else _tensor(given[name]) for name in TEXT_NAMES
+    )
+    assert ids is not None
     if ragged.pad_id is not None:
         return (_padded_ids(ids, mask, types, ragged.pad_id),)
-    if types is None:
-        return (ids,) if mask is None else (ids, mask)
-    return ids, _tensor(ids).new_ones(_tensor(ids).shape) if mask is None else mask, types
+    mask = torch.ones_like(ids) if mask is None else mask
+    return (ids, mask) if types is None else (ids, mask, types)
 
 
-def _padded_ids(ids: object, mask: object, types: object, pad_id: int) -> Tensor:
+def _padded_ids(
+    ids_BT: Tensor, mask_BT: Tensor | None, types: Tensor | None, pad_id: int
+) -> Tensor:
     """Ids for a network that knows padding by its id, which the mask must agree with."""
-    ids_BT = _tensor(ids)
-    if types is not None and bool(_tensor(types).any()):
+    if types is not None and bool(types.any()):
         raise InvalidArgumentError(
             "Expected texts of one token type. Got token_type_ids other than 0, which this network "
             "does not take."
         )
-    if mask is None:
+    if mask_BT is None:
         return ids_BT
-    mask_BT = _tensor(mask)
     _check_texts((ids_BT, mask_BT))
     is_padding_BT = mask_BT == 0
     if bool(((ids_BT == pad_id) & ~is_padding_BT).any()):
@@ -284,19 +286,19 @@ def _check_texts(inputs: Tensors) -> None:
 
 
 def _check_mask(mask_BT: Tensor) -> None:
-    order = f"the order is {', '.join(TEXT_NAMES)}; better pass a dict with these names."
+    order = f"Pass a dict; by position, the order is {', '.join(TEXT_NAMES)}."
     if not bool(((mask_BT == 0) | (mask_BT == 1)).all()):
         raise InvalidArgumentError(
-            "Expected an attention mask of 0 and 1 as the second input. "
-            f"Got values from {mask_BT.min().item()} to {mask_BT.max().item()}: {order}"
+            "Expected an attention mask of 0 and 1. "
+            f"Got values from {mask_BT.min().item()} to {mask_BT.max().item()}. {order}"
         )
     is_late_B = mask_BT[:, 0] == 0
     if bool(is_late_B.any()):
         text = int(is_late_B.int().argmax())
         hides = "every" if not bool(mask_BT[text].any()) else "the first"
         raise InvalidArgumentError(
-            "Expected texts that begin with a token. The attention mask, the second input, hides "
-            f"{hides} token of text {text}: {order}"
+            "Expected texts that begin with a token. "
+            f"The attention mask hides {hides} token of text {text}. {order}"
         )
 
 
@@ -337,7 +339,8 @@ def _tensor(value: object) -> Tensor:
             array = np.asarray(value)
         except ValueError as error:
             raise ShapeError(
-                f"Expected samples of one size in a batch: resize, crop or pad them ({error})."
+                "Expected samples of one size in a batch. Got lists of several: resize, crop or "
+                "pad them."
             ) from error
         if array.dtype.kind in "biuf" and array.size:
             return torch.tensor(array)

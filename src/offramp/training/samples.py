@@ -312,10 +312,14 @@ def dataset_of(data: object) -> Any:
         return Rows(tuple(data))
     is_table = type(data).__module__.partition(".")[0] == "pandas"
     if isinstance(data, str | bytes) or is_table or not isinstance(data, _MapStyle):
-        advice = ": wrap it in a DataLoader" if isinstance(data, Iterable) else ""
+        advice = ""
+        if isinstance(data, IterableDataset):
+            advice = ": wrap it in a DataLoader"
+        elif isinstance(data, Iterator):
+            advice = ": make a list of its samples"
         raise DataError(
             "Expected a DataLoader, a data set of (input, label) samples with a length, or tensors "
-            f"(inputs, labels). Got {type(data).__name__}{'' if is_table else advice}."
+            f"(inputs, labels). Got {type(data).__name__}{advice}."
         )
     if len(data) == 0:
         raise DataError("Expected at least one sample. Got an empty data set.")
