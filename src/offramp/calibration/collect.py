@@ -6,7 +6,7 @@ Shapes: ``K`` exits, ``N`` samples, ``B`` batch, ``C`` classes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from offramp.calibration.logits import DenseLogits, ExitLogits
 from offramp.errors import ArtifactError, DataError, InvalidArgumentError
 from offramp.measure.cost import ExitCosts, evaluation_mode
 from offramp.measure.dense import confusion_matrices, label_maps
-from offramp.model.multi_exit import Features, MultiExitNetwork, as_inputs
+from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.policy.as_dict import policy_from_dict
 from offramp.policy.policies import Policy
 from offramp.routing.halting import HaltingNetwork
@@ -32,29 +32,36 @@ from offramp.runtime import Session, with_routing_threshold
 from offramp.runtime.session import check_inputs
 from offramp.runtime.step_macs import Measured, StepMacs
 from offramp.training.checkpoint_choice import who_chose_by
+from offramp.training.data import check_labels
+from offramp.training.samples import batches_of, explained_data, read_batch
 
 _ABOUT = "exits"
 """Where a file of logits says what its exits cost."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def collect(
     network: MultiExitNetwork | SkipNetwork | HaltingNetwork,
-    loader: Iterable[tuple[Any, Tensor]],
+    data: object,
+    *,
+    batch_size: int = 256,
 ) -> ExitLogits:
-    """Run every exit on every sample of a loader.
+    """Run every exit on every sample of a data set.
 
     Args:
         network: The network; it runs in evaluation mode where its parameters are. Of one that
             skips blocks, the only exit is collected, with every block run and no gate; of one whose
             tokens halt, with a threshold of 1, at which they stay longest, and the costs are those
             of the plain network.
-        loader: Batches of (inputs, labels); inputs is a tuple where the network takes several.
+        data: A DataLoader, a data set, tensors (inputs, labels), or batches of (inputs, labels) or
+            dicts; the inputs are a tuple or a dict where the network takes several.
+        batch_size: Samples a batch, where the data does not say it.
     Returns:
         The logits of all exits, with labels and costs; of a network that says a class for every
         pixel, ``DenseLogits``.
     Raises:
-        DataError: If the loader yields no sample.
+        DataError: If there is no sample, a sample has no label or one that the network has no class
+            for, or the network cannot take the inputs.
     """
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     trained, chosen_by = network, ""
@@ -66,10 +73,12 @@ def collect(
     gathered, lengths = _Gathered(), []
     inputs = None
     with evaluation_mode(network):  # whose weights are those of what answers
-        for batch, labels_B in loader:
-            inputs = as_inputs(batch, device)
+        for batch in batches_of(data, batch_size=batch_size):
+            inputs, labels_B = read_batch(batch, network, device=device)
             chosen_by = chosen_by or who_chose_by(trained, inputs)
-            gathered.add(torch.stack(tuple(say(*inputs))), labels_B)
+            with explained_data(inputs, network):
+                outputs = torch.stack(tuple(say(*inputs)))
+            gathered.add(outputs, labels_B)
             if network.ragged is not None:
                 lengths.append(network.ragged.lengths(inputs))
     if inputs is None:
@@ -86,19 +95,21 @@ def _where_tokens_stay(network: HaltingNetwork, *inputs: Tensor) -> tuple[Tensor
     return (network(*inputs, threshold=1.0).logits,)
 
 
-def collect_from_session(session: Session, loader: Iterable[tuple[Tensor, Tensor]]) -> ExitLogits:
-    """Run every step of a bundle on every sample of a loader, letting nobody leave.
+def collect_from_session(session: Session, data: object, *, batch_size: int = 256) -> ExitLogits:
+    """Run every step of a bundle on every sample of a data set, letting nobody leave.
 
     Args:
         session: Runs the bundle.
-        loader: Batches of (inputs, labels).
+        data: As for :func:`collect`.
+        batch_size: As for :func:`collect`.
     Returns:
         The logits of every step's exit: exits that are off in the bundle have none, so that the
         steps count as exits, numbered as in the network. Of a network that skips blocks, those of
         its only exit, with every block run; gates are not counted. Of one whose tokens halt, those
         with a threshold of 1, and the costs of the plain network.
     Raises:
-        DataError: If the loader yields no sample.
+        DataError: If there is no sample, or a sample has no label or one that the network has no
+            class for.
         ShapeError: If the inputs are not of the shape that the bundle was exported for.
     """
     bundle = session.bundle
@@ -110,8 +121,8 @@ def collect_from_session(session: Session, loader: Iterable[tuple[Tensor, Tensor
         run = partial(_only_exit, Session(with_routing_threshold(bundle, dearest)))
         numbers = (0,)
     gathered, macs = _Gathered(), _BundleMacs(session)
-    for batch, labels_B in loader:
-        inputs = as_inputs(batch)
+    for batch in batches_of(data, batch_size=batch_size):
+        inputs, labels_B = read_batch(batch)
         gathered.add(run(inputs), labels_B)
         macs.add(inputs)
     if gathered.is_empty:
@@ -164,6 +175,12 @@ class _Gathered:
 
     def add(self, outputs_KBC: Tensor, labels_B: Tensor) -> None:
         outputs_KBC = outputs_KBC.float()
+        check_labels(labels_B, num_classes=outputs_KBC.shape[2])
+        if bool(outputs_KBC.isnan().any()):
+            raise DataError(
+                "Expected logits that are numbers. The network says NaN of a sample: check that "
+                "its weights and inputs are finite."
+            )
         if outputs_KBC.ndim == 5:
             labels_B = labels_B.to(outputs_KBC.device)
             self._confusion.append(_confusion(outputs_KBC, labels_B).cpu())

@@ -83,7 +83,7 @@ def _draw_depths(loaded: Run, runner: HaltingRunner, image: Path, path: Path) ->
     device = next(runner.network.parameters()).device
     inputs = recipe.require_normalisation()(pixels_CHW[None]).to(device)
     result = runner.run(inputs)
-    with torch.inference_mode():
+    with torch.no_grad():
         depth_T = runner.network(inputs, threshold=runner.policy.threshold).depth[0].cpu()
     grid = depth_T[1:].reshape(patch_grid(len(depth_T) - 1, *pixels_CHW.shape[1:]))
     if source.transposed:
@@ -115,7 +115,7 @@ def _draw_exits(loaded: Run, image: Path, path: Path, device: str | None) -> Non
     pixels_CHW = read_picture(image, SOURCES[recipe.data])
     where = next(network.parameters()).device
     inputs = recipe.require_normalisation()(pixels_CHW[None]).to(where)
-    with torch.inference_mode():
+    with torch.no_grad():
         _, chosen_B, confidence_KB = all_exits_loop(network, runner.policy, inputs)
         outputs = network(inputs)
     sheet = draw_sheet(

@@ -11,7 +11,7 @@ from typing import Any
 
 import onnxruntime
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import offramp
 from offramp.artifacts import atomic_folder
@@ -20,7 +20,8 @@ from offramp.exporting.exits import ExitsExport
 from offramp.exporting.halting import HaltingExport
 from offramp.exporting.skip import SkipExport
 from offramp.inference.agreement import SINGLE_SAMPLES, Agreement, answer_in_batches
-from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
+from offramp.model.inputs import Given, as_inputs
+from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.policy.as_dict import policy_to_dict
 from offramp.policy.policies import Policy
 from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
@@ -39,7 +40,7 @@ def export(
     network: Network,
     policy: Policy | RoutingPolicy,
     folder: Path | str,
-    samples: Tensor | Features,
+    samples: Given,
     *,
     class_names: tuple[str, ...] = (),
     recipe: Mapping[str, Any] | None = None,
@@ -59,7 +60,7 @@ def export(
         policy: Who leaves where, which blocks run, or when a token halts.
         folder: Folder to make; a bundle that is there already is replaced.
         samples: Real inputs, shape (N, ...), to compare on; 100 at least say something. A tuple
-            where the network takes several inputs.
+            or a dict where the network takes several inputs.
         class_names: Name of each class.
         recipe: How the network was trained, to be kept in the bundle.
         plain: Whether to add the plain network, so that a device can time its own baseline.
@@ -76,7 +77,7 @@ def export(
     """
     family = _family_of(network.eval(), policy, layers_per_step)
     described = policy_to_dict(policy)
-    inputs = as_features(samples)
+    inputs = as_inputs(samples, network)
     with new_bundle_folder(Path(folder)) as making:
         files = family.write_files(inputs, making, plain=plain)
         bundle = Bundle(
@@ -100,7 +101,7 @@ def check_parity(
     session: Session,
     network: Network,
     policy: Policy | RoutingPolicy,
-    samples: Tensor | Features,
+    samples: Given,
 ) -> Agreement:
     """Make sure that a bundle answers what the network answers, whichever way samples go.
 
@@ -118,7 +119,7 @@ def check_parity(
     halting = session.bundle.halting
     layers_per_step = 1 if halting is None else halting.steps[0].num_layers
     return _check_bundle(
-        session, _family_of(network, policy, layers_per_step), as_features(samples)
+        session, _family_of(network, policy, layers_per_step), as_inputs(samples, network)
     )
 
 

@@ -57,7 +57,7 @@ class Agreement:
         return few and self.moved_far == 0 and not self.differs
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def compare_with_all_exits(
     result: AdaptiveResult[Any],
     network: MultiExitNetwork,
@@ -138,7 +138,7 @@ def _agreement(
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def compare_with_gated_sum(
     result: AdaptiveResult[Any], network: SkipNetwork, threshold: float, inputs: Tensor
 ) -> Agreement:
@@ -187,7 +187,7 @@ def compare_blocks(
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def compare_with_masked(
     result: AdaptiveResult[Any],
     network: HaltingNetwork,

@@ -30,7 +30,7 @@ from offramp.routing.skip import at_threshold
 Contenders = Mapping[str, Callable[[], object]]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def torch_contenders(runner: TorchRunner, batches: Sequence[Tensor]) -> Contenders:
     """The contenders that torch runs.
 
@@ -46,7 +46,7 @@ def torch_contenders(runner: TorchRunner, batches: Sequence[Tensor]) -> Contende
         contenders = _halting_contenders(runner, batches)
     else:
         contenders = _exit_contenders(runner, batches)
-    return {name: torch.inference_mode()(run) for name, run in contenders.items()}
+    return {name: torch.no_grad()(run) for name, run in contenders.items()}
 
 
 def _skip_contenders(runner: SkipRunner, batches: Sequence[Tensor]) -> Contenders:

@@ -28,15 +28,17 @@ from offramp.inference.evaluation import (
     Rival,
     TokensEvaluation,
 )
-from offramp.inference.runner import Runner, make_runner
+from offramp.inference.runner import Runner, TorchRunner, make_runner
 from offramp.inference.sweeping import steering_policy
 from offramp.measure.dense import confusion_matrices, label_maps, mean_iou, pixel_accuracy
-from offramp.model.multi_exit import MultiExitNetwork, as_inputs
+from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.policies import Policy
 from offramp.policy.routing_policy import RoutingPolicy
 from offramp.results import AdaptiveResult
 from offramp.runtime import Session
 from offramp.runtime.answers import token_depths
+from offramp.training.data import check_labels
+from offramp.training.samples import batches_of, read_batch
 from offramp.zoo import Network
 
 __all__ = [
@@ -140,13 +142,14 @@ class _Gathered:
     predictions: list[Tensor] = field(default_factory=list)
     labels: list[Tensor] = field(default_factory=list)
 
-    def answering(
-        self, runner: Runner, loader: Iterable[tuple[Any, Tensor]]
-    ) -> Iterator[tuple[Any, Tensor]]:
+    def answering(self, runner: Runner, loader: Any) -> Iterator[tuple[Any, Tensor]]:
         """Run each batch and hand it on, so that one pass serves what comes after too."""
-        for batch, labels_B in loader:
-            result = runner.run(*as_inputs(batch))
+        network = runner.network if isinstance(runner, TorchRunner) else None
+        for batch in batches_of(loader):
+            inputs, labels_B = read_batch(batch, network)
+            result = runner.run(*inputs)
             output = torch.as_tensor(result.output)
+            check_labels(labels_B, num_classes=output.shape[1])
             self.predictions.append(predicted(output, labels_B).cpu())
             self.labels.append(labels_B.cpu().to(self.predictions[-1].dtype))
             # Maps of logits are large, and only their classes count.
@@ -156,7 +159,7 @@ class _Gathered:
                 for name, part in {**vars(result), "output": kept}.items()
             }
             self.results.append(AdaptiveResult(**parts))
-            yield batch, labels_B
+            yield inputs, labels_B
 
     def answers(self) -> Answers:
         """All of it.

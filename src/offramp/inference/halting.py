@@ -12,7 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from offramp.calibration.sweep import ChosenThreshold
+from offramp.errors import InvalidArgumentError
 from offramp.inference.packing import Packing
+from offramp.model.inputs import Given, as_inputs, explained
 from offramp.model.multi_exit import Features
 from offramp.policy.confidence import max_probability_confidence
 from offramp.policy.routing_policy import HaltingPolicy
@@ -29,39 +32,58 @@ class HaltingRunner:
 
     Args:
         network: The network; it is put in evaluation mode.
-        policy: When a token halts; as in training if None.
+        policy: When a token halts, or what :func:`~offramp.choose_threshold` chose; as in training
+            if None.
+    Raises:
+        InvalidArgumentError: If the network or the policy is of another kind.
     """
 
-    def __init__(self, network: HaltingNetwork, policy: HaltingPolicy | None = None) -> None:
+    def __init__(
+        self, network: HaltingNetwork, policy: HaltingPolicy | ChosenThreshold | None = None
+    ) -> None:
+        if not isinstance(network, HaltingNetwork):
+            raise InvalidArgumentError(
+                f"Expected a HaltingNetwork, as add_halting makes. Got a {type(network).__name__}."
+            )
+        if isinstance(policy, ChosenThreshold):
+            policy = HaltingPolicy(policy.threshold)
+        if not isinstance(policy, HaltingPolicy | None):
+            raise InvalidArgumentError(
+                "Expected a HaltingPolicy, or a threshold that choose_threshold chose. "
+                f"Got a {type(policy).__name__}."
+            )
         self.network = network.eval()
         self.policy = policy or HaltingPolicy()
         self._costs_by_size: dict[Hashable, HaltingCosts] = {}
 
-    @torch.inference_mode()
-    def run(self, *inputs: Tensor) -> AdaptiveResult[Tensor]:
+    @torch.no_grad()
+    def run(self, *inputs: Given) -> AdaptiveResult[Tensor]:
         """Answer a batch.
 
         Args:
-            inputs: The network's inputs, each with the batch axis first, on its device.
+            inputs: The network's inputs, each with the batch axis first, on its device; or all of
+                them as a tuple, or as a dict by name.
         Returns:
             Logits, the largest class probability, MACs and tokens in each layer of each sample, in
             the order of the batch; every sample leaves by the only exit.
         Raises:
-            ShapeError: If a sample begins with padding.
+            ShapeError: If a sample begins with padding, or the network cannot take the inputs.
+            InvalidArgumentError: If the inputs are of the wrong kind.
         """
         if self.network.training:  # a caller may have trained it since
             self.network.eval()
-        inputs = self.network.trimmed(inputs)
-        x_BTD, is_valid_BT = self.network.embed(*inputs)
-        if self.network.ragged is not None:
-            require_first_tokens(is_valid_BT.cpu().numpy())
-        answer_BD, tokens_BL = self._run_layers(x_BTD, is_valid_BT)
-        logits_BC = self.network.head(answer_BD)
+        given = self.network.trimmed(as_inputs(inputs, self.network))
+        with explained(given, self.network.input_specs):
+            x_BTD, is_valid_BT = self.network.embed(*given)
+            if self.network.ragged is not None:
+                require_first_tokens(is_valid_BT.cpu().numpy())
+            answer_BD, tokens_BL = self._run_layers(x_BTD, is_valid_BT)
+            logits_BC = self.network.head(answer_BD)
         return AdaptiveResult(
             output=logits_BC,
             exit_index=torch.zeros(len(logits_BC), dtype=torch.int64, device=logits_BC.device),
             confidence=max_probability_confidence(logits_BC),
-            macs=self._costs(inputs).macs(tokens_BL),
+            macs=self._costs(given).macs(tokens_BL),
             tokens=tokens_BL,
         )
 

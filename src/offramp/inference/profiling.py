@@ -125,7 +125,7 @@ def make_profile(
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def torch_parts(network: MultiExitNetwork, policy: Policy, batch: Tensor) -> Parts:
     """The parts of a network, each on what the parts before hand it.
 
@@ -147,7 +147,7 @@ def torch_parts(network: MultiExitNetwork, policy: Policy, batch: Tensor) -> Par
         output, state = _ask(network, policy, k, features, state)
         if k < network.num_exits - 1 and len(batch) > 1:
             parts.append((f"compaction_{k}", partial(_compact, output, (*features, *state))))
-    return [(name, torch.inference_mode()(call)) for name, call in parts]
+    return [(name, torch.no_grad()(call)) for name, call in parts]
 
 
 def _ask(

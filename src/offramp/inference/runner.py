@@ -14,9 +14,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from offramp.errors import NotCalibratedError
+from offramp.calibration.sweep import ChosenThreshold
+from offramp.calibration.thresholds import Calibration
+from offramp.errors import InvalidArgumentError, NotCalibratedError
 from offramp.inference.halting import HaltingRunner
 from offramp.inference.skipping import SkipRunner
+from offramp.model.inputs import Given, as_inputs, explained
 from offramp.model.multi_exit import Features, MultiExitNetwork, take_samples
 from offramp.policy.policies import Policy, State
 from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
@@ -33,7 +36,7 @@ _WARM_UP_ROUNDS = 2
 class Runner(Protocol):
     """Whatever answers a batch, spending on each sample what it needs."""
 
-    def run(self, *inputs: Tensor) -> AdaptiveResult[Any]:
+    def run(self, *inputs: Any) -> AdaptiveResult[Any]:
         """Answer a batch of inputs, each with its batch axis first."""
         ...
 
@@ -43,18 +46,31 @@ class AdaptiveRunner:
 
     Args:
         network: The network; it is put in evaluation mode.
-        policy: Who leaves where.
+        policy: Who leaves where; a calibration stands for its policy.
     Attributes:
         step_ms: What :meth:`time_steps` measured; None before.
     Raises:
         NotCalibratedError: If there is no policy, or it is for another number of exits.
+        InvalidArgumentError: If the network or the policy is of another kind.
     """
 
-    def __init__(self, network: MultiExitNetwork, policy: Policy | None) -> None:
+    def __init__(self, network: MultiExitNetwork, policy: Policy | Calibration | None) -> None:
+        if not isinstance(network, MultiExitNetwork):
+            raise InvalidArgumentError(
+                "Expected a network with exits, as add_exits makes of a backbone. "
+                f"Got a {type(network).__name__}."
+            )
+        if isinstance(policy, Calibration):
+            policy = policy.policy
         if policy is None:
             raise NotCalibratedError(
                 "Running early needs a policy and none was set. Choose one: offramp calibrate RUN, "
                 f"or {'DensePolicy' if network.is_dense else 'ThresholdPolicy'}((0.9, ...))."
+            )
+        if not isinstance(policy, Policy):
+            raise InvalidArgumentError(
+                "Expected a policy for exits, or a calibration that chose one. "
+                f"Got a {type(policy).__name__}."
             )
         if policy.num_exits != network.num_exits:
             raise NotCalibratedError(
@@ -67,12 +83,13 @@ class AdaptiveRunner:
         self.step_ms: tuple[float, ...] | None = None
         self._macs_by_size: dict[Hashable, Tensor] = {}
 
-    @torch.inference_mode()
-    def run(self, *inputs: Tensor, deadline_ms: float | None = None) -> AdaptiveResult[Tensor]:
+    @torch.no_grad()
+    def run(self, *inputs: Given, deadline_ms: float | None = None) -> AdaptiveResult[Tensor]:
         """Answer a batch.
 
         Args:
-            inputs: The network's inputs, each with the batch axis first, on its device.
+            inputs: The network's inputs, each with the batch axis first, on its device; or all of
+                them as a tuple, or as a dict by name.
             deadline_ms: A step (the stages up to an exit that is on) that would end later than so
                 many milliseconds after the call, by what :meth:`time_steps` measured, is not
                 started: whoever is left gets the answer of the last exit before it. The first
@@ -80,26 +97,29 @@ class AdaptiveRunner:
         Returns:
             Logits, exit, confidence and MACs of each sample, in the order of the batch.
         Raises:
-            InvalidArgumentError: If the deadline is not above 0, or the steps were not timed.
+            InvalidArgumentError: If the deadline is not above 0, or the steps were not timed, or
+                the inputs are of the wrong kind.
+            ShapeError: If the network cannot take the inputs.
         """
         deadline = None if deadline_ms is None else Deadline(deadline_ms, self.step_ms)
         if self.network.training:  # a caller may have trained it since
             self.network.eval()
-        inputs = self.network.trimmed(inputs)
-        if len(inputs[0]) == 1:
-            output, confidence_B, exit_index = self._run_one(inputs, deadline)
-            exit_index_B = torch.full((1,), exit_index, device=output.device)
-        else:
-            output, confidence_B, exit_index_B = self._run_many(inputs, deadline)
+        features = self.network.trimmed(as_inputs(inputs, self.network))
+        with explained(features, self.network.input_specs):
+            if len(features[0]) == 1:
+                output, confidence_B, exit_index = self._run_one(features, deadline)
+                exit_index_B = torch.full((1,), exit_index, device=output.device)
+            else:
+                output, confidence_B, exit_index_B = self._run_many(features, deadline)
         return AdaptiveResult(
             output=output,
             exit_index=exit_index_B,
             confidence=confidence_B,
-            macs=self._macs(inputs, exit_index_B),
+            macs=self._macs(features, exit_index_B),
         )
 
-    @torch.inference_mode()
-    def time_steps(self, *inputs: Tensor) -> tuple[float, ...]:
+    @torch.no_grad()
+    def time_steps(self, *inputs: Given) -> tuple[float, ...]:
         """Measure what each step takes, so that a deadline can be kept.
 
         Args:
@@ -109,8 +129,8 @@ class AdaptiveRunner:
         """
         if self.network.training:
             self.network.eval()
-        inputs = self.network.trimmed(inputs)
-        laps = [self._time_once(inputs) for _ in range(_TIMED_ROUNDS + _WARM_UP_ROUNDS)]
+        features = self.network.trimmed(as_inputs(inputs, self.network))
+        laps = [self._time_once(features) for _ in range(_TIMED_ROUNDS + _WARM_UP_ROUNDS)]
         self.step_ms = tuple(map(median, zip(*laps[_WARM_UP_ROUNDS:], strict=True)))
         return self.step_ms
 
@@ -216,22 +236,29 @@ TorchRunner = AdaptiveRunner | SkipRunner | HaltingRunner
 """A runner of each family of networks."""
 
 
-def make_runner(network: Network, policy: Policy | RoutingPolicy | None) -> TorchRunner:
+def make_runner(
+    network: Network, policy: Policy | RoutingPolicy | Calibration | ChosenThreshold | None
+) -> TorchRunner:
     """Make the runner that fits a network and its policy.
 
     Args:
         network: The network; it is put in evaluation mode.
-        policy: Who leaves where, which blocks run, or when a token halts.
+        policy: Who leaves where, which blocks run, or when a token halts; what chose one stands
+            for it.
     Returns:
         The runner.
     Raises:
         NotCalibratedError: If there is no policy, or it is for another network.
     """
-    if isinstance(network, SkipNetwork) and isinstance(policy, GatePolicy):
+    if isinstance(policy, Calibration):
+        policy = policy.policy
+    if isinstance(network, SkipNetwork) and isinstance(policy, GatePolicy | ChosenThreshold):
         return SkipRunner(network, policy)
-    if isinstance(network, HaltingNetwork) and isinstance(policy, HaltingPolicy):
+    if isinstance(network, HaltingNetwork) and isinstance(policy, HaltingPolicy | ChosenThreshold):
         return HaltingRunner(network, policy)
-    if isinstance(network, MultiExitNetwork) and not isinstance(policy, RoutingPolicy):
+    if isinstance(network, MultiExitNetwork) and not isinstance(
+        policy, RoutingPolicy | ChosenThreshold
+    ):
         return AdaptiveRunner(network, policy)
     raise NotCalibratedError(
         f"Expected a policy for a {type(network).__name__}. Got a {type(policy).__name__}. "

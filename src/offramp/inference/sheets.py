@@ -130,7 +130,7 @@ def _legend(class_names: Sequence[str], colours: Pixels, width: int) -> Image.Im
     return legend
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def exit_maps(
     policy: Policy, outputs: Sequence[Tensor], confidences_K: Tensor, taken: int
 ) -> list[ExitMap]:

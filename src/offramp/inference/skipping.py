@@ -10,6 +10,9 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
+from offramp.calibration.sweep import ChosenThreshold
+from offramp.errors import InvalidArgumentError
+from offramp.model.inputs import Given, as_inputs, explained
 from offramp.model.multi_exit import take_samples
 from offramp.policy.confidence import max_probability_confidence
 from offramp.policy.routing_policy import GatePolicy
@@ -23,32 +26,54 @@ class SkipRunner:
 
     Args:
         network: The network; it is put in evaluation mode.
-        policy: How likely a gate must be; one half if None, as the gates were trained.
+        policy: How likely a gate must be, or what :func:`~offramp.choose_threshold` chose; one half
+            if None, as the gates were trained.
+    Raises:
+        InvalidArgumentError: If the network or the policy is of another kind.
     """
 
-    def __init__(self, network: SkipNetwork, policy: GatePolicy | None = None) -> None:
+    def __init__(
+        self, network: SkipNetwork, policy: GatePolicy | ChosenThreshold | None = None
+    ) -> None:
+        if not isinstance(network, SkipNetwork):
+            raise InvalidArgumentError(
+                f"Expected a SkipNetwork, as add_gates makes. Got a {type(network).__name__}."
+            )
+        if isinstance(policy, ChosenThreshold):
+            policy = GatePolicy(policy.threshold)
+        if not isinstance(policy, GatePolicy | None):
+            raise InvalidArgumentError(
+                "Expected a GatePolicy, or a threshold that choose_threshold chose. "
+                f"Got a {type(policy).__name__}."
+            )
         self.network = network.eval()
         self.policy = policy or GatePolicy()
         self._costs_by_size: dict[Hashable, SkipCosts] = {}
 
-    @torch.inference_mode()
-    def run(self, *inputs: Tensor) -> AdaptiveResult[Tensor]:
+    @torch.no_grad()
+    def run(self, *inputs: Given) -> AdaptiveResult[Tensor]:
         """Answer a batch.
 
         Args:
-            inputs: The network's input, with the batch axis first, on its device.
+            inputs: The network's input, with the batch axis first, on its device, or a dict with
+                it.
         Returns:
             Logits, the largest class probability, MACs and blocks run of each sample, in the
             order of the batch; every sample leaves by the only exit.
+        Raises:
+            ShapeError: If the network cannot take the inputs.
+            InvalidArgumentError: If they are of the wrong kind.
         """
         if self.network.training:  # a caller may have trained it since
             self.network.eval()
-        (images,) = inputs
-        x = self.network.stem(images)
-        if x.data_ptr() == images.data_ptr():  # a stem that does nothing: blocks write on x
-            x = x.clone()
-        x, blocks_BG = self._run_blocks(x)
-        logits_BC = self.network.head(x)
+        given = as_inputs(inputs, self.network)
+        with explained(given, self.network.input_specs):
+            (images,) = given
+            x = self.network.stem(images)
+            if x.data_ptr() == images.data_ptr():  # a stem that does nothing: blocks write on x
+                x = x.clone()
+            x, blocks_BG = self._run_blocks(x)
+            logits_BC = self.network.head(x)
         return AdaptiveResult(
             output=logits_BC,
             exit_index=torch.zeros(len(images), dtype=torch.int64, device=images.device),

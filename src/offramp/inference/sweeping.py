@@ -6,8 +6,7 @@ Shapes: ``K`` thresholds, ``N`` samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,11 +14,12 @@ from torch import Tensor
 from offramp.calibration.sweep import Sweep
 from offramp.errors import DataError
 from offramp.inference.runner import make_runner
-from offramp.model.multi_exit import as_inputs
 from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
 from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
 from offramp.training.checkpoint_choice import who_chose_by
+from offramp.training.data import check_labels
+from offramp.training.samples import batches_of, explained_data, read_batch
 
 SteeredNetwork = SkipNetwork | HaltingNetwork
 """A network of one exit that one threshold steers inside."""
@@ -38,21 +38,25 @@ HALTING_THRESHOLDS = (*sorted((*_EVEN_SCORES, HaltingPolicy.threshold)), 1.0)
 
 def collect_sweep(
     network: SteeredNetwork,
-    loader: Iterable[tuple[Any, Tensor]],
+    data: object,
     thresholds: Sequence[float] | None = None,
+    *,
+    batch_size: int = 256,
 ) -> Sweep:
     """Run a network that skips blocks or drops tokens at each of several thresholds.
 
     Args:
         network: The network; it is put in evaluation mode, and runs where its parameters are.
-        loader: Batches of (inputs, labels).
+        data: As for :func:`~offramp.collect`.
         thresholds: For the probability with which a gate runs its block, or for the sum of scores
             at which a token halts, each in [0, 1]; the one at which most runs, 0 for gates and 1
             for tokens, is always among them. 21 of them if None.
+        batch_size: As for :func:`~offramp.collect`.
     Returns:
         What it says of every sample at each, and the MACs that ran.
     Raises:
-        DataError: If the loader yields no sample.
+        DataError: If there is no sample, a sample has no label or one that the network has no class
+            for, or the network cannot take the inputs.
         InvalidArgumentError: If a threshold is not in [0, 1].
     """
     device = next(network.parameters()).device
@@ -60,10 +64,12 @@ def collect_sweep(
     policy = steering_policy(network)
     runners = [make_runner(network, policy(threshold)) for threshold in cheap_first]
     outputs, macs, plain_macs, labels, chosen_by = [], [], [], [], ""
-    for batch, labels_B in loader:
-        inputs = as_inputs(batch, device)
+    for batch in batches_of(data, batch_size=batch_size):
+        inputs, labels_B = read_batch(batch, network, device=device)
         chosen_by = chosen_by or who_chose_by(network, inputs)
-        results = [runner.run(*inputs) for runner in runners]
+        with explained_data(inputs, network):
+            results = [runner.run(*inputs) for runner in runners]
+        check_labels(labels_B, num_classes=results[-1].output.shape[-1])
         outputs.append(torch.stack([result.output for result in results]).float().cpu())
         macs.append(torch.stack([result.macs for result in results]).cpu())
         plain_macs.append(network.plain_macs(*inputs))

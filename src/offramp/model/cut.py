@@ -24,13 +24,17 @@ from offramp.model.chain import Chain
 from offramp.model.dense_heads import ReadsEverything
 from offramp.model.graph import Graph
 from offramp.model.head_choice import check_heads, choose_head, list_heads
-from offramp.model.layer_lists import find_layer_list
+from offramp.model.inputs import InputSpec, example_inputs, explained
+from offramp.model.layer_lists import find_layer_list, supported_classes
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
 from offramp.model.outputs import check_logits, find_pixel_multiple
 from offramp.model.proof import find_difference, logits_of
 from offramp.model.ragged import Ragged
 from offramp.model.spacing import choose_cuts
 from offramp.model.tracing import NotTraceableError
+
+Example = Tensor | Features | Mapping[str, Tensor]
+"""A batch of inputs: a tensor, a tuple of them, or a dict by the names of ``forward``."""
 
 
 class Cutter(Protocol):
@@ -73,7 +77,7 @@ def add_exits(
     *,
     at: Sequence[str] | str,
     num_classes: int,
-    example: Tensor | Features,
+    example: Example,
     num_exits: int | None = None,
     heads: Sequence[nn.Module] | None = None,
 ) -> MultiExitNetwork:
@@ -96,7 +100,8 @@ def add_exits(
         num_classes: Number of classes C.
         example: One batch of inputs, each with the batch axis first, for the heads' sizes and the
             proof, which draws random inputs of its shape and kind too; a tuple where the backbone
-            takes several.
+            takes several, in the order of its ``forward``, or a dict by the names there. A text
+            model's mask may be left out: it is then of ones.
         num_exits: With "auto": exits, the final one counted, at least 2.
         heads: One exit head for each path, chosen where not given: by the axis of channels, which
             the weights around the cut tell, and for pixels where the backbone's output has some.
@@ -120,7 +125,7 @@ def add_exits(
         >>> network.num_exits
         2
     """
-    inputs = _check_example(example)
+    inputs, input_specs = _check_example(backbone, example)
     paths = _paths(at, num_exits)
     _check_logits(backbone, inputs, num_classes)
     cutter = _find_cutter(backbone, inputs, paths or ())
@@ -137,6 +142,8 @@ def add_exits(
     heads = _reading_first(heads, stage_features, cutter.num_read)
     network = MultiExitNetwork(stages, [*heads, nn.Identity()])
     network.share_keys_with(backbone)
+    network.input_specs = input_specs
+    network.num_classes = num_classes
     network.ragged = cutter.ragged
     if stage_features[-1][0].ndim == 4:
         network.pixel_multiple = find_pixel_multiple(network, inputs)
@@ -203,7 +210,7 @@ def _reading_first(
     ]
 
 
-def cut_paths(backbone: nn.Module, example: Tensor | Features) -> list[str]:
+def cut_paths(backbone: nn.Module, example: Example) -> list[str]:
     """Name the places where a backbone can be cut and only what an exit reads crosses, in order.
 
     Args:
@@ -220,7 +227,8 @@ def cut_paths(backbone: nn.Module, example: Tensor | Features) -> list[str]:
         >>> cut_paths(backbone, torch.zeros(1, 8))
         ['0.0', '0']
     """
-    return _narrow_paths(_find_cutter(backbone, _check_example(example), ()))
+    inputs, _ = _check_example(backbone, example)
+    return _narrow_paths(_find_cutter(backbone, inputs, ()))
 
 
 def _narrow_paths(cutter: Cutter) -> list[str]:
@@ -270,10 +278,11 @@ class WorksOnCopies(nn.Module):
         return output
 
 
-def _check_example(example: Tensor | Features) -> Features:
-    inputs = as_features(example)
+def _check_example(backbone: nn.Module, example: Example) -> tuple[Features, tuple[InputSpec, ...]]:
+    layers = find_layer_list(backbone)
+    inputs, specs = example_inputs(backbone, example, None if layers is None else layers.ragged)
     require_samples("an example", inputs)
-    return inputs
+    return inputs, specs
 
 
 def _spread(
@@ -318,6 +327,11 @@ def _find_cutter(backbone: nn.Module, inputs: Features, at: Sequence[str]) -> Cu
     except NotTraceableError as error:
         if chain is not None:
             return chain
+        if type(backbone).__module__.startswith("transformers."):
+            raise BackboneCutError(
+                f"{type(backbone).__name__} cannot be cut. Of transformers, these classes can: "
+                f"{', '.join(supported_classes())}."
+            ) from error
         raise BackboneCutError(
             f"{type(backbone).__name__} cannot be cut: its forward cannot be followed "
             f"({reason(error)}). Move what depends on values into a module of its own, or wrap the "
@@ -326,17 +340,8 @@ def _find_cutter(backbone: nn.Module, inputs: Features, at: Sequence[str]) -> Cu
 
 
 def _check_logits(backbone: nn.Module, inputs: Features, num_classes: int) -> None:
-    with evaluation_mode(backbone), torch.no_grad():
-        try:
-            logits = logits_of(backbone, inputs)
-        except BackboneCutError:
-            raise
-        except Exception as error:  # whatever the backbone's own code raises
-            shapes = " and ".join(str(tuple(tensor.shape)) for tensor in inputs)
-            raise InvalidArgumentError(
-                f"Expected an example that {type(backbone).__name__} takes. Got shape {shapes}, on "
-                f"which it fails: {reason(error)}."
-            ) from error
+    with evaluation_mode(backbone), torch.no_grad(), explained(inputs):
+        logits = logits_of(backbone, inputs)
     check_logits(logits, backbone, inputs, num_classes)
 
 

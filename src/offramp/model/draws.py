@@ -129,9 +129,7 @@ def _floats_like(tensor: Tensor, rows: Tensor, within: Range) -> Tensor:
     return deviation * torch.randn_like(rows) + mean
 
 
-def _integers_like(
-    tensor: Tensor, rows: Tensor, vocabulary: int | None, within: Range
-) -> Tensor:
+def _integers_like(tensor: Tensor, rows: Tensor, vocabulary: int | None, within: Range) -> Tensor:
     if within == "any" and vocabulary is not None:
         return torch.randint_like(rows, vocabulary)
     if within == "any" and tensor.dtype == torch.uint8:

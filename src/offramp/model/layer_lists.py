@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from offramp.model.multi_exit import Features, as_features
@@ -92,6 +93,11 @@ def find_layer_list(backbone: nn.Module) -> LayerList | None:
     return None if describe is None else describe(backbone)
 
 
+def supported_classes() -> tuple[str, ...]:
+    """Name the classes of transformers that are written down here."""
+    return tuple(_KNOWN)
+
+
 def bert_steps(bert: Any, path: str = "bert") -> list[Step]:
     """Write a ``BertModel`` down as steps: its embeddings, then each of its layers.
 
@@ -119,9 +125,14 @@ class BertStartStep(nn.Module):
         self.embeddings = embeddings
 
     def forward(
-        self, input_ids_BT: Tensor, mask_BT: Tensor, token_type_ids_BT: Tensor | None = None
+        self,
+        input_ids_BT: Tensor,
+        mask_BT: Tensor | None = None,
+        token_type_ids_BT: Tensor | None = None,
     ) -> Features:
-        """Map token ids to tokens and mask."""
+        """Map token ids to tokens and mask, which is 1 everywhere where none is given."""
+        if mask_BT is None:
+            mask_BT = torch.ones_like(input_ids_BT)
         return self.embeddings(input_ids_BT, token_type_ids=token_type_ids_BT), mask_BT
 
 

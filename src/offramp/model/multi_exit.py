@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from offramp.errors import ArtifactError, InvalidArgumentError, ShapeError
 from offramp.measure.cost import ExitCosts, count_macs, evaluation_mode, mean_costs
+from offramp.model.inputs import InputSpec, as_inputs
 from offramp.model.ragged import Ragged
 
 Features = tuple[Tensor, ...]
@@ -49,6 +50,10 @@ class MultiExitNetwork(nn.Module):
         self.exits = nn.ModuleList(exits)
         self.backbone_keys: dict[str, str] = {}
         """The key here of each key in the backbone's state dict; empty without a backbone."""
+        self.input_specs: tuple[InputSpec, ...] = ()
+        """The backbone's inputs as the example showed them; empty without one."""
+        self.num_classes: int | None = None
+        """Number of classes; None where nobody said it."""
         self.ragged: Ragged | None = None
         """Where padding is marked; None for a network whose samples are all of one size."""
         self.pixel_multiple: int | None = None
@@ -63,6 +68,11 @@ class MultiExitNetwork(nn.Module):
     def is_dense(self) -> bool:
         """Whether an exit says a class for every pixel: logits of shape (B, C, h, w)."""
         return self.pixel_multiple is not None
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs in the backbone's ``forward``; empty without an example."""
+        return tuple(spec.name for spec in self.input_specs)
 
     def share_keys_with(self, backbone: nn.Module) -> None:
         """Note which of a backbone's weights stands where in this network, which shares them.
@@ -144,17 +154,20 @@ class MultiExitNetwork(nn.Module):
         logits: Tensor = self.exits[exit_index](*features)
         return logits
 
-    def forward(self, *inputs: Tensor, detach: bool = False) -> tuple[Tensor, ...]:
+    def forward(
+        self, *inputs: Tensor | Mapping[str, Tensor], detach: bool = False
+    ) -> tuple[Tensor, ...]:
         """Compute every exit's logits.
 
         Args:
-            inputs: The backbone's inputs, each with the batch axis first.
+            inputs: The backbone's inputs, each with the batch axis first, or a dict of them by
+                name.
             detach: Whether the exits before the final one read detached features, so that only
                 the final exit's loss reaches the stages.
         Returns:
             Raw logits of each exit, shape (B, C) each, in the order of the exits.
         """
-        features: Features = inputs
+        features: Features = as_inputs(inputs, self)
         outputs = []
         for k in range(self.num_exits):
             features = self.run_stage(k, features)
@@ -194,7 +207,7 @@ class MultiExitNetwork(nn.Module):
         return taken if self.ragged is None else self.ragged.trim_features(taken)
 
     @torch.no_grad()
-    def costs(self, *inputs: Tensor) -> ExitCosts:
+    def costs(self, *inputs: Tensor | Mapping[str, Tensor]) -> ExitCosts:
         """Count the MACs per sample of every stage and head, by running them on one sample.
 
         Where samples are of unequal length, the mean over the batch, padding left out.
@@ -206,9 +219,10 @@ class MultiExitNetwork(nn.Module):
         Raises:
             ShapeError: If the batch is empty.
         """
+        given = as_inputs(inputs, self)
         if self.ragged is None:
-            return self._costs_of(tuple(tensor[:1] for tensor in inputs))
-        return self.costs_of_lengths(self.ragged.lengths(inputs), inputs)
+            return self._costs_of(tuple(tensor[:1] for tensor in given))
+        return self.costs_of_lengths(self.ragged.lengths(given), given)
 
     def plain_macs(self, *inputs: Tensor) -> Tensor:
         """Count what each sample would cost the plain network, padding left out.
@@ -277,16 +291,18 @@ class PlainNetwork(nn.Module):
         super().__init__()
         self.stages = network.stages
         self.head = network.exits[-1]
+        self.input_specs = network.input_specs
+        self.ragged = network.ragged
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
         """Compute the final exit's logits.
 
         Args:
-            inputs: The backbone's inputs, each with the batch axis first.
+            inputs: As for :class:`MultiExitNetwork`.
         Returns:
             Raw logits, shape (B, C), float.
         """
-        features: Features = inputs
+        features: Features = as_inputs(inputs, self)
         for stage in self.stages:
             features = as_features(stage(*features))
         logits: Tensor = self.head(*features)
@@ -332,18 +348,3 @@ def as_features(output: object) -> Features:
     raise ShapeError(
         f"Expected a tensor or a tuple of tensors as features. Got {type(output).__name__}."
     )
-
-
-def as_inputs(batch: object, device: torch.device | str | None = None) -> Features:
-    """Bring what a loader yields as inputs into the form that a network is called with.
-
-    Args:
-        batch: A tensor, or a tuple or list of them where the network takes several.
-        device: Where they shall be; where they are if None.
-    Returns:
-        A tuple of tensors.
-    Raises:
-        ShapeError: If it is none of these.
-    """
-    inputs = as_features(tuple(batch) if isinstance(batch, list) else batch)
-    return inputs if device is None else tuple(tensor.to(device) for tensor in inputs)

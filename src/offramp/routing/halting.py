@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from offramp.errors import BackboneCutError, InvalidArgumentError
 from offramp.measure.cost import count_macs, evaluation_mode, require_samples
+from offramp.model.inputs import InputSpec, as_inputs
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
 from offramp.model.proof import find_difference
 from offramp.model.ragged import Ragged
@@ -124,6 +125,9 @@ class HaltingNetwork(nn.Module):
     """
 
     num_exits = 1
+    num_classes: int | None = None
+    is_dense = False
+    input_specs: tuple[InputSpec, ...] = ()
 
     def __init__(
         self,
@@ -169,7 +173,7 @@ class HaltingNetwork(nn.Module):
             Logits, and which token ran how far.
         """
         threshold = DEFAULT_THRESHOLD if threshold is None else threshold
-        x_BTD, is_valid_BT = self.embed(*inputs)
+        x_BTD, is_valid_BT = self.embed(*as_inputs(inputs, self))
         is_class_T = torch.arange(x_BTD.shape[1], device=x_BTD.device) == 0
         running_BT, total_BT = is_valid_BT, torch.zeros_like(x_BTD[..., 0])
         answer_BD = torch.zeros_like(x_BTD[:, 0])

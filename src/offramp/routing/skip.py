@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from offramp.errors import BackboneCutError, reason
 from offramp.measure.cost import count_macs, evaluation_mode, require_samples
+from offramp.model.inputs import InputSpec
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.model.proof import find_difference
+from offramp.model.ragged import Ragged
 from offramp.model.tracing import NotTraceableError, stays_whole, trace
 from offramp.routing.gates import Gates, GateState, make_gates
 from offramp.routing.residual import adding_nothing, channels_into, skip_block, take_apart
@@ -85,6 +87,10 @@ class SkipNetwork(nn.Module):
     """
 
     num_exits = 1
+    num_classes: int | None = None
+    is_dense = False
+    input_specs: tuple[InputSpec, ...] = ()
+    ragged: Ragged | None = None
 
     def __init__(
         self, stem: nn.Module, blocks: Sequence[nn.Module], gates: Gates, head: nn.Module

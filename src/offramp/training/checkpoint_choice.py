@@ -17,7 +17,9 @@ from torch import nn
 
 from offramp.artifacts import read_json, write_json
 from offramp.errors import ArtifactError
-from offramp.model.multi_exit import Features, as_inputs
+from offramp.model.multi_exit import Features
+from offramp.training.samples import read_batch
+from offramp.zoo import Network
 
 CHOICE_FILE = "checkpoint_choice.json"
 _ATTRIBUTE = "checkpoint_choice"
@@ -49,9 +51,9 @@ def _digest(arrays: Sequence[np.ndarray[Any, Any]]) -> str:
     return digest.hexdigest()
 
 
-def note_choice(network: nn.Module, by: str, loader: Iterable[Any]) -> CheckpointChoice:
+def note_choice(network: Network, by: str, loader: Iterable[Any]) -> CheckpointChoice:
     """Note on a network that the samples of a loader choose its checkpoint."""
-    samples = {digest for inputs, _ in loader for digest in digests(as_inputs(inputs))}
+    samples = {digest for batch in loader for digest in digests(read_batch(batch, network)[0])}
     before = choice_of(network)
     if before is not None:
         samples |= before.samples

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from offramp.errors import DataError, InvalidArgumentError
+from offramp.measure.dense import IGNORED_LABEL
+from offramp.training.collate import collate
 from offramp.training.colour import recoloured
 
 if TYPE_CHECKING:
@@ -303,8 +305,8 @@ def make_loader(
         raise InvalidArgumentError(
             f"The 'batch_size' parameter must be an int of at least 1. Got {batch_size}."
         )
-    collate = _as_fetched if isinstance(dataset, Batches) else None
-    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate)
+    put_together = _as_fetched if isinstance(dataset, Batches) else collate
+    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=put_together)
 
 
 def split_off_calibration(
@@ -359,17 +361,25 @@ def check_labels(labels_B: Tensor, *, num_classes: int) -> None:
     """Refuse labels that the network has no output for.
 
     Args:
-        labels_B: Classes, shape (B,), int64.
+        labels_B: Classes, shape (B,), int64, or of pixels, shape (B, H, W), of which those of
+            ``IGNORED_LABEL`` are left out.
         num_classes: Outputs of the network.
     Raises:
         DataError: If a label is outside [0, num_classes - 1].
     """
+    if labels_B.ndim == 3:
+        labels_B = labels_B[labels_B != IGNORED_LABEL]
+    if labels_B.numel() == 0:
+        return
     smallest, largest = (int(value) for value in labels_B.aminmax())
     if smallest < 0 or largest >= num_classes:
         wrong = smallest if smallest < 0 else largest
+        advice = "Check the data set, or build the network with more classes."
+        if smallest < 0:
+            advice = "Where that stands for samples without a label, leave them out."
         raise DataError(
             f"Labels must be in [0, {num_classes - 1}], one per output of the network. "
-            f"Got {wrong}. Check the data set, or build the network with more classes."
+            f"Got {wrong}. {advice}"
         )
 
 

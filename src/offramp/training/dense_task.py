@@ -20,11 +20,12 @@ from offramp.measure.dense import (
     mean_iou,
     pixel_accuracy,
 )
-from offramp.model.multi_exit import Features, as_inputs
+from offramp.model.multi_exit import Features
 from offramp.training.config_checks import check_class_weights
 from offramp.training.data import check_labels
 from offramp.training.exits_task import MultiExitTask
 from offramp.training.parquet import known_labels
+from offramp.training.samples import explained_data, read_batch
 from offramp.training.task import ACCURACY_METRIC
 
 MEAN_IOU_METRIC = "mean_iou_exit_{}"
@@ -71,10 +72,11 @@ class DenseTask(MultiExitTask):
         super().on_validation_epoch_start()
         self._confusion_KCC: Tensor | int = 0
 
-    def validation_step(self, batch: tuple[Any, Tensor], batch_index: int) -> None:
+    def validation_step(self, batch: Any, batch_index: int) -> None:
         """Count each exit's pixels by true and predicted class."""
-        inputs, labels_BHW = batch
-        outputs = self.answers(as_inputs(inputs))
+        inputs, labels_BHW = read_batch(batch, self.network)
+        with explained_data(inputs, self.network):
+            outputs = self.answers(inputs)
         num_classes = outputs[-1].shape[1]
         _check(labels_BHW, num_classes=num_classes)
         size = (labels_BHW.shape[1], labels_BHW.shape[2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,7 @@ from offramp.training.processes import (
     quiet_lightning,
     quiet_torch,
 )
+from offramp.training.samples import batches_of, checked_loader, dataset_of, read_batch
 from offramp.training.skip_task import SkipTask
 from offramp.training.task import VAL_LOSS, Loss, MakeOptimizer, Metrics, Task
 from offramp.zoo import Network
@@ -268,6 +269,8 @@ def _fit(
             ckpt_path=checkpoint,
             weights_only=True,
         )
+        if trainer.global_step == 0:
+            raise DataError("Expected at least one batch to train on. The loader gave none.")
         spawned.restore(reports.callbacks)
         return History.read(report.path)
 
@@ -343,7 +346,8 @@ def _cut(train: Dataset[Any], config: FitConfig) -> tuple[Dataset[Any], Dataset[
     share, seed = config.validation_share, config.seed
     if isinstance(train, Batches):
         return split_off_calibration(train, share=share, seed=seed, uniform_prior=False)
-    order = torch.randperm(_length(train), generator=torch.Generator().manual_seed(seed))
+    dataset = dataset_of(train)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
     count = round(share * len(order))
     if count == 0:
         raise InvalidArgumentError(
@@ -351,34 +355,26 @@ def _cut(train: Dataset[Any], config: FitConfig) -> tuple[Dataset[Any], Dataset[
             "one, or 0."
         )
     rows = order.tolist()
-    return Subset(train, sorted(rows[count:])), Subset(train, sorted(rows[:count]))
+    return Subset(dataset, sorted(rows[count:])), Subset(dataset, sorted(rows[:count]))
 
 
 def _train_loader(train: Data, config: FitConfig) -> DataLoader[Any]:
     if isinstance(train, DataLoader):
-        return train
+        return checked_loader(train)
+    dataset = dataset_of(train)
     class_balanced = config.class_balance == "sampling"
-    labels_N = _labels(train) if class_balanced else torch.zeros(_length(train), dtype=torch.int64)
+    labels_N = _labels(dataset) if class_balanced else torch.zeros(len(dataset), dtype=torch.int64)
     sampler = EpochSampler(labels_N, seed=config.seed, class_balanced=class_balanced)
-    return make_loader(train, batch_size=config.batch_size, sampler=sampler)
+    return make_loader(dataset, batch_size=config.batch_size, sampler=sampler)
 
 
 def _labels(train: Dataset[Any]) -> Tensor:
     if isinstance(train, Batches):
         return train.labels_N
-    return torch.tensor([int(train[i][1]) for i in range(_length(train))])
-
-
-def _length(dataset: Dataset[Any]) -> int:
-    if not isinstance(dataset, Sized):
-        raise InvalidArgumentError(
-            "Expected a map-style Dataset with a length, or a DataLoader. "
-            f"Got {type(dataset).__name__}: wrap it in a DataLoader."
-        )
-    if len(dataset) == 0:
-        raise DataError("Expected at least one sample to train on. Got none.")
-    return len(dataset)
+    return torch.cat([read_batch(batch)[1] for batch in batches_of(train)])
 
 
 def _loader(data: Data, config: FitConfig) -> DataLoader[Any]:
-    return data if isinstance(data, DataLoader) else make_loader(data, batch_size=config.batch_size)
+    if isinstance(data, DataLoader):
+        return checked_loader(data)
+    return make_loader(dataset_of(data), batch_size=config.batch_size)

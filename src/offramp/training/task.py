@@ -16,10 +16,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import MeanMetric, Metric
 
 from offramp.errors import InvalidArgumentError, TrainingDivergedError, reason
-from offramp.model.multi_exit import Features, MultiExitNetwork, as_inputs
+from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.training.config import FitConfig
 from offramp.training.config_checks import check_config
 from offramp.training.data import check_labels, epoch_seed
+from offramp.training.samples import explained_data, read_batch
 from offramp.training.schedules import cosine_factor
 from offramp.zoo import Network
 
@@ -63,7 +64,7 @@ class Task(LightningModule):
             of your own would leave unused.
     """
 
-    network: nn.Module
+    network: Network
 
     def __init__(
         self,
@@ -139,11 +140,11 @@ class Task(LightningModule):
         seed = epoch_seed(self.config.seed, self.current_epoch)
         torch.manual_seed(seed + self.global_rank)
 
-    def training_step(self, batch: tuple[Any, Tensor], batch_index: int) -> Tensor:
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
         """Compute the loss of a batch."""
-        inputs, labels_B = batch
-        with self._norms_for(len(labels_B), batch_index):
-            loss = self.loss(as_inputs(inputs), labels_B)
+        inputs, labels_B = read_batch(batch, self.network)
+        with self._norms_for(len(labels_B), batch_index), explained_data(inputs, self.network):
+            loss = self.loss(inputs, labels_B)
         if loss.ndim:
             raise InvalidArgumentError(
                 f"A loss must be a scalar. Got one of shape {tuple(loss.shape)}: take its mean."
@@ -201,10 +202,11 @@ class Task(LightningModule):
         for metric in self._metrics_now.values():
             metric.reset()
 
-    def validation_step(self, batch: tuple[Any, Tensor], batch_index: int) -> None:
+    def validation_step(self, batch: Any, batch_index: int) -> None:
         """Count each exit's correct answers on a batch."""
-        inputs, labels_B = batch
-        outputs = self.answers(as_inputs(inputs))
+        inputs, labels_B = read_batch(batch, self.network)
+        with explained_data(inputs, self.network):
+            outputs = self.answers(inputs)
         check_labels(labels_B, num_classes=outputs[-1].shape[-1])
         correct = [(logits_BC.argmax(-1) == labels_B).sum() for logits_BC in outputs]
         self._correct_K += torch.stack(correct).cpu()
