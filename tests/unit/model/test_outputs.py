@@ -97,7 +97,7 @@ def test_heads_of_maps_with_channels_last():
     assert [logits.shape[2:] for logits in network(IMAGES)] == [(16, 16)] * 3
 
 
-def test_an_own_dense_network_is_trained_calibrated_run_and_exported(tmp_path):
+def test_an_own_dense_network_is_trained_collected_and_evaluated():
     labels = (IMAGES.mean(1) * 4).round().clamp(0, CLASSES - 1).long()
     data = TensorDataset(IMAGES, labels)
     network = add_exits(UNet(), at=["deep"], num_classes=CLASSES, example=IMAGES[:2])
@@ -111,12 +111,19 @@ def test_an_own_dense_network_is_trained_calibrated_run_and_exported(tmp_path):
     wanted = label_maps(network(IMAGES)[-1], (16, 16)).long()
     right = (wanted == labels).double().mean().item()
     assert report.final_exit_accuracy == pytest.approx(right)
-    bundle = export(network, policy, tmp_path / "bundle", IMAGES[:2])
-    session = Session(bundle)
-    wide = torch.randn(2, 3, 20, 24)
+
+
+@pytest.mark.parametrize("make", [pytest.param(coarse, marks=pytest.mark.slow), of_one_size])
+def test_an_own_dense_network_is_exported(make, tmp_path):
+    backbone = make()
+    first = next(name for name, _ in backbone.named_children())
+    network = add_exits(backbone, at=[first], num_classes=CLASSES, example=IMAGES[:2])
+    policy = DensePolicy((1.0,), pixel_threshold=0.999)  # nobody leaves
+    bundle = export(network, policy, tmp_path / "bundle", IMAGES[:2], plain=False)
+    images = torch.randn(2, 3, 20, 24) if make is coarse else IMAGES[:2]
     torch.testing.assert_close(
-        torch.from_numpy(session.run(wide.numpy()).output),
-        runner.run(wide).output,
+        torch.from_numpy(Session(bundle).run(images.numpy()).output),
+        network(images)[-1],
         rtol=1e-4,
         atol=1e-4,
     )
