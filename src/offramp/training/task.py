@@ -73,7 +73,10 @@ class Task(LightningModule):
                 "has diverged. Use a smaller learning rate (--set learning_rate=...), and check "
                 "that the inputs are finite."
             )
-        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True)
+        num_samples = len(labels_B)
+        self.log(
+            "train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=num_samples
+        )
         return loss
 
     def on_validation_epoch_start(self) -> None:
