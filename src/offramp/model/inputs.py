@@ -96,7 +96,7 @@ def as_inputs(
         InvalidArgumentError: If they are no tensors or of the wrong kind, or a text begins with
             padding.
     """
-    while isinstance(given, tuple | list) and len(given) == 1:
+    while isinstance(given, tuple) and len(given) == 1:
         (given,) = given
     if network is not None and torch.compiler.is_compiling():
         network = None  # values cannot be looked at there
@@ -109,7 +109,7 @@ def as_inputs(
             inputs = _as_texts(inputs, network.ragged)
         elif specs and len(inputs) != len(specs):
             names = ", ".join(spec.name for spec in specs)
-            raise ShapeError(f"Expected {len(specs)} inputs ({names}). Got {len(inputs)}.")
+            raise ShapeError(f"Expected the inputs {names}. Got {len(inputs)} inputs.")
         inputs = tuple(
             _fitting(tensor, specs[i] if i < len(specs) else None, network)
             for i, tensor in enumerate(inputs)
@@ -310,8 +310,10 @@ def _as_tensors(given: object, network: TakesInputs | None) -> Tensors:
         return (_tensor(given),)
     tensors = tuple(map(_tensor, given))
     specs = () if network is None else network.input_specs
-    if isinstance(given, list) and len(specs) == 1:  # a list of samples, not yet stacked
-        return (_stacked(tensors),)
+    if isinstance(given, list) and len(specs) == 1:
+        num_axes = len(specs[0].sample_shape)
+        if all(tensor.ndim == num_axes for tensor in tensors):  # samples, not yet stacked
+            return (_stacked(tensors),)
     return tensors
 
 
