@@ -100,7 +100,17 @@ def test_a_finished_run_is_left_alone(folders, offramp):
     assert (unbroken / "model.safetensors").read_bytes() == before
 
 
-def test_fit_resumes_bit_equal_with_dropout(tmp_path):
+def plateau(parameters):
+    optimizer = torch.optim.SGD(parameters, lr=0.3)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10)
+    return {
+        "optimizer": optimizer,
+        "lr_scheduler": {"scheduler": scheduler, "monitor": "train_loss"},
+    }
+
+
+@pytest.mark.parametrize("optimizer", [None, plateau])
+def test_fit_resumes_bit_equal_with_dropout(tmp_path, optimizer):
     class StopInThirdEpoch(Callback):
         def on_train_batch_end(self, trainer, *_):
             if trainer.current_epoch == 2:
@@ -112,7 +122,8 @@ def test_fit_resumes_bit_equal_with_dropout(tmp_path):
         network = offramp_library.MultiExitNetwork([stage], [nn.Linear(32, 3)])
         data = TensorDataset(torch.randn(128, 4), torch.randint(3, (128,)))
         config = offramp_library.FitConfig(epochs=4, batch_size=16, device="cpu")
-        offramp_library.fit(network, data, config=config, folder=folder, **options)
+        task = offramp_library.make_task(network, config, optimizer=optimizer)
+        offramp_library.fit(task, data, folder=folder, **options)
         return network.state_dict()
 
     for name in ("unbroken", "broken"):

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from offramp.artifacts import SCHEMA_VERSION
 from offramp.errors import ArtifactError, reason
@@ -25,6 +26,7 @@ LAST_CHECKPOINT = "last.ckpt"
 
 _SCHEMA_KEY = "offramp_schema_version"
 _SETTINGS_KEY = "offramp_settings"
+_MONITORED_KEY = "offramp_monitored"
 _UNREADABLE = (
     AttributeError,
     EOFError,
@@ -46,14 +48,33 @@ class LastCheckpoint(Checkpoint):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._monitored: dict[str, float] = {}
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Say which version wrote it, and what shaped the training."""
         checkpoint[_SCHEMA_KEY] = SCHEMA_VERSION
+        checkpoint[_MONITORED_KEY] = {
+            each.monitor: float(trainer.callback_metrics[each.monitor])
+            for each in trainer.lr_scheduler_configs
+            if each.reduce_on_plateau and each.monitor in trainer.callback_metrics
+        }
         if isinstance(pl_module, Task):
             checkpoint[_SETTINGS_KEY] = settings_of(pl_module)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take the figures that schedulers go by."""
+        self._monitored = checkpoint.get(_MONITORED_KEY, {})
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make up for the step of ``ReduceLROnPlateau``, which Lightning takes after it saves."""
+        for each in trainer.lr_scheduler_configs:
+            scheduler = each.scheduler
+            if isinstance(scheduler, ReduceLROnPlateau) and each.monitor in self._monitored:
+                scheduler.step(self._monitored[each.monitor])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it."""

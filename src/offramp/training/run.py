@@ -139,12 +139,10 @@ def load(folder: Path | str, network: Network | None = None) -> Run:
     folder = Path(folder)
     recipe, class_names, data = read_recipe(folder)
     if not (folder / WEIGHTS_FILE).exists():
-        finish = (
-            f"offramp train {recipe.name} --out {folder} --resume" if recipe else "fit and save"
-        )
+        resume = f"offramp train {recipe.name} --out {folder} --resume" if recipe else ""
         raise ArtifactError(
-            f"The run {folder} is not trained to the end: {WEIGHTS_FILE} is missing. "
-            f"Finish it: {finish}"
+            f"The run {folder} is not trained to the end: {WEIGHTS_FILE} is missing. Finish it: "
+            f"{resume or 'save it anew.'}"
         )
     if network is None:
         if recipe is None:
