@@ -16,6 +16,9 @@ from offramp.errors import InfeasibleTargetError
 from offramp.measure.cost import ExitCosts
 from offramp.policy.confidence import CONFIDENCE_RULES
 
+# Values worked out by hand have few samples.
+pytestmark = pytest.mark.filterwarnings("ignore::offramp.errors.FewSamplesWarning")
+
 macs = st.integers(0, 100)
 rules = st.sampled_from(sorted(CONFIDENCE_RULES))
 

@@ -13,6 +13,9 @@ from offramp.errors import InvalidArgumentError
 from offramp.measure.cost import ExitCosts
 from offramp.policy.controller import ControllerPolicy
 
+# Values worked out by hand have few samples.
+pytestmark = pytest.mark.filterwarnings("ignore::offramp.errors.FewSamplesWarning")
+
 COSTS = ExitCosts(stage_macs=(40_000_000, 20_000_000, 40_000_000), head_macs=(0, 0, 0))
 """So many that what a scorer takes does not show."""
 

@@ -15,6 +15,9 @@ from offramp.errors import InvalidArgumentError, ShapeError
 from offramp.measure.cost import ExitCosts
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, always_leave_at
 
+# Values worked out by hand have few samples.
+pytestmark = pytest.mark.filterwarnings("ignore::offramp.errors.FewSamplesWarning")
+
 INF, NAN = math.inf, math.nan
 CALIBRATION = two_exits(
     (0.9, True, True), (0.6, False, True), (0.95, True, True), (0.8, False, True)

@@ -16,6 +16,9 @@ from offramp.measure.cost import ExitCosts
 from offramp.measure.profile import Profile
 from offramp.policy.policies import PatiencePolicy
 
+# Values worked out by hand have few samples.
+pytestmark = pytest.mark.filterwarnings("ignore::offramp.errors.FewSamplesWarning")
+
 LABELS = torch.zeros(8, dtype=torch.int64)
 
 

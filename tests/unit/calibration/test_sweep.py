@@ -16,6 +16,9 @@ from offramp.calibration.sweep import (
 )
 from offramp.errors import DataError, InfeasibleTargetError, InvalidArgumentError, ShapeError
 
+# Values worked out by hand have few samples.
+pytestmark = pytest.mark.filterwarnings("ignore::offramp.errors.FewSamplesWarning")
+
 
 def sweep_that_predicts(predictions_KN, labels_N, thresholds, macs_K, **rest):
     """At each threshold every sample costs as much; the plain network 100."""

@@ -12,10 +12,18 @@ from offramp.calibration.thresholds import (
     calibrate,
     expected_correctness,
 )
-from offramp.errors import DataError, InfeasibleTargetError, InvalidArgumentError
+from offramp.errors import (
+    DataError,
+    FewSamplesWarning,
+    InfeasibleTargetError,
+    InvalidArgumentError,
+)
 from offramp.measure.cost import ExitCosts
 from offramp.policy.confidence import CONFIDENCE_RULES
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy
+
+# Values worked out by hand have few samples.
+pytestmark = pytest.mark.filterwarnings("ignore::offramp.errors.FewSamplesWarning")
 
 INF, NAN = math.inf, math.nan
 FOUR = two_exits((0.9, True, True), (0.6, False, True), (0.95, True, True), (0.8, False, True))
@@ -261,3 +269,43 @@ def test_policy_does_what_calibration_says_where_confidences_are_neighbouring_fl
         )
         found = calibrate(logits, max_drop=0.0)
         assert run_policy(logits, found.policy) == (found.accuracy, found.mean_macs)
+
+
+# Few samples
+
+
+def made_up(num_samples):
+    """The first exit is right about all but a tenth, the final one about all."""
+    labels = torch.arange(num_samples) % 2
+    final = torch.nn.functional.one_hot(labels, 2) * 4.0
+    first = torch.where((torch.arange(num_samples) % 10 == 0)[:, None], final.flip(1) / 8, final)
+    costs = ExitCosts(stage_macs=(10, 20), head_macs=(1, 2))
+    return ExitLogits(logits_KNC=torch.stack([first, final]), labels_N=labels, costs=costs)
+
+
+@pytest.mark.parametrize("target", [{"max_drop": 0.01}, {"max_drop": 0.0}, {"budget_share": 0.9}])
+def test_calibrate_warns_where_samples_cannot_tell(target):
+    with pytest.warns(FewSamplesWarning, match=r"9 calibration samples .*calibrate_with_guarantee"):
+        calibrate(made_up(9), **target)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("target", [{"max_drop": 0.01}, {"max_drop": 0.0}, {"budget_share": 0.9}])
+def test_calibrate_says_nothing_of_enough_samples(target):
+    calibrate(made_up(250), **target)
+
+
+def test_calibration_prints_thresholds_shares_drop_and_samples():
+    chosen = calibrate(made_up(250), max_drop=0.01)
+    assert (chosen.num_samples, chosen.plain_macs) == (250, 32)
+    assert [(row.index, row.share, row.macs) for row in chosen.exits] == [
+        (0, pytest.approx(0.9), 11),
+        (1, pytest.approx(0.1), 33),
+    ]
+    said = " ".join(str(chosen).split())
+    assert said.startswith("thresholds of entropy, on 250 calibration samples exit threshold")
+    assert "90.00 % 11 1 - 10.00 % 33" in said
+    assert "accuracy 100.00 %, a drop of 0 points from 100.00 %" in said
+    assert "a drop of at most 1 point of accuracy from the final exit, on 250 calib" in said
+    assert "None" not in repr(chosen).replace("temperatures=None", "").replace("mean_iou=None", "")
+    assert chosen.to_text("here").startswith("here, thresholds of entropy")
