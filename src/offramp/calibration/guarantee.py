@@ -172,7 +172,7 @@ def calibrate_with_guarantee(
         check_same_network(finding, logits)
         check_disjoint(finding, logits)
         testing = logits.take(in_random_order(logits, seed))
-    candidates = _front(finding, _best_of(rule, finding, max_risk, risk), risk)
+    candidates = candidates_on(finding, _best_of(rule, finding, max_risk, risk), risk)
     test = choose_test(risk, testing, guarantee=guarantee)
     losses = zip(
         _losses(finding, candidates, risk), _losses(testing, candidates, risk), strict=True
@@ -225,11 +225,20 @@ def _best_of(
     return calibrate(finding, max_risk=max_risk, risk=risk, rule=lambda _: policies).policy
 
 
-def _front(finding: ExitLogits, policy: ThresholdedPolicy, risk: str) -> list[ThresholdedPolicy]:
+def candidates_on(
+    finding: ExitLogits, policy: ThresholdedPolicy, risk: str
+) -> list[ThresholdedPolicy]:
     """Policies on the way from the safest, where nobody leaves, to the cheapest.
 
     Of right and wrong, a few hundred samples tell little: there, answers are judged by how likely
     the final exit finds them.
+
+    Args:
+        finding: Every exit's logits on the samples that find them.
+        policy: Their kind; its thresholds do not matter.
+        risk: What is to be bounded.
+    Returns:
+        The policies, in the order in which they are tested.
     """
     counted = RISKS[risk]
     worth_KN = plausibility(finding) if counted.counts_errors else -counted.losses(finding)
