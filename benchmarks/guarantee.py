@@ -156,10 +156,12 @@ def one_draw(
     prior: tuple[float, ...] | None,
     risk: str,
     asked: list[tuple[float, float | str]],
+    *,
+    seed: int = 0,
 ) -> Iterator[tuple[float, float] | None]:
     """True risk and share of MACs saved for each target and level; None where none is promised."""
     drawn = replace(pool.logits.take(rows_N), prior=prior)
-    order, weights_N = in_random_order(drawn, 0), drawn.weights_N
+    order, weights_N = in_random_order(drawn, seed), drawn.weights_N
     candidates = pool.candidates[risk]
     tested = (candidates.tested[:, rows_N] * weights_N)[:, order]
     for max_risk, guarantee in asked:
@@ -275,33 +277,46 @@ def disturbed(logits: ExitLogits, seed: int) -> ExitLogits:
 
 def measure_luck(pool: Pool) -> Iterator[dict[str, Any]]:
     """What is saved by draw and seed, and how far that moves when all logits are disturbed."""
-    size = int(LUCK["size"])
-    asked = {name: LUCK[name] for name in ("max_risk", "guarantee")}
+    twin = Pool(pool.name, disturbed(pool.logits, 0), disturbed(pool.front, 1))
     for by_class in (False, True):
-        for front, noisy_front in ((pool.front, disturbed(pool.front, 1)), (None, None)):
-            saved = np.zeros((LUCK_DRAWS, LUCK_SEEDS))
-            moved = np.zeros_like(saved)
-            for draw in range(LUCK_DRAWS):
-                rows_N, prior = pool.draw(size, draw, by_class=by_class)
-                drawn = replace(pool.logits.take(rows_N), prior=prior)
-                noisy = disturbed(drawn, 0)
-                for seed in range(LUCK_SEEDS):
-                    both = [
-                        calibrate_with_guarantee(each, finding=finding, seed=seed, **asked)
-                        for each, finding in ((drawn, front), (noisy, noisy_front))
-                    ]
-                    shares = [pool.outcome(each.policy, "accuracy_gap")[1] for each in both]
-                    saved[draw, seed], moved[draw, seed] = shares[0], abs(shares[0] - shares[1])
+        for found_on in ("train", "the draw itself"):
+            saved = np.zeros((2, LUCK_DRAWS, LUCK_SEEDS))
+            for k, population in enumerate((pool, twin)):
+                for draw, seed in np.ndindex(LUCK_DRAWS, LUCK_SEEDS):
+                    rows_N, prior = pool.draw(int(LUCK["size"]), draw, by_class=by_class)
+                    choose = share_saved if found_on == "train" else share_saved_when_parted
+                    saved[k, draw, seed] = choose(population, rows_N, prior, seed)
             yield {
                 "network": pool.name,
                 **LUCK,
                 "by_class": by_class,
-                "found_on": "the draw itself" if front is None else "train",
-                "saved": saved.round(6).tolist(),
-                "mean_saved": float(saved.mean()),
-                "deviation_within_draws": float(saved.std(axis=1, ddof=1).max()),
-                "moved_by_noise": float(moved.max()),
+                "found_on": found_on,
+                "saved": saved[0].round(6).tolist(),
+                "mean_saved": float(saved[0].mean()),
+                "deviation_within_draws": float(saved[0].std(axis=1, ddof=1).max()),
+                "moved_by_noise": float(abs(saved[1] - saved[0]).max()),
             }
+
+
+def share_saved(
+    pool: Pool, rows_N: np.ndarray, prior: tuple[float, ...] | None, seed: int
+) -> float:
+    asked = [(LUCK["max_risk"], LUCK["guarantee"])]
+    (outcome,) = one_draw(pool, rows_N, prior, "accuracy_gap", asked, seed=seed)
+    return 0.0 if outcome is None else outcome[1]
+
+
+def share_saved_when_parted(
+    pool: Pool, rows_N: np.ndarray, prior: tuple[float, ...] | None, seed: int
+) -> float:
+    """Where no train images are at hand."""
+    found = calibrate_with_guarantee(
+        replace(pool.logits.take(rows_N), prior=prior),
+        max_risk=LUCK["max_risk"],
+        guarantee=LUCK["guarantee"],
+        seed=seed,
+    )
+    return pool.outcome(found.policy, "accuracy_gap")[1]
 
 
 def print_results(content: dict[str, Any]) -> None:
