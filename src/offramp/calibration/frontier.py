@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from offramp.calibration.logits import ExitLogits
+from offramp.calibration.logits import ExitLogits, check_same_network
 from offramp.calibration.rules import Rule, policies_like, policy_like
 from offramp.calibration.sweep import Sweep, best_threshold
 from offramp.calibration.thresholds import choose_policy, measure_policy
-from offramp.errors import InfeasibleTargetError, InvalidArgumentError, ShapeError
+from offramp.errors import InfeasibleTargetError, InvalidArgumentError
 from offramp.policy.as_dict import without_inf
 from offramp.policy.policies import ThresholdedPolicy
 from offramp.tables import Brief, Lines, Printed, Table, percent, thresholds_in_words
@@ -191,7 +191,7 @@ def frontier(
     if calibration is None:
         points = [_only_point(test)]
     else:
-        _check_same_network(calibration, test)
+        check_same_network(calibration, test)
         policies = policies_like(rule, calibration)
         least_macs = min(_least_macs(calibration, policy) for policy in policies)
         budgets = np.geomspace(least_macs, calibration.costs.plain_macs, num_points).tolist()
@@ -266,25 +266,6 @@ def check_num_points(num_points: int) -> None:
         raise InvalidArgumentError(
             f"The 'num_points' parameter must be an int in [2, {_MAX_NUM_POINTS}]: the cheapest "
             f"and the dearest budget are among them. Got {num_points}."
-        )
-
-
-def _check_same_network(calibration: ExitLogits, test: ExitLogits) -> None:
-    shapes = [(len(each.logits_KNC), each.logits_KNC.shape[2]) for each in (calibration, test)]
-    if shapes[0] != shapes[1]:
-        raise ShapeError(
-            "Expected calibration and test logits of the same exits and classes. "
-            f"Got {shapes[0][0]} exits and {shapes[0][1]} classes against {shapes[1][0]} and "
-            f"{shapes[1][1]}."
-        )
-    of_both = [
-        (each.numbers, None if each.is_ragged else each.costs) for each in (calibration, test)
-    ]
-    if of_both[0] != of_both[1]:
-        raise InvalidArgumentError(
-            "Expected calibration and test logits of the same network. Got exits "
-            f"{calibration.numbers} that cost {calibration.costs.exit_macs()} MACs against "
-            f"{test.numbers} that cost {test.costs.exit_macs()}."
         )
 
 

@@ -1,9 +1,10 @@
 """Thresholds with a promise: the true risk is within a target, with a stated probability.
 
-Part of the samples finds a front of policies from dear to cheap (Pareto testing); the others test
-them one after the other, each at the full level, until the first fails (fixed sequence): the last
-that passed is chosen. Since the order was fixed without the samples that test, the chance of
-choosing any policy whose true risk is above the target is at most one minus the guarantee.
+Other samples, or a part of these, find a front of policies from dear to cheap (Pareto testing); the
+calibration samples, or what is left of them, test the policies one after the other, each at the
+full level, until the first fails (fixed sequence): the last that passed is chosen. Since the order
+was fixed without the samples that test, the chance of choosing any policy whose true risk is above
+the target is at most one minus the guarantee.
 
 References: Angelopoulos et al. (2021), Learn then Test; Laufer-Goldshtein et al. (2023),
 Efficiently controlling multiple risks with Pareto testing; Angelopoulos et al. (2022), Conformal
@@ -19,11 +20,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from offramp.calibration.logits import ExitLogits
+from offramp.calibration.logits import ExitLogits, check_same_network
 from offramp.calibration.risk import RISKS, check_risk, check_risk_fits
 from offramp.calibration.rules import Rule, policies_like
 from offramp.calibration.search import Floats, exits_left_by
-from offramp.calibration.sequence import choose_test, part_samples, passing_values
+from offramp.calibration.sequence import (
+    check_disjoint,
+    choose_test,
+    in_random_order,
+    part_samples,
+    passing_values,
+)
 from offramp.calibration.thresholds import (
     Calibration,
     calibrate,
@@ -49,8 +56,10 @@ class Guarantee:
         method: How it was tested.
         value: The p-value of the policy; for conformal risk control, how far its bound on the mean
             risk is above the target, at most 0.
-        num_samples: Samples in all.
+        num_samples: Calibration samples in all.
         num_tested: Of them, those that tested.
+        num_finding: Samples that found the candidates, or sized the bets: the other calibration
+            samples, or samples from elsewhere; 0 where none were needed.
         effective_num_samples: What the testing ones amount to after weighting.
         num_candidates: Policies that stood in a row to be tested.
         num_passed: Of them, those that passed before the first that did not.
@@ -63,6 +72,7 @@ class Guarantee:
     value: float
     num_samples: int
     num_tested: int
+    num_finding: int
     effective_num_samples: float
     num_candidates: int
     num_passed: int
@@ -110,6 +120,7 @@ def calibrate_with_guarantee(
     risk: str = "accuracy_gap",
     guarantee: float | str = 0.95,
     rule: Rule | None = None,
+    finding: ExitLogits | None = None,
     seed: int = 0,
 ) -> GuaranteedCalibration:
     """Choose thresholds so that the true risk is within a target, and say with what probability.
@@ -117,7 +128,17 @@ def calibrate_with_guarantee(
     The promise holds for samples drawn independently from where these were drawn from; it breaks
     when the inputs, or the shares of the classes, change. With a prior, the samples of each class
     count as much as it says, and the promise is about a population with that prior; it is then
-    conditional on how many samples of each class there are.
+    conditional on how many samples of each class there are, and tested by a bound for a fixed
+    number per class.
+
+    It is valid because everything that shapes or orders the candidates (the front, temperatures,
+    the rule, a controller, the first bet) is computed from samples that do not test, or is fixed
+    before any data is seen. This holds for inputs too: where no label is used, the samples must
+    still be others, since a disagreement depends on inputs alone. A front, a policy or
+    temperatures that were computed from the testing samples on an earlier day count as computed
+    from them. The network must not have been trained on the testing samples, nor its checkpoint
+    chosen by them. The promise covers one call: whoever calls with several seeds, rules or
+    networks and keeps the best has no promise.
 
     Args:
         logits: Every exit's logits on held-out data.
@@ -129,13 +150,19 @@ def calibrate_with_guarantee(
             set number was drawn from each class, that is so but approximately: a new sample is
             then not exchangeable with these.
         rule: As for :func:`~offramp.calibrate`; what makes a policy is given the samples that
-            find the front. A policy must not have been fitted on any of these samples.
-        seed: Parts the samples into those that find the front and those that test.
+            find the front. A policy must not have been fitted on any of the samples that test.
+        finding: Every exit's logits on other samples, which find the front, so that all of
+            ``logits`` test. They may be samples that trained the network: the front then expects
+            too much, but the promise holds. If None, three in ten of ``logits`` find it.
+        seed: Parts the samples where ``finding`` is None; also draws the order in which samples
+            are bet on, where a test depends on it. The labels in their order take part in the
+            draw, the logits never do.
     Returns:
         The policy, what it reached on all samples, and the promise.
     Raises:
-        InvalidArgumentError: If an argument is out of range, or a promise on average is asked for
-            with a prior that weights samples unevenly.
+        InvalidArgumentError: If an argument is out of range, a promise on average is asked for
+            with a prior that weights samples unevenly, or ``finding`` is of another network.
+        DataError: If ``finding`` holds samples that test.
         InSampleError: If some of the samples chose the network's checkpoint.
         InfeasibleTargetError: If not even the safest policy passes; says how many samples would
             do, and carries the lowest target that these would allow.
@@ -144,13 +171,18 @@ def calibrate_with_guarantee(
     check_guarantee(max_risk, guarantee)
     check_risk_fits(risk, logits)
     logits.require_independent()
-    finding, testing = part_samples(logits, seed)
-    candidates = _front(finding, _best_of(rule, finding, max_risk, risk), risk)
+    if finding is None:
+        finding, testing = part_samples(logits, seed)
+    else:
+        check_same_network(finding, logits)
+        check_disjoint(finding, logits)
+        testing = logits.take(in_random_order(logits, seed))
+    candidates = candidates_on(finding, _best_of(rule, finding, max_risk, risk), risk)
     test = choose_test(risk, testing, guarantee=guarantee)
     losses = zip(
         _losses(finding, candidates, risk), _losses(testing, candidates, risk), strict=True
     )
-    passed = passing_values(test, losses, max_risk)
+    passed = passing_values(test, losses, max_risk, num_samples=len(logits.labels_N))
     chosen = measure_policy(logits, candidates[len(passed) - 1])
     promise = Guarantee(
         risk=risk,
@@ -160,6 +192,7 @@ def calibrate_with_guarantee(
         value=passed[-1],
         num_samples=len(logits.labels_N),
         num_tested=len(testing.labels_N),
+        num_finding=len(finding.labels_N),
         effective_num_samples=testing.effective_num_samples,
         num_candidates=len(candidates),
         num_passed=len(passed),
@@ -197,11 +230,20 @@ def _best_of(
     return calibrate(finding, max_risk=max_risk, risk=risk, rule=lambda _: policies).policy
 
 
-def _front(finding: ExitLogits, policy: ThresholdedPolicy, risk: str) -> list[ThresholdedPolicy]:
+def candidates_on(
+    finding: ExitLogits, policy: ThresholdedPolicy, risk: str
+) -> list[ThresholdedPolicy]:
     """Policies on the way from the safest, where nobody leaves, to the cheapest.
 
     Of right and wrong, a few hundred samples tell little: there, answers are judged by how likely
     the final exit finds them.
+
+    Args:
+        finding: Every exit's logits on the samples that find them.
+        policy: Their kind; its thresholds do not matter.
+        risk: What is to be bounded.
+    Returns:
+        The policies, in the order in which they are tested.
     """
     counted = RISKS[risk]
     worth_KN = plausibility(finding) if counted.counts_errors else -counted.losses(finding)

@@ -66,12 +66,6 @@ class LabelledLogits:
         return self.logits_KNC.argmax(-1) == self.labels_N
 
     @property
-    def said_N(self) -> Tensor:
-        """Numbers that tell samples apart by what is said of them, shape (D, N)."""
-        top = self.logits_KNC.sort(-1).values[..., -2:].movedim(-1, 0).flatten(0, 1)
-        return torch.cat([top, self.correct_KN.float()])
-
-    @property
     def class_counts(self) -> npt.NDArray[np.int64]:
         """Samples of each class, shape (C,)."""
         return np.bincount(self.labels_N.numpy(), minlength=self.logits_KNC.shape[2])

@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from offramp.calibration.labelled import LabelledLogits
 from offramp.calibration.search import Floats
-from offramp.errors import ShapeError
+from offramp.errors import InvalidArgumentError, ShapeError
 from offramp.measure.cost import ExitCosts
 from offramp.measure.dense import (
     IGNORED_LABEL,
@@ -149,11 +149,6 @@ class DenseLogits(ExitLogits):
         return pixel_accuracy(self.confusion_KNCC)
 
     @property
-    def said_N(self) -> Tensor:
-        """See :attr:`LabelledLogits.said_N`."""
-        return self.confusion_KNCC.movedim(1, -1).flatten(0, -2).float()
-
-    @property
     def scores_KN(self) -> Floats:
         """Confusion matrices, shape (K, N, C * C)."""
         return self.confusion_KNCC.flatten(2).double().numpy()
@@ -188,4 +183,30 @@ class DenseLogits(ExitLogits):
             logits_KNC=self.logits_KNC[:, rows_N],
             labels_N=self.labels_N[rows_N],
             confusion_KNCC=self.confusion_KNCC[:, rows_N],
+        )
+
+
+def check_same_network(one: ExitLogits, other: ExitLogits) -> None:
+    """Refuse logits of different networks where they are to be used together.
+
+    Args:
+        one: Every exit's logits on some samples.
+        other: The same on others.
+    Raises:
+        InvalidArgumentError: If their exits have other numbers or costs.
+        ShapeError: If they differ in the number of exits or classes.
+    """
+    shapes = [(len(each.logits_KNC), each.logits_KNC.shape[2]) for each in (one, other)]
+    if shapes[0] != shapes[1]:
+        raise ShapeError(
+            "Expected logits of the same exits and classes. "
+            f"Got {shapes[0][0]} exits and {shapes[0][1]} classes against {shapes[1][0]} and "
+            f"{shapes[1][1]}."
+        )
+    of_both = [(each.numbers, None if each.is_ragged else each.costs) for each in (one, other)]
+    if of_both[0] != of_both[1]:
+        raise InvalidArgumentError(
+            f"Expected logits of the same network. Got exits {one.numbers} that cost "
+            f"{one.costs.exit_macs()} MACs against {other.numbers} that cost "
+            f"{other.costs.exit_macs()}."
         )

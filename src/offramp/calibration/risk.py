@@ -12,9 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-from scipy.stats import binom
+from scipy.special import bdtr, betaincinv
+from scipy.stats import binom, norm
 from torch import Tensor
 
 from offramp.calibration.labelled import LabelledLogits
@@ -36,6 +38,7 @@ class Risk:
         losses: From logits to the loss of each sample that is answered in each way, as one that
             leaves by each exit is, shape (K, N).
         is_binary: Whether every loss is 0 or 1.
+        is_ternary: Whether every loss is -1, 0 or 1.
         counts_errors: Whether it differs between ways by right and wrong answers only.
         in_words: From a target, the cheap way and the last one, by name, to what is promised.
     """
@@ -44,6 +47,7 @@ class Risk:
     is_binary: bool
     counts_errors: bool
     in_words: Callable[[float, str, str], str]
+    is_ternary: bool = False
 
 
 def _accuracy_gap(logits: LabelledLogits) -> Floats:
@@ -82,6 +86,7 @@ RISKS = {
     "accuracy_gap": Risk(
         losses=_accuracy_gap,
         is_binary=False,
+        is_ternary=True,
         counts_errors=True,
         in_words=lambda target, way, last: (
             f"{way} loses at most {100 * target:g} percentage "
@@ -181,6 +186,76 @@ def binomial_p_value(losses_N: Floats, max_risk: float) -> float:
         independent trials.
     """
     return float(binom.cdf(np.ceil(losses_N.sum() - _ROUNDING), len(losses_N), max_risk))
+
+
+def trinomial_p_value(
+    losses_N: Floats, max_risk: float, *, delta: float, num_samples: int | None = None
+) -> float:
+    """P-value of "the risk is above the target" for losses that are -1, 0 or 1.
+
+    The statistic is the number of 1s less a part of the number of -1s. Its chance of being so low
+    is bounded for every share of -1s that these samples leave plausible, each with the least share
+    of 1s at which the risk is above the target. Neither the order of the samples nor chance plays
+    a part.
+
+    Args:
+        losses_N: Losses of N samples, drawn independently from one population.
+        max_risk: The target, in (0, 1).
+        delta: The level that the p-value shall fall below.
+        num_samples: Samples of this kind that are asked about; N if None.
+    Returns:
+        At most 1.
+    Reference: Berger and Boos (1994), P values maximized over a confidence set for the nuisance
+        parameter: here the share of -1s, in an exact interval that misses it with a chance of a
+        fiftieth of ``delta``. The interval is cut into cells. Within one, more -1s and fewer 1s
+        only make low statistics likelier, so that its upper end for the one and its lower end for
+        the other bound the chance at every point of it.
+    """
+    n = num_samples or len(losses_N)
+    lost = math.ceil(n * float((losses_N > 0.5).mean()) - _ROUNDING)
+    gained = math.floor(n * float((losses_N < -0.5).mean()) + _ROUNDING)
+    return _chance_of_so_few(lost, gained, n, max_risk, delta)
+
+
+@lru_cache(maxsize=2**16)
+def _chance_of_so_few(lost: int, gained: int, n: int, max_risk: float, delta: float) -> float:
+    """The p-value for so many 1s and -1s among n samples."""
+    part = _part_of_gains(n, max_risk, delta)
+    missed = delta / 50
+    low = float(betaincinv(gained, n - gained + 1, missed / 2)) if gained else 0.0
+    high = float(betaincinv(gained + 1, n - gained, 1 - missed / 2)) if gained < n else 1.0
+    edges = _cells(low, min(high, (1 - max_risk) / 2), n, max_risk)
+    if len(edges) < 2:  # so many gains that the risk cannot be above the target
+        return missed
+    spread = 9 * math.sqrt(n * edges[-1]) + 9
+    first, last = max(0, int(n * low - spread)), min(n, int(n * edges[-1] + spread))
+    gained_J = np.arange(first, last + 1)
+    most_J = np.floor(lost - part * (gained - gained_J) + _ROUNDING)
+    gains_1, losses_1 = edges[1:, None], edges[:-1, None] + max_risk
+    few_losses = bdtr(
+        np.clip(most_J, 0, n - gained_J), n - gained_J, np.minimum(1, losses_1 / (1 - gains_1))
+    )
+    chances = binom.pmf(gained_J, n, gains_1) * np.where(most_J >= 0, few_losses, 0.0)
+    return min(1.0, missed + float(chances.sum(axis=1).max()) + _ROUNDING)
+
+
+def _part_of_gains(num_samples: int, max_risk: float, delta: float) -> float:
+    """How much a -1 weighs against a 1.
+
+    Less than 1, since more of both make the sum vary more: then no share of -1s is much worse
+    than the others. Any number in (0, 1] that is fixed before the samples are seen is valid.
+    """
+    slope = 1 + float(norm.ppf(delta)) / math.sqrt(2 * num_samples * max_risk)
+    return min(1.0, max(0.5, slope))
+
+
+def _cells(low: float, high: float, num_samples: int, max_risk: float) -> Floats:
+    """Edges of cells that are narrow against the spread of the losses, from low to high."""
+    edges = [low]
+    while edges[-1] < high:
+        width = 0.05 * math.sqrt((2 * edges[-1] + max_risk) / num_samples)
+        edges.append(min(high, edges[-1] + width))
+    return np.array(edges)
 
 
 def hoeffding_bentkus_p_value(losses_N: Floats, max_risk: float) -> float:

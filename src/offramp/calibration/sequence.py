@@ -1,4 +1,4 @@
-"""Testing one policy after the other: which samples, which test, and what if not one passes.
+"""Testing one policy after the other: which samples, which test, and what if none passes.
 
 Shapes: ``N`` samples.
 """
@@ -7,19 +7,27 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from scipy.stats import binom
 
 from offramp.calibration.labelled import LabelledLogits
-from offramp.calibration.risk import RISKS, betting_p_value, binomial_p_value, fixed_bet_p_value
+from offramp.calibration.risk import (
+    RISKS,
+    betting_p_value,
+    binomial_p_value,
+    fixed_bet_p_value,
+    trinomial_p_value,
+)
 from offramp.calibration.search import Floats
 from offramp.calibration.targets import rounded_up
-from offramp.errors import InfeasibleTargetError, InvalidArgumentError
+from offramp.errors import DataError, InfeasibleTargetError, InvalidArgumentError
 
 _LARGEST_SAMPLE = 10**8
 """Up to here it is looked how many samples would do."""
@@ -33,25 +41,19 @@ Logits = TypeVar("Logits", bound=LabelledLogits)
 def part_samples(logits: Logits, seed: int) -> tuple[Logits, Logits]:
     """Part samples at random into those that find and those that test.
 
-    With a prior, each class is parted for itself. The order that the samples come in does not
-    matter: they are put in an order of their own, and what they say seeds the draw. A draw by the
-    seed alone would pick the same places of that order from every set of samples, and so, say,
-    those that the exits are surest of.
+    With a prior, each class is parted for itself. See :func:`in_random_order` for what the draw
+    depends on.
 
     Args:
         logits: The samples.
-        seed: Of the draw.
+        seed: Of the draw, together with the labels.
     Returns:
         finding: Three in ten.
         testing: The others.
     Raises:
         InvalidArgumentError: If there are fewer than two samples, or two of a class of the prior.
     """
-    said = logits.said_N.numpy()
-    in_order = np.lexsort(said)
-    digest = hashlib.sha256(np.ascontiguousarray(said[:, in_order]).tobytes()).digest()
-    generator = np.random.default_rng([seed, *np.frombuffer(digest, dtype=np.uint32).tolist()])
-    drawn = generator.permutation(in_order)
+    drawn = in_random_order(logits, seed)
     if logits.prior is None:
         groups = [drawn]
     else:
@@ -61,6 +63,57 @@ def part_samples(logits: Logits, seed: int) -> tuple[Logits, Logits]:
     finding = np.concatenate([group[:cut] for group, cut in zip(groups, cuts, strict=True)])
     testing = np.concatenate([group[cut:] for group, cut in zip(groups, cuts, strict=True)])
     return logits.take(finding), logits.take(testing)
+
+
+def in_random_order(logits: LabelledLogits, seed: int) -> npt.NDArray[np.int64]:
+    """Numbers of the samples in a random order that is the same on every machine.
+
+    The labels, in the order of the samples, and the seed draw it. The logits take no part: they
+    differ in their last bits between processors, and so would everything that is chosen. Since the
+    order is random, samples may come sorted, by class or by how sure the exits are. Since the
+    labels take part, two sets of samples of the same size are not drawn from at the same places.
+
+    Args:
+        logits: The samples.
+        seed: Of the draw.
+    Returns:
+        A permutation, shape (N,).
+    """
+    labels = logits.labels_N.contiguous().numpy().tobytes()
+    digest = np.frombuffer(hashlib.sha256(labels).digest(), dtype="<u4")
+    return np.random.default_rng([seed, *digest.tolist()]).permutation(len(logits.labels_N))
+
+
+def check_disjoint(finding: LabelledLogits, testing: LabelledLogits) -> None:
+    """Refuse samples that find candidates where they are also among those that test them.
+
+    Samples count as the same where every logit and the label are. Some may be so by chance: as
+    many as repeat among the finding or the testing samples themselves, and one in a hundred.
+
+    Args:
+        finding: The samples that find the candidates.
+        testing: Those that test them.
+    Raises:
+        DataError: If samples are in both.
+    """
+    found, tested = (_fingerprints(each) for each in (finding, testing))
+    known = Counter(found)
+    shared = sum(known[each] for each in tested)
+    repeated = sum(n * (n - 1) // 2 for each in (known, Counter(tested)) for n in each.values())
+    if shared > repeated + len(tested) // 100:
+        raise DataError(
+            "Expected samples as 'finding' that are not among those that test. "
+            f"{sum(each in known for each in tested):,} of the {len(tested):,} that test are in "
+            "both: leave them out of 'finding', or leave out 'finding' to part the samples."
+        )
+
+
+def _fingerprints(logits: LabelledLogits) -> list[bytes]:
+    rows_N = zip(logits.logits_KNC.movedim(1, 0), logits.labels_N, strict=True)
+    return [
+        hashlib.sha256(said.numpy().tobytes() + label.numpy().tobytes()).digest()
+        for said, label in rows_N
+    ]
 
 
 def _finding_size(num_samples: int) -> int:
@@ -120,6 +173,12 @@ def choose_test(risk: str, testing: LabelledLogits, *, guarantee: float | str) -
         is_drawn_by_class = testing.prior is not None
         value = partial(_binomial_value, is_drawn_by_class=is_drawn_by_class)
         return SequenceTest(method="exact binomial", limit=delta, value=value)
+    if RISKS[risk].is_ternary and testing.prior is None:
+
+        def trinomial_value(found_N: Floats, tested_N: Floats, max_risk: float, n: int) -> float:
+            return trinomial_p_value(tested_N, max_risk, delta=delta, num_samples=n)
+
+        return SequenceTest(method="exact trinomial", limit=delta, value=trinomial_value)
     if testing.prior is None:
         bet = partial(betting_p_value, delta=delta)
     else:
@@ -133,7 +192,11 @@ def choose_test(risk: str, testing: LabelledLogits, *, guarantee: float | str) -
 
 
 def passing_values(
-    test: SequenceTest, losses: Iterable[tuple[Floats, Floats]], max_risk: float
+    test: SequenceTest,
+    losses: Iterable[tuple[Floats, Floats]],
+    max_risk: float,
+    *,
+    num_samples: int,
 ) -> list[float]:
     """Test one policy after the other until the first that fails (fixed sequence).
 
@@ -142,6 +205,7 @@ def passing_values(
         losses: Of each policy, from the safest on: loss of every finding sample, and of every
             testing sample, weights multiplied in.
         max_risk: The target.
+        num_samples: Calibration samples: those that test, and those that were parted from them.
     Returns:
         Values of those that pass before the first that does not; at least one.
     Raises:
@@ -157,7 +221,7 @@ def passing_values(
             break
         passed.append(value)
     if not passed:
-        raise _infeasible(test, found_N, tested_N, max_risk=max_risk)
+        raise _infeasible(test, found_N, tested_N, max_risk=max_risk, num_samples=num_samples)
     return passed
 
 
@@ -178,7 +242,7 @@ def _conformal_value(found_N: Floats, tested_N: Floats, max_risk: float, n: int)
 
 
 def _infeasible(
-    test: SequenceTest, found_N: Floats, tested_N: Floats, *, max_risk: float
+    test: SequenceTest, found_N: Floats, tested_N: Floats, *, max_risk: float, num_samples: int
 ) -> InfeasibleTargetError:
     """Say how many samples would do for the safest policy, and which target these allow."""
 
@@ -187,7 +251,6 @@ def _infeasible(
 
     enough = _first_true(lambda n: passes(max_risk, n), len(tested_N), _LARGEST_SAMPLE)
     allowed = _first_true(lambda target: passes(target, len(tested_N)), max_risk, 1 - 1e-6)
-    num_samples = len(found_N) + len(tested_N)
     if enough is None:
         remedy = (
             f"no number of them would do, since even the safest policy loses {tested_N.mean():.4f} "

@@ -23,9 +23,15 @@ from offramp.calibration.guarantee import Guarantee, check_guarantee
 from offramp.calibration.labelled import LabelledLogits
 from offramp.calibration.risk import RISKS, check_risk
 from offramp.calibration.search import Floats
-from offramp.calibration.sequence import choose_test, part_samples, passing_values
+from offramp.calibration.sequence import (
+    check_disjoint,
+    choose_test,
+    in_random_order,
+    part_samples,
+    passing_values,
+)
 from offramp.calibration.targets import RiskLimit, as_target, budget_too_low, risk_too_low
-from offramp.errors import FewSamplesWarning, ShapeError
+from offramp.errors import FewSamplesWarning, InvalidArgumentError, ShapeError
 from offramp.tables import Lines, Printed, Table, percent, points
 
 
@@ -201,6 +207,7 @@ def choose_threshold_with_guarantee(
     max_risk: float,
     risk: str = "accuracy_gap",
     guarantee: float | str = 0.95,
+    finding: Sweep | None = None,
     seed: int = 0,
 ) -> ChosenThreshold:
     """Choose the threshold so that the true risk is within a target, with a stated probability.
@@ -215,12 +222,17 @@ def choose_threshold_with_guarantee(
         max_risk: The target, a fraction in (0, 1), e.g. 0.01.
         risk: As for :func:`~offramp.calibrate_with_guarantee`.
         guarantee: As for :func:`~offramp.calibrate_with_guarantee`.
-        seed: Parts the samples, where the test needs that.
+        finding: What the network says of other samples at the same thresholds, which size the
+            bets where the test makes any, so that all of ``sweep`` tests. If None, three in ten
+            of ``sweep`` size them.
+        seed: Parts the samples where bets are to be sized; also draws the order in which samples
+            are bet on. The labels in their order take part in the draw, the logits never do.
     Returns:
         The threshold, what it reached on all samples, and the promise.
     Raises:
-        InvalidArgumentError: If an argument is out of range, or a promise on average is asked for
-            with a prior that weights samples unevenly.
+        InvalidArgumentError: If an argument is out of range, a promise on average is asked for
+            with a prior that weights samples unevenly, or ``finding`` has other thresholds.
+        DataError: If ``finding`` holds samples that test.
         InSampleError: If some of the samples chose the network's checkpoint.
         InfeasibleTargetError: If not even running everything passes; says how many samples would
             do, and carries the lowest target that these would allow.
@@ -231,12 +243,18 @@ def choose_threshold_with_guarantee(
     testing = sweep
     test = choose_test(risk, testing, guarantee=guarantee)
     found_KN = np.empty((len(sweep.thresholds), 0))
+    if finding is not None:
+        _check_same_thresholds(finding, sweep)
+        check_disjoint(finding, sweep)
     if test.needs_finding:
-        finding, testing = part_samples(sweep, seed)
-        test = choose_test(risk, testing, guarantee=guarantee)
+        if finding is None:
+            finding, testing = part_samples(sweep, seed)
+            test = choose_test(risk, testing, guarantee=guarantee)
+        else:
+            testing = sweep.take(in_random_order(sweep, seed))
         found_KN = _losses(finding, risk)
     safest_first = zip(found_KN[::-1], _losses(testing, risk)[::-1], strict=True)
-    passed = passing_values(test, safest_first, max_risk)
+    passed = passing_values(test, safest_first, max_risk, num_samples=len(sweep.labels_N))
     promise = Guarantee(
         risk=risk,
         max_risk=max_risk,
@@ -245,11 +263,20 @@ def choose_threshold_with_guarantee(
         value=passed[-1],
         num_samples=len(sweep.labels_N),
         num_tested=len(testing.labels_N),
+        num_finding=found_KN.shape[1],
         effective_num_samples=testing.effective_num_samples,
         num_candidates=len(sweep.thresholds),
         num_passed=len(passed),
     )
     return replace(_chosen(sweep, -len(passed)), guarantee=promise)
+
+
+def _check_same_thresholds(finding: Sweep, testing: Sweep) -> None:
+    if finding.thresholds != testing.thresholds:
+        raise InvalidArgumentError(
+            "Expected 'finding' at the thresholds of the other samples. "
+            f"Got {finding.thresholds} against {testing.thresholds}."
+        )
 
 
 def _losses(sweep: Sweep, risk: str) -> Floats:

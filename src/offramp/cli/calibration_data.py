@@ -13,6 +13,8 @@ from offramp.errors import DataError, InvalidArgumentError
 from offramp.tables import percent
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from offramp.calibration.labelled import LabelledLogits
     from offramp.cli.artifact import Loader
     from offramp.policy.policies import Policy
@@ -120,6 +122,50 @@ def prepare(
     return Prepared(run=loaded, device=where, batches=batches, logits=logits, data=about)
 
 
+def prepare_finding(
+    prepared: Prepared[Logits],
+    collect: Callable[[Loader], Logits],
+    *,
+    num_samples: int,
+    data: str | None,
+) -> Logits:
+    """Run the network on training samples: they find what all samples set aside then test.
+
+    Training samples are never among those set aside, and no promise needs them to be unseen.
+
+    Args:
+        prepared: The run and its samples set aside.
+        collect: As for :func:`prepare`.
+        num_samples: About so many at most, as many of each class as there are.
+        data: As for :func:`prepare`.
+    Returns:
+        What the network says of them, for the population that the samples set aside stand for.
+    """
+    from offramp.training.data import make_loader
+    from offramp.training.run import load_batches
+
+    recipe = prepared.run.require_recipe()
+    train, _, _ = load_batches(recipe, "train", data or prepared.run.data)
+    rows_B = _drawn_evenly(train.strata_N, num_samples, seed=recipe.fit.seed)
+    batches = train.subset(rows_B).unaugmented()
+    logits = collect(make_loader(batches, batch_size=batches.run_batch_size))
+    prior = prepared.logits.prior
+    if prior is None or any(share and not logits.class_counts[c] for c, share in enumerate(prior)):
+        return logits
+    return replace(logits, prior=prior)
+
+
+def _drawn_evenly(strata_N: Tensor, count: int, *, seed: int) -> Tensor:
+    """Positions of about so many samples, as many of each stratum while it has any."""
+    import torch
+
+    order_N = torch.randperm(len(strata_N), generator=torch.Generator().manual_seed(seed))
+    strata = strata_N.unique()
+    each = -(-count // len(strata))
+    drawn = [order_N[strata_N[order_N] == stratum][:each] for stratum in strata]
+    return torch.cat(drawn).sort().values
+
+
 def _read_prior(prior: str, class_names: tuple[str, ...]) -> tuple[float, ...]:
     if prior == "uniform":
         return (1 / len(class_names),) * len(class_names)
@@ -157,7 +203,8 @@ def conclude(
         asked: What was asked.
         reached: Its ``accuracy`` and ``mean_macs`` on these samples, and its ``mean_iou``, where
             every pixel has a class.
-        promise: The guarantee and its ``sentence``; None without.
+        promise: The guarantee, its ``sentence``, and the split that its candidates were
+            ``found_on``; None without.
         plain_macs: MACs per sample of the plain network.
     """
     from offramp.training.run import write_policy
@@ -175,7 +222,8 @@ def conclude(
     if promise is not None:
         print(
             f"{promise['num_passed']} of {promise['num_candidates']} candidates passed "
-            f"({promise['method']} on {promise['num_tested']:,} of the samples)"
+            f"({promise['method']} on {promise['num_tested']:,} of the samples; prepared on "
+            f"{promise['num_finding']:,} {promise['found_on']} samples)"
         )
         print(promise["sentence"])
 

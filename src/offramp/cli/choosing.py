@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from offramp.cli.calibration_data import Prepared, conclude, prepare
+from offramp.cli.calibration_data import Prepared, conclude, prepare, prepare_finding
 from offramp.cli.choosing_pixels import refuse_pixel_threshold, with_pixel_threshold
 from offramp.errors import InvalidArgumentError
 
@@ -28,6 +28,9 @@ TARGETS = ("max_drop", "max_risk", "budget_macs", "budget_share")
 
 _LEAST_SURVIVORS = 100
 """Where fewer samples reach an exit, its temperature is the one fitted on all."""
+
+_NUM_FINDING = 4_000
+"""Training samples that find the candidates of a promise."""
 
 PROFILE_FILE = "profile.json"
 """Where a run folder keeps the times of its parts."""
@@ -123,6 +126,11 @@ class Wanted:
             DensePolicy((), pixel_threshold=self.pixel_threshold)
         if self.patience is not None:
             PatiencePolicy(self.patience, num_exits=self.patience + 1)
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the policy itself is fitted on samples, which training must not have seen."""
+        return self.rule == LEARNED or self.temperatures is not None
 
     @property
     def risk_limit(self) -> dict[str, Any]:
@@ -231,22 +239,29 @@ def choose(
     from offramp.calibration.collect import collect
     from offramp.calibration.guarantee import GuaranteedCalibration, calibrate_with_guarantee
     from offramp.calibration.thresholds import choose_policy
+    from offramp.training.run import CALIBRATION_SPLIT
 
-    prepared = prepare(
-        loaded, partial(collect, loaded.network), data=data, device=device, prior=prior
-    )
+    run_exits = partial(collect, loaded.network)
+    prepared = prepare(loaded, run_exits, data=data, device=device, prior=prior)
     logits = prepared.logits_for(wanted.guarantee)
+    found_on = "train"
     if wanted.timing is not None:
         chosen = _choose_by_the_clock(prepared, wanted, wanted.timing)
     elif wanted.guarantee is not None:
-        chosen = calibrate_with_guarantee(logits, rule=wanted.make_policies, **wanted.risk_limit)
+        if wanted.is_fitted:
+            finding, found_on = None, CALIBRATION_SPLIT
+        else:
+            finding = prepare_finding(prepared, run_exits, num_samples=_NUM_FINDING, data=data)
+        chosen = calibrate_with_guarantee(
+            logits, rule=wanted.make_policies, finding=finding, **wanted.risk_limit
+        )
     else:
         chosen = choose_policy(logits, rule=wanted.make_policies, **wanted.target)
     _print_policy(prepared, chosen.policy)
     promise = None
     if isinstance(chosen, GuaranteedCalibration):
         sentence = chosen.guarantee.sentence(prepared.population)
-        promise = asdict(chosen.guarantee) | {"sentence": sentence}
+        promise = asdict(chosen.guarantee) | {"sentence": sentence, "found_on": found_on}
     conclude(
         prepared,
         chosen.policy,

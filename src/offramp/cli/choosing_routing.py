@@ -6,13 +6,17 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from offramp.cli.calibration_data import conclude, prepare
+from offramp.cli.calibration_data import conclude, prepare, prepare_finding
 from offramp.cli.choosing import Wanted
 from offramp.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from offramp.inference.sweeping import SteeredNetwork
     from offramp.training.run import Run
+
+
+_NUM_FINDING = 1_000
+"""Training samples that size the bets of a promise."""
 
 
 class Words(NamedTuple):
@@ -130,18 +134,18 @@ def choose_routing(
     from offramp.inference.sweeping import collect_sweep, steering_policy
 
     words = words_for(network)
-    prepared = prepare(
-        loaded, partial(collect_sweep, network), data=data, device=device, prior=prior
-    )
+    run_thresholds = partial(collect_sweep, network)
+    prepared = prepare(loaded, run_thresholds, data=data, device=device, prior=prior)
     sweep = prepared.logits_for(wanted.guarantee)
     if wanted.guarantee is None:
         chosen = best_threshold(sweep, **wanted.target)
     else:
-        chosen = choose_threshold_with_guarantee(sweep, **wanted.risk_limit)
+        finding = prepare_finding(prepared, run_thresholds, num_samples=_NUM_FINDING, data=data)
+        chosen = choose_threshold_with_guarantee(sweep, finding=finding, **wanted.risk_limit)
     promise = None
     if chosen.guarantee is not None:
         sentence = chosen.guarantee.sentence(prepared.population, way=words.way, last=words.whole)
-        promise = asdict(chosen.guarantee) | {"sentence": sentence}
+        promise = asdict(chosen.guarantee) | {"sentence": sentence, "found_on": "train"}
     print(
         f"threshold {chosen.threshold:.4f} of the {words.share}, chosen on "
         f"{len(prepared.batches):,} calibration samples"
