@@ -74,5 +74,7 @@ def _runs_in_order(module: nn.Module) -> bool:
 
     A subclass with a forward of its own may do anything with its children, and so may a hook.
     """
-    is_sequential = type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
+    if not isinstance(module, nn.Sequential) or "forward" in vars(module):
+        return False
+    is_sequential = type(module).forward is nn.Sequential.forward
     return is_sequential and not (module._forward_hooks or module._forward_pre_hooks)

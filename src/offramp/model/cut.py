@@ -176,8 +176,8 @@ def _cut(
     if difference is not None:
         cut = f"after {', '.join(at)}" if at else "at all"
         raise BackboneCutError(
-            f"{type(backbone).__name__} cannot be cut {cut}: {difference}. Cut elsewhere, or wrap "
-            "what is special about its forward in a module of its own that is not cut."
+            f"{type(backbone).__name__} cannot be cut {cut}: {difference}. Cut elsewhere, or move "
+            "that part into a module of its own without children, which stays whole."
         )
     return apart.safe_stages(), apart.features
 
@@ -307,10 +307,10 @@ def _spread(
 
 
 def _find_cutter(backbone: nn.Module, inputs: Features, at: Sequence[str]) -> Cutter:
-    if isinstance(backbone, torch.jit.ScriptModule):
+    if isinstance(backbone, torch.jit.ScriptModule) or hasattr(backbone, "_orig_mod"):
         raise BackboneCutError(
-            "Expected a module of Python code. TorchScript cannot be cut, since it holds no code "
-            "that could be followed: pass the module that it was made of."
+            "Expected a module of Python code. What torch.jit and torch.compile make of one cannot "
+            "be cut: pass the module that it was made of."
         )
     layers = find_layer_list(backbone)
     if layers is not None:
@@ -334,8 +334,8 @@ def _find_cutter(backbone: nn.Module, inputs: Features, at: Sequence[str]) -> Cu
             ) from error
         raise BackboneCutError(
             f"{type(backbone).__name__} cannot be cut: its forward cannot be followed "
-            f"({reason(error)}). Move what depends on values into a module of its own, or wrap the "
-            "backbone in an nn.Sequential of pieces that run in order."
+            f"({reason(error)}). Move that part into a module of its own without children, which "
+            "stays whole, or wrap the backbone in an nn.Sequential of pieces that run in order."
         ) from error
 
 

@@ -19,11 +19,16 @@ RANGES: tuple[Range, ...] = ("any", "example's", "example")
 """Where values come from: any that fit the kind; within the example's own; the example itself."""
 
 _SCALES = ((1.0, 0.0), (0.5, -1.0), (2.0, 1.0))
-"""Deviation and mean of normal draws, sample by sample in turn."""
+"""Deviation and mean of normal draws, sample by sample in turn, so that sums are of either sign."""
 
 
 def draw(
-    example: Features, num: int, vocabularies: Sequence[int | None], within: Range
+    example: Features,
+    num: int,
+    vocabularies: Sequence[int | None],
+    within: Range,
+    *,
+    first: int = 0,
 ) -> Features:
     """Draw inputs from torch's global generator.
 
@@ -33,6 +38,7 @@ def draw(
         vocabularies: Of each tensor, how many ids there are; None where it holds no ids, or it is
             not known.
         within: Where values come from.
+        first: Number of the first draw: which deviation and mean it has.
     Returns:
         As many tensors, of the example's types, on its devices, with ``num`` samples.
     """
@@ -45,7 +51,7 @@ def draw(
         elif is_mask(tensor, vocabulary, beside_ids=has_ids and len(example) > 1):
             drawn.append(_mask_like(rows))
         elif tensor.is_floating_point() or tensor.is_complex():
-            drawn.append(_floats_like(tensor, rows, within))
+            drawn.append(_floats_like(tensor, rows, within, first))
         else:
             drawn.append(_integers_like(tensor, rows, vocabulary, within))
     return tuple(drawn)
@@ -118,13 +124,13 @@ def _mask_like(rows: Tensor) -> Tensor:
     return torch.where(is_kept, first, 1 - first if rows.dtype != torch.bool else ~first)
 
 
-def _floats_like(tensor: Tensor, rows: Tensor, within: Range) -> Tensor:
+def _floats_like(tensor: Tensor, rows: Tensor, within: Range, first: int) -> Tensor:
     if not bool(tensor.isfinite().all()):
         return rows  # such as a mask of 0 and -inf, which is added
     if within == "example's" and not tensor.is_complex():
         lowest, highest = tensor.aminmax()
         return lowest + (highest - lowest) * torch.rand_like(rows)
-    scales = torch.tensor([_SCALES[i % len(_SCALES)] for i in range(len(rows))])
+    scales = torch.tensor([_SCALES[(first + i) % len(_SCALES)] for i in range(len(rows))])
     deviation, mean = scales.to(rows).reshape(-1, 2, *(1,) * (rows.ndim - 1)).unbind(1)
     return deviation * torch.randn_like(rows) + mean
 

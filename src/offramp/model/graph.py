@@ -40,10 +40,9 @@ class Graph:
         first, second = (
             trace(backbone, num_inputs=len(inputs), is_training=mode) for mode in (False, True)
         )
-        evaluation = _Mode(backbone, first, inputs)
-        training = evaluation
+        evaluation = training = _Mode(backbone, first, inputs)
         if not _are_equal(first, second):
-            training = _Mode(backbone, second, inputs)
+            training = _Mode(backbone, second, inputs, is_training=True)
         self._modes = (evaluation, training)
         self.refused: dict[str, str] = {}
         ends: dict[str, tuple[int, int]] = {}
@@ -65,10 +64,12 @@ class Graph:
     def stages(self, positions: Sequence[int]) -> list[nn.Module]:
         """The slices between positions, which share the backbone's modules."""
         ends = [self._ends[position - 1] for position in positions]
-        if sorted(ends, key=lambda end: end[1]) != ends:
-            paths = ", ".join(self._named[end] for end in ends)
-            raise BackboneCutError(f"In training other modules run first: no cut after {paths}.")
         paths = [self._named[end] for end in ends]
+        if sorted(ends, key=lambda end: end[1]) != ends:
+            raise BackboneCutError(
+                f"There can be no cuts after {', '.join(paths)} together: in training these "
+                "modules run in another order. Cut after fewer."
+            )
         objects = {name: each for mode in self._modes for name, each in mode.objects.items()}
         both = zip(*(mode.slices(paths) for mode in self._modes), strict=True)
         return [TracedStage(objects, graphs) for graphs in both]
@@ -134,7 +135,7 @@ class TracedStage(nn.Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._compile()
 
 
@@ -145,13 +146,23 @@ class _Mode:
         ends: By path of a module, the position after its run, and what it returns.
     """
 
-    def __init__(self, backbone: nn.Module, tracer: Tracer, inputs: Features) -> None:
+    def __init__(
+        self, backbone: nn.Module, tracer: Tracer, inputs: Features, *, is_training: bool = False
+    ) -> None:
         self.objects = tracer.objects
         self._nodes = list(tracer.graph.nodes)
+        self._final = self._nodes[-1].args[0]
+        if not isinstance(self._final, fx.Node):
+            mode = "training" if is_training else "evaluation"
+            raise NotTraceableError(
+                f"in {mode} it returns more than logits; switch its other outputs off"
+            )
         index = {node: i for i, node in enumerate(self._nodes)}
         self._last_use = {n: max((index[u] for u in n.users), default=-1) for n in self._nodes}
         self._fed = _fed_by_inputs(self._nodes)
-        self._found = _record(backbone, tracer, inputs)
+        # Where a function normalises over the batch, in training one sample is not enough.
+        sizes = (2, 3) if is_training else (1, 2)
+        self._found = _record(backbone, tracer, inputs, sizes)
         self._repeated = tracer.repeated
         self.ends = {path: (index[n] + 1, out) for path, (n, out) in tracer.ends.items()}
 
@@ -160,9 +171,8 @@ class _Mode:
         positions = [self.ends[path][0] for path in paths]
         crossing = [self._nodes_handed_on(path) for path in paths]
         placeholders = [node for node in self._nodes if node.op == "placeholder"]
-        (final,) = self._nodes[-1].all_input_nodes
         between = pairwise((0, *positions, len(self._nodes) - 1))
-        handed = pairwise((placeholders, *crossing, [final]))
+        handed = pairwise((placeholders, *crossing, [self._final]))
         return [
             self._slice(start, end, given, returned)
             for (start, end), (given, returned) in zip(between, handed, strict=True)
@@ -195,7 +205,8 @@ class _Mode:
             if shapes is None:
                 return f"{node.name!r}, which is no tensor, crosses the cut"
             if any(len(shape) == 0 or shape[0] != batch for batch, shape in shapes.items()):
-                return f"{node.name!r} of shape {tuple(shapes[1])} crosses it without a batch axis"
+                shape = tuple(next(iter(shapes.values())))
+                return f"{node.name!r} of shape {shape} crosses it without a batch axis"
         return None
 
     def _shapes(self, node: fx.Node) -> dict[int, torch.Size] | None:
@@ -232,12 +243,13 @@ def _fed_by_inputs(nodes: Sequence[fx.Node]) -> set[fx.Node]:
 
 
 def _record(
-    backbone: nn.Module, tracer: Tracer, inputs: Features
+    backbone: nn.Module, tracer: Tracer, inputs: Features, batch_sizes: Sequence[int]
 ) -> dict[int, Mapping[str, torch.Size | None]]:
-    """Shape of every node's tensor, None for other values, for batches of one and of two."""
+    """Shape of every node's tensor, None for other values, by batch size."""
     found: dict[int, Mapping[str, torch.Size | None]] = {}
+    statistics = [(buffer, buffer.clone()) for buffer in backbone.buffers()]
     with evaluation_mode(backbone), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for batch_size in (1, 2):
+        for batch_size in batch_sizes:
             recorder = _Recorder(fx.GraphModule(tracer.objects, tracer.graph))
             try:
                 recorder.run(*(t[:1].repeat(batch_size, *(1,) * (t.ndim - 1)) for t in inputs))
@@ -245,6 +257,9 @@ def _record(
                 raise NotTraceableError(
                     f"it fails on a batch of {batch_size}: {reason(error)}"
                 ) from error
+            finally:
+                for buffer, value in statistics:
+                    buffer.data.copy_(value)
             found[batch_size] = recorder.shapes
     return found
 

@@ -26,7 +26,7 @@ from offramp.model.draws import RANGES, draw, vocabularies_of
 from offramp.model.multi_exit import Features
 
 _TOLERANCE_IN_TRAINING = 1e-5
-"""Of the largest logit: two runs of one network in training mode are not always equal to the bit."""
+"""Of the largest logit: in training two runs are not always equal to the bit."""
 
 _DEPENDENCE = {torch.float32: 0.05, torch.float64: 0.05}
 """Of the largest logit: by so much the other samples of a batch may move a sample's logits. Kernels
@@ -156,7 +156,7 @@ class _Pair:
         return None if why is None else f"in {mode} {why}"
 
     def _set_mode(self, training: bool) -> str | None:
-        """Set the mode of both; a method ``train`` of the original's own may set parts otherwise."""
+        """Set the mode of both; a ``train`` of the original's own may set parts otherwise."""
         self.original.train(training)
         modes = {module: module.training for module in self.original.modules()}
         self.replacement.train(training)
@@ -181,7 +181,13 @@ class _Pair:
                 disturbance.enter_context(_disturbed(self.original, asked.seed))
             for within in RANGES:
                 _seed(asked.seed)
-                inputs = draw(self._example, asked.num_draws, self._vocabularies, within)
+                inputs = draw(
+                    self._example,
+                    asked.num_draws,
+                    self._vocabularies,
+                    within,
+                    first=asked.seed,
+                )
                 if asked.with_example:
                     rows = zip(self._example, inputs, strict=True)
                     inputs = tuple(torch.cat(both) for both in rows)
@@ -272,10 +278,7 @@ class _Statistics:
 
     def values(self) -> dict[str, Tensor]:
         """Copies of what they hold now, by path."""
-        return {
-            path: module._buffers[name].clone()  # type: ignore[union-attr]
-            for path, module, name, _, _ in self._saved
-        }
+        return {path: module._buffers[name].clone() for path, module, name, _, _ in self._saved}
 
 
 @contextmanager
@@ -301,7 +304,9 @@ def _noise(weight: Tensor) -> Tensor | None:
     is_plain = type(weight) is Tensor and weight.is_floating_point() and weight.itemsize > 1
     if not is_plain or not weight.numel() or weight.is_meta or weight.is_inference():
         return None
-    if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape)):
+    if any(
+        stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)
+    ):
         return None  # several elements are one place in memory
     lowest, highest = weight.aminmax()
     if bool(lowest == highest):
@@ -314,7 +319,7 @@ def _noise(weight: Tensor) -> Tensor | None:
 @contextmanager
 def _own_random_numbers() -> Iterator[None]:
     """Leave the caller's random numbers, of torch, numpy and Python, as they were."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    devices = range(torch.cuda.device_count()) if _has_cuda_begun() else ()
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=list(devices)):
@@ -328,5 +333,9 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():  # a seed for later would reach beyond this proof
+    if _has_cuda_begun():  # a seed for later would reach beyond this proof
         torch.cuda.manual_seed_all(seed)
+
+
+def _has_cuda_begun() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]

@@ -48,7 +48,7 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module stays one step."""
-        return self._is_whole(m) or isinstance(m, torch.jit.ScriptModule)
+        return isinstance(m, torch.jit.ScriptModule) or self._is_whole(m)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Write a step down, unless it runs in a context that a trace does not keep."""

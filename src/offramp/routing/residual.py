@@ -43,7 +43,7 @@ def take_apart(resnet: nn.Module) -> ResidualParts:
     """
     if isinstance(resnet, MultiExitNetwork) and resnet.num_exits == 1:
         stage, head = resnet.stages[0], resnet.exits[0]
-        if isinstance(stage, nn.Sequential):
+        if type(stage) is nn.Sequential:
             parts = list(stage)
             start = next((i for i, part in enumerate(parts) if is_block(part)), len(parts))
             if all(is_block(part) for part in parts[start:]):

@@ -305,8 +305,9 @@ def add_gates(
         gates: recurrent (one small LSTM, shared) or feed_forward (two convolutions each).
         gate_width: Units of the LSTM, or channels of a gate's convolutions; the paper's if None:
             10, and those of the features, which takes a sixth of what a block does.
-        example: A batch of images, shape (B, C, H, W), for the proof; random ones of 64 x 64
-            pixels if None.
+        example: A batch of images, shape (B, C, H, W), for the proof; random ones of 32 x 32
+            pixels if None, and of a network of ours, whose parts are taken as they are, only the
+            ways around its blocks are looked at.
     Returns:
         The network with gates, which are new.
     Raises:
@@ -326,26 +327,33 @@ def add_gates(
     channels = [channels_into(block) for block in others]
     stem = nn.Sequential(parts.stem, first)
     network = SkipNetwork(stem, others, make_gates(gates, channels, gate_width), parts.head)
-    _prove(resnet, network, _images_for(resnet) if example is None else example)
+    _prove(resnet, network, example)
     return network
+
+
+_SIDE = 32
+"""Height and width of the images of a proof: a residual network takes any, small ones faster."""
 
 
 def _images_for(resnet: nn.Module) -> Tensor:
     stem = next(m for m in resnet.modules() if isinstance(m, nn.Conv2d))
-    return stem.weight.new_zeros(1, stem.in_channels, 64, 64)
+    return stem.weight.new_zeros(1, stem.in_channels, _SIDE, _SIDE)
 
 
-def _prove(resnet: nn.Module, network: SkipNetwork, images: Tensor) -> None:
+def _prove(resnet: nn.Module, network: SkipNetwork, example: Tensor | None) -> None:
     """Refuse gates on a network that is more than its stem, blocks and head."""
+    images = _images_for(resnet) if example is None else example
     require_samples("an example", [images])
-    backbone = resnet.plain() if isinstance(resnet, MultiExitNetwork) else resnet
     try:
-        if backbone is resnet:
-            _require_traceable(backbone, blocks=[network.stem[1], *network.blocks])  # type: ignore[index]
-        why = find_difference(backbone, _AllOpen(network), (images,))
+        why = None
+        if not isinstance(resnet, MultiExitNetwork):
+            _require_traceable(resnet, blocks=[*network.stem, *network.blocks])  # type: ignore[misc]
+            why = find_difference(resnet, _AllOpen(network), (images,))
+        elif example is not None:
+            why = find_difference(resnet.plain(), _AllOpen(network), (images,))
+        why = why or _find_unlike_its_way_around(network, images)
     except NotTraceableError as error:
         why = f"its forward cannot be followed ({reason(error)})"
-    why = why or _find_unlike_its_way_around(network, images)
     if why is not None:
         raise BackboneCutError(
             f"{type(resnet).__name__} cannot be given gates: {why}. Pass an 'example' if it takes "
@@ -380,7 +388,8 @@ class _AllOpen(nn.Module):
         if self.training:
             logits: Tensor = self.network.plain()(x)
             return logits
-        return self.network(x, at_threshold(0.0)).logits
+        output: GatedOutput = self.network(x, at_threshold(0.0))
+        return output.logits
 
 
 @torch.no_grad()

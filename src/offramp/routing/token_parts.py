@@ -105,7 +105,7 @@ def take_apart(transformer: nn.Module) -> TokenParts:
     """
     if isinstance(transformer, MultiExitNetwork):
         stage, head = transformer.stages[0], transformer.exits[0]
-        if isinstance(stage, TokenStage) and isinstance(head, ClassTokenHead):
+        if type(stage) is TokenStage and type(head) is ClassTokenHead:
             layers: Any = tuple(stage.layers)
             return TokenParts(stage.embed, layers, head.head, transformer.ragged)
     package = type(transformer).__module__.partition(".")[0]
@@ -133,7 +133,7 @@ def example_of(transformer: Any) -> Features | None:
         return None
     weight = next(transformer.parameters())
     config = getattr(transformer, "config", None)
-    if hasattr(config, "vocab_size"):
+    if config is not None and hasattr(config, "vocab_size"):
         ids_BT = torch.zeros(1, min(8, config.max_position_embeddings), dtype=torch.int64)
         return ids_BT.to(weight.device), torch.ones_like(ids_BT).to(weight.device)
     if config is not None:

@@ -116,8 +116,7 @@ def skim(
     plain = as_one_exit(TokenParts(embed, layers[:depth], head, ragged))
     if is_plain(num_exits):
         return plain
-    example = torch.ones(1, 8, dtype=torch.int64)
-    return add_halting(plain, gate_scale=gate_scale, gate_center=gate_center, example=example)
+    return add_halting(plain, gate_scale=gate_scale, gate_center=gate_center)
 
 
 class _WithMask(nn.Module):

@@ -75,8 +75,7 @@ def vit(
     plain.apply(_initialise)
     if is_plain(num_exits):
         return plain
-    example = torch.zeros(1, in_channels, side, side)
-    return add_halting(plain, gate_scale=gate_scale, gate_center=gate_center, example=example)
+    return add_halting(plain, gate_scale=gate_scale, gate_center=gate_center)
 
 
 _START = 0.3
