@@ -87,7 +87,7 @@ def fit(
     with _quiet_lightning(), _own_errors(), _frozen(network, config):
         trainer = _trainer(
             config,
-            folder=None if folder is None else Path(folder),
+            folder=None if folder is None else Path(folder).absolute(),
             callbacks=callbacks,
             num_exits=network.num_exits,
             has_own_loader=isinstance(train, DataLoader),
