@@ -161,6 +161,20 @@ def test_fit_in_a_folder_leaves_checkpoint_metrics_and_logs(empty_folder):
     assert list(empty_folder.glob("logs/tensorboard/*/events.*"))
 
 
+def test_folder_by_a_relative_path_outlives_a_change_of_folder(empty_folder, monkeypatch):
+    class MovesAway(Callback):
+        def on_train_start(self, trainer, pl_module):
+            monkeypatch.chdir("elsewhere")
+
+    made, elsewhere = empty_folder / "made", empty_folder / "elsewhere"
+    made.mkdir()
+    elsewhere.mkdir()
+    data = blobs(64, seed=0)
+    off.fit(build_network(), data, config=CONFIG, folder="made", callbacks=[MovesAway()])
+    assert {path.name for path in made.iterdir()} == {"last.ckpt", "metrics.jsonl", "logs"}
+    assert not list(elsewhere.iterdir())
+
+
 def test_calibrated_network_spends_less_on_easy_samples(trained):
     logits = off.collect(trained, DataLoader(blobs(256, seed=1), batch_size=64))
     chosen = off.calibrate(logits, max_drop=0.01)

@@ -34,6 +34,10 @@ from offramp.zoo import Network
 Family = ExitsExport | SkipExport | HaltingExport
 """What writes and checks bundles of a family."""
 
+_WHOLE = ("bool", "uint8", "int8", "int16", "int32", "int64")
+_PRECISIONS = frozenset(f"torch.{name}" for name in ("float32", *_WHOLE))
+"""What weights and samples may be: whole numbers count, and are never rounded."""
+
 
 @torch.no_grad()
 def export(
@@ -71,13 +75,14 @@ def export(
         ArtifactError: If the folder holds something else or cannot be written, or torch cannot
             export the network.
         ExportMismatchError: If the bundle answers otherwise than the network.
-        InvalidArgumentError: If the policy is for another network or of an unknown class, or there
-            are no such steps.
+        InvalidArgumentError: If the policy is for another network or of an unknown class, there
+            are no such steps, or weights or samples are not of float32 precision.
         MissingExtraError: If the packages that write ONNX are not installed.
     """
+    inputs = as_inputs(samples, network)
+    _check_precision(network, inputs)
     family = _family_of(network.eval(), policy, layers_per_step)
     described = policy_to_dict(policy)
-    inputs = as_inputs(samples, network)
     with new_bundle_folder(Path(folder)) as making:
         files = family.write_files(inputs, making, plain=plain)
         bundle = Bundle(
@@ -136,6 +141,29 @@ def _check_bundle(session: Session, family: Family, inputs: Features) -> Agreeme
     return agreement
 
 
+def _check_precision(network: nn.Module, inputs: Features) -> None:
+    """Refuse weights and samples that a bundle cannot hold as they are."""
+    quantized = {
+        name: str(value.dtype) if isinstance(value, Tensor) else "quantised"
+        for name, value in network.state_dict().items()
+        if not isinstance(value, Tensor) or value.is_quantized  # some modules keep tuples
+    }
+    precisions = {name: _precision(weight) for name, weight in network.named_parameters()}
+    precisions |= {f"samples[{i}]": str(tensor.dtype) for i, tensor in enumerate(inputs)}
+    for name, precision in (quantized | precisions).items():
+        if name in quantized or precision not in _PRECISIONS:
+            raise InvalidArgumentError(
+                f"A bundle computes in float32 precision, and {name} is {precision}. Export the "
+                "network as it was before it was cast or quantised, or network.float(), with "
+                "float32 samples, and a policy calibrated on that."
+            )
+
+
+def _precision(weight: Tensor) -> str:
+    """The type of its numbers; the class of a quantised one, which may claim to be float32."""
+    return str(weight.dtype) if type(weight) is nn.Parameter else type(weight).__name__
+
+
 def _family_of(network: Network, policy: Policy | RoutingPolicy, layers_per_step: int) -> Family:
     """What writes and checks bundles of such a network: the one place that asks which it is."""
     if isinstance(network, HaltingNetwork) and isinstance(policy, HaltingPolicy):
@@ -181,7 +209,7 @@ def _weights_sha256(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -181,7 +181,7 @@ def run_exporter(
         The model, with its weights.
     Raises:
         MissingExtraError: If the packages that write ONNX are not installed.
-        ArtifactError: If torch cannot export the module.
+        ArtifactError: If torch cannot export the module, or it computes in half precision.
     """
     try:
         with _quiet_export():
@@ -205,9 +205,21 @@ def run_exporter(
         ) from error
     assert program is not None  # with dynamo there is always a program
     model = program.model_proto
+    if any(map(_casts_to_half, model.graph.node)):
+        raise ArtifactError(
+            "This network computes in half precision inside (float16 or bfloat16), as under "
+            "torch.autocast. Export it without, in float32."
+        )
     for node in model.graph.node:
         del node.metadata_props[:]  # lines of source, and where on this machine they are
     return model
+
+
+def _casts_to_half(node: Any) -> bool:
+    from onnx import TensorProto
+
+    halves = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    return any(attribute.name == "to" and attribute.i in halves for attribute in node.attribute)
 
 
 def example_inputs(example: Features, scalars: Sequence[str]) -> Features:

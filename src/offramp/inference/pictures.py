@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from offramp.errors import DataError, DataNotFoundError, reason
-from offramp.training.parquet import MAX_IMAGE_PIXELS
+from offramp.errors import DataError, DataNotFoundError
+from offramp.training.pictures import Pixels, light_on_dark, quiet_pillow, read_picture_file
 from offramp.training.sources import DataSource
-
-Pixels = npt.NDArray[np.uint8]
 
 
 def read_picture(path: Path | str, source: DataSource) -> Tensor:
@@ -27,7 +23,8 @@ def read_picture(path: Path | str, source: DataSource) -> Tensor:
     are swapped where the data set stores them so.
 
     Args:
-        path: A PNG, JPEG, or any file that Pillow reads.
+        path: A PNG, JPEG, WebP, BMP, GIF, TIFF or PPM file; read as training reads it, see
+            :func:`~offramp.training.pictures.read_picture_file`.
         source: The data set that the network was trained on.
     Returns:
         Pixels, shape (C, H, W), uint8.
@@ -39,9 +36,9 @@ def read_picture(path: Path | str, source: DataSource) -> Tensor:
     if source.image_shape is None:
         raise DataError(f"Expected data of images to read {path} for. Got data of texts.")
     channels, height, width = source.image_shape
-    picture = _open(Path(path), mode="L" if channels == 1 else "RGB")
-    if source.light_on_dark and _border_value(picture) > 127:
-        picture = ImageOps.invert(picture)
+    picture = _read(Path(path), channels)
+    if source.light_on_dark:
+        picture = _light_on_dark(picture)
     if picture.size != (width, height):
         if source.light_on_dark:
             picture = _ink_square(picture, source.ink_margin)
@@ -53,43 +50,20 @@ def read_picture(path: Path | str, source: DataSource) -> Tensor:
     return torch.from_numpy(pixels.transpose(axes).copy())
 
 
-def _open(path: Path, *, mode: str) -> Image.Image:
+def _read(path: Path, channels: int) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below
-            opened = Image.open(path)
-        with opened as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise DataError(
-                    f"Expected an image of at most {MAX_IMAGE_PIXELS // 2**20} million pixels. "
-                    f"{path} has {image.width}x{image.height}: make it smaller."
-                )
-            upright = ImageOps.exif_transpose(_eight_bit(image)).convert("RGBA")
+        with quiet_pillow():
+            return read_picture_file(path, channels=channels)
     except FileNotFoundError as error:
         raise DataNotFoundError(f"There is no image file {path}.") from error
-    except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        if isinstance(error, DataError):
-            raise
+    except DataError as error:
         raise DataError(
-            f"Expected an image (PNG, JPEG, ...) in {path}, found something unreadable: "
-            f"{reason(error)}"
+            f"Expected an image (PNG, JPEG, ...) in {path}, found something unreadable: {error}."
         ) from error
-    # Transparent parts count as paper.
-    paper = Image.new("RGBA", upright.size, "white")
-    return Image.alpha_composite(paper, upright).convert(mode)
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey down, which Pillow's own conversion would clip."""
-    if not image.mode.startswith("I"):
-        return image
-    return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-
-
-def _border_value(picture: Image.Image) -> float:
-    pixels = np.asarray(picture.convert("L"))
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    return float(np.median(border))
+def _light_on_dark(picture: Image.Image) -> Image.Image:
+    return Image.fromarray(light_on_dark(np.asarray(picture)[None, None])[0, 0])
 
 
 def _ink_square(picture: Image.Image, margin: float) -> Image.Image:

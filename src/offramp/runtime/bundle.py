@@ -115,7 +115,7 @@ class Bundle:
     """What ``bundle.json`` says.
 
     Attributes:
-        folder: Where the bundle is.
+        folder: Where the bundle is, as an absolute path: files are loaded later too.
         family: Kind of adaptive network.
         steps: In the order in which they run; empty for a network of another family than exits.
         num_exits: Exits of the network, those that are off counted.
@@ -158,6 +158,9 @@ class Bundle:
     skip: SkipParts | None = None
     halting: HaltingParts | None = None
     pixel_multiple: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", self.folder.absolute())
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:

@@ -1,4 +1,7 @@
-"""Requests and answers as HTTP carries them: JSON, and tensors as bytes behind it."""
+"""Requests and answers as HTTP carries them: JSON, and tensors as bytes behind it.
+
+An optional member that is null counts as absent, as clients send it that are made by generators.
+"""
 
 from __future__ import annotations
 
@@ -200,7 +203,9 @@ def _read_tensors(
 
 
 def _objects(content: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    found = content.get(key, [])
+    found = content.get(key)
+    if found is None:
+        return []
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
         raise PayloadError(f"The {key!r} must be a list of JSON objects.")
     return found
@@ -214,14 +219,16 @@ def _name(tensor: Mapping[str, Any]) -> str:
 
 
 def _read_parameters(content: Mapping[str, Any]) -> dict[str, Parameter]:
-    found = content.get("parameters", {})
+    found = content.get("parameters")
+    if found is None:
+        return {}
     if not isinstance(found, dict) or not all(
-        isinstance(value, bool | int | float | str) for value in found.values()
+        isinstance(value, bool | int | float | str | None) for value in found.values()
     ):
         raise PayloadError(
             "The 'parameters' must be a JSON object of booleans, numbers and strings."
         )
-    return found
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _flag(parameters: Mapping[str, Parameter], key: str, default: bool = False) -> bool:

@@ -232,7 +232,7 @@ def _fit(
     network, config = task.network, task.config
     with ExitStack() as stack:
         private = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="offramp-fit-")))
-        place = private if folder is None else Path(folder)
+        place = private if folder is None else Path(folder).absolute()
         last = place / LAST_CHECKPOINT
         checkpoint = check_checkpoint(last, network, task) if resume and last.exists() else None
         _note_choosers(task, sets, reports.callbacks)

@@ -47,7 +47,7 @@ class Run:
     """A trained network as a run folder holds it.
 
     Attributes:
-        folder: The run folder.
+        folder: The run folder, as an absolute path.
         network: The network in evaluation mode, on the CPU.
         class_names: Name of each class; empty where none were saved.
         policy: Who leaves where, which blocks run, or when a token halts; None before
@@ -64,6 +64,9 @@ class Run:
     calibration: dict[str, Any] | None
     recipe: Recipe | None
     data: str | None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", self.folder.absolute())
 
     @property
     def multi_exit(self) -> MultiExitNetwork:

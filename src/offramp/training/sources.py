@@ -129,7 +129,7 @@ def load_split(name: str, split: str, data: str | None = None) -> Split | TextSp
             class_names=source.class_names,
             ignored_label=source.ignored_label,
         )
-    return read_parquet(path, image_shape=source.image_shape)
+    return read_parquet(path, image_shape=source.image_shape, is_light_on_dark=source.light_on_dark)
 
 
 def _find_parquet(name: str, split: str, data: str | None) -> Path:

@@ -258,3 +258,94 @@ def test_networks_in_double_precision_are_exported(tmp_path, network):
     expected = AdaptiveRunner(network, policy).run(inputs[:1])
     assert found.output.dtype == np.float64
     np.testing.assert_allclose(found.output, expected.output, atol=1e-12)
+
+
+# Precision
+
+
+class UnderAutocast(nn.Module):
+    """Computes in half precision although its weights are float32."""
+
+    def __init__(self, precision):
+        super().__init__()
+        self.layer, self.precision = nn.Linear(6, 6), precision
+
+    def forward(self, x):
+        with torch.autocast("cpu", self.precision):
+            return self.layer(x).float()
+
+
+def small():
+    return mlp(in_features=6, widths=(5,), num_classes=4)
+
+
+def with_weight(weight):
+    network = small()
+    network.register_parameter("extra", nn.Parameter(weight, requires_grad=False))
+    return network
+
+
+def with_half_heads():
+    network = small()
+    network.exits.half()
+    return network
+
+
+def with_buffer(buffer):
+    network = small()
+    network.register_buffer("extra", buffer)
+    return network
+
+
+class Packed(nn.Module):
+    """Keeps its weights as quantised modules do: packed, as something else than a tensor."""
+
+    def get_extra_state(self):
+        return (b"weights", 0.1)
+
+
+def with_packed_weights():
+    network = small()
+    network.extra = Packed()
+    return network
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        (small().half(), r"stages.0.* is torch.float16"),
+        (small().bfloat16(), r"stages.0.* is torch.bfloat16"),
+        (small().double(), r"stages.0.* is torch.float64"),
+        (with_half_heads(), r"exits.0.* is torch.float16"),
+        (with_weight(torch.zeros(2, dtype=torch.complex64)), "extra is torch.complex64"),
+        (with_packed_weights(), "extra._extra_state is quantised"),
+    ],
+    ids=["float16", "bfloat16", "float64", "heads", "complex", "quantised"],
+)
+def test_weights_of_another_precision_are_refused_before_anything_is_written(
+    tmp_path, network, words
+):
+    with pytest.raises(InvalidArgumentError, match=f"in float32 precision, and .*{words}"):
+        export(network, ThresholdPolicy((0.5,)), tmp_path / "bundle", X)
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.float64])
+def test_samples_of_another_precision_are_refused(tmp_path, precision):
+    with pytest.raises(InvalidArgumentError, match=rf"samples\[0\] is {precision}"):
+        export(small(), ThresholdPolicy((0.5,)), tmp_path / "bundle", X.to(precision))
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+def test_half_precision_inside_is_refused(tmp_path, precision):
+    stages = [UnderAutocast(precision), nn.Linear(6, 5)]
+    network = MultiExitNetwork(stages, [nn.Linear(6, 4), nn.Linear(5, 4)])
+    with pytest.raises(ArtifactError, match="computes in half precision inside"):
+        export(network, ThresholdPolicy((0.5,)), tmp_path / "bundle", X)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float64, torch.int64])
+def test_buffers_that_are_not_computed_with_may_be_of_any_precision(tmp_path, precision):
+    network = with_buffer(torch.tensor(1, dtype=precision))
+    bundle = export(network, ThresholdPolicy((0.5,)), tmp_path / "bundle", X, plain=False)
+    assert Session(bundle).run(X[:3]).output.dtype == np.float32

@@ -10,7 +10,7 @@ from offramp.errors import ArtifactError, InvalidArgumentError, ShapeError
 from offramp.exporting.bundle import export
 from offramp.policy.confidence import entropy_confidence
 from offramp.policy.policies import ThresholdPolicy
-from offramp.runtime import PlainSession, Session, with_thresholds
+from offramp.runtime import PlainSession, Session, read_bundle, with_thresholds
 from offramp.zoo.mlp import mlp
 
 X = np.random.default_rng(0).standard_normal((300, 6)).astype(np.float32)
@@ -166,3 +166,23 @@ def test_a_bundle_that_changes_under_a_session_is_noticed(folder, tmp_path, chan
 def test_without_gates_there_are_no_blocks_to_run(session):
     with pytest.raises(InvalidArgumentError, match="family exits: it has no gates"):
         session.run_every_block(X)
+
+
+def test_session_by_a_relative_path_outlives_a_change_of_folder(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(folder.parent)
+    session = Session(folder.name)
+    bundle = read_bundle(folder.name)
+    monkeypatch.chdir(tmp_path)
+    assert session.run(X[:1]).exit_index.shape == (1,)  # loads the file for single samples
+    assert bundle.folder == session.bundle.folder == folder
+    assert Session(with_thresholds(bundle, [0.1])).run(X[:1]).exit_index.shape == (1,)
+
+
+def test_exported_bundle_outlives_a_change_of_folder(monkeypatch, tmp_path):
+    network = mlp(in_features=6, widths=(5,), num_classes=4).eval()
+    monkeypatch.chdir(tmp_path)
+    bundle = export(network, ThresholdPolicy((0.5,)), "bundle", torch.from_numpy(X))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert bundle.folder == tmp_path / "bundle"
+    assert PlainSession(bundle).run(X[:2]).shape == (2, 4)

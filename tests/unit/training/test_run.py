@@ -90,6 +90,16 @@ def test_loading_a_run_leaves_the_random_numbers_alone(trained):
     assert torch.equal(torch.rand(1), expected)
 
 
+def test_run_by_a_relative_path_outlives_a_change_of_folder(trained, monkeypatch, tmp_path):
+    folder, _ = trained
+    monkeypatch.chdir(folder.parent)
+    run = load(folder.name)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run.folder == folder
+    assert load(run.folder).class_names == run.class_names
+
+
 def test_calibration_stands_beside_the_policy(trained):
     folder, _ = trained
     policy = ThresholdPolicy((0.5,), rule="margin")

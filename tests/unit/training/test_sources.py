@@ -29,7 +29,7 @@ def encode(pixels_CHW: torch.Tensor) -> bytes:
     return file.getvalue()
 
 
-def write_parquet(path, files, labels, *, names=None, label_type=None):
+def write_parquet(path, files, labels, *, names=None, label_type=None, row_group_size=2):
     """Write labelled images as Hugging Face does."""
     rows = [{"bytes": file, "path": f"{n}.png"} for n, file in enumerate(files)]
     images = pa.array(rows, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
@@ -38,7 +38,7 @@ def write_parquet(path, files, labels, *, names=None, label_type=None):
         features = {"label": {"names": names, "_type": "ClassLabel"}}
         content = json.dumps({"info": {"features": features}})
         table = table.replace_schema_metadata({"huggingface": content})
-    pq.write_table(table, path, row_group_size=2)
+    pq.write_table(table, path, row_group_size=row_group_size)
     return path
 
 
@@ -99,7 +99,7 @@ def test_fingerprint_changes_with_a_pixel_and_with_a_label(path):
 def test_image_of_another_size_is_refused_with_its_row(path):
     files = [encode(random_pixels(1, GREY)[0]), encode(random_pixels(1, (1, 5, 3))[0])]
     write_parquet(path, files, [0, 0])
-    with pytest.raises(DataError, match=r"images of 3x4 pixels .* Row 1 has 3x5"):
+    with pytest.raises(DataError, match=r"Row 1 of .*: it has 3x5 pixels, not 3x4"):
         read_parquet(path, image_shape=GREY)
 
 
@@ -114,6 +114,80 @@ def test_unreadable_image_is_refused_with_its_row(path, damage):
 def test_missing_image_is_refused_with_its_row(path):
     write_parquet(path, [encode(random_pixels(1, GREY)[0]), None], [0, 0])
     with pytest.raises(DataError, match=r"Row 1 of .* holds no readable image"):
+        read_parquet(path, image_shape=GREY)
+
+
+def test_image_that_is_there_many_times_is_in_memory_once(path):
+    pixels = random_pixels(2, GREY)
+    files = [encode(pixels[0]), encode(pixels[1])]
+    write_parquet(path, [files[n % 2] for n in range(9)], [0] * 9)
+    split = read_parquet(path, image_shape=GREY)
+    assert torch.equal(split.store[torch.arange(9)], pixels[torch.arange(9) % 2])
+
+
+def test_rows_that_unpack_to_megabytes_are_refused_before_they_are_read(path, monkeypatch):
+    write_parquet(path, [bytes(16 * 2**20)] * 3, [0] * 3)
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", None)
+    with pytest.raises(DataError, match=r"2 rows of image.bytes take 16\d+ bytes"):
+        read_parquet(path, image_shape=GREY)
+
+
+def test_one_large_value_among_many_rows_is_refused(path):
+    files = [encode(random_pixels(1, GREY)[0])] * 19 + [bytes(5 * 2**20)]
+    write_parquet(path, files, [0] * 20, row_group_size=20)
+    with pytest.raises(DataError, match=r"one of image.bytes takes 5242880 bytes, more than 419"):
+        read_parquet(path, image_shape=GREY)
+
+
+@pytest.mark.parametrize("most", [2**32, 100])
+def test_masks_are_classes_whatever_their_palette_says(path, monkeypatch, most):
+    classes = np.arange(12, dtype=np.uint8).reshape(4, 3)
+    mask = Image.fromarray(classes).convert("P")
+    mask.putpalette([(37 * n) % 256 for n in range(768)])
+    file = io.BytesIO()
+    mask.save(file, "PNG")
+    pixels = random_pixels(3, COLOUR)
+    images = pa.array([{"bytes": encode(one)} for one in pixels])
+    pq.write_table(pa.table({"image": images, "mask": [{"bytes": file.getvalue()}] * 3}), path)
+    monkeypatch.setattr(parquet, "MAX_DECODED_BYTES", most)  # 3 images have 108 bytes, masks 36
+    names = tuple(map(str, range(11)))
+    split = parquet.read_mask_parquet(path, image_shape=COLOUR, class_names=names, ignored_label=11)
+    assert torch.equal(split.store[torch.arange(3)], pixels)
+    assert split.labels_N[2].flatten().tolist() == [*range(11), 255]
+    monkeypatch.setattr(parquet, "MAX_DECODED_BYTES", 35)
+    with pytest.raises(DataError, match="masks of at most 35 pixels together"):
+        parquet.read_mask_parquet(path, image_shape=COLOUR, class_names=names, ignored_label=11)
+
+
+def test_texts_and_labels_come_back(path):
+    texts = ["good", "bad", "good"]
+    pq.write_table(pa.table({"text": texts, "label": [1, 0, 1]}), path)
+    split = parquet.read_text_parquet(path, class_names=("negative", "positive"))
+    assert split.texts == ("good", "bad", "good")
+    assert split.labels_N.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [(b"bytes", "text is binary"), (None, "missing in 1 rows"), ("x" * 2**21, "2097152 bytes")],
+)
+def test_column_without_texts_is_refused(path, text, words):
+    rows = [text, *([b"a"] if isinstance(text, bytes) else ["a"])]
+    pq.write_table(pa.table({"text": rows, "label": [1, 0]}), path)
+    with pytest.raises(DataError, match=words):
+        parquet.read_text_parquet(path, class_names=("negative", "positive"))
+
+
+def test_more_rows_than_memory_can_hold_are_refused(path, monkeypatch):
+    write_parquet(path, map(encode, random_pixels(4, GREY)), [0] * 4)
+    monkeypatch.setattr(parquet, "_MOST_ROWS", 3)
+    with pytest.raises(DataError, match="it has 4 rows, more than 3"):
+        read_parquet(path, image_shape=GREY)
+
+
+def test_label_that_no_list_of_classes_can_hold_is_refused(path):
+    write_parquet(path, [encode(random_pixels(1, GREY)[0])], [10**12])
+    with pytest.raises(DataError, match=r"names no classes. Got 1000000000000"):
         read_parquet(path, image_shape=GREY)
 
 
