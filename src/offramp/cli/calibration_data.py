@@ -160,7 +160,7 @@ def _drawn_evenly(strata_N: Tensor, count: int, *, seed: int) -> Tensor:
     import torch
 
     order_N = torch.randperm(len(strata_N), generator=torch.Generator().manual_seed(seed))
-    strata = strata_N.unique()
+    strata = torch.bincount(strata_N).nonzero()[:, 0]
     each = -(-count // len(strata))
     drawn = [order_N[strata_N[order_N] == stratum][:each] for stratum in strata]
     return torch.cat(drawn).sort().values

@@ -11,7 +11,7 @@ from typing import Any
 
 import onnxruntime
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import offramp
 from offramp.artifacts import atomic_folder

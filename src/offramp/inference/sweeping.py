@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from offramp.calibration.sweep import Sweep
 from offramp.errors import DataError

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from offramp.errors import BackboneCutError, InvalidArgumentError
 from offramp.measure.cost import count_macs, evaluation_mode, require_samples
-from offramp.model.inputs import InputSpec, as_inputs
-from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
+from offramp.model.inputs import Given, InputSpec, as_inputs, example_inputs
+from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.model.proof import find_difference
 from offramp.model.ragged import Ragged
 from offramp.routing.layers import TransformerLayer, attend
@@ -307,7 +307,7 @@ def add_halting(
     *,
     gate_scale: float = 10.0,
     gate_center: float = 30.0,
-    example: Tensor | Features | None = None,
+    example: Given | None = None,
 ) -> HaltingNetwork:
     """Let the tokens of a transformer halt.
 
@@ -338,7 +338,11 @@ def add_halting(
         if not isinstance(number, int | float) or not math.isfinite(number):
             raise InvalidArgumentError(f"The {name!r} parameter must be a number. Got {number!r}.")
     parts = take_apart(transformer)
-    inputs = example_of(transformer) if example is None else as_features(example)
+    inputs = (
+        example_of(transformer)
+        if example is None
+        else example_inputs(transformer, example, parts.ragged)[0]
+    )
     if inputs is not None:
         require_samples("an example", inputs)
         _prove(transformer, parts, inputs)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from offramp.errors import BackboneCutError, reason
 from offramp.measure.cost import count_macs, evaluation_mode, require_samples
-from offramp.model.inputs import InputSpec
+from offramp.model.inputs import Given, InputSpec, example_inputs
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.model.proof import find_difference
 from offramp.model.ragged import Ragged
@@ -291,7 +291,7 @@ def add_gates(
     *,
     gates: str = "recurrent",
     gate_width: int | None = None,
-    example: Tensor | None = None,
+    example: Given | None = None,
 ) -> SkipNetwork:
     """Put a gate in front of every residual block but the first.
 
