@@ -2,6 +2,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from offramp.errors import ArtifactError, BackboneCutError, InvalidArgumentError
@@ -109,6 +110,63 @@ def test_unknown_path_names_the_nearest(at, named):
     message = str(caught.value)
     assert repr(at[0]) in message
     assert named in message.partition("Nearest")[2]
+
+
+def test_a_string_is_one_path():
+    x = torch.randn(VECTORS)
+    network = add_exits(nested(), at="blocks.two", num_classes=CLASSES, example=x)
+    assert network.num_exits == 2
+    with pytest.raises(BackboneCutError, match="cannot be cut after 'layer1'"):
+        add_exits(nested(), at="layer1", num_classes=CLASSES, example=x)
+    with pytest.raises(InvalidArgumentError, match=r"paths of modules.*Got \[1\]"):
+        add_exits(nested(), at=[1], num_classes=CLASSES, example=x)
+
+
+def test_an_example_that_the_backbone_does_not_take():
+    with pytest.raises(InvalidArgumentError, match=r"takes. Got shape \(2, 7\), on which it fails"):
+        add_exits(perceptron(), at=["1"], num_classes=CLASSES, example=torch.randn(2, 7))
+
+
+@pytest.mark.parametrize("x", [torch.zeros(1, 1, 8, 8), torch.randn(IMAGES)])
+def test_functions_between_children_stay(x):
+    """Zeros hide them: children in order speak only for what just calls them."""
+
+    class WithFunctions(InOrder):
+        def forward(self, x):
+            return self.classifier(self.flat(F.relu(self.body(self.stem(x)))) * 0.5)
+
+    backbone = WithFunctions().eval()
+    network = add_exits(backbone, at=["body"], num_classes=CLASSES, example=x).eval()
+    images = torch.randn(5, 1, 8, 8)
+    assert torch.equal(network(images)[-1], backbone(images))
+
+
+def test_a_sequential_with_a_forward_or_a_hook_of_its_own_stays_whole():
+    class Halves(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    hooked = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+    hooked.register_forward_hook(lambda module, inputs, output: output * 2)
+    for inner in (Halves(nn.Linear(6, 6), nn.ReLU()), hooked):
+        backbone, x = nn.Sequential(inner, nn.Linear(6, CLASSES)), torch.randn(4, 6)
+        network = add_exits(backbone, at="0", num_classes=CLASSES, example=torch.zeros(1, 6))
+        assert torch.equal(network(x)[-1], backbone(x))
+        network.run_stage(0, (x,))
+    backbone.register_forward_hook(lambda module, inputs, output: output * 2)
+    with pytest.raises(BackboneCutError, match="another output than the backbone"):
+        add_exits(backbone, at="0", num_classes=CLASSES, example=torch.zeros(1, 6))
+
+
+def test_dropout_in_place_leaves_what_the_exit_read():
+    """It works in place only in training; the exit's gradient needs what it read."""
+    backbone = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5, inplace=True), nn.Linear(6, CLASSES))
+    network = add_exits(backbone, at="0", num_classes=CLASSES, example=torch.zeros(1, 6)).train()
+    sum(logits.square().sum() for logits in network(torch.randn(4, 6))).backward()
+    features = network.run_stage(0, (torch.randn(4, 6),))
+    before = features[0].clone()
+    network.run_stage(1, features)
+    assert torch.equal(features[0], before)
 
 
 def test_backbone_without_children_has_no_path():

@@ -1,6 +1,9 @@
 """Cutting backbones by the graph that torch.fx traces."""
 
+import contextlib
 import copy
+import pickle
+import random
 
 import pytest
 import torch
@@ -194,3 +197,131 @@ def test_num_exits_goes_with_auto(arguments, message):
 def test_an_example_without_samples():
     with pytest.raises(ShapeError, match=r"at least one sample. Got shape \(0, 3, 16, 16\)"):
         add_exits(SmallResNet(CLASSES), at=["stem"], num_classes=CLASSES, example=IMAGES[:0])
+
+
+CALLED = {
+    "dropout": lambda m, x: F.dropout(m.b(torch.relu(m.a(x))), 0.5, m.training),
+    "batch norm": lambda m, x: F.batch_norm(m.b(m.a(x)), m.mean, m.var, training=m.training),
+    "noise": lambda m, x: m.b(m.a(x)) + (torch.randn_like(x) if m.training else 0 * x),
+}
+
+
+def with_statistics(run):
+    backbone = BackboneOf(run, a=nn.Linear(6, 6), b=nn.Linear(6, 6))
+    backbone.register_buffer("mean", torch.zeros(6))
+    backbone.register_buffer("var", torch.ones(6))
+    return backbone
+
+
+@pytest.mark.parametrize("copied", ["pickled", "copied"])
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("name", CALLED)
+def test_the_mode_survives_copies(name, is_training, copied):
+    backbone, x = with_statistics(CALLED[name]), torch.randn(9, 6)
+    network = add_exits(backbone, at=["a"], num_classes=6, example=x).train(is_training)
+    again = pickle.loads(pickle.dumps(network)) if copied == "pickled" else copy.deepcopy(network)
+    for mode in (True, False):
+        found = []
+        for each in (network, again):
+            torch.manual_seed(0)
+            found.append(each.train(mode)(x)[-1])
+        assert torch.equal(*found)
+    again.train()
+    assert not torch.equal(again(x)[-1], again.eval()(x)[-1])
+    again.eval()
+    assert torch.equal(again(x)[-1], again(x)[-1])
+
+
+def test_copies_keep_the_keys_and_share_modules_as_before():
+    network = add_exits(SmallResNet(CLASSES), at=["layer1"], num_classes=CLASSES, example=IMAGES)
+    again = pickle.loads(pickle.dumps(network))
+    assert list(again.state_dict()) == list(network.state_dict())
+    assert "stages.0.layer1.conv1.weight" in again.state_dict()
+    assert torch.equal(again.eval()(IMAGES)[-1], network.eval()(IMAGES)[-1])
+
+
+def test_a_branch_of_training_that_is_switched_off():
+    def run(m, x):
+        x = torch.relu(m.a(x))
+        if m.training and m.aux:
+            return m.b(x), x
+        return m.b(torch.relu(m.c(x)) + x)
+
+    backbone = BackboneOf(run, **{name: nn.Linear(6, 6) for name in "abc"})
+    backbone.aux, x = False, torch.randn(4, 6)
+    network = add_exits(backbone, at=["a"], num_classes=6, example=x)
+    for mode in (True, False):
+        assert torch.equal(network.train(mode)(x)[-1], backbone.train(mode)(x))
+    backbone.aux = True
+    with pytest.raises(BackboneCutError, match="in training it returns more than logits"):
+        add_exits(backbone, at=["a"], num_classes=6, example=x)
+
+
+def without_gradient(m, x):
+    with torch.no_grad():
+        x = m.a(x)
+    return m.b(x)
+
+
+def moves_its_buffer(m, x):
+    m.mean.mul_(0.9)
+    return m.b(m.a(x)) - m.mean
+
+
+@pytest.mark.parametrize(
+    ("run", "why"),
+    [
+        (without_gradient, "switches gradients or autocast"),
+        (lambda m, x: m.b(m.a(x)) * float(torch.rand(1) < 2), "draws random numbers"),
+        (lambda m, x: m.b(m.a(x)) * random.random(), "draws random numbers"),
+        (moves_its_buffer, "changes its buffer 'mean'"),
+        (lambda m, x: m.b(m.a(x)) if x.sum() > 0 else m.b(x), r"line \d+ of test_graph_cut.py"),
+        (lambda m, x: m.b(m.a(x)) if len(x) > 1 else m.b(x), r"line \d+ of test_graph_cut.py"),
+        (lambda m, x: m.b(m.a(x) - m.a.weight.mean(0) - x.mean(0)), "other samples of its batch"),
+    ],
+)
+def test_what_pieces_would_not_do_is_refused_in_one_line(run, why):
+    backbone, x = with_statistics(run), torch.zeros(1, 6)
+    with pytest.raises(BackboneCutError, match=why) as caught:
+        add_exits(backbone, at=["a"], num_classes=6, example=x)
+    assert "\n" not in str(caught.value)
+    assert backbone.mean.tolist() == [0.0] * 6
+
+
+def test_modules_that_run_in_another_order_in_training():
+    backbone = BackboneOf(
+        lambda m, x: m.c(m.a(m.b(x)) if m.training else m.b(m.a(x))),
+        **{name: nn.Linear(6, 6) for name in "abc"},
+    )
+    with pytest.raises(BackboneCutError, match=r"after a, b together: in training"):
+        add_exits(backbone, at=["a", "b"], num_classes=6, example=torch.randn(2, 6))
+
+
+def test_a_method_train_of_its_own_is_refused():
+    class FrozenNorm(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+            self[1].eval()
+            return self
+
+    backbone = FrozenNorm(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, CLASSES))
+    with pytest.raises(BackboneCutError, match=r"own method train\(\) sets the mode of '1'"):
+        add_exits(backbone, at=["0"], num_classes=CLASSES, example=torch.randn(2, 6))
+
+
+def test_what_the_forward_sets_is_no_stand_in_afterwards():
+    def run(m, x):
+        m.seen = m.a(x)
+        return m.b(m.seen)
+
+    backbone = BackboneOf(run, a=nn.Linear(6, 6), b=nn.Linear(6, 6))
+    add_exits(backbone, at=["a"], num_classes=6, example=torch.randn(2, 6))
+    assert isinstance(backbone.seen, torch.Tensor)
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.compile(m, backend="eager")])
+def test_what_torch_compiled_is_refused(make):
+    with pytest.warns() if make is torch.jit.script else contextlib.nullcontext():
+        compiled = make(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, CLASSES)))
+    with pytest.raises(BackboneCutError, match="pass the module that it was made of"):
+        add_exits(compiled, at=["0"], num_classes=CLASSES, example=torch.randn(2, 6))

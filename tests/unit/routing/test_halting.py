@@ -267,3 +267,38 @@ def test_costs_need_a_sample():
 def test_other_networks_are_refused():
     with pytest.raises(BackboneCutError, match="Got Linear"):
         halting.add_halting(nn.Linear(3, 3))
+
+
+SMALL = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL |= {"intermediate_size": 24, "num_labels": 3}
+
+
+def bert(**options):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(**SMALL, vocab_size=20, max_position_embeddings=16, **options)
+    return transformers.BertForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_bert_is_proven_with_inputs_of_its_configuration(attention):
+    model = bert(attn_implementation=attention).train()
+    halting.add_halting(model)
+    assert model.training
+
+
+@pytest.mark.parametrize("example", [None, (torch.zeros(1, 4).long(), torch.ones(1, 4).long())])
+def test_a_transformer_that_does_more_is_refused(example):
+    model = bert()
+    model.classifier.register_forward_hook(lambda module, inputs, output: output * 2)
+    halting.add_halting(model, example=example)  # what its own modules do is kept
+    model.bert.pooler.register_forward_hook(lambda module, inputs, output: output * 2)
+    with pytest.raises(BackboneCutError, match="tokens of BertForSequenceClassification cannot"):
+        halting.add_halting(model, example=example)
+
+
+def test_a_network_of_ours_is_proven_where_there_is_an_example():
+    plain = vit(**OPTIONS, num_exits=1)
+    halting.add_halting(plain, example=IMAGES[:1])
+    plain.stages[0].register_forward_hook(lambda module, inputs, output: output.relu())
+    with pytest.raises(BackboneCutError, match="another output than the backbone"):
+        halting.add_halting(plain, example=IMAGES[:1])

@@ -154,6 +154,71 @@ def test_a_network_without_blocks_to_skip_is_refused():
         skip.add_gates(small_resnet(), gates="lstm")
 
 
+class ResNetLike(nn.Module):
+    """A residual network with torchvision's names, and a forward of the user's own."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(2)
+        blocks = [[BlockLike(8), BlockLike(8)], [BlockLike(8)], [BlockLike(8)], [BlockLike(8)]]
+        self.layer1, self.layer2, self.layer3, self.layer4 = (nn.Sequential(*b) for b in blocks)
+        self.attention = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Sigmoid())
+        self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(8, 5)
+        self.run = run
+
+    def usual(self, x, *, between=lambda x: x):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(between(self.layer2(self.layer1(x)))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+class BlockLike(nn.Module):
+    def __init__(self, width, *, keeps=1.0):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.relu, self.downsample, self.keeps = nn.ReLU(), None, keeps
+        self.attention = nn.Sequential(nn.Conv2d(width, width, 1), nn.Sigmoid())
+
+    def forward(self, x):
+        y = self.bn1(self.conv1(x))
+        return self.relu(self.keeps * x + self.attention(y) * y)
+
+
+def test_attention_inside_blocks_is_kept():
+    backbone = ResNetLike(ResNetLike.usual).eval()
+    network = skip.add_gates(backbone).eval()
+    assert network.num_gates == 4
+    assert torch.equal(network(IMAGES, skip.at_threshold(0.0)).logits, backbone(IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("run", "why"),
+    [
+        (lambda m, x: m.usual(x, between=lambda x: x * m.attention(x)), "another output"),
+        (lambda m, x: m.usual(x / 255 if x.max() > 10 else x), r"line \d+ of test_skip.py"),
+        (lambda m, x: nn.functional.dropout(m.usual(x), 0.5, m.training), "in training"),
+    ],
+)
+@pytest.mark.parametrize("example", [None, torch.zeros(1, 3, 16, 16)])
+def test_what_gates_would_lose_is_refused(run, why, example):
+    with pytest.raises(BackboneCutError, match=why) as caught:
+        skip.add_gates(ResNetLike(run), example=example)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_block_that_is_more_than_its_shortcut_when_it_adds_nothing_is_refused():
+    backbone = ResNetLike(ResNetLike.usual)
+    backbone.layer3[0] = BlockLike(8, keeps=0.5)
+    before = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
+    with pytest.raises(BackboneCutError, match="block 3 does not end in its shortcut"):
+        skip.add_gates(backbone, example=IMAGES)
+    assert all(torch.equal(before[key], t) for key, t in backbone.state_dict().items())
+
+
 def test_recurrent_gates_remember_and_feed_forward_gates_do_not():
     for kind, is_told_apart in (("recurrent", True), ("feed_forward", False)):
         torch.manual_seed(0)
