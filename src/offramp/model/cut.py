@@ -18,11 +18,9 @@ from torch import Tensor, nn
 
 from offramp.errors import BackboneCutError, InvalidArgumentError, reason
 from offramp.measure.cost import count_macs, evaluation_mode, require_samples
-from offramp.model.axes import require_batch_first
 from offramp.model.chain import Chain
-from offramp.model.dense_heads import ReadsEverything
 from offramp.model.graph import Graph, NotTraceableError
-from offramp.model.head_choice import check_heads, choose_head, list_heads
+from offramp.model.head_choice import fit_heads
 from offramp.model.layer_lists import find_layer_list
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
 from offramp.model.outputs import check_logits, find_pixel_multiple
@@ -94,10 +92,9 @@ def add_exits(
         example: One batch of inputs, each with the batch axis first, for the heads' sizes and the
             check; a tuple where the backbone takes several.
         num_exits: With "auto": exits, the final one counted, at least 2.
-        heads: One exit head for each path, chosen where not given: by the axis of channels, which
-            the weights around the cut tell, and for pixels where the backbone's output has some.
-            One of the class ``ReadsEverything`` is given all that crosses, the module's output
-            first. They are brought to the features' device and dtype.
+        heads: One exit head for each path, brought to the features' device and dtype; chosen by
+            the axis of channels, which the weights around the cut tell, where not given. One of
+            the class ``ReadsEverything`` is given all that crosses, the module's output first.
     Returns:
         A network with ``len(at) + 1`` exits whose final exit equals the backbone.
     Raises:
@@ -119,21 +116,12 @@ def add_exits(
     cutter = _find_cutter(backbone, inputs, () if at == "auto" else at)
     if at == "auto":
         at = _spread(backbone, cutter, inputs, num_exits)
-    heads = None if heads is None else list_heads(heads, at)
-    stages, stage_features = _cut(backbone, cutter, inputs, at)
-    require_batch_first(stages, inputs, at)
-    if heads is None:
-        heads = [
-            choose_head(stages, inputs, stage_features, after=k, path=path)
-            for k, path in enumerate(at)
-        ]
-    check_heads(heads, stage_features, at=at, num_read=cutter.num_read)
-    heads = _reading_first(heads, stage_features, cutter.num_read)
+    stages, features = _cut(backbone, cutter, inputs, at)
+    heads = fit_heads(heads, stages, inputs, features, at=at, num_read=cutter.num_read)
     network = MultiExitNetwork(stages, [*heads, nn.Identity()])
     network.share_keys_with(backbone)
     network.ragged = cutter.ragged
-    if stage_features[-1][0].ndim == 4:
-        network.pixel_multiple = find_pixel_multiple(network, inputs)
+    network.pixel_multiple = find_pixel_multiple(network, inputs, features[-1][0])
     return network
 
 
@@ -177,18 +165,6 @@ def _check_num_exits(at: Sequence[str], num_exits: int | None) -> None:
         )
 
 
-def _reading_first(
-    heads: Sequence[nn.Module], stage_features: Sequence[Features], num_read: int
-) -> list[nn.Module]:
-    """Heads that let pass by what crosses beside the tensors that an exit reads."""
-    return [
-        head
-        if len(features) == num_read or isinstance(head, ReadsEverything)
-        else ReadsFirst(head, num_read)
-        for head, features in zip(heads, stage_features, strict=False)
-    ]
-
-
 def cut_paths(backbone: nn.Module, example: Tensor | Features) -> list[str]:
     """Name the places where a backbone can be cut and only what an exit reads crosses, in order.
 
@@ -215,25 +191,6 @@ def _narrow_paths(cutter: Cutter) -> list[str]:
         if cutter.is_narrow(position):
             named[position] = min(path, named.get(position, path), key=len)
     return [named[position] for position in sorted(named)]
-
-
-class ReadsFirst(nn.Module):
-    """An exit head that reads the first of the tensors that cross its cut.
-
-    Args:
-        head: The head.
-        num_read: How many it reads.
-    """
-
-    def __init__(self, head: nn.Module, num_read: int) -> None:
-        super().__init__()
-        self.head = head
-        self._num_read = num_read
-
-    def forward(self, *features: Tensor) -> Tensor:
-        """Map what the head maps; the others pass by."""
-        logits: Tensor = self.head(*features[: self._num_read])
-        return logits
 
 
 class WorksOnCopies(nn.Module):
