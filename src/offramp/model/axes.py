@@ -55,12 +55,12 @@ def channel_axis(
     stages = nn.ModuleList([*before, *after])
     with torch.inference_mode(False), evaluation_mode(stages), torch.random.fork_rng():
         torch.manual_seed(0)
-        sample = _varied(inputs)
+        samples = _two_samples(inputs)
         try:
-            axes = _axes_by_makers(before, sample)
+            axes = _axes_by_makers(before, samples)
             if len(axes) != 1:
                 with torch.no_grad():
-                    features = _run(before, sample)
+                    features = _run(before, samples)
                 by_readers = _axes_by_readers(after, features)
                 axes = axes & by_readers if axes else by_readers
         except (RuntimeError, ShapeError):  # without gradients, or of other outputs than tensors
@@ -86,10 +86,7 @@ def require_batch_first(stages: Sequence[nn.Module], inputs: Features, at: Seque
         torch.no_grad(),
     ):
         torch.manual_seed(0)
-        both = tuple(
-            torch.cat([tensor[:1], other if other.is_floating_point() else tensor[-1:]])
-            for other, tensor in zip(_varied(inputs), inputs, strict=True)
-        )
+        both = _two_samples(inputs)
         # The second sample: a recurrent layer carries from the first to it, not the other way.
         second = tuple(tensor[1:] for tensor in both)
         for stage, path in zip(stages, at, strict=False):
@@ -121,12 +118,16 @@ def _require_batch_first(one: Tensor, two: Tensor, path: str) -> None:
         )
 
 
-def _varied(inputs: Features) -> Features:
-    """One sample, moved away from an example of zeros."""
-    sample = (tensor[:1].clone() for tensor in inputs)
+def _two_samples(inputs: Features) -> Features:
+    """The first and the last sample, moved away from an example of zeros.
+
+    Never one alone: for that, batch normalisation has wrong gradients on CPUs (torch 2.13), where
+    the features are transposed later.
+    """
+    both = (torch.cat([tensor[:1], tensor[-1:]]) for tensor in inputs)
     return tuple(
         tensor + torch.rand_like(tensor) if tensor.is_floating_point() else tensor
-        for tensor in sample
+        for tensor in both
     )
 
 
@@ -151,7 +152,7 @@ def _axes_by_makers(stages: Sequence[nn.Module], inputs: Features) -> set[int]:
             return set()
         sources = [*weights, *outputs]
         axes_of: list[set[int]] = [set() for _ in sources]
-        for axis in _long_axes(features):
+        for axis in _long_axes(features, but=0):
             for axes, dims in zip(axes_of, _told_apart(features, axis, sources), strict=True):
                 if dims:
                     axes.add(axis)
@@ -197,7 +198,7 @@ def _axes_by_readers(stages: Sequence[nn.Module], features: Features) -> set[int
     with _noting_readers(stages, read), torch.enable_grad():
         first = features[0].clone().requires_grad_()
         _run(stages, (first, *features[1:]))
-        source = (first, frozenset(_long_axes(first)))
+        source = (first, frozenset(_long_axes(first, but=0)))
         for tensor, axis in read[:_MOST_READERS]:
             if tensor.requires_grad:
                 (axes,) = _told_apart(tensor, axis, [source])
@@ -206,8 +207,9 @@ def _axes_by_readers(stages: Sequence[nn.Module], features: Features) -> set[int
     return set()
 
 
-def _long_axes(tensor: Tensor) -> list[int]:
-    return [axis for axis in range(tensor.ndim) if tensor.shape[axis] > 1]
+def _long_axes(tensor: Tensor, *, but: int) -> list[int]:
+    """The axes with more than one index, but this one."""
+    return [axis for axis, size in enumerate(tensor.shape) if size > 1 and axis != but]
 
 
 def _told_apart(target: Tensor, axis: int, sources: Sequence[Source]) -> list[set[int]]:
@@ -234,7 +236,7 @@ def _told_apart(target: Tensor, axis: int, sources: Sequence[Source]) -> list[se
             for dim in list(candidates[i]):
                 hits = _hits(is_hit, dim)
                 before = seen[i].get(dim, torch.zeros_like(hits))
-                others = (_hits(is_hit, other) for other in _long_axes(is_hit) if other != dim)
+                others = (_hits(is_hit, other) for other in _long_axes(is_hit, but=dim))
                 if (before & hits).any() or any(int(other.sum()) == 1 for other in others):
                     candidates[i].discard(dim)
                 seen[i][dim] = before | hits

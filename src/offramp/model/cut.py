@@ -19,11 +19,9 @@ from torch import Tensor, nn
 
 from offramp.errors import BackboneCutError, InvalidArgumentError, reason
 from offramp.measure.cost import count_macs, evaluation_mode, require_samples
-from offramp.model.axes import require_batch_first
 from offramp.model.chain import Chain
-from offramp.model.dense_heads import ReadsEverything
 from offramp.model.graph import Graph
-from offramp.model.head_choice import check_heads, choose_head, list_heads
+from offramp.model.head_choice import fit_heads
 from offramp.model.inputs import InputSpec, example_inputs, explained
 from offramp.model.layer_lists import find_layer_list, supported_classes
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
@@ -103,10 +101,9 @@ def add_exits(
             takes several, in the order of its ``forward``, or a dict by the names there. A text
             model's mask may be left out: it is then of ones.
         num_exits: With "auto": exits, the final one counted, at least 2.
-        heads: One exit head for each path, chosen where not given: by the axis of channels, which
-            the weights around the cut tell, and for pixels where the backbone's output has some.
-            One of the class ``ReadsEverything`` is given all that crosses, the module's output
-            first. They are brought to the features' device and dtype.
+        heads: One exit head for each path, brought to the features' device and dtype; chosen by
+            the axis of channels, which the weights around the cut tell, where not given. One of
+            the class ``ReadsEverything`` is given all that crosses, the module's output first.
     Returns:
         A network with ``len(at) + 1`` exits whose final exit equals the backbone, in evaluation
         and in training.
@@ -130,23 +127,14 @@ def add_exits(
     _check_logits(backbone, inputs, num_classes)
     cutter = _find_cutter(backbone, inputs, paths or ())
     at = _spread(backbone, cutter, inputs, num_exits) if paths is None else paths
-    heads = None if heads is None else list_heads(heads, at)
-    stages, stage_features = _cut(backbone, cutter, inputs, at)
-    require_batch_first(stages, inputs, at)
-    if heads is None:
-        heads = [
-            choose_head(stages, inputs, stage_features, after=k, path=path)
-            for k, path in enumerate(at)
-        ]
-    check_heads(heads, stage_features, at=at, num_read=cutter.num_read)
-    heads = _reading_first(heads, stage_features, cutter.num_read)
+    stages, features = _cut(backbone, cutter, inputs, at)
+    heads = fit_heads(heads, stages, inputs, features, at=at, num_read=cutter.num_read)
     network = MultiExitNetwork(stages, [*heads, nn.Identity()])
     network.share_keys_with(backbone)
     network.input_specs = input_specs
     network.num_classes = num_classes
     network.ragged = cutter.ragged
-    if stage_features[-1][0].ndim == 4:
-        network.pixel_multiple = find_pixel_multiple(network, inputs)
+    network.pixel_multiple = find_pixel_multiple(network, inputs, features[-1][0])
     return network
 
 
@@ -198,18 +186,6 @@ def _paths(at: Sequence[str] | str, num_exits: int | None) -> list[str] | None:
     return paths
 
 
-def _reading_first(
-    heads: Sequence[nn.Module], stage_features: Sequence[Features], num_read: int
-) -> list[nn.Module]:
-    """Heads that let pass by what crosses beside the tensors that an exit reads."""
-    return [
-        head
-        if len(features) == num_read or isinstance(head, ReadsEverything)
-        else ReadsFirst(head, num_read)
-        for head, features in zip(heads, stage_features, strict=False)
-    ]
-
-
 def cut_paths(backbone: nn.Module, example: Example) -> list[str]:
     """Name the places where a backbone can be cut and only what an exit reads crosses, in order.
 
@@ -237,25 +213,6 @@ def _narrow_paths(cutter: Cutter) -> list[str]:
         if cutter.is_narrow(position):
             named[position] = min(path, named.get(position, path), key=len)
     return [named[position] for position in sorted(named)]
-
-
-class ReadsFirst(nn.Module):
-    """An exit head that reads the first of the tensors that cross its cut.
-
-    Args:
-        head: The head.
-        num_read: How many it reads.
-    """
-
-    def __init__(self, head: nn.Module, num_read: int) -> None:
-        super().__init__()
-        self.head = head
-        self._num_read = num_read
-
-    def forward(self, *features: Tensor) -> Tensor:
-        """Map what the head maps; the others pass by."""
-        logits: Tensor = self.head(*features[: self._num_read])
-        return logits
 
 
 class WorksOnCopies(nn.Module):

@@ -12,10 +12,53 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import InvalidArgumentError, ShapeError, reason
-from offramp.model.axes import channel_axis
+from offramp.model.axes import channel_axis, require_batch_first
 from offramp.model.dense_heads import ReadsEverything, dense_head_for
 from offramp.model.heads import head_for
 from offramp.model.multi_exit import Features
+
+
+def fit_heads(
+    heads: Sequence[nn.Module] | None,
+    stages: Sequence[nn.Module],
+    inputs: Features,
+    stage_features: Sequence[Features],
+    *,
+    at: Sequence[str],
+    num_read: int,
+) -> list[nn.Module]:
+    """Choose a head for each cut, or check those that a caller gave.
+
+    Args:
+        heads: What the caller gave; None to choose them.
+        stages: All stages of the backbone.
+        inputs: What the first is given.
+        stage_features: What each returned for them; the last, logits (B, C) or (B, C, h, w).
+        at: Names of the cuts.
+        num_read: How many of the features a head reads that does not read everything.
+    Returns:
+        The heads, of the device and dtype of their features, to be called with all that crosses.
+    Raises:
+        BackboneCutError: If some features do not have the batch axis first.
+        InvalidArgumentError: If there is not one module of its own for each cut.
+        ShapeError: If a head does not map its features to logits of the shape of the backbone's,
+            or none can be chosen.
+    """
+    if heads is not None:
+        heads = _listed(heads, at)
+    require_batch_first(stages, inputs, at)
+    if heads is None:
+        heads = [
+            choose_head(stages, inputs, stage_features, after=k, path=path)
+            for k, path in enumerate(at)
+        ]
+    _check(heads, stage_features, at=at, num_read=num_read)
+    return [
+        head
+        if len(features) == num_read or isinstance(head, ReadsEverything)
+        else ReadsFirst(head, num_read)
+        for head, features in zip(heads, stage_features, strict=False)
+    ]
 
 
 def choose_head(
@@ -65,17 +108,27 @@ def choose_head(
         ) from None
 
 
-def list_heads(heads: Sequence[nn.Module], at: Sequence[str]) -> list[nn.Module]:
-    """Check that there is one head for each cut, each a module of its own.
+class ReadsFirst(nn.Module):
+    """An exit head that reads the first of the tensors that cross its cut.
 
     Args:
-        heads: What a caller gave.
-        at: Names of the cuts.
-    Returns:
-        The heads.
-    Raises:
-        InvalidArgumentError: If there are more or fewer, one is no module or is there twice.
+        head: The head.
+        num_read: How many it reads.
     """
+
+    def __init__(self, head: nn.Module, num_read: int) -> None:
+        super().__init__()
+        self.head = head
+        self._num_read = num_read
+
+    def forward(self, *features: Tensor) -> Tensor:
+        """Map what the head maps; the others pass by."""
+        logits: Tensor = self.head(*features[: self._num_read])
+        return logits
+
+
+def _listed(heads: Sequence[nn.Module], at: Sequence[str]) -> list[nn.Module]:
+    """One module of its own for each cut, or an error."""
     if isinstance(heads, nn.Module) and not isinstance(heads, nn.ModuleList):
         raise InvalidArgumentError(
             f"Expected a list of heads, one for each of the {len(at)} cuts. "
@@ -100,23 +153,14 @@ def list_heads(heads: Sequence[nn.Module], at: Sequence[str]) -> list[nn.Module]
     return listed
 
 
-def check_heads(
+def _check(
     heads: Sequence[nn.Module],
     stage_features: Sequence[Features],
     *,
     at: Sequence[str],
     num_read: int,
 ) -> None:
-    """Bring heads to the device and dtype of their features, run them, and check their logits.
-
-    Args:
-        heads: One for each cut.
-        stage_features: What each stage returned for an example; the last, the logits.
-        at: Names of the cuts, for messages.
-        num_read: How many of the features a head reads that does not read everything.
-    Raises:
-        ShapeError: If a head does not map its features to logits of the shape of the backbone's.
-    """
+    """Bring heads to the device and dtype of their features, run them, and check their logits."""
     logits = stage_features[-1][0]
     for index, (head, features, path) in enumerate(zip(heads, stage_features, at, strict=False)):
         first = features[0]

@@ -66,27 +66,30 @@ def _why_no_logits(logits: Tensor, batch_size: int, num_classes: int) -> str | N
     return None
 
 
-def find_pixel_multiple(network: MultiExitNetwork, inputs: Features) -> int:
+def find_pixel_multiple(network: MultiExitNetwork, inputs: Features, logits: Tensor) -> int | None:
     """Find of what the height and width of images must be multiples, by trying.
 
     Args:
-        network: A network whose exits put out logits (B, C, h, w).
-        inputs: Images that it takes, shape (B, channels, H, W).
+        network: A network.
+        inputs: What it takes; images of shape (B, channels, H, W) where pixels have classes.
+        logits: What its backbone returns for them.
     Returns:
         The least power of two for which all exits have logits of one size, which grows with the
-        image's; for a backbone that takes images of one size only, their side.
+        image's; for a backbone that takes images of one size only, their side; None where samples
+        have classes, not pixels.
     Raises:
         InvalidArgumentError: If the backbone takes something else than images, or images of one
             size that are not square.
     """
+    if logits.ndim == 2:
+        return None
     if len(inputs) > 1 or inputs[0].ndim != 4:
         raise InvalidArgumentError(
             "Expected a backbone from images (B, channels, H, W), since it says a class for every "
             f"pixel. Got inputs of shape {[tuple(tensor.shape) for tensor in inputs]}."
         )
-    height, width = inputs[0].shape[2:]
+    (height, width), (final_height, final_width) = inputs[0].shape[2:], logits.shape[2:]
     with evaluation_mode(network), torch.no_grad(), torch.random.fork_rng():
-        (final_height, final_width) = network(inputs[0][:1].clone())[-1].shape[2:]
         for multiple in _MULTIPLES:
             up, right = -(-height // multiple), -(-width // multiple)
             sizes = [((up + i) * multiple, (right + j) * multiple) for i, j in _LARGER]

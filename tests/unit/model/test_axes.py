@@ -174,6 +174,12 @@ def test_shortcuts_and_class_tokens_of_whole_networks():
     assert channel_axis([nn.Linear(6, 12), *vit.layers], [], (TOKENS,)) == 2
 
 
+def test_batch_norm_before_a_transposition():
+    stage = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Flatten(2), permute(0, 2, 1))
+    with torch.no_grad():
+        assert channel_axis([stage], [], (MAP[:1],)) == 2
+
+
 @pytest.mark.parametrize("change", ["frozen", "inference", "bfloat16", "channels_last"])
 def test_the_axis_does_not_depend_on(change):
     stage, example = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)).train(), MAP
