@@ -340,9 +340,10 @@ def _images_for(resnet: nn.Module) -> Tensor:
     return stem.weight.new_zeros(1, stem.in_channels, _SIDE, _SIDE)
 
 
-def _prove(resnet: nn.Module, network: SkipNetwork, example: Tensor | None) -> None:
+def _prove(resnet: nn.Module, network: SkipNetwork, example: Given | None) -> None:
     """Refuse gates on a network that is more than its stem, blocks and head."""
-    images = _images_for(resnet) if example is None else example
+    given = _images_for(resnet) if example is None else example
+    images, *_ = example_inputs(resnet, given, None)[0]
     require_samples("an example", [images])
     try:
         why = None
