@@ -238,6 +238,7 @@ def _padded_ids(
     if mask_BT is None:
         return ids_BT
     _check_texts((ids_BT, mask_BT))
+    _check_mask(mask_BT)
     is_padding_BT = mask_BT == 0
     if bool(((ids_BT == pad_id) & ~is_padding_BT).any()):
         raise InvalidArgumentError(
@@ -253,11 +254,6 @@ def _as_texts(inputs: Tensors, ragged: Ragged) -> Tensors:
     if ragged.pad_id is not None:
         if len(inputs) > 1:
             raise ShapeError(f"Expected one input, token ids of texts. Got {len(inputs)}.")
-        if not bool((inputs[0][:, 0] != ragged.pad_id).all()):
-            raise InvalidArgumentError(
-                f"Expected texts that begin with a token. Got one that begins with {ragged.pad_id},"
-                " which is padding: pad at the end."
-            )
         return (inputs[0].long(),)
     ids_BT, *rest = inputs
     mask_BT = rest[0] if rest else torch.ones_like(ids_BT)

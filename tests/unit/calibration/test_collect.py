@@ -53,7 +53,7 @@ def test_of_a_network_whose_tokens_halt_they_stay_as_long_as_they_can(halting_ne
 
 
 def test_empty_loader_is_refused(network):
-    with pytest.raises(DataError, match="at least one batch"):
+    with pytest.raises(DataError, match="at least one sample"):
         collect(network, [])
 
 

@@ -157,7 +157,7 @@ def test_calibrating_on_a_bundle_sees_every_block_run(exported):
     assert torch.equal(found.labels_N, labels)
     assert found.numbers == (0,)
     assert found.costs.exit_macs() == (bundle.plain_macs,)
-    with pytest.raises(DataError, match="at least one batch"):
+    with pytest.raises(DataError, match="at least one sample"):
         collect_from_session(Session(bundle), [])
 
 

@@ -200,7 +200,7 @@ def test_other_samples_than_those_of_the_logits_are_refused(constant_network, ba
 
 
 def test_empty_loader_is_refused(network):
-    with pytest.raises(DataError, match="at least one batch"):
+    with pytest.raises(DataError, match="at least one sample"):
         evaluate(Scripted([], [], []), [], LOGITS)
 
 

@@ -74,7 +74,7 @@ def test_thresholds_of_tokens_are_as_many_and_hold_that_of_training(halting_netw
 
 
 def test_wrong_input_is_refused(skip_network, batches):
-    with pytest.raises(DataError, match="at least one batch"):
+    with pytest.raises(DataError, match="at least one sample"):
         collect_sweep(skip_network, [])
     with pytest.raises(InvalidArgumentError, match=r"in \[0, 1\]"):
         collect_sweep(skip_network, batches, [1.5])
