@@ -18,7 +18,8 @@
         AuthenticationError                the token is missing or wrong
       PayloadError(ValueError)             what came over a link is damaged or not allowed
       MissingExtraError(ImportError)       an optional dependency is missing; says what to install
-    FewSamplesWarning(UserWarning)         a policy was chosen on samples that cannot tell
+
+Beside them stands FewSamplesWarning: a policy was chosen on samples that cannot tell its target.
 
 A message says what was expected, what came, and what to do. The command line prints it as one
 line and exits with code 2.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from offramp.calibration.asked import Asked
@@ -54,7 +54,7 @@ class Calibration(Printed):
     plain_macs: int | None = None
     num_samples: int | None = None
     exits: tuple[ExitOfCalibration, ...] | None = None
-    asked: Asked | None = None
+    asked: Asked | None = field(default=None, compare=False)
 
     @property
     def quality(self) -> float:

@@ -10,7 +10,7 @@ Shapes: ``K`` thresholds, ``N`` samples, ``C`` classes.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -108,7 +108,7 @@ class ChosenThreshold(Printed):
     accuracy: float
     mean_macs: float
     guarantee: Guarantee | None = None
-    asked: Asked | None = None
+    asked: Asked | None = field(default=None, compare=False)
     whole_accuracy: float | None = None
     plain_macs: int | None = None
     num_samples: int | None = None
