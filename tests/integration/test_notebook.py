@@ -93,10 +93,11 @@ def test_pictures_and_costs_are_shown(notebook):
 
 
 def test_the_small_run_had_few_images(executed):
-    assert "{'train': 285, 'calibration': 15, 'test': 300}" in text_of(executed)
+    assert "300 images to train on, 300 to test, 47 classes" in text_of(executed)
 
 
 def test_the_committed_run_had_all_images_and_no_noise(committed):
-    assert "{'train': 101470, 'calibration': 5340, 'test': 18800}" in text_of(committed)
+    assert "106,810 images to train on, 18,800 to test, 47 classes" in text_of(committed)
+    assert "(101499, 5311)" in text_of(committed)  # to train on, to calibrate on
     assert [output.text for output in outputs_of(committed) if output.get("name") == "stderr"] == []
     assert "\x1b" not in text_of(committed)
