@@ -269,7 +269,7 @@ def _fit(
             ckpt_path=checkpoint,
             weights_only=True,
         )
-        if trainer.global_step == 0:
+        if trainer.global_step == 0 and config.devices == 1:  # other processes count their own
             raise DataError("Expected at least one batch to train on. The loader gave none.")
         spawned.restore(reports.callbacks)
         return History.read(report.path)
