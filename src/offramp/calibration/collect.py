@@ -28,7 +28,7 @@ from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
 from offramp.runtime import Session, with_routing_threshold
 from offramp.runtime.session import check_inputs
-from offramp.training.data import check_labels
+from offramp.training.labels import check_labels
 from offramp.training.samples import batches_of, explained_data, read_batch
 
 _ABOUT = "exits"

@@ -17,7 +17,7 @@ from offramp.calibration.logits import ExitLogits
 from offramp.errors import DataError, ShapeError
 from offramp.inference.runner import Runner, TorchRunner
 from offramp.measure.dense import confusion_matrices, label_maps, mean_iou, pixel_accuracy
-from offramp.training.data import check_labels
+from offramp.training.labels import check_labels
 from offramp.training.samples import batches_of, read_batch
 
 

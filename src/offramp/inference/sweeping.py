@@ -18,7 +18,7 @@ from offramp.model.multi_exit import Features
 from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
 from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
-from offramp.training.data import check_labels
+from offramp.training.labels import check_labels
 from offramp.training.samples import batches_of, explained_data, read_batch
 
 SteeredNetwork = SkipNetwork | HaltingNetwork

@@ -22,14 +22,11 @@ from offramp.model.chain import Chain
 from offramp.model.dense_heads import ReadsEverything
 from offramp.model.graph import Graph, NotTraceableError
 from offramp.model.heads import head_for
-from offramp.model.inputs import InputSpec, example_inputs, explained
-from offramp.model.layer_lists import find_layer_list, supported_classes
+from offramp.model.inputs import Given, InputSpec, example_inputs, explained
+from offramp.model.layer_lists import find_layer_list, refuse_unknown
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
 from offramp.model.ragged import Ragged
 from offramp.model.spacing import choose_cuts
-
-Example = Tensor | Features | Mapping[str, Tensor]
-"""A batch of inputs: a tensor, a tuple of them, or a dict by the names of ``forward``."""
 
 
 class Cutter(Protocol):
@@ -72,7 +69,7 @@ def add_exits(
     *,
     at: Sequence[str] | Literal["auto"],
     num_classes: int,
-    example: Example,
+    example: Given,
     num_exits: int | None = None,
     heads: Sequence[nn.Module] | None = None,
 ) -> MultiExitNetwork:
@@ -173,7 +170,7 @@ def _reading_first(
     ]
 
 
-def cut_paths(backbone: nn.Module, example: Example) -> list[str]:
+def cut_paths(backbone: nn.Module, example: Given) -> list[str]:
     """Name the places where a backbone can be cut and only what an exit reads crosses, in order.
 
     Args:
@@ -241,7 +238,7 @@ class WorksOnCopies(nn.Module):
         return output
 
 
-def _check_example(backbone: nn.Module, example: Example) -> tuple[Features, tuple[InputSpec, ...]]:
+def _check_example(backbone: nn.Module, example: Given) -> tuple[Features, tuple[InputSpec, ...]]:
     layers = find_layer_list(backbone)
     inputs, specs = example_inputs(backbone, example, None if layers is None else layers.ragged)
     require_samples("an example", inputs)
@@ -283,11 +280,7 @@ def _find_cutter(backbone: nn.Module, inputs: Features, at: Sequence[str]) -> Cu
     except NotTraceableError as error:
         if why_no_chain is None:
             return chain
-        if type(backbone).__module__.startswith("transformers."):
-            raise BackboneCutError(
-                f"{type(backbone).__name__} cannot be cut. Of transformers, these classes can: "
-                f"{', '.join(supported_classes())}."
-            ) from error
+        refuse_unknown(backbone)
         raise BackboneCutError(
             f"{type(backbone).__name__} cannot be cut: its children do not run one after the other "
             f"({why_no_chain}), and torch.fx cannot trace it ({reason(error)}). Wrap it in an "

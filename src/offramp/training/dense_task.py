@@ -22,7 +22,7 @@ from offramp.measure.dense import (
 from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.training.config import FitConfig
 from offramp.training.config_checks import check_class_weights
-from offramp.training.data import check_labels
+from offramp.training.labels import check_labels
 from offramp.training.losses import joint_loss
 from offramp.training.parquet import known_labels
 from offramp.training.samples import explained_data, read_batch

@@ -16,7 +16,8 @@ from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
 from offramp.training.config import FitConfig
-from offramp.training.data import check_labels, epoch_seed
+from offramp.training.data import epoch_seed
+from offramp.training.labels import check_labels
 from offramp.training.losses import joint_loss, weights_in_epoch
 from offramp.training.regimes import balanced_outputs, set_training_mode
 from offramp.training.samples import explained_data, read_batch

@@ -10,8 +10,8 @@ from offramp.artifacts import SCHEMA_VERSION
 from offramp.errors import ArtifactError, DataError, InvalidArgumentError, TrainingDivergedError
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.training.config import FitConfig
-from offramp.training.data import check_labels
 from offramp.training.fit import check_checkpoint, fit
+from offramp.training.labels import check_labels
 from offramp.training.task import MultiExitTask
 
 PAIRS = [(torch.zeros(6), 0), (torch.ones(6), 1)]
