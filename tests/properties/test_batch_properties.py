@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offramp.errors import DataError
-from offramp.training.samples import read_batch, read_labels
+from offramp.training.labels import read_labels
+from offramp.training.samples import read_batch
 
 TYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -32,7 +32,7 @@ from offramp.runtime import Session, with_routing_threshold
 from offramp.runtime.session import check_inputs
 from offramp.runtime.step_macs import Measured, StepMacs
 from offramp.training.checkpoint_choice import who_chose_by
-from offramp.training.data import check_labels
+from offramp.training.labels import check_labels
 from offramp.training.samples import batches_of, explained_data, read_batch
 
 _ABOUT = "exits"

@@ -37,7 +37,7 @@ from offramp.policy.routing_policy import RoutingPolicy
 from offramp.results import AdaptiveResult
 from offramp.runtime import Session
 from offramp.runtime.answers import token_depths
-from offramp.training.data import check_labels
+from offramp.training.labels import check_labels
 from offramp.training.samples import batches_of, read_batch
 from offramp.zoo import Network
 

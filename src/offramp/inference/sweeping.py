@@ -17,7 +17,7 @@ from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPoli
 from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
 from offramp.training.checkpoint_choice import who_chose_by
-from offramp.training.data import check_labels
+from offramp.training.labels import check_labels
 from offramp.training.samples import batches_of, explained_data, read_batch
 
 SteeredNetwork = SkipNetwork | HaltingNetwork

@@ -22,17 +22,14 @@ from offramp.measure.cost import count_macs, evaluation_mode, require_samples
 from offramp.model.chain import Chain
 from offramp.model.graph import Graph
 from offramp.model.head_choice import fit_heads
-from offramp.model.inputs import InputSpec, example_inputs, explained
-from offramp.model.layer_lists import find_layer_list, supported_classes
+from offramp.model.inputs import Given, InputSpec, example_inputs, explained
+from offramp.model.layer_lists import find_layer_list, refuse_unknown
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
 from offramp.model.outputs import check_logits, find_pixel_multiple
 from offramp.model.proof import find_difference, logits_of
 from offramp.model.ragged import Ragged
 from offramp.model.spacing import choose_cuts
 from offramp.model.tracing import NotTraceableError
-
-Example = Tensor | Features | Mapping[str, Tensor]
-"""A batch of inputs: a tensor, a tuple of them, or a dict by the names of ``forward``."""
 
 
 class Cutter(Protocol):
@@ -75,7 +72,7 @@ def add_exits(
     *,
     at: Sequence[str] | str,
     num_classes: int,
-    example: Example,
+    example: Given,
     num_exits: int | None = None,
     heads: Sequence[nn.Module] | None = None,
 ) -> MultiExitNetwork:
@@ -186,7 +183,7 @@ def _paths(at: Sequence[str] | str, num_exits: int | None) -> list[str] | None:
     return paths
 
 
-def cut_paths(backbone: nn.Module, example: Example) -> list[str]:
+def cut_paths(backbone: nn.Module, example: Given) -> list[str]:
     """Name the places where a backbone can be cut and only what an exit reads crosses, in order.
 
     Args:
@@ -235,7 +232,7 @@ class WorksOnCopies(nn.Module):
         return output
 
 
-def _check_example(backbone: nn.Module, example: Example) -> tuple[Features, tuple[InputSpec, ...]]:
+def _check_example(backbone: nn.Module, example: Given) -> tuple[Features, tuple[InputSpec, ...]]:
     layers = find_layer_list(backbone)
     inputs, specs = example_inputs(backbone, example, None if layers is None else layers.ragged)
     require_samples("an example", inputs)
@@ -284,11 +281,7 @@ def _find_cutter(backbone: nn.Module, inputs: Features, at: Sequence[str]) -> Cu
     except NotTraceableError as error:
         if chain is not None:
             return chain
-        if type(backbone).__module__.startswith("transformers."):
-            raise BackboneCutError(
-                f"{type(backbone).__name__} cannot be cut. Of transformers, these classes can: "
-                f"{', '.join(supported_classes())}."
-            ) from error
+        refuse_unknown(backbone)
         raise BackboneCutError(
             f"{type(backbone).__name__} cannot be cut: its forward cannot be followed "
             f"({reason(error)}). Move that part into a module of its own without children, which "

@@ -17,20 +17,18 @@ from torch import Tensor, nn
 
 from offramp.errors import InvalidArgumentError, OfframpError, ShapeError, reason
 from offramp.model.ragged import Ragged
+from offramp.model.tensors import listed, stacked, to_tensor, type_name
+from offramp.model.texts import TEXT_NAMES, as_texts, named_texts
 
 Tensors = tuple[Tensor, ...]
 
 Given = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 """Inputs as a caller gives them: a tensor, several in order, or a dict by name."""
 
-TEXT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
-"""Inputs of a text model, in the order in which it takes them; tokenizers return another one."""
-
 LABEL_NAMES = ("labels", "label", "targets", "target", "label_ids", "y")
 """Names under which a dict may hold its labels: no inputs."""
 
 _IMAGE_NAMES = ("pixel_values", "image", "images", "img", "inputs", "input", "features", "x")
-_UNKNOWN_TO_EXITS = ("inputs_embeds", "position_ids", "head_mask")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +47,7 @@ class InputSpec:
 
     def __str__(self) -> str:
         sizes = "".join(f", {size}" for size in self.sample_shape)
-        return f"(B{sizes}) of {_name_of(self.dtype)}"
+        return f"(B{sizes}) of {type_name(self.dtype)}"
 
 
 class TakesInputs(Protocol):
@@ -106,7 +104,7 @@ def as_inputs(
     if network is not None:
         specs = network.input_specs
         if network.ragged is not None:
-            inputs = _as_texts(inputs, network.ragged)
+            inputs = as_texts(inputs, network.ragged)
         elif specs and len(inputs) != len(specs):
             names = ", ".join(spec.name for spec in specs)
             raise ShapeError(f"Expected the inputs {names}. Got {len(inputs)} inputs.")
@@ -134,10 +132,10 @@ def example_inputs(
     """
     names = TEXT_NAMES if ragged is not None else _parameters(backbone)
     if isinstance(example, Mapping):
-        example = _leading(example, names) if ragged is None else _named_texts(example, ragged)
+        example = _leading(example, names) if ragged is None else named_texts(example, ragged)
     inputs = tuple(_in_own_floats(tensor, backbone) for tensor in as_inputs(example))
     if ragged is not None:
-        inputs = _as_texts(inputs, ragged)
+        inputs = as_texts(inputs, ragged)
     specs = tuple(
         InputSpec(
             name=names[i] if i < len(names) else f"input_{i}",
@@ -164,7 +162,7 @@ def explained(inputs: Tensors, specs: tuple[InputSpec, ...] = ()) -> Iterator[No
     except (OfframpError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
-        shapes = " and ".join(f"{tuple(t.shape)} of {_name_of(t.dtype)}" for t in inputs)
+        shapes = " and ".join(f"{tuple(t.shape)} of {type_name(t.dtype)}" for t in inputs)
         expected = " and ".join(map(str, specs))
         advice = f" Its example was {expected}." if expected else ""
         if not expected and any(not t.is_floating_point() for t in inputs):
@@ -177,7 +175,7 @@ def explained(inputs: Tensors, specs: tuple[InputSpec, ...] = ()) -> Iterator[No
 def _by_name(given: Mapping[Any, Any], network: TakesInputs | None) -> object:
     """The inputs that a dict holds, in the network's order."""
     if network is not None and network.ragged is not None:
-        return _named_texts(given, network.ragged)
+        return named_texts(given, network.ragged)
     specs = () if network is None else network.input_specs
     if len(specs) > 1:
         return _leading(given, [spec.name for spec in specs], least=len(specs))
@@ -188,11 +186,11 @@ def _by_name(given: Mapping[Any, Any], network: TakesInputs | None) -> object:
         if len(found) != 1:
             raise InvalidArgumentError(
                 f"Expected a dict with the input under {(*names, *_IMAGE_NAMES)[0]!r}. "
-                f"Got the keys {_listed(given)}."
+                f"Got the keys {listed(given)}."
             )
     elif names[:1] != found[:1] and len(dict.fromkeys(found)) > 1:
         raise InvalidArgumentError(
-            f"Expected a dict with one input. Got {_listed(found)}: leave the others out."
+            f"Expected a dict with one input. Got {listed(found)}: leave the others out."
         )
     return given[found[0]]
 
@@ -203,99 +201,9 @@ def _leading(given: Mapping[Any, Any], names: Sequence[str], *, least: int = 1) 
     if len(there) < least or there != list(names[: len(there)]):
         raise InvalidArgumentError(
             f"Expected a dict with the inputs in the order {', '.join(names[: least + 4])}, none "
-            f"left out. Got the keys {_listed(given)}."
+            f"left out. Got the keys {listed(given)}."
         )
-    return tuple(_tensor(given[name]) for name in there)
-
-
-def _named_texts(given: Mapping[Any, Any], ragged: Ragged) -> Tensors:
-    """Token ids, mask and token types, as far as a network takes them."""
-    foreign = [name for name in _UNKNOWN_TO_EXITS if given.get(name) is not None]
-    if given.get(TEXT_NAMES[0]) is None or foreign:
-        raise InvalidArgumentError(
-            f"Expected a dict with {', '.join(TEXT_NAMES)}, of which the first is needed. "
-            f"Got the keys {_listed(given)}."
-        )
-    ids, mask, types = (
-        None if given.get(name) is None else _tensor(given[name]) for name in TEXT_NAMES
-    )
-    assert ids is not None
-    if ragged.pad_id is not None:
-        return (_padded_ids(ids, mask, types, ragged.pad_id),)
-    mask = torch.ones_like(ids) if mask is None else mask
-    return (ids, mask) if types is None else (ids, mask, types)
-
-
-def _padded_ids(
-    ids_BT: Tensor, mask_BT: Tensor | None, types: Tensor | None, pad_id: int
-) -> Tensor:
-    """Ids for a network that knows padding by its id, which the mask must agree with."""
-    if types is not None and bool(types.any()):
-        raise InvalidArgumentError(
-            "Expected texts of one token type. Got token_type_ids other than 0, which this network "
-            "does not take."
-        )
-    if mask_BT is None:
-        return ids_BT
-    _check_texts((ids_BT, mask_BT))
-    _check_mask(mask_BT)
-    is_padding_BT = mask_BT == 0
-    if bool(((ids_BT == pad_id) & ~is_padding_BT).any()):
-        raise InvalidArgumentError(
-            f"Expected an attention mask of 0 where the id is {pad_id}, which is padding to this "
-            "network. Got a mask of 1 there."
-        )
-    return ids_BT.masked_fill(is_padding_BT, pad_id)
-
-
-def _as_texts(inputs: Tensors, ragged: Ragged) -> Tensors:
-    """Token ids with their mask, made where there is none, and checked."""
-    _check_texts(inputs)
-    if ragged.pad_id is not None:
-        if len(inputs) > 1:
-            raise ShapeError(f"Expected one input, token ids of texts. Got {len(inputs)}.")
-        return (inputs[0].long(),)
-    ids_BT, *rest = inputs
-    mask_BT = rest[0] if rest else torch.ones_like(ids_BT)
-    _check_mask(mask_BT)
-    if len(inputs) > 2 and bool(inputs[2][:, 0].any()):
-        raise InvalidArgumentError(
-            f"Expected token types that are 0 at a text's first token, as {TEXT_NAMES[2]} are in "
-            f"the order {', '.join(TEXT_NAMES)}. Got others: pass a dict with these names."
-        )
-    return tuple(tensor.long() for tensor in (ids_BT, mask_BT, *rest[1:]))
-
-
-def _check_texts(inputs: Tensors) -> None:
-    if len(inputs) > len(TEXT_NAMES) or inputs[0].ndim != 2:
-        raise ShapeError(
-            f"Expected token ids of shape (B, T), and {' and '.join(TEXT_NAMES[1:])} of the same "
-            f"where there are any. Got {', '.join(str(tuple(t.shape)) for t in inputs)}."
-        )
-    if any(tensor.shape != inputs[0].shape for tensor in inputs):
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
-        raise ShapeError(f"Expected {', '.join(TEXT_NAMES)} of one shape (B, T). Got {shapes}.")
-    if inputs[0].is_floating_point():
-        raise InvalidArgumentError(
-            f"Expected token ids, which are whole numbers. Got {_name_of(inputs[0].dtype)}."
-        )
-
-
-def _check_mask(mask_BT: Tensor) -> None:
-    order = f"Pass a dict; by position, the order is {', '.join(TEXT_NAMES)}."
-    if not bool(((mask_BT == 0) | (mask_BT == 1)).all()):
-        raise InvalidArgumentError(
-            "Expected an attention mask of 0 and 1. "
-            f"Got values from {mask_BT.min().item()} to {mask_BT.max().item()}. {order}"
-        )
-    is_late_B = mask_BT[:, 0] == 0
-    if bool(is_late_B.any()):
-        text = int(is_late_B.int().argmax())
-        hides = "every" if not bool(mask_BT[text].any()) else "the first"
-        raise InvalidArgumentError(
-            "Expected texts that begin with a token. "
-            f"The attention mask hides {hides} token of text {text}. {order}"
-        )
+    return tuple(to_tensor(given[name]) for name in there)
 
 
 def _as_tensors(given: object, network: TakesInputs | None) -> Tensors:
@@ -303,59 +211,14 @@ def _as_tensors(given: object, network: TakesInputs | None) -> Tensors:
         isinstance(value, Tensor | np.ndarray) for value in given
     )
     if not isinstance(given, tuple | list) or not is_several or not given:
-        return (_tensor(given),)
-    tensors = tuple(map(_tensor, given))
+        return (to_tensor(given),)
+    tensors = tuple(map(to_tensor, given))
     specs = () if network is None else network.input_specs
     if isinstance(given, list) and len(specs) == 1:
         num_axes = len(specs[0].sample_shape)
         if all(tensor.ndim == num_axes for tensor in tensors):  # samples, not yet stacked
-            return (_stacked(tensors),)
+            return (stacked(tensors),)
     return tensors
-
-
-def _stacked(samples: Tensors) -> Tensor:
-    sizes = sorted({tuple(sample.shape) for sample in samples})
-    if len(sizes) > 1:
-        raise ShapeError(
-            f"Expected samples of one size in a batch. Got {sizes[0]} and {sizes[1]}: resize, crop "
-            "or pad them."
-        )
-    return torch.stack(samples)
-
-
-def _tensor(value: object) -> Tensor:
-    """A tensor of what is one: tensors, arrays and lists of numbers."""
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, list | tuple) and value:
-        if all(isinstance(item, Tensor) for item in value):
-            return _stacked(tuple(value))
-        if type(value[0]).__module__.partition(".")[0] == "PIL":
-            value = value[0]
-    if isinstance(value, np.ndarray | np.generic | list | tuple | int | float):
-        try:
-            array = np.asarray(value)
-        except ValueError as error:
-            raise ShapeError(
-                "Expected samples of one size in a batch. Got lists of several: resize, crop or "
-                "pad them."
-            ) from error
-        if array.dtype.kind in "biuf" and array.size:
-            return torch.tensor(array)
-    raise InvalidArgumentError(_no_tensor(value))
-
-
-def _no_tensor(value: object) -> str:
-    first = value
-    while isinstance(first, list | tuple | np.ndarray) and len(first):
-        first = first[0]
-    if isinstance(first, str | bytes):
-        advice = f"text such as {first[:20]!r}: turn it into token ids with a tokenizer first"
-    elif type(first).__module__.partition(".")[0] == "PIL":
-        advice = "a PIL image: turn it into a tensor first, as torchvision's ToTensor does"
-    else:
-        advice = f"{type(first).__name__}: turn it into a tensor with the batch axis first"
-    return f"Expected inputs as a tensor, a tuple of tensors or a dict of them. Got {advice}."
 
 
 def _fitting(tensor: Tensor, spec: InputSpec | None, network: TakesInputs) -> Tensor:
@@ -370,7 +233,7 @@ def _fitting(tensor: Tensor, spec: InputSpec | None, network: TakesInputs) -> Te
         if is_float != spec.dtype.is_floating_point:
             advice = "scale it to floats as in training, as images.float() / 255"
             raise InvalidArgumentError(
-                f"Expected {spec.name} as {spec}, as in the example. Got {_name_of(tensor.dtype)}"
+                f"Expected {spec.name} as {spec}, as in the example. Got {type_name(tensor.dtype)}"
                 + (f": {advice}." if not is_float else ".")
             )
         if not is_float and spec.dtype == torch.int64:
@@ -391,11 +254,3 @@ def _parameters(backbone: nn.Module) -> tuple[str, ...]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(backbone.forward).parameters.values()
     return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _listed(names: Iterator[Any] | Mapping[Any, Any] | Sequence[Any]) -> str:
-    return ", ".join(map(repr, names)) or "none"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offramp.errors import BackboneCutError
 from offramp.model.multi_exit import Features, as_features
 from offramp.model.ragged import Ragged
 
@@ -93,9 +94,19 @@ def find_layer_list(backbone: nn.Module) -> LayerList | None:
     return None if describe is None else describe(backbone)
 
 
-def supported_classes() -> tuple[str, ...]:
-    """Name the classes of transformers that are written down here."""
-    return tuple(_KNOWN)
+def refuse_unknown(backbone: nn.Module) -> None:
+    """Raise if a module is of transformers; it is of no class that is written down here.
+
+    Args:
+        backbone: A module that nothing could cut.
+    Raises:
+        BackboneCutError: Names the classes that are.
+    """
+    if type(backbone).__module__.startswith("transformers."):
+        raise BackboneCutError(
+            f"{type(backbone).__name__} cannot be cut. Of transformers, these classes can: "
+            f"{', '.join(_KNOWN)}."
+        )
 
 
 def bert_steps(bert: Any, path: str = "bert") -> list[Step]:

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from offramp.errors import DataError, InvalidArgumentError
-from offramp.measure.dense import IGNORED_LABEL
+from offramp.errors import InvalidArgumentError
 from offramp.training.collate import collate
 from offramp.training.colour import recoloured
 
@@ -355,32 +354,6 @@ def split_off_calibration(
     kept[chosen_B] = False
     calibration = dataset.subset(chosen_B).unaugmented()
     return dataset.subset(kept.nonzero()[:, 0]), calibration
-
-
-def check_labels(labels_B: Tensor, *, num_classes: int) -> None:
-    """Refuse labels that the network has no output for.
-
-    Args:
-        labels_B: Classes, shape (B,), int64, or of pixels, shape (B, H, W), of which those of
-            ``IGNORED_LABEL`` are left out.
-        num_classes: Outputs of the network.
-    Raises:
-        DataError: If a label is outside [0, num_classes - 1].
-    """
-    if labels_B.ndim == 3:
-        labels_B = labels_B[labels_B != IGNORED_LABEL]
-    if labels_B.numel() == 0:
-        return
-    smallest, largest = (int(value) for value in labels_B.aminmax())
-    if smallest < 0 or largest >= num_classes:
-        wrong = smallest if smallest < 0 else largest
-        advice = "Check the data set, or build the network with more classes."
-        if smallest < 0:
-            advice = "Where that stands for samples without a label, leave them out."
-        raise DataError(
-            f"Labels must be in [0, {num_classes - 1}], one per output of the network. "
-            f"Got {wrong}. {advice}"
-        )
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

@@ -22,8 +22,8 @@ from offramp.measure.dense import (
 )
 from offramp.model.multi_exit import Features
 from offramp.training.config_checks import check_class_weights
-from offramp.training.data import check_labels
 from offramp.training.exits_task import MultiExitTask
+from offramp.training.labels import check_labels
 from offramp.training.parquet import known_labels
 from offramp.training.samples import explained_data, read_batch
 from offramp.training.task import ACCURACY_METRIC

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from offramp.model.multi_exit import Features, MultiExitNetwork
-from offramp.training.data import check_labels
+from offramp.training.labels import check_labels
 from offramp.training.losses import joint_loss, weights_in_epoch
 from offramp.training.regimes import balanced_outputs, frozen_backbone, set_training_mode
 from offramp.training.task import Task

@@ -14,7 +14,7 @@ from offramp.model.multi_exit import Features
 from offramp.routing.halting import HaltingNetwork, HaltingOutput
 from offramp.routing.ponder import ponder_loss, prior_loss
 from offramp.training.config import HaltingConfig
-from offramp.training.data import check_labels
+from offramp.training.labels import check_labels
 from offramp.training.schedules import two_cosines
 from offramp.training.task import Task
 

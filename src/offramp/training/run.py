@@ -21,7 +21,8 @@ from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPoli
 from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
 from offramp.training.checkpoint_choice import read_choice, write_choice
-from offramp.training.data import Batches, ImageBatches, check_labels, split_off_calibration
+from offramp.training.data import Batches, ImageBatches, split_off_calibration
+from offramp.training.labels import check_labels
 from offramp.training.masks import MaskBatches
 from offramp.training.parquet import Split, TextSplit, known_labels
 from offramp.training.recipes import Recipe

@@ -20,6 +20,7 @@ from offramp.errors import DataError, InvalidArgumentError, ShapeError
 from offramp.model.inputs import LABEL_NAMES, TakesInputs, Tensors, as_inputs, explained
 from offramp.training.collate import collate
 from offramp.training.data import Batches, make_loader
+from offramp.training.labels import read_labels
 
 _MASK_NAMES = ("mask", "masks", "annotation", "segmentation")
 """Names under which a dict may hold a class for every pixel, too."""
@@ -57,10 +58,11 @@ def read_batch(
     """Make a batch out of what a loader gave.
 
     A batch is a pair (inputs, labels), or a dict by the names that Hugging Face's data sets and
-    processors use. What has one meaning is converted, see :func:`read_labels` and
-    :func:`~offramp.model.inputs.as_inputs`; anything else is refused. Of three parts or more, the
-    first is the input and the second the label, if the network takes one input and the others can
-    be neither inputs, labels nor weights: names, numbers of samples.
+    processors use. What has one meaning is converted (see
+    :func:`~offramp.training.labels.read_labels` and :func:`~offramp.model.inputs.as_inputs`),
+    anything else is refused. Of three parts or more, the first is the input and the second the
+    label, if the network takes one input and the others can be neither inputs, labels nor weights:
+    names, numbers of samples.
 
     Args:
         batch: What the loader gave.
@@ -69,7 +71,7 @@ def read_batch(
     Returns:
         inputs: As the network is called, each with the batch axis first.
         labels: Classes, shape (B,), int64, or (B, H, W) where every pixel has one. Whether the
-            network has so many classes is for :func:`~offramp.training.data.check_labels` to say.
+            network has so many classes is for :func:`~offramp.training.labels.check_labels` to say.
     Raises:
         DataError: If there is no sample or no label in it, or it has no single meaning.
     """
@@ -108,95 +110,6 @@ def explained_data(inputs: Tensors, network: TakesInputs) -> Iterator[None]:
             yield
     except ShapeError as error:
         raise DataError(str(error)) from error
-
-
-def read_labels(
-    labels: object,
-    *,
-    num_samples: int,
-    num_classes: int | None = None,
-    is_dense: bool | None = None,
-) -> Tensor:
-    """Read the labels of a batch as classes.
-
-    Classes may be whole numbers of any type, bool and float among them; of shape (B,), (B, 1), or
-    one-hot, (B, C); of pixels (B, H, W), (B, 1, H, W) or (B, C, H, W). Lists and arrays will do.
-
-    Args:
-        labels: What stands for the labels.
-        num_samples: Samples B of the batch.
-        num_classes: Classes C; unknown if None.
-        is_dense: Whether every pixel has a class; unknown if None.
-    Returns:
-        Classes, shape (B,), int64, or (B, H, W) where every pixel has one.
-    Raises:
-        DataError: If they are no classes, or not one for each sample or pixel.
-    Example:
-        >>> read_labels([[0.0, 1.0], [1.0, 0.0]], num_samples=2)
-        tensor([1, 0])
-    """
-    values = _label_tensor(labels)
-    if values.ndim == 0 or values.shape[0] != num_samples:
-        raise DataError(
-            f"Expected a label for each of the {num_samples} samples of the batch, batch axis "
-            f"first. Got labels of shape {tuple(values.shape)}."
-        )
-    if values.is_complex() or not bool(values.isfinite().all()):
-        raise DataError("Expected classes as whole numbers. Got labels with NaN or infinity.")
-    if values.ndim in (2, 4):
-        values = _without_class_axis(values, num_classes)
-    if values.ndim not in {None: (1, 3), False: (1,), True: (3,)}[is_dense]:
-        wanted = "(B, H, W), one for each pixel" if is_dense else "(B,), one for each sample"
-        raise DataError(f"Expected labels of shape {wanted}. Got shape {tuple(values.shape)}.")
-    if values.is_floating_point() and not torch.equal(values, values.round()):
-        wrong = values[values != values.round()][0].item()
-        raise DataError(
-            f"Expected classes as whole numbers. Got a label of {wrong:g}: regression, and labels "
-            "shared out among classes, are not supported."
-        )
-    return values.long()
-
-
-def _without_class_axis(values: Tensor, num_classes: int | None) -> Tensor:
-    """Labels of shape (B, 1, ...) or one-hot, (B, C, ...), without the second axis."""
-    if values.shape[1] == 1 and num_classes != 1:
-        return values[:, 0]
-    is_one = values == 1
-    is_binary = bool((is_one | (values == 0)).all())
-    if is_binary and bool((is_one.sum(1) == 1).all()) and num_classes in (None, values.shape[1]):
-        return is_one.int().argmax(1)
-    columns = "C" if num_classes is None else num_classes
-    raise DataError(
-        f"Expected one class for each sample: labels of shape (B,), (B, 1), or one-hot of "
-        f"{columns} columns with a single 1. Got shape {tuple(values.shape)}"
-        f"{'' if is_binary else ' with other values'}: several classes for a sample, and labels "
-        "shared out among classes (mixup), are not supported."
-    )
-
-
-def _label_tensor(labels: object) -> Tensor:
-    if isinstance(labels, Tensor):
-        return labels
-    if isinstance(labels, list | tuple) and labels and isinstance(labels[0], Tensor):
-        if len({label.shape for label in labels}) == 1:
-            return torch.stack(tuple(labels))
-        raise DataError("Expected labels of one shape. Got a list of several.")
-    try:
-        array = np.asarray(labels)
-    except ValueError as error:
-        raise DataError("Expected labels of one shape. Got a list of several.") from error
-    if array.dtype.kind in "biuf":
-        return torch.tensor(array)
-    first = array.flat[0] if array.size else labels
-    if isinstance(first, str | bytes):
-        raise DataError(
-            f"Expected classes as whole numbers from 0. Got text such as {first[:20]!r}: number "
-            "the class names, as sorted(names).index(name)."
-        )
-    raise DataError(
-        "Expected classes as whole numbers from 0. Got "
-        f"{'None: samples without labels' if first is None else type(first).__name__}."
-    )
 
 
 def _split(batch: object, network: Labelled | None) -> tuple[object, object]:

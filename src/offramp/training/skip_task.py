@@ -21,7 +21,7 @@ from offramp.routing.skip import (
     straight_through,
 )
 from offramp.training.config import GateConfig
-from offramp.training.data import check_labels
+from offramp.training.labels import check_labels
 from offramp.training.schedules import two_cosines
 from offramp.training.task import Task
 

@@ -19,7 +19,8 @@ from offramp.errors import InvalidArgumentError, TrainingDivergedError, reason
 from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.training.config import FitConfig
 from offramp.training.config_checks import check_config
-from offramp.training.data import check_labels, epoch_seed
+from offramp.training.data import epoch_seed
+from offramp.training.labels import check_labels
 from offramp.training.samples import explained_data, read_batch
 from offramp.training.schedules import cosine_factor
 from offramp.zoo import Network

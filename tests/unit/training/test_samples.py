@@ -12,7 +12,8 @@ from offramp.errors import DataError
 from offramp.model.cut import add_exits
 from offramp.training.config import FitConfig
 from offramp.training.fit import fit
-from offramp.training.samples import batches_of, read_batch, read_labels
+from offramp.training.labels import read_labels
+from offramp.training.samples import batches_of, read_batch
 
 X = torch.arange(12.0).reshape(6, 2) / 10
 Y = torch.tensor([0, 1, 2, 0, 1, 2])

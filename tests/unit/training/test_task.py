@@ -10,9 +10,9 @@ from offramp.artifacts import SCHEMA_VERSION
 from offramp.errors import ArtifactError, DataError, InvalidArgumentError, TrainingDivergedError
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.training.config import FitConfig
-from offramp.training.data import check_labels
 from offramp.training.exits_task import MultiExitTask
 from offramp.training.fit import fit
+from offramp.training.labels import check_labels
 from offramp.training.last_checkpoint import check_checkpoint
 
 PAIRS = [(torch.zeros(6), 0), (torch.ones(6), 1)]
