@@ -4,6 +4,7 @@ import shlex
 
 import pytest
 
+from offramp import __version__
 from offramp.errors import ArtifactError
 
 # Run in a folder that holds a calibrated run (run) and a text file (file) and nothing else.
@@ -54,7 +55,15 @@ REFUSED = {
     ),
     "missing data folder": ("evaluate run --data nowhere", ("nowhere/test.parquet", "--data DIR")),
     "unknown device": ("train --out new --epochs 1 --device tpu", ("cpu", "cuda", "'tpu'")),
-    "unknown command": ("trian", ("'trian'", "'train'")),
+    "unknown command": ("trian", ("'trian'", "Did you mean 'train'?", "See: offramp --help")),
+    "unknown command before a run": ("evalute run", ("mean 'evaluate'?", "See: offramp --help")),
+    "command like no other": ("xyzzy", ("'xyzzy'. See: offramp --help",)),
+    "run before the command": ("run evaluate", ("'run'. See: offramp --help",)),
+    "option before the command": ("--quiet recipes", ("--quiet. See: offramp --help",)),
+    "option alone": ("-q", ("-q. See: offramp --help",)),
+    "mistyped option": ("evaluate run --jsno x", ("--json). See: offramp evaluate --help",)),
+    "option without a value": ("train --epochs", ("argument. See: offramp train --help",)),
+    "debugging a mistyped command": ("--debug evalute", ("See: offramp --help",)),
     "unknown option": ("train --out new --nonsense", ("--nonsense", "train --help")),
     "no run": ("evaluate nowhere", ("nowhere", "recipe.json", "offramp train")),
     "too few thresholds": ("calibrate run --thresholds 0.1", ("2", "1", "0.1")),
@@ -108,6 +117,18 @@ def test_processes_refuse_alike(
         assert (outcome.code, outcome.stdout) == (2, "")
         assert_one_line(outcome.stderr, REFUSED[name][1])
     assert {path.name for path in workplace.iterdir()} == {"run", "file"}
+
+
+@pytest.mark.parametrize("option", ["--version", "-V"])
+def test_version_is_printed(offramp, option):
+    outcome = offramp(option)
+    assert (outcome.code, outcome.stdout) == (0, f"offramp {__version__}\n")
+
+
+@pytest.mark.parametrize("command", [(), ("recipes",), ("evaluate",)])
+def test_short_option_prints_the_same_help(offramp, command):
+    assert offramp(*command, "-h") == offramp(*command, "--help")
+    assert offramp(*command, "-h").code == 0
 
 
 def test_debug_shows_the_traceback(workplace, offramp):

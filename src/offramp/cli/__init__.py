@@ -33,6 +33,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("recipes")(train.recipes)
 app.command("train")(train.train)
@@ -67,7 +68,7 @@ def _print_version(wanted: bool) -> None:
 def _options(
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, help="Print the version.")
+        bool, typer.Option("--version", "-V", callback=_print_version, help="Print the version.")
     ] = False,
 ) -> None:
     """Options of every command; ``main`` reads --debug itself."""
@@ -85,7 +86,8 @@ def main() -> None:
         print("offramp: interrupted; training goes on with --resume", file=sys.stderr)
         sys.exit(_INTERRUPTED)
     except TyperException as error:
-        _fail(f"{error.format_message()} See: offramp {' '.join(sys.argv[1:2])} --help")
+        words = error.format_message()
+        _fail(f"{words}{'' if words.endswith(('.', '?')) else '.'} See: {_help_of(arguments)}")
     except OfframpError as error:
         if is_debugging:
             raise
@@ -99,6 +101,12 @@ def main() -> None:
             raise
         _fail(f"This command needs {error.name}: pip install 'offramp[train]'")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _help_of(arguments: list[str]) -> str:
+    """The help of the command that was typed, or of all where it is none."""
+    commands = [command.name for command in app.registered_commands]
+    return " ".join(["offramp", *(name for name in arguments[:1] if name in commands), "--help"])
 
 
 def _fail(message: str) -> None:

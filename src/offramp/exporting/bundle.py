@@ -34,9 +34,11 @@ from offramp.zoo import Network
 Family = ExitsExport | SkipExport | HaltingExport
 """What writes and checks bundles of a family."""
 
-_WHOLE = ("bool", "uint8", "int8", "int16", "int32", "int64")
-_PRECISIONS = frozenset(f"torch.{name}" for name in ("float32", *_WHOLE))
-"""What weights and samples may be: whole numbers count, and are never rounded."""
+_WHOLE = {f"torch.{name}" for name in ("bool", "uint8", "int8", "int16", "int32", "int64")}
+"""Types of numbers that are counted with, and never rounded."""
+_USUAL = "torch.float32"
+_PRECISIONS: tuple[set[str], ...] = (set(), {_USUAL}, {"torch.float64"})
+"""Of what precisions weights and samples may be together."""
 
 
 @torch.no_grad()
@@ -76,7 +78,7 @@ def export(
             export the network.
         ExportMismatchError: If the bundle answers otherwise than the network.
         InvalidArgumentError: If the policy is for another network or of an unknown class, there
-            are no such steps, or weights or samples are not of float32 precision.
+            are no such steps, or weights and samples are not all in float32 or all in float64.
         MissingExtraError: If the packages that write ONNX are not installed.
     """
     inputs = as_inputs(samples, network)
@@ -150,13 +152,15 @@ def _check_precision(network: nn.Module, inputs: Features) -> None:
     }
     precisions = {name: _precision(weight) for name, weight in network.named_parameters()}
     precisions |= {f"samples[{i}]": str(tensor.dtype) for i, tensor in enumerate(inputs)}
-    for name, precision in (quantized | precisions).items():
-        if name in quantized or precision not in _PRECISIONS:
-            raise InvalidArgumentError(
-                f"A bundle computes in float32 precision, and {name} is {precision}. Export the "
-                "network as it was before it was cast or quantised, or network.float(), with "
-                "float32 samples, and a policy calibrated on that."
-            )
+    if set(precisions.values()) - _WHOLE in _PRECISIONS:
+        precisions = {}
+    odd = {name: kind for name, kind in precisions.items() if kind not in _WHOLE | {_USUAL}}
+    for name, precision in (quantized | odd).items():
+        raise InvalidArgumentError(
+            f"A bundle computes in float32 or all in float64 precision, and {name} is {precision}. "
+            "Export the network as it was before it was cast or quantised, or network.float(), "
+            "with float32 samples, and a policy calibrated on that."
+        )
 
 
 def _precision(weight: Tensor) -> str:

@@ -207,4 +207,7 @@ def _load(
     try:
         return onnxruntime.InferenceSession(content or path, options, providers=list(providers))
     except Exception as error:  # onnxruntime's own exceptions have no common base but this one
-        raise ArtifactError(f"onnxruntime cannot load {path}: {reason(error)}") from error
+        words = f"onnxruntime cannot load {path}: {reason(error)}"
+        if "NOT_IMPLEMENTED" in words:
+            words += " It computes most layers in float32 precision only: export network.float()."
+        raise ArtifactError(words) from error

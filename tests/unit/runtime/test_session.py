@@ -179,7 +179,7 @@ def test_session_by_a_relative_path_outlives_a_change_of_folder(folder, monkeypa
 
 
 def test_exported_bundle_outlives_a_change_of_folder(monkeypatch, tmp_path):
-    network = mlp(in_features=6, widths=(5,), num_classes=4).eval()
+    network = mlp(in_features=6, widths=(5, 8), num_classes=4).eval()
     monkeypatch.chdir(tmp_path)
     bundle = export(network, ThresholdPolicy((0.5,)), "bundle", torch.from_numpy(X))
     (tmp_path / "elsewhere").mkdir()
