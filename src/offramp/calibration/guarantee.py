@@ -16,9 +16,10 @@ Shapes: ``K`` exits, ``N`` samples, ``P`` policies on the front.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from offramp.calibration.logits import ExitLogits, check_same_network
 from offramp.calibration.risk import RISKS, check_risk, check_risk_fits
@@ -177,6 +178,7 @@ def calibrate_with_guarantee(
         check_same_network(finding, logits)
         check_disjoint(finding, logits)
         testing = logits.take(in_random_order(logits, seed))
+    finding = _rounded(finding)
     candidates = candidates_on(finding, _best_of(rule, finding, max_risk, risk), risk)
     test = choose_test(risk, testing, guarantee=guarantee)
     losses = zip(
@@ -218,6 +220,15 @@ def check_guarantee(max_risk: float, guarantee: float | str) -> None:
             "The 'guarantee' parameter must be a probability in (0, 1), e.g. 0.95, or 'mean'. "
             f"Got {guarantee!r}."
         )
+
+
+def _rounded(finding: ExitLogits) -> ExitLogits:
+    """Logits without their last bits, which differ between processors: ties then break alike."""
+    if finding.is_dense:
+        return finding  # at half precision already
+    largest = torch.finfo(torch.float16).max
+    logits_KNC = finding.logits_KNC.clamp(-largest, largest).half().float()
+    return replace(finding, logits_KNC=logits_KNC)
 
 
 def _best_of(

@@ -35,6 +35,10 @@ _PRICES = np.geomspace(1e-3, 3.0, 24)
 _FRONT_PRICES = np.geomspace(1e-3, 1.0, 40)
 """As above, for walking along the front; those beyond 1 would only repeat its cheap end."""
 
+_FRONT_LEVELS = 64
+"""Thresholds of an exit that the front is made of. With all that there are, many points are as good
+as their neighbours, and the last bits of confidences would decide where the walk goes."""
+
 _BETWEEN = (0.25, 0.5, 0.75)
 """Where candidates are put between two neighbours on the front."""
 
@@ -122,6 +126,7 @@ class ThresholdSearch:
         self._may_switch_off = may_switch_off
         self.order_KN = np.argsort(-self.confidence_KN, axis=1, kind="stable")
         self._score: Score | None = None
+        self._levels: list[Floats] | None = None
         self._best: tuple[float, tuple[float, ...]]
         self.cheapest_macs = math.inf
 
@@ -154,6 +159,9 @@ class ThresholdSearch:
             Thresholds, each point once, with steps between neighbours so that little is skipped.
         """
         self._score = None
+        self._levels = [
+            _levels(self.confidence_KN[k][self.order_KN[k]]) for k in range(self.num_exits - 1)
+        ]
         thresholds = self._start(is_open=False)
         points = [(math.inf,) * (self.num_exits - 1), tuple(thresholds)]
         for price in _FRONT_PRICES:
@@ -228,16 +236,33 @@ class ThresholdSearch:
         weights = self.weights_N[order]
         gain = np.cumsum(weighs_N[order] * self.worth_KN[k][order] - worth_N[order], axis=0)
         saving = np.cumsum(weights * exit_macs[k] - macs_N[order])
-        ends, cuts = _cuts(self.confidence_KN[k][order])
-        gains_J = np.concatenate([np.zeros((1, *gain.shape[1:])), gain[ends]])
+        counts, cuts = self._cuts_of(k, self.confidence_KN[k][order])
+        gains_J = np.concatenate([np.zeros((1, *gain.shape[1:])), gain])[np.append(0, counts)]
         worth_J = self._worth((worth_N.sum(0) + gains_J) / self.num_samples)
-        macs_J = np.append(macs_N.sum(), macs_N.sum() + saving[ends]) / self.num_samples
+        savings_J = np.append(0.0, saving)[np.append(0, counts)]
+        macs_J = (macs_N.sum() + savings_J) / self.num_samples
         if self._may_switch_off:
             macs_J[0] -= self.costs.head_macs[k] * weights.sum() / self.num_samples
             return np.append(math.inf, cuts), worth_J, macs_J
         # A threshold of 1 keeps everybody in, unless somebody is as sure as that.
         first = 1 if len(cuts) and self.confidence_KN[k][order[0]] >= 1 else 0
         return np.append(1.0, cuts)[first:], worth_J[first:], macs_J[first:]
+
+    def _cuts_of(self, k: int, descending: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
+        """How many samples leave at thresholds of exit k, and the thresholds."""
+        if self._levels is None:
+            ends, cuts = _cuts(descending)
+            return ends + 1, cuts
+        levels = self._levels[k]
+        return np.searchsorted(-descending, -levels, side="right"), levels
+
+
+def _levels(descending: Floats) -> Floats:
+    """Some of the thresholds that can part samples, with about as many between each two."""
+    ends, cuts = _cuts(descending)
+    wanted = np.linspace(0, len(descending) - 1, _FRONT_LEVELS + 1)[1:]
+    chosen = np.unique(np.searchsorted(ends, wanted).clip(max=len(ends) - 1))
+    return cuts[chosen] if len(cuts) else cuts
 
 
 def _cuts(descending: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
