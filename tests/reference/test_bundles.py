@@ -26,7 +26,6 @@ def compared(request, tmp_path_factory):
     return run, offramp.Session(bundle), inputs
 
 
-@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.parametrize("batch_size", [1, 7, 256])
 def test_session_and_runner_agree_on_all_test_images(compared, batch_size):
