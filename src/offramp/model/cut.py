@@ -85,7 +85,8 @@ def add_exits(
 
     Args:
         backbone: Any module of one output, which is the logits: a transformers model, one whose
-            children run in order, or one that torch.fx can trace.
+            children run in order, or one that torch.fx can trace. Of a compiled one the module
+            that was compiled is cut.
         at: Paths of modules as in ``named_modules()``, in the order they run; an exit attaches
             after each. A string is one path. The backbone's end is the final exit and is not
             named. "auto" shares the backbone's MACs out evenly among ``num_exits``;
@@ -115,6 +116,7 @@ def add_exits(
         2
     """
     inputs = _check_example(example)
+    backbone = _uncompiled(backbone)
     paths = _paths(at, num_exits)
     _check_logits(backbone, inputs, num_classes)
     cutter = _find_cutter(backbone, inputs, paths or ())
@@ -143,6 +145,12 @@ def _cut(
             "that part into a module of its own without children, which stays whole."
         )
     return apart.safe_stages(), apart.features
+
+
+def _uncompiled(backbone: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` was given, whose parts are not compiled one by one."""
+    original = getattr(backbone, "_orig_mod", backbone)
+    return original if isinstance(original, nn.Module) else backbone
 
 
 def _paths(at: Sequence[str] | str, num_exits: int | None) -> list[str] | None:
@@ -197,7 +205,7 @@ def cut_paths(backbone: nn.Module, example: Tensor | Features) -> list[str]:
         >>> cut_paths(backbone, torch.zeros(1, 8))
         ['0.0', '0']
     """
-    return _narrow_paths(_find_cutter(backbone, _check_example(example), ()))
+    return _narrow_paths(_find_cutter(_uncompiled(backbone), _check_example(example), ()))
 
 
 def _narrow_paths(cutter: Cutter) -> list[str]:
@@ -275,10 +283,10 @@ def _spread(
 
 
 def _find_cutter(backbone: nn.Module, inputs: Features, at: Sequence[str]) -> Cutter:
-    if isinstance(backbone, torch.jit.ScriptModule) or hasattr(backbone, "_orig_mod"):
+    if isinstance(backbone, torch.jit.ScriptModule):
         raise BackboneCutError(
-            "Expected a module of Python code. What torch.jit and torch.compile make of one cannot "
-            "be cut: pass the module that it was made of."
+            "Expected a module of Python code. TorchScript cannot be cut, since it holds no code "
+            "that could be followed: pass the module that it was made of."
         )
     layers = find_layer_list(backbone)
     if layers is not None:
