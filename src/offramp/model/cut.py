@@ -87,7 +87,7 @@ def add_exits(
     Args:
         backbone: Any module of one output, logits (B, C), or (B, C, h, w) where it says a class
             for every pixel: a transformers model, one whose children run in order, or one that
-            torch.fx can trace.
+            torch.fx can trace. Of a compiled one the module that was compiled is cut.
         at: Paths of modules as in ``named_modules()``, in the order they run; an exit attaches
             after each. A string is one path. The backbone's end is the final exit and is not
             named. "auto" shares the backbone's MACs out evenly among ``num_exits``;
@@ -119,6 +119,7 @@ def add_exits(
         >>> network.num_exits
         2
     """
+    backbone = _uncompiled(backbone)
     inputs, input_specs = _check_example(backbone, example)
     paths = _paths(at, num_exits)
     _check_logits(backbone, inputs, num_classes)
@@ -167,6 +168,12 @@ def _cut(
     return apart.safe_stages(), apart.features
 
 
+def _uncompiled(backbone: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` was given, whose parts are not compiled one by one."""
+    original = getattr(backbone, "_orig_mod", backbone)
+    return original if isinstance(original, nn.Module) else backbone
+
+
 def _paths(at: Sequence[str] | str, num_exits: int | None) -> list[str] | None:
     """The paths that were named; None for "auto"."""
     if at == "auto":
@@ -200,6 +207,7 @@ def cut_paths(backbone: nn.Module, example: Given) -> list[str]:
         >>> cut_paths(backbone, torch.zeros(1, 8))
         ['0.0', '0']
     """
+    backbone = _uncompiled(backbone)
     inputs, _ = _check_example(backbone, example)
     return _narrow_paths(_find_cutter(backbone, inputs, ()))
 
@@ -261,10 +269,10 @@ def _spread(
 
 
 def _find_cutter(backbone: nn.Module, inputs: Features, at: Sequence[str]) -> Cutter:
-    if isinstance(backbone, torch.jit.ScriptModule) or hasattr(backbone, "_orig_mod"):
+    if isinstance(backbone, torch.jit.ScriptModule):
         raise BackboneCutError(
-            "Expected a module of Python code. What torch.jit and torch.compile make of one cannot "
-            "be cut: pass the module that it was made of."
+            "Expected a module of Python code. TorchScript cannot be cut, since it holds no code "
+            "that could be followed: pass the module that it was made of."
         )
     layers = find_layer_list(backbone)
     if layers is not None:

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from offramp.errors import reason
 from offramp.measure.cost import evaluation_mode
 
 
@@ -227,6 +226,6 @@ def _what_stopped(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [frame for frame in frames if not frame.filename.startswith(ours)]
     if not theirs or not theirs[-1].line:
-        return reason(error)
+        return "its code asks a tensor for values or sizes, or takes one apart"
     frame = theirs[-1]
     return f"line {frame.lineno} of {Path(frame.filename).name}, `{frame.line}`"

@@ -1,9 +1,9 @@
 """Cutting backbones by the graph that torch.fx traces."""
 
-import contextlib
 import copy
 import pickle
 import random
+import warnings
 
 import pytest
 import torch
@@ -319,9 +319,18 @@ def test_what_the_forward_sets_is_no_stand_in_afterwards():
     assert isinstance(backbone.seen, torch.Tensor)
 
 
-@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.compile(m, backend="eager")])
-def test_what_torch_compiled_is_refused(make):
-    with pytest.warns() if make is torch.jit.script else contextlib.nullcontext():
-        compiled = make(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, CLASSES)))
+def test_torchscript_is_refused():
+    backbone = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, CLASSES))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what comes after TorchScript
+        scripted = torch.jit.script(backbone)
     with pytest.raises(BackboneCutError, match="pass the module that it was made of"):
-        add_exits(compiled, at=["0"], num_classes=CLASSES, example=torch.randn(2, 6))
+        add_exits(scripted, at=["0"], num_classes=CLASSES, example=torch.randn(2, 6))
+
+
+def test_of_a_compiled_module_the_one_that_was_compiled_is_cut():
+    backbone, x = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, CLASSES)), torch.ones(2, 6)
+    compiled = torch.compile(backbone, backend="eager")
+    network = add_exits(compiled, at="1", num_classes=CLASSES, example=x)
+    assert torch.equal(network(x)[-1], backbone(x))
+    assert network.backbone_state_dict().keys() == backbone.state_dict().keys()
