@@ -43,7 +43,7 @@ from scipy.stats import binom
 
 from offramp import ExitLogits, calibrate
 from offramp.calibration.guarantee import calibrate_with_guarantee, candidates_on
-from offramp.calibration.risk import RISKS
+from offramp.calibration.risk import RISKS, cautious_losses
 from offramp.calibration.rules import policy_like
 from offramp.calibration.search import evaluate_thresholds, exits_left_by
 from offramp.calibration.sequence import choose_test, in_random_order, passing_values
@@ -144,7 +144,7 @@ class Candidates:
 
 def _losses(logits: ExitLogits, policies: list[ThresholdedPolicy], risk: str) -> np.ndarray:
     """Loss of every sample under every policy, shape (policies, N)."""
-    losses_KN = RISKS[risk].losses(logits)
+    losses_KN = cautious_losses(risk, logits)
     confidence_KN = confidences(logits, policies[0])
     exits = [exits_left_by(confidence_KN, policy.thresholds) for policy in policies]
     return np.stack([losses_KN[exit_N, np.arange(len(exit_N))] for exit_N in exits])

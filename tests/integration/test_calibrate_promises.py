@@ -29,10 +29,21 @@ def test_promise_is_printed_and_written(run, offramp):
         "samples (digits, classes as in train), early exit loses at most 5 percentage points of "
         "accuracy against the final exit on new samples drawn alike."
     )
-    assert promise["num_tested"] < promise["num_samples"] == data["num_samples"]
+    assert promise["num_tested"] == promise["num_samples"] == data["num_samples"]
+    assert (promise["found_on"], promise["num_finding"] > promise["num_tested"]) == ("train", True)
+    assert f"prepared on {promise['num_finding']:,} train samples)" in outcome.stdout
     assert f"{promise['num_passed']} of {promise['num_candidates']} candidates" in outcome.stdout
     assert offramp("evaluate", run).code == 0
     assert offramp("evaluate", run, "--split", "calibration").code == 2
+
+
+@pytest.mark.parametrize("fitted", [("--temperatures", "all"), ("--rule", "learned")])
+def test_a_promise_of_what_is_fitted_parts_the_samples(run, offramp, fitted):
+    outcome = offramp("calibrate", run, "--max-drop", "0.1", "--guarantee", "0.8", *fitted)
+    assert (outcome.code, outcome.stderr) == (0, "")
+    promise = policy_of(run)["guarantee"]
+    assert promise["found_on"] == "calibration"
+    assert promise["num_tested"] + promise["num_finding"] == promise["num_samples"]
 
 
 @pytest.mark.parametrize(

@@ -171,8 +171,10 @@ def test_a_looser_promise_never_costs_more(logits, targets, risk):
 
 @settings(max_examples=40)
 @given(many_answers(), st.integers(0, 100), st.sampled_from(RISKS_OF_SAMPLES))
-def test_order_does_not_matter_for_a_promise(logits, seed, risk):
-    assert promised(logits, 0.2, risk) == pytest.approx(promised(shuffled(logits, seed), 0.2, risk))
+def test_the_last_bits_of_logits_do_not_matter_for_a_promise(logits, seed, risk):
+    noise = torch.randn(logits.logits_KNC.shape, generator=torch.Generator().manual_seed(seed))
+    noisy = replace(logits, logits_KNC=logits.logits_KNC + 1e-6 * noise)
+    assert promised(logits, 0.2, risk) == pytest.approx(promised(noisy, 0.2, risk), rel=0.02)
 
 
 @settings(max_examples=40)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from offramp.calibration.logits import ExitLogits, check_same_network
-from offramp.calibration.risk import RISKS, check_risk, check_risk_fits
+from offramp.calibration.risk import RISKS, cautious_losses, check_risk, check_risk_fits
 from offramp.calibration.rules import Rule, policies_like
 from offramp.calibration.search import Floats, exits_left_by
 from offramp.calibration.sequence import (
@@ -178,7 +178,6 @@ def calibrate_with_guarantee(
         check_same_network(finding, logits)
         check_disjoint(finding, logits)
         testing = logits.take(in_random_order(logits, seed))
-    finding = _rounded(finding)
     candidates = candidates_on(finding, _best_of(rule, finding, max_risk, risk), risk)
     test = choose_test(risk, testing, guarantee=guarantee)
     losses = zip(
@@ -256,7 +255,7 @@ def candidates_on(
     Returns:
         The policies, in the order in which they are tested.
     """
-    counted = RISKS[risk]
+    finding, counted = _rounded(finding), RISKS[risk]
     worth_KN = plausibility(finding) if counted.counts_errors else -counted.losses(finding)
     search = search_for(
         finding,
@@ -272,7 +271,7 @@ def _losses(
     logits: ExitLogits, policies: Sequence[ThresholdedPolicy], risk: str
 ) -> Iterator[Floats]:
     """Loss of every sample under one policy after the other, weights multiplied in."""
-    losses_KN = RISKS[risk].losses(logits) * logits.weights_N
+    losses_KN = cautious_losses(risk, logits) * logits.weights_N
     for policy, confidence_KN in _with_confidences(logits, policies):
         exit_N = exits_left_by(confidence_KN, policy.thresholds)
         yield losses_KN[exit_N, np.arange(len(exit_N))]

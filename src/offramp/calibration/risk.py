@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
+import torch
 from scipy.special import bdtr, betaincinv
 from scipy.stats import binom, norm
 from torch import Tensor
@@ -25,6 +26,9 @@ from offramp.errors import InvalidArgumentError
 
 PIXEL_ERROR_GAP = "pixel_error_gap"
 """The only risk of images with a class for every pixel: mean IoU is no mean over images."""
+
+_TIE = 2e-5
+"""Logits that are nearer than this are tied."""
 
 _ROUNDING = 1e-9
 """By how much a sum of whole losses may be off one."""
@@ -129,6 +133,31 @@ RISKS = {
 
 RISKS_OF_SAMPLES = tuple(name for name in RISKS if name != PIXEL_ERROR_GAP)
 """Those where a sample has one class."""
+
+
+def cautious_losses(risk: str, logits: LabelledLogits) -> Floats:
+    """Loss of each sample that is answered in each way, ties counted as the worse answer.
+
+    Where two classes are equally likely but for rounding, processors differ in which they answer.
+    A promise holds on each of them if such answers count as wrong, or as different.
+
+    Args:
+        risk: Its name.
+        logits: What is said of the samples.
+    Returns:
+        Shape (K, N).
+    """
+    counted = RISKS[risk]
+    if not logits.is_dense and (counted.is_binary or counted.is_ternary):
+        of_last_N = logits.logits_KNC[-1].argmax(-1)
+        named_N = logits.labels_N.long() if counted.counts_errors else of_last_N
+        ahead_K11 = torch.full((len(logits.logits_KNC), 1, 1), -_TIE)
+        if risk != "error":
+            ahead_K11[-1] = _TIE
+        shift_KN1 = ahead_K11.expand(-1, len(named_N), 1)
+        index_KN1 = named_N[None, :, None].expand_as(shift_KN1)
+        logits = replace(logits, logits_KNC=logits.logits_KNC.scatter_add(2, index_KN1, shift_KN1))
+    return counted.losses(logits)
 
 
 def check_risk(risk: str, max_risk: float, *, name: str = "max_risk") -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from offramp.calibration.asked import Asked, cannot_tell
 from offramp.calibration.guarantee import Guarantee, check_guarantee
 from offramp.calibration.labelled import LabelledLogits
-from offramp.calibration.risk import RISKS, check_risk
+from offramp.calibration.risk import RISKS, cautious_losses, check_risk
 from offramp.calibration.search import Floats
 from offramp.calibration.sequence import (
     check_disjoint,
@@ -281,7 +281,7 @@ def _check_same_thresholds(finding: Sweep, testing: Sweep) -> None:
 
 def _losses(sweep: Sweep, risk: str) -> Floats:
     """Loss of every sample at each threshold, weights multiplied in, shape (K, N)."""
-    losses_KN: Floats = RISKS[risk].losses(sweep) * sweep.weights_N
+    losses_KN: Floats = cautious_losses(risk, sweep) * sweep.weights_N
     return losses_KN
 
 

@@ -13,8 +13,9 @@ from offramp.calibration.collect import ExitLogits
 from offramp.calibration.guarantee import calibrate_with_guarantee
 from offramp.calibration.risk import RISKS
 from offramp.calibration.search import exits_left_by
+from offramp.calibration.sequence import part_samples
 from offramp.calibration.thresholds import confidences, measure_policy
-from offramp.errors import DataError, InfeasibleTargetError, InvalidArgumentError
+from offramp.errors import DataError, InfeasibleTargetError, InvalidArgumentError, ShapeError
 from offramp.measure.cost import ExitCosts
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy
 
@@ -117,7 +118,7 @@ def test_a_broken_bound_is_caught(monkeypatch):
     def mean_is_enough(losses_N, max_risk, **_):
         return 0.0 if losses_N.mean() <= max_risk else 1.0
 
-    monkeypatch.setattr(sequence_module, "betting_p_value", mean_is_enough)
+    monkeypatch.setattr(sequence_module, "trinomial_p_value", mean_is_enough)
     violations, _ = count_violations(
         POOL, size=400, risk="accuracy_gap", target=0.02, level=0.95, count=100
     )
@@ -167,9 +168,9 @@ def test_says_what_it_rests_on():
     found = calibrate_with_guarantee(POOL, max_risk=0.02, guarantee=0.95)
     promise = found.guarantee
     assert (promise.risk, promise.max_risk, promise.probability) == ("accuracy_gap", 0.02, 0.95)
-    assert (promise.num_samples, promise.num_tested) == (4000, 2800)
+    assert (promise.num_samples, promise.num_tested, promise.num_finding) == (4000, 2800, 1200)
     assert promise.effective_num_samples == 2800
-    assert (promise.method, promise.value <= 0.05) == ("betting", True)
+    assert (promise.method, promise.value <= 0.05) == ("exact trinomial", True)
     assert 1 < promise.num_passed < promise.num_candidates
     assert promise.sentence("a town") == (
         "With probability at least 95 % over the draw of 4,000 calibration samples (a town), early "
@@ -184,6 +185,8 @@ def test_says_what_it_rests_on():
 @pytest.mark.parametrize(
     ("risk", "prior", "guarantee", "method"),
     [
+        ("accuracy_gap", None, 0.9, "exact trinomial"),
+        ("accuracy_gap", (0.25,) * 4, 0.9, "betting"),
         ("disagreement", None, 0.9, "exact binomial"),
         ("error", None, 0.9, "exact binomial"),
         ("brier_gap", None, 0.9, "betting"),
@@ -222,6 +225,124 @@ def test_policies_of_every_kind_get_a_promise():
         assert true_risk(POOL, found.policy, "accuracy_gap") < 0.02
     assert found.policy.temperatures == (2.0, 1.0, 0.5)
     assert seen == [1200]  # never the samples that test
+
+
+# What finds the candidates, and what tests them
+
+
+def disturbed(logits: ExitLogits, seed: int = 0) -> ExitLogits:
+    """As another processor would give them."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(logits.logits_KNC.shape, generator=generator)
+    return replace(logits, logits_KNC=logits.logits_KNC + 1e-6 * noise)
+
+
+@pytest.mark.parametrize("prior", [None, (0.25,) * 4])
+def test_bits_of_logits_do_not_part_the_samples(prior):
+    numbered = replace(POOL, labels_N=POOL.labels_N.clone(), prior=prior)
+    numbered.logits_KNC[0, :, 0] = torch.arange(4000)  # tells the samples apart below
+    other = replace(numbered, logits_KNC=numbered.logits_KNC.clone())
+    other.logits_KNC[1:] += 1
+    halves = [part_samples(each, 3)[0].logits_KNC[0, :, 0] for each in (numbered, other)]
+    assert torch.equal(*halves)
+    assert not torch.equal(halves[0], part_samples(numbered, 4)[0].logits_KNC[0, :, 0])
+    relabelled = replace(numbered, labels_N=numbered.labels_N.flip(0))
+    assert not torch.equal(halves[0], part_samples(relabelled, 3)[0].logits_KNC[0, :, 0])
+
+
+@pytest.mark.parametrize("is_half", [True, False])
+@pytest.mark.parametrize("prior", [None, (0.25,) * 4])
+def test_noise_in_the_last_bits_moves_nothing(prior, is_half):
+    pool = replace(POOL, prior=prior)
+    if is_half:  # as files hold them: many answers and confidences are tied then
+        pool = replace(pool, logits_KNC=(4 * pool.logits_KNC).round() / 4)
+    for seed in range(3):
+        found, again = (
+            calibrate_with_guarantee(each, max_risk=0.02, seed=seed)
+            for each in (pool, disturbed(pool))
+        )
+        assert found.mean_macs == pytest.approx(again.mean_macs, abs=0.005 * THREE_COSTS.plain_macs)
+        assert found.guarantee.num_candidates == again.guarantee.num_candidates
+
+
+def test_all_samples_test_where_others_find():
+    elsewhere = population(5, 3000)
+    found = calibrate_with_guarantee(POOL, max_risk=0.02, finding=elsewhere)
+    promise = found.guarantee
+    assert (promise.num_samples, promise.num_tested, promise.num_finding) == (4000, 4000, 3000)
+    assert (found.accuracy, found.mean_macs) == (
+        *(
+            measure_policy(POOL, found.policy).accuracy,
+            measure_policy(POOL, found.policy).mean_macs,
+        ),
+    )
+    parted = calibrate_with_guarantee(POOL, max_risk=0.02)
+    assert found.mean_macs < 1.02 * parted.mean_macs
+
+
+def test_what_tests_never_shapes_the_candidates():
+    elsewhere, seen = population(5, 1000), []
+
+    def rule(logits):
+        seen.append(logits)
+        return ThresholdPolicy((0.5, 0.5))
+
+    counts = {
+        calibrate_with_guarantee(
+            population(seed, 2000), max_risk=0.05, finding=elsewhere, rule=rule
+        ).guarantee.num_candidates
+        for seed in (7, 8)
+    }
+    assert len(counts) == 1
+    assert all(logits is elsewhere for logits in seen)
+
+
+def test_seed_and_order_decide_nothing_where_others_find():
+    elsewhere = population(5, 3000)
+    order = torch.randperm(4000, generator=torch.Generator().manual_seed(0))
+    for prior in (None, (0.25,) * 4):
+        pool = replace(POOL, prior=prior)
+        thresholds = {
+            calibrate_with_guarantee(
+                each, max_risk=0.02, finding=elsewhere, seed=seed
+            ).policy.thresholds
+            for each in (pool, pool.take(order))
+            for seed in range(3)
+        }
+        assert len(thresholds) == 1
+
+
+def test_samples_that_find_and_test_are_refused():
+    for shared in (POOL, POOL.take(range(100)), POOL.take(range(3950, 4000))):
+        with pytest.raises(DataError, match="not among those that test"):
+            calibrate_with_guarantee(POOL, max_risk=0.05, finding=shared)
+    # A few that are equal by chance, or a population with few different samples, are none.
+    elsewhere = population(5, 3000)
+    some = elsewhere.take([*range(2960), *range(40)])
+    few = POOL.take([0, 1, 2, *range(500)])
+    rest = replace(
+        elsewhere,
+        logits_KNC=torch.cat([some.logits_KNC, few.logits_KNC[:, :3]], 1),
+        labels_N=torch.cat([some.labels_N, few.labels_N[:3]]),
+    )
+    calibrate_with_guarantee(POOL, max_risk=0.05, finding=rest)
+    coarse = [population(seed, 400).take([0, 1, 2] * 100) for seed in (0, 0)]
+    with pytest.raises(InfeasibleTargetError):  # but not for being the same
+        calibrate_with_guarantee(coarse[0], max_risk=0.001, finding=coarse[1])
+
+
+def test_finding_of_another_network_is_refused():
+    other = replace(POOL, costs=ExitCosts(stage_macs=(1, 1, 1), head_macs=(1, 1, 1)))
+    with pytest.raises(InvalidArgumentError, match="same network"):
+        calibrate_with_guarantee(population(3), max_risk=0.05, finding=other)
+    two = replace(
+        POOL,
+        logits_KNC=POOL.logits_KNC[1:],
+        costs=ExitCosts(stage_macs=(1, 1), head_macs=(1, 1)),
+        numbers=(),
+    )
+    with pytest.raises(ShapeError, match="same exits"):
+        calibrate_with_guarantee(population(3), max_risk=0.05, finding=two)
 
 
 # What cannot be promised

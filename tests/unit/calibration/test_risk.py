@@ -5,16 +5,18 @@ import numpy as np
 import pytest
 import torch
 from mapie.risk_control.methods import compute_hoeffding_bentkus_p_value
-from scipy.stats import binom
+from scipy.stats import binom, multinomial
 
 from offramp.calibration.collect import ExitLogits
 from offramp.calibration.risk import (
     RISKS,
     betting_p_value,
     binomial_p_value,
+    cautious_losses,
     check_risk,
     fixed_bet_p_value,
     hoeffding_bentkus_p_value,
+    trinomial_p_value,
 )
 from offramp.errors import InvalidArgumentError
 from offramp.measure.cost import ExitCosts
@@ -249,3 +251,80 @@ def test_a_bound_that_is_none_is_caught():
         return (generator.random(150) < 0.05).astype(float)
 
     assert is_excessive(share_below(naive, draw, delta=DELTA), delta=DELTA)
+
+
+# Losses that are -1, 0 or 1
+
+
+def signed(num_lost: int, num_gained: int, num_samples: int) -> np.ndarray:
+    rest = num_samples - num_lost - num_gained
+    return np.repeat([1.0, -1.0, 0.0], [num_lost, num_gained, rest])
+
+
+@pytest.mark.parametrize("delta", [0.05, 0.2])
+def test_trinomial_test_errs_no_more_often_than_it_says(delta):
+    """Exactly, by summing over all counts of 1s and -1s, for shares on and above the boundary."""
+    n, target = 50, 0.1
+    pairs = [(lost, gained) for lost in range(25) for gained in range(25)]
+    passes = np.array(
+        [trinomial_p_value(signed(*pair, n), target, delta=delta) <= delta for pair in pairs]
+    )
+    counts = np.array([(*pair, n - sum(pair)) for pair in pairs])
+    errs = []
+    for share_gained in (0.0, 0.003, 0.01, 0.03, 0.06, 0.1, 0.15):
+        for above in (0.0, 0.01):
+            share_lost = share_gained + target + above
+            shares = [share_lost, share_gained, 1 - share_lost - share_gained]
+            errs.append(float(multinomial.pmf(counts[passes], n, shares).sum()))
+    assert max(errs) <= delta
+    assert max(errs) > delta / 3  # and it is not for nothing
+
+
+def test_trinomial_test_knows_better_than_bets():
+    losses_N = signed(36, 24, 2000)
+    assert trinomial_p_value(losses_N, 0.02, delta=0.05) < 0.002
+    assert fixed_bet_p_value(losses_N, 0.02, delta=0.05, before=losses_N[::4]) > 0.01
+
+
+def test_trinomial_test_goes_by_counts_alone_and_by_their_sense():
+    shuffled = np.random.default_rng(0).permutation(signed(8, 5, 600))
+    value = trinomial_p_value(signed(8, 5, 600), 0.02, delta=0.1)
+    assert trinomial_p_value(shuffled, 0.02, delta=0.1) == value
+    assert trinomial_p_value(signed(9, 5, 600), 0.02, delta=0.1) > value
+    assert trinomial_p_value(signed(8, 6, 600), 0.02, delta=0.1) < value
+    assert trinomial_p_value(signed(8, 5, 600), 0.03, delta=0.1) < value
+
+
+def test_trinomial_test_of_binary_losses_is_nearly_the_binomial_one():
+    for num_lost in (0, 2, 5):
+        exact = binomial_p_value(losses(num_lost, 400), 0.03)
+        assert (
+            exact <= trinomial_p_value(losses(num_lost, 400), 0.03, delta=0.05) < 3 * exact + 0.01
+        )
+
+
+def test_trinomial_test_of_extreme_counts():
+    assert trinomial_p_value(signed(0, 300, 300), 0.01, delta=0.05) == 0.05 / 50
+    assert trinomial_p_value(signed(300, 0, 300), 0.01, delta=0.05) == 1
+    assert trinomial_p_value(signed(0, 0, 1), 0.01, delta=0.05) > 0.9
+
+
+def test_ties_count_as_the_worse_answer_at_early_exits_and_the_better_at_the_last():
+    tied = torch.tensor([[1.0, 1.0], [1.0, 1.0 + 1e-6], [1.0 + 1e-6, 1.0]])
+    clear = torch.tensor([[2.0, 1.0]] * 3)
+    costs = ExitCosts(stage_macs=(1, 1), head_macs=(0, 0))
+    for first, final, gap, error in (
+        (tied, clear, [1, 1, 1], [1, 1, 1]),
+        (tied, tied, [1, 1, 1], [1, 1, 1]),
+        (clear, tied, [0, 0, 0], [0, 0, 0]),
+        (clear, clear, [0, 0, 0], [0, 0, 0]),
+    ):
+        logits = ExitLogits(
+            logits_KNC=torch.stack([first, final]),
+            labels_N=torch.zeros(3, dtype=torch.int64),
+            costs=costs,
+        )
+        assert cautious_losses("accuracy_gap", logits).tolist() == [gap, [0, 0, 0]]
+        assert cautious_losses("error", logits)[0].tolist() == error
+        assert cautious_losses("disagreement", logits)[1].tolist() == [0, 0, 0]
+    assert np.array_equal(cautious_losses("brier_gap", ANSWERS), RISKS["brier_gap"].losses(ANSWERS))

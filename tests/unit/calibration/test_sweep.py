@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from offramp.calibration.risk import betting_p_value
-from offramp.calibration.sequence import part_samples
+from offramp.calibration.risk import RISKS, betting_p_value, trinomial_p_value
+from offramp.calibration.sequence import in_random_order, part_samples
 from offramp.calibration.sweep import (
     Sweep,
     choose_threshold,
@@ -163,23 +163,61 @@ def test_exact_binomial_by_hand():
     assert promise.probability == 0.95
 
 
-def test_betting_equals_a_sequence_run_here():
+def test_exact_trinomial_equals_a_sequence_run_here():
     sweep = with_differences([90, 30, 12, 6, 3], num_samples=600)
-    finding, testing = part_samples(sweep, 7)
     passed = 0
     for k in reversed(range(6)):
-        found_N, tested_N = (1.0 - s.correct_KN[k].numpy() for s in (finding, testing))
+        value = trinomial_p_value(1.0 - sweep.correct_KN[k].numpy(), 0.05, delta=0.1)
+        if value > 0.1:
+            break
+        passed, last = passed + 1, value
+    chosen = choose_threshold_with_guarantee(sweep, max_risk=0.05, guarantee=0.9, seed=7)
+    assert chosen.threshold == sweep.thresholds[-passed]
+    assert chosen.guarantee.method == "exact trinomial"
+    assert chosen.guarantee.value == pytest.approx(last)
+    promise = chosen.guarantee
+    assert (promise.num_tested, promise.num_samples, promise.num_finding) == (600, 600, 0)
+
+
+@pytest.mark.parametrize("is_parted", [True, False])
+def test_betting_equals_a_sequence_run_here(is_parted):
+    sweep, elsewhere = (with_differences([n, 30, 12, 6, 3], num_samples=600) for n in (90, 91))
+    elsewhere = replace(elsewhere, logits_KNC=2 * elsewhere.logits_KNC)
+    if is_parted:
+        finding, testing = part_samples(sweep, 7)
+    else:
+        finding, testing = elsewhere, sweep.take(in_random_order(sweep, 7))
+    found_KN, tested_KN = (RISKS["brier_gap"].losses(each) for each in (finding, testing))
+    passed = 0
+    for found_N, tested_N in zip(found_KN[::-1], tested_KN[::-1], strict=True):
         value = betting_p_value(tested_N, 0.05, delta=0.1, before=found_N)
         if value > 0.1:
             break
-        passed += 1
-        last = value
-    assert 1 < passed < 6
-    chosen = choose_threshold_with_guarantee(sweep, max_risk=0.05, guarantee=0.9, seed=7)
+        passed, last = passed + 1, value
+    chosen = choose_threshold_with_guarantee(
+        sweep,
+        max_risk=0.05,
+        risk="brier_gap",
+        guarantee=0.9,
+        seed=7,
+        finding=None if is_parted else elsewhere,
+    )
     assert chosen.threshold == sweep.thresholds[-passed]
     assert chosen.guarantee.method == "betting"
     assert chosen.guarantee.value == pytest.approx(last)
-    assert (chosen.guarantee.num_tested, chosen.guarantee.num_samples) == (420, 600)
+    promise = chosen.guarantee
+    counts = (420, 600, 180) if is_parted else (600, 600, 600)
+    assert (promise.num_tested, promise.num_samples, promise.num_finding) == counts
+
+
+def test_finding_must_be_of_the_same_thresholds_and_other_samples():
+    sweep = with_differences([5], num_samples=200)
+    spread = replace(sweep, logits_KNC=sweep.logits_KNC * torch.arange(1, 201)[:, None])
+    with pytest.raises(DataError, match="not among those that test"):
+        choose_threshold_with_guarantee(spread, max_risk=0.1, finding=spread.take(range(50)))
+    other = replace(sweep, thresholds=tuple(0.9 * t for t in sweep.thresholds))
+    with pytest.raises(InvalidArgumentError, match="at the thresholds"):
+        choose_threshold_with_guarantee(sweep, max_risk=0.1, finding=other)
 
 
 def test_promise_on_average_counts_every_sample_at_its_worst():
