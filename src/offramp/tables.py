@@ -167,6 +167,21 @@ def points(fraction: float) -> str:
     return f"{shown} point" + ("" if shown == "1" else "s")
 
 
+def factor(times: float) -> str:
+    """Format how many times as fast something is, to about three digits.
+
+    Args:
+        times: A ratio.
+    Returns:
+        For example "1.55", "29.3" or "169".
+    Example:
+        >>> factor(1.549), factor(29.34), factor(168.84)
+        ('1.55', '29.3', '169')
+    """
+    digits = 2 if times < 10 else 1 if times < 100 else 0
+    return f"{times:,.{digits}f}"
+
+
 def milliseconds(ms: float) -> str:
     """Format a time to about four digits.
 

@@ -29,7 +29,7 @@ from offramp.inference.stopwatch import (
 )
 from offramp.results import AdaptiveResult
 from offramp.runtime.hardware import processor_name
-from offramp.tables import Brief, Lines, Printed, Table, milliseconds
+from offramp.tables import Brief, Lines, Printed, Table, factor, milliseconds
 
 _MOST_S = 120.0
 """Seconds that the rounds of one batch size may take: fewer are run where all take longer."""
@@ -153,9 +153,9 @@ def _cells(row: BatchTiming) -> tuple[str, ...]:
         str(row.batch_size),
         f"{row.num_samples:,}",
         *map(milliseconds, times),
-        f"{row.speedup:.2f}",
-        f"{first:.2f}-{third:.2f}",
-        f"{row.ideal_speedup:.2f}",
+        factor(row.speedup),
+        f"{factor(first)}-{factor(third)}",
+        factor(row.ideal_speedup),
     )
 
 

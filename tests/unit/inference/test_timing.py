@@ -113,3 +113,27 @@ def test_too_few_rounds_are_refused(network, rounds):
     runner = AdaptiveRunner(network, never_leave(3))
     with pytest.raises(InvalidArgumentError, match=rf"'rounds'.* Got {rounds}"):
         time_runner(runner, torch.randn(7, 6), batch_sizes=(1,), rounds=rounds)
+
+
+def test_table_names_the_samples_the_quartiles_and_what_they_are_of(timed):
+    _, _, timing = timed
+    lines = str(timing).splitlines()
+    assert lines[0] == "milliseconds a batch, medians"
+    assert lines[2].split() == [
+        *("batch", "samples", "plain", "all", "exits", "adaptive", "never", "exit"),
+        *("gain", "quartiles", "ideal"),
+    ]
+    assert [line.split()[:2] for line in lines[4:6]] == [["1", "64"], ["32", "64"]]
+    assert max(map(len, lines)) <= 80
+    for row in timing.results:
+        first, third = row.speedup_interval
+        assert first <= third
+        assert (row.rounds, row.num_samples) == (2, 64)
+    assert "stage_ms=None" not in repr(timing)
+
+
+def test_one_sample_is_timed_by_itself(network):
+    timing = time_runner(
+        AdaptiveRunner(network, never_leave(3)), torch.randn(1, 6), batch_sizes=(1,)
+    )
+    assert timing.results[0].num_samples == 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from offramp import AdaptiveRunner, ThresholdPolicy
+from offramp import AdaptiveRunner, ThresholdPolicy, count_macs, never_leave, time_runner
 from offramp.calibration.collect import collect
 from offramp.model.heads import token_head
 from offramp.model.multi_exit import MultiExitNetwork
@@ -131,3 +131,22 @@ def test_the_answer_does_not_depend_on_the_batch(batch_size):
     parts = [runner.run(ids) for ids in IDS.split(batch_size)]
     assert torch.equal(torch.cat([part.exit_index for part in parts]), whole.exit_index)
     torch.testing.assert_close(torch.cat([part.output for part in parts]), whole.output)
+
+
+def test_each_sample_has_plain_macs_of_its_own_length():
+    net = network()
+    whole = count_macs(net.plain(), IDS[:1, :1].clone().fill_(1))
+    found = net.plain_macs(IDS)
+    for row, macs in zip(IDS, found.tolist(), strict=True):
+        length = int((row != 0).sum())
+        assert macs == net.costs_at(length, (IDS,)).plain_macs >= whole
+    assert float(found.double().mean()) == pytest.approx(net.costs(IDS).plain_macs, abs=3)
+
+
+def test_ideal_gain_of_texts_is_that_of_their_own_plain_macs():
+    net = network()
+    timing = time_runner(AdaptiveRunner(net, never_leave(3)), IDS, batch_sizes=(1,), rounds=2)
+    macs = AdaptiveRunner(net, never_leave(3)).run(IDS).macs
+    assert timing.results[0].ideal_speedup == pytest.approx(
+        float(net.plain_macs(IDS).sum() / macs.sum())
+    )
