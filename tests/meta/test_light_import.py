@@ -58,11 +58,22 @@ def test_public_name_without_its_extra_names_the_command(missing, name):
     assert "pip install 'offramp[train]'" in message
 
 
+WITHOUT_TORCH = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
 @pytest.mark.parametrize("command", ["recipes", "train", "evaluate run", "predict run image.png"])
 def test_command_without_torch_says_what_to_install(command):
     outcome = run_python(
-        "import sys; sys.modules['torch'] = None\n"
-        f"sys.argv = ['offramp', *{command.split()}]\n"
+        WITHOUT_TORCH + f"sys.argv = ['offramp', *{command.split()}]\n"
         "from offramp.cli import main; main()"
     )
     assert outcome.returncode == 2
