@@ -123,14 +123,13 @@ class EpochReport(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the line."""
-        # Read in every process: figures of all of them make the processes wait for each other.
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if not trainer.is_global_zero:
             return
         data_s, step_s = (
             after - before
             for before, after in zip(self._marks, _profiled_seconds(trainer), strict=True)
         )
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         for name in ("train_loss", "train_loss_step"):
             metrics.pop(name, None)
         ious, accuracies = (
