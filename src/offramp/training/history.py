@@ -130,15 +130,14 @@ class EpochReport(Callback):
             for before, after in zip(self._marks, _profiled_seconds(trainer), strict=True)
         )
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        for name in ("train_loss", "train_loss_step"):
-            metrics.pop(name, None)
+        metrics.pop("train_loss_step", None)
         ious, accuracies = (
             self._per_exit(name, metrics) for name in (MEAN_IOU_METRIC, ACCURACY_METRIC)
         )
         epoch_s = time.perf_counter() - self._start
         record = {
             "epoch": trainer.current_epoch + 1,
-            "train_loss": metrics.pop("train_loss_epoch"),
+            "train_loss": metrics.pop("train_loss"),
             **({VAL_LOSS: metrics.pop(VAL_LOSS)} if VAL_LOSS in metrics else {}),
             "exit_accuracy": accuracies,
             **({"exit_mean_iou": ious} if ious else {}),

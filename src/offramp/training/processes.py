@@ -46,6 +46,10 @@ class Spawned(Callback):
             logging.getLogger(name).setLevel(logging.ERROR)
         _ignore_tips()
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sum the epoch's figures, which takes all processes, before one of them asks alone."""
+        _ = trainer.callback_metrics
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save them, in the first process."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
