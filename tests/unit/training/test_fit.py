@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import offramp as off
-from offramp.errors import ArtifactError, InvalidArgumentError, TrainingDivergedError
+from offramp.errors import ArtifactError, DataError, InvalidArgumentError, TrainingDivergedError
 
 INPUTS = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
 TRAIN = TensorDataset(INPUTS, INPUTS[:, :3].argmax(1))
@@ -384,7 +384,7 @@ def test_a_stream_of_samples_is_to_come_in_a_loader(make_network):
         def __iter__(self):
             return iter(TRAIN)
 
-    with pytest.raises(InvalidArgumentError, match="wrap it in a DataLoader"):
+    with pytest.raises(DataError, match="wrap it in a DataLoader"):
         off.fit(make_network(), Stream(), config=Config())
     assert len(off.fit(make_network(), DataLoader(Stream(), 16), config=Config())) == 2
 
