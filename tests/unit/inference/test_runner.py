@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from offramp.errors import NotCalibratedError
+from offramp.calibration.sweep import ChosenThreshold
+from offramp.calibration.thresholds import Calibration
+from offramp.errors import InvalidArgumentError, NotCalibratedError, ShapeError
 from offramp.inference.halting import HaltingRunner
 from offramp.inference.runner import AdaptiveRunner, make_runner
 from offramp.inference.skipping import SkipRunner
@@ -251,3 +253,82 @@ def test_policies_of_another_family_are_refused(network, skip_network, halting_n
         make_runner(skip_network, HaltingPolicy())
     with pytest.raises(NotCalibratedError, match="offramp calibrate"):
         make_runner(network, None)
+
+
+def test_a_calibration_stands_for_its_policy(network):
+    chosen = Calibration(policy=ThresholdPolicy((0.3, 0.4)), accuracy=0.9, mean_macs=50.0)
+    x = torch.randn(5, 6)
+    expected = AdaptiveRunner(network, chosen.policy).run(x)
+    for runner in (AdaptiveRunner(network, chosen), make_runner(network, chosen)):
+        assert runner.policy is chosen.policy
+        assert torch.equal(runner.run(x).exit_index, expected.exit_index)
+
+
+def test_a_chosen_threshold_stands_for_its_policy(skip_network, halting_network):
+    chosen = ChosenThreshold(threshold=0.7, accuracy=0.9, mean_macs=50.0)
+    for network, kind in ((skip_network, SkipRunner), (halting_network, HaltingRunner)):
+        for runner in (kind(network, chosen), make_runner(network, chosen)):
+            assert isinstance(runner, kind)
+            assert runner.policy.threshold == 0.7
+
+
+def test_other_networks_and_policies_are_refused_in_one_line(network, skip_network):
+    chosen = ChosenThreshold(threshold=0.7, accuracy=0.9, mean_macs=50.0)
+    policy = ThresholdPolicy((0.3, 0.4))
+    for make, says in (
+        (lambda: AdaptiveRunner(nn.Linear(6, 4), policy), "as add_exits makes.*Got a Linear"),
+        (lambda: AdaptiveRunner(network, 0.5), "a policy for exits.*Got a float"),
+        (lambda: AdaptiveRunner(network, chosen), "Got a ChosenThreshold"),
+        (lambda: SkipRunner(network), "as add_gates makes. Got a MultiExitNetwork"),
+        (lambda: SkipRunner(skip_network, policy), "Expected a GatePolicy.*Got a ThresholdPolicy"),
+        (lambda: HaltingRunner(skip_network), "as add_halting makes. Got a SkipNetwork"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=says) as caught:
+            make()
+        assert "\n" not in str(caught.value)
+
+
+def test_inputs_come_as_a_tensor_a_tuple_a_list_or_a_dict(network):
+    runner, x = AdaptiveRunner(network, never_leave(3)), torch.randn(5, 6)
+    expected = runner.run(x).output
+    for given in ((x,), [x], {"pixel_values": x, "labels": 0}, x.numpy(), x.double()):
+        assert torch.equal(runner.run(given).output, expected)
+    with pytest.raises(ShapeError, match=r"does not take inputs \(5, 7\) of float32"):
+        runner.run(torch.zeros(5, 7))
+    with pytest.raises(InvalidArgumentError, match="turn it into token ids"):
+        runner.run("a film")
+
+
+def test_what_runners_say_are_ordinary_tensors(network, skip_network, halting_network):
+    runs = [
+        AdaptiveRunner(network, ThresholdPolicy((0.3, 0.3))).run(torch.randn(rows, 6))
+        for rows in (1, 5)
+    ]
+    runs.append(SkipRunner(skip_network).run(torch.randn(2, 3, 16, 16)))
+    runs.append(HaltingRunner(halting_network).run(torch.randn(2, 3, 12, 12)))
+    for said in runs:
+        head = nn.Linear(said.output.shape[1], 1)
+        (head(said.output)[:, 0] * said.confidence).sum().backward()
+        assert head.weight.grad.isfinite().all()
+        assert int((said.macs.add_(1) - said.macs).sum()) == 0
+
+
+class Remembers(nn.Module):
+    """Keeps a tensor that its first pass makes, as caches of positions do."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(6, 4), None
+
+    def forward(self, x):
+        if self.scale is None:
+            self.scale = torch.ones(4)
+        return self.linear(x) * self.scale
+
+
+def test_a_network_that_was_run_first_can_be_trained():
+    network = MultiExitNetwork([Remembers(), nn.Identity()], [nn.Linear(4, 2), nn.Linear(4, 2)])
+    x = torch.randn(3, 6)
+    AdaptiveRunner(network, never_leave(2)).run(x)
+    sum(logits.sum() for logits in network.train()(x)).backward()
+    assert network.stages[0].linear.weight.grad.abs().sum() > 0
