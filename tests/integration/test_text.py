@@ -96,4 +96,4 @@ def test_wrong_text_data_is_refused_in_a_line(workplace, offramp, text_data, tmp
     refused = offramp("train", "sst2-minilm", "--data", tmp_path, "--out", "run")
     assert refused.code == 2
     assert refused.stderr.count("\n") == 1
-    assert "columns text (string) and label (int)" in refused.stderr
+    assert "columns text (string) and label (integer)" in refused.stderr

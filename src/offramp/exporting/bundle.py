@@ -82,7 +82,7 @@ def export(
         MissingExtraError: If the packages that write ONNX are not installed.
     """
     inputs = as_inputs(samples, network)
-    _check_precision(network, inputs)
+    _check_precision(network)
     family = _family_of(network.eval(), policy, layers_per_step)
     described = policy_to_dict(policy)
     with new_bundle_folder(Path(folder)) as making:
@@ -143,15 +143,14 @@ def _check_bundle(session: Session, family: Family, inputs: Features) -> Agreeme
     return agreement
 
 
-def _check_precision(network: nn.Module, inputs: Features) -> None:
-    """Refuse weights and samples that a bundle cannot hold as they are."""
+def _check_precision(network: nn.Module) -> None:
+    """Refuse weights that a bundle cannot hold as they are."""
     quantized = {
         name: str(value.dtype) if isinstance(value, Tensor) else "quantised"
         for name, value in network.state_dict().items()
         if not isinstance(value, Tensor) or value.is_quantized  # some modules keep tuples
     }
     precisions = {name: _precision(weight) for name, weight in network.named_parameters()}
-    precisions |= {f"samples[{i}]": str(tensor.dtype) for i, tensor in enumerate(inputs)}
     if set(precisions.values()) - _WHOLE in _PRECISIONS:
         precisions = {}
     odd = {name: kind for name, kind in precisions.items() if kind not in _WHOLE | {_USUAL}}
@@ -159,7 +158,7 @@ def _check_precision(network: nn.Module, inputs: Features) -> None:
         raise InvalidArgumentError(
             f"A bundle computes in float32 or all in float64 precision, and {name} is {precision}. "
             "Export the network as it was before it was cast or quantised, or network.float(), "
-            "with float32 samples, and a policy calibrated on that."
+            "and a policy calibrated on that."
         )
 
 

@@ -165,7 +165,9 @@ def _cut(
             f"{type(backbone).__name__} cannot be cut {cut}: {difference}. Cut elsewhere, or move "
             "that part into a module of its own without children, which stays whole."
         )
-    return apart.safe_stages(), apart.features
+    num_samples = len(inputs[0])  # the proof added samples of its own behind them
+    features = [tuple(tensor[:num_samples] for tensor in each) for each in apart.features]
+    return apart.safe_stages(), features
 
 
 def _uncompiled(backbone: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ from lightning.pytorch.profilers import SimpleProfiler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from offramp.errors import DataError, InvalidArgumentError
+from offramp.errors import InvalidArgumentError
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
@@ -269,8 +269,6 @@ def _fit(
             ckpt_path=checkpoint,
             weights_only=True,
         )
-        if trainer.global_step == 0 and config.devices == 1:  # other processes count their own
-            raise DataError("Expected at least one batch to train on. The loader gave none.")
         spawned.restore(reports.callbacks)
         return History.read(report.path)
 

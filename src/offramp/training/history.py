@@ -12,7 +12,7 @@ from typing import Any, overload
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from offramp.artifacts import atomic_path
-from offramp.errors import MissingExtraError
+from offramp.errors import DataError, MissingExtraError
 from offramp.training.dense_task import MEAN_IOU_METRIC
 from offramp.training.halting_task import TOKENS_METRIC
 from offramp.training.skip_task import BLOCKS_METRIC
@@ -130,6 +130,8 @@ class EpochReport(Callback):
             for before, after in zip(self._marks, _profiled_seconds(trainer), strict=True)
         )
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if "train_loss" not in metrics:
+            raise DataError("Expected at least one batch to train on. The loader gave none.")
         metrics.pop("train_loss_step", None)
         ious, accuracies = (
             self._per_exit(name, metrics) for name in (MEAN_IOU_METRIC, ACCURACY_METRIC)

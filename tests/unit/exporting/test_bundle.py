@@ -331,9 +331,9 @@ def test_weights_of_another_precision_are_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("precision", [torch.float16, torch.float64])
-def test_samples_of_another_precision_are_refused(tmp_path, precision):
-    with pytest.raises(InvalidArgumentError, match=rf"samples\[0\] is {precision}"):
-        export(small(), ThresholdPolicy((0.5,)), tmp_path / "bundle", X.to(precision))
+def test_samples_of_another_precision_become_the_network_s(tmp_path, precision):
+    bundle = export(small(), ThresholdPolicy((0.5,)), tmp_path / "bundle", X.to(precision))
+    assert Session(bundle).run(X.numpy()).output.dtype == np.float32
 
 
 @pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
