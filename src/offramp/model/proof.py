@@ -61,9 +61,16 @@ def find_difference(
     statistics = _Statistics(modules)
     with evaluation_mode(modules), torch.no_grad(), _own_random_numbers():
         try:
-            vocabularies = vocabularies_of(original, inputs)
+            try:
+                vocabularies = vocabularies_of(original, inputs)
+            except Exception as error:  # whatever the backbone's own code raises
+                return f"it fails on the example: {reason(error)}"
             pair = _Pair(original, replacement, statistics, inputs, vocabularies)
-            return next((why for each in _ROUNDS if (why := pair.differ(each, tolerance))), None)
+            for each in _ROUNDS:
+                why = pair.differ(each, tolerance)
+                if why is not None:
+                    return why
+            return None
         finally:
             statistics.restore()
 
@@ -272,7 +279,8 @@ class _Statistics:
     def restore(self) -> None:
         """Put back what stood there, and the tensors themselves where they were replaced."""
         for _, module, name, buffer, value in self._saved:
-            buffer.data.copy_(value)
+            if not torch.equal(buffer, value):
+                buffer.data.copy_(value)
             if module._buffers.get(name) is not buffer:
                 module._buffers[name] = buffer
 

@@ -399,9 +399,14 @@ def _find_unlike_its_way_around(network: SkipNetwork, images: Tensor) -> str | N
     with evaluation_mode(network):
         x = network.stem(images[:1].clone())
         for index, block in enumerate(network.blocks):
-            with adding_nothing(block):
-                ran, skipped = network.run_block(index, x.clone()), network.skip_block(index, x)
-            if not torch.allclose(ran, skipped, rtol=1e-4, atol=1e-6, equal_nan=True):
+            try:
+                with adding_nothing(block):
+                    ran, skipped = network.run_block(index, x.clone()), network.skip_block(index, x)
+            except Exception as error:  # such as a block without an activation that is known
+                return f"block {index + 1} cannot be gone around ({reason(error)})"
+            if ran.shape != skipped.shape or not torch.allclose(
+                ran, skipped, rtol=1e-4, atol=1e-6, equal_nan=True
+            ):
                 return f"block {index + 1} does not end in its shortcut and an activation"
             x = network.run_block(index, x)
     return None

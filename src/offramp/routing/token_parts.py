@@ -128,6 +128,8 @@ def example_of(transformer: Any) -> Features | None:
         transformer: A network that :func:`take_apart` takes.
     Returns:
         A batch of one; None for a network of ours.
+    Raises:
+        BackboneCutError: If it names none.
     """
     if isinstance(transformer, MultiExitNetwork):
         return None
@@ -140,6 +142,8 @@ def example_of(transformer: Any) -> Features | None:
         channels, side = config.num_channels, config.image_size
     else:
         channels, side = transformer.patch_embed.proj.in_channels, transformer.patch_embed.img_size
+    if side is None:
+        raise BackboneCutError("Expected an 'example', since the model names no size of images.")
     height, width = (side, side) if isinstance(side, int) else (side[0], side[-1])
     return (weight.new_zeros(1, channels, height, width),)
 
