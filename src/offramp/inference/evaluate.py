@@ -28,7 +28,7 @@ from offramp.inference.evaluation import (
     Rival,
     TokensEvaluation,
 )
-from offramp.inference.runner import Runner, make_runner
+from offramp.inference.runner import Runner, TorchRunner, make_runner
 from offramp.inference.sweeping import steering_policy
 from offramp.measure.dense import confusion_matrices, label_maps, mean_iou, pixel_accuracy
 from offramp.model.multi_exit import MultiExitNetwork, as_inputs
@@ -144,8 +144,11 @@ class _Gathered:
         self, runner: Runner, loader: Iterable[tuple[Any, Tensor]]
     ) -> Iterator[tuple[Any, Tensor]]:
         """Run each batch and hand it on, so that one pass serves what comes after too."""
+        device = None
+        if isinstance(runner, TorchRunner):
+            device = next((p.device for p in runner.network.parameters()), None)
         for batch, labels_B in loader:
-            result = runner.run(*as_inputs(batch))
+            result = runner.run(*as_inputs(batch, device))
             output = torch.as_tensor(result.output)
             self.predictions.append(predicted(output, labels_B).cpu())
             self.labels.append(labels_B.cpu().to(self.predictions[-1].dtype))
@@ -239,8 +242,8 @@ def evaluate(
 
     Args:
         runner: Any runner, or a network.
-        loader: Batches of (inputs, labels) on the runner's device; inputs is a tuple where the
-            network takes several. Behind a network, its policy or a calibration.
+        loader: Batches of (inputs, labels); inputs is a tuple where the network takes several.
+            Behind a network, its policy or a calibration.
         logits: Every exit's logits on the same samples in the same order, from ``collect``, or
             ``collect_from_session`` for a bundle; collected in the same pass if None. Behind a
             network and its policy, the batches.
@@ -251,7 +254,8 @@ def evaluate(
         The figures; print them for a table.
     Raises:
         DataError: If there is no sample.
-        InvalidArgumentError: If there are no batches behind a network and its policy.
+        InvalidArgumentError: If there are no batches behind a network and its policy, or no logits
+            beside a runner of your own.
         NotCalibratedError: If the policy is None or of another network.
         ShapeError: If the batches and the logits hold different samples.
     """
@@ -262,15 +266,20 @@ def evaluate(
                 f"{type(runner).__name__} and nothing behind its policy or data."
             )
         network, chosen = cast(Network, runner), loader
-        asked = asked or getattr(_calibration(chosen), "asked", None)
+        asked = asked or _asked_of(chosen)
         runner, loader, logits = make_runner(network, _policy(network, chosen)), logits, None
     if logits is None:
         gathered = _Gathered()
         batches = gathered.answering(runner, loader)
         if isinstance(runner, Session):
             logits = collect_from_session(runner, batches)
-        else:
+        elif isinstance(runner, TorchRunner):
             logits = collect(runner.network, batches)
+        else:
+            raise InvalidArgumentError(
+                "Expected every exit's logits beside a runner of your own: evaluate(runner, data, "
+                "logits)."
+            )
         answers = gathered.answers()
     else:
         answers = answer(runner, loader)
@@ -286,6 +295,21 @@ def evaluate(
 def _calibration(chosen: Any) -> Any:
     """What chose a policy, or the policy itself."""
     return chosen.chosen if isinstance(chosen, LatencyCalibration) else chosen
+
+
+def _asked_of(chosen: Any) -> Asked | None:
+    """The target of a calibration; None for a policy."""
+    chosen = _calibration(chosen)
+    promise = getattr(chosen, "guarantee", None)
+    if promise is None:
+        return getattr(chosen, "asked", None)
+    return Asked(
+        target="max_risk",
+        limit=promise.max_risk,
+        num_samples=promise.num_samples,
+        risk=promise.risk,
+        guarantee="mean" if promise.probability is None else promise.probability,
+    )
 
 
 def _policy(network: Network, chosen: Any) -> Any:
