@@ -145,8 +145,9 @@ class _Gathered:
     def answering(self, runner: Runner, loader: Any) -> Iterator[tuple[Any, Tensor]]:
         """Run each batch and hand it on, so that one pass serves what comes after too."""
         network = runner.network if isinstance(runner, TorchRunner) else None
+        device = None if network is None else next((p.device for p in network.parameters()), None)
         for batch in batches_of(loader):
-            inputs, labels_B = read_batch(batch, network)
+            inputs, labels_B = read_batch(batch, network, device=device)
             result = runner.run(*inputs)
             output = torch.as_tensor(result.output)
             check_labels(labels_B, num_classes=output.shape[1])
@@ -242,8 +243,8 @@ def evaluate(
 
     Args:
         runner: Any runner, or a network.
-        loader: Batches of (inputs, labels) on the runner's device; inputs is a tuple where the
-            network takes several. Behind a network, its policy or a calibration.
+        loader: Batches of (inputs, labels); inputs is a tuple where the network takes several.
+            Behind a network, its policy or a calibration.
         logits: Every exit's logits on the same samples in the same order, from ``collect``, or
             ``collect_from_session`` for a bundle; collected in the same pass if None. Behind a
             network and its policy, the batches.
@@ -254,7 +255,8 @@ def evaluate(
         The figures; print them for a table.
     Raises:
         DataError: If there is no sample.
-        InvalidArgumentError: If there are no batches behind a network and its policy.
+        InvalidArgumentError: If there are no batches behind a network and its policy, or no logits
+            beside a runner of your own.
         NotCalibratedError: If the policy is None or of another network.
         ShapeError: If the batches and the logits hold different samples.
     """
@@ -265,15 +267,20 @@ def evaluate(
                 f"{type(runner).__name__} and nothing behind its policy or data."
             )
         network, chosen = cast(Network, runner), loader
-        asked = asked or getattr(_calibration(chosen), "asked", None)
+        asked = asked or _asked_of(chosen)
         runner, loader, logits = make_runner(network, _policy(network, chosen)), logits, None
     if logits is None:
         gathered = _Gathered()
         batches = gathered.answering(runner, loader)
         if isinstance(runner, Session):
             logits = collect_from_session(runner, batches)
-        else:
+        elif isinstance(runner, TorchRunner):
             logits = collect(runner.network, batches)
+        else:
+            raise InvalidArgumentError(
+                "Expected every exit's logits beside a runner of your own: evaluate(runner, data, "
+                "logits)."
+            )
         answers = gathered.answers()
     else:
         answers = answer(runner, loader)
@@ -289,6 +296,21 @@ def evaluate(
 def _calibration(chosen: Any) -> Any:
     """What chose a policy, or the policy itself."""
     return chosen.chosen if isinstance(chosen, LatencyCalibration) else chosen
+
+
+def _asked_of(chosen: Any) -> Asked | None:
+    """The target of a calibration; None for a policy."""
+    chosen = _calibration(chosen)
+    promise = getattr(chosen, "guarantee", None)
+    if promise is None:
+        return getattr(chosen, "asked", None)
+    return Asked(
+        target="max_risk",
+        limit=promise.max_risk,
+        num_samples=promise.num_samples,
+        risk=promise.risk,
+        guarantee="mean" if promise.probability is None else promise.probability,
+    )
 
 
 def _policy(network: Network, chosen: Any) -> Any:

@@ -229,7 +229,7 @@ class Evaluation(Printed):
         return self.rival.name, (
             f"{percent(quality)} at its own {self.rival.macs:,} MACs, "
             f"{percent(self.rival.macs / self.plain_macs)} of the plain network's "
-            f"(a {size}network without early exits, trained as long)"
+            f"(a {size}plain network, trained as long)"
         )
 
     def _asked_lines(self) -> list[tuple[str, str]]:

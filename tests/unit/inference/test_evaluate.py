@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from offramp.calibration.asked import Asked
 from offramp.calibration.collect import ExitLogits, collect
+from offramp.calibration.guarantee import calibrate_with_guarantee
 from offramp.calibration.thresholds import calibrate
 from offramp.errors import DataError, InvalidArgumentError, NotCalibratedError, ShapeError
 from offramp.inference.evaluate import (
@@ -319,3 +320,18 @@ def test_frame_has_a_row_for_each_exit(monkeypatch):
     rows = evaluate(Scripted(*RUNNER_SAYS), loader(), LOGITS).to_frame()
     assert [row["macs"] for row in rows] == [11, 33]
     assert all("mean_iou" not in row for row in rows)
+
+
+def test_a_guarantee_is_said_as_it_was_asked(network, pairs):
+    logits = collect(network, in_order(pairs))
+    chosen = calibrate_with_guarantee(logits, max_risk=0.6, guarantee=0.9)
+    found = evaluate(network, chosen, in_order(pairs))
+    assert (found.asked.target, found.asked.limit) == ("max_risk", 0.6)
+    assert (found.asked.guarantee, found.asked.num_samples) == (0.9, 120)
+    assert found.got == found.drop
+    assert "With probability at least 90 %" in " ".join(str(chosen).split())
+
+
+def test_a_runner_of_ones_own_needs_the_logits():
+    with pytest.raises(InvalidArgumentError, match=r"evaluate\(runner, data, logits\)"):
+        evaluate(Scripted(*RUNNER_SAYS), loader())
