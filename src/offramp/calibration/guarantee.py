@@ -1,10 +1,10 @@
 """Thresholds with a promise: the true risk is within a target, with a stated probability.
 
-Other samples, or a part of these, find a front of policies from dear to cheap (Pareto testing); the
-calibration samples, or what is left of them, test the policies one after the other, each at the
-full level, until the first fails (fixed sequence): the last that passed is chosen. Since the order
-was fixed without the samples that test, the chance of choosing any policy whose true risk is above
-the target is at most one minus the guarantee.
+Samples that do not test, a part of the calibration samples or others, find a front of policies from
+dear to cheap (Pareto testing). The rest of the calibration samples, or all, test these one after
+the other, each at the full level, until the first fails (fixed sequence): the last that passed is
+chosen. Since the order was fixed without the samples that test, the chance of choosing any policy
+whose true risk is above the target is at most one minus the guarantee.
 
 References: Angelopoulos et al. (2021), Learn then Test; Laufer-Goldshtein et al. (2023),
 Efficiently controlling multiple risks with Pareto testing; Angelopoulos et al. (2022), Conformal

@@ -151,7 +151,8 @@ def cautious_losses(risk: str, logits: LabelledLogits) -> Floats:
     if not logits.is_dense and (counted.is_binary or counted.is_ternary):
         of_last_N = logits.logits_KNC[-1].argmax(-1)
         named_N = logits.labels_N.long() if counted.counts_errors else of_last_N
-        ahead_K11 = torch.full((len(logits.logits_KNC), 1, 1), -_TIE)
+        shape_K11 = (len(logits.logits_KNC), 1, 1)
+        ahead_K11 = torch.full(shape_K11, -_TIE, dtype=logits.logits_KNC.dtype)
         if risk != "error":
             ahead_K11[-1] = _TIE
         shift_KN1 = ahead_K11.expand(-1, len(named_N), 1)

@@ -138,7 +138,7 @@ class ThresholdSearch:
         Returns:
             The thresholds, and their score: -inf where nothing that was seen is allowed.
         """
-        self._score = score
+        self._score, self._levels = score, None
         nobody = (math.inf,) * (self.num_exits - 1)
         off = frozenset(range(self.num_exits - 1))
         self.cheapest_macs = float(self.costs.exit_macs(off)[-1])

@@ -220,11 +220,10 @@ def conclude(
     )
     _print_doubt(about, prepared)
     if promise is not None:
-        print(
-            f"{promise['num_passed']} of {promise['num_candidates']} candidates passed "
-            f"({promise['method']} on {promise['num_tested']:,} of the samples; prepared on "
-            f"{promise['num_finding']:,} {promise['found_on']} samples)"
-        )
+        how = f"{promise['method']} on {promise['num_tested']:,} of the samples"
+        if promise["num_finding"]:
+            how += f"; prepared on {promise['num_finding']:,} {promise['found_on']} samples"
+        print(f"{promise['num_passed']} of {promise['num_candidates']} candidates passed ({how})")
         print(promise["sentence"])
 
 
