@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -66,6 +67,15 @@ class Net(nn.Module):
         return self.b(torch.relu(self.norm(self.a(x))))
 
 
+class FirstProcessAsks(Callback):
+    """As people write it: only one process reads the figures, and saves."""
+
+    def on_train_epoch_end(self, trainer, module):
+        if trainer.is_global_zero:
+            assert trainer.callback_metrics["train_loss"] > 0
+        trainer.strategy.barrier()
+
+
 def test_two_processes_share_out_a_loader_and_report_all_samples(tmp_path):
     """Unused parameters, a last batch of one in each process, and callbacks that go by val_loss."""
     network = off.add_exits(Net(), at=["norm"], num_classes=3, example=torch.randn(2, 8))
@@ -73,8 +83,9 @@ def test_two_processes_share_out_a_loader_and_report_all_samples(tmp_path):
     train = DataLoader(TensorDataset(inputs, inputs[:, :3].argmax(1)), 16, shuffle=True)
     held_out = DataLoader(TensorDataset(others, others[:, :3].argmax(1)), 8)
     keep = ModelCheckpoint(tmp_path, monitor="val_loss")
+    callbacks = [FirstProcessAsks(), keep]
     config = off.FitConfig(epochs=2, devices=2, device="cpu", learning_rate=0.03)
-    history = off.fit(network, train, None, config, validation=held_out, callbacks=[keep])
+    history = off.fit(network, train, None, config, validation=held_out, callbacks=callbacks)
     correct_KN = off.collect(network, held_out).correct_KN
     assert history[-1]["exit_accuracy"] == pytest.approx(correct_KN.double().mean(1).tolist())
     assert float(keep.best_model_score) == pytest.approx(min(e["val_loss"] for e in history))

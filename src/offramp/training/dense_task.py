@@ -38,6 +38,8 @@ class DenseTask(MultiExitTask):
     (N, C) and classes (N,) of the pixels whose class is known. Metrics of your own are not taken.
     """
 
+    is_dense = True
+
     def loss(self, inputs: Features, labels_B: Tensor) -> Tensor:
         """The joint loss over the pixels whose class is known, one a cell of the logits."""
         outputs = self._outputs(inputs)

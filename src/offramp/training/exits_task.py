@@ -25,6 +25,7 @@ class MultiExitTask(Task):
     """
 
     network: MultiExitNetwork
+    takes = MultiExitNetwork
 
     def loss_weights(self, epoch: int) -> tuple[float, ...]:
         """Loss weight of each exit in an epoch.

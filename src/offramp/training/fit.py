@@ -258,7 +258,7 @@ def _fit(
             sets,
             reports,
             folder=None if folder is None else place,
-            callbacks=[*reports.callbacks, report, *several, *keep],
+            callbacks=[*several, *reports.callbacks, report, *keep],
         )
         judging = sets.judging
         trainer.fit(

@@ -31,6 +31,7 @@ class HaltingTask(Task):
     """
 
     network: HaltingNetwork
+    takes = HaltingNetwork
 
     @property
     def halting(self) -> HaltingConfig:

@@ -44,6 +44,7 @@ class SkipTask(Task):
     """
 
     network: SkipNetwork
+    takes = SkipNetwork
 
     _block_macs: tuple[int, ...] | None = None
 

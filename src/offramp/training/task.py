@@ -64,6 +64,10 @@ class Task(LightningModule):
     """
 
     network: nn.Module
+    takes: type[nn.Module] = nn.Module
+    """The networks that it trains."""
+    is_dense = False
+    """Whether those say a class for every pixel."""
 
     def __init__(
         self,
@@ -78,7 +82,13 @@ class Task(LightningModule):
         config = config or FitConfig()
         check_config(network, config)
         _check_own(config, optimizer=optimizer, loss=loss)
-        if metrics and isinstance(network, MultiExitNetwork) and network.is_dense:
+        is_dense = isinstance(network, MultiExitNetwork) and network.is_dense
+        if not isinstance(network, self.takes) or is_dense != self.is_dense:
+            raise InvalidArgumentError(
+                f"{type(self).__name__} does not train this {type(network).__name__}: let "
+                "make_task(network) choose the task."
+            )
+        if metrics and is_dense:
             raise InvalidArgumentError(
                 "The 'metrics' parameter is about one class a sample. This network says one for "
                 "every pixel: override validation_step of DenseTask."
@@ -153,14 +163,15 @@ class Task(LightningModule):
                 f"The training loss is {loss.item()} in epoch {self.current_epoch + 1}: training "
                 "has diverged. Use a smaller learning_rate, and check that the inputs are finite."
             )
+        self.log("train_loss_step", loss, on_step=True, on_epoch=False, prog_bar=True)
+        # Of this process: a mean over all would wait for them wherever one alone asks for it.
         self.log(
             "train_loss",
             loss,
-            on_step=True,
+            on_step=False,
             on_epoch=True,
             prog_bar=True,
             batch_size=len(labels_B),
-            sync_dist=self._has_peers,
         )
         return loss
 

@@ -301,6 +301,23 @@ def test_own_trainer_of_more_epochs_than_the_schedule(make_network):
         own_trainer(max_epochs=3).fit(off.make_task(make_network(), Config()), DataLoader(TRAIN))
 
 
+def test_a_task_is_of_its_family(skip_network, halting_network):
+    assert isinstance(off.make_task(skip_network), off.SkipTask)
+    assert isinstance(off.make_task(halting_network), off.HaltingTask)
+    with pytest.raises(InvalidArgumentError, match="MultiExitTask does not train this SkipNetwork"):
+        off.MultiExitTask(skip_network)
+
+
+def test_own_loss_trains_every_family(skip_network, halting_network):
+    for network, side in ((skip_network, 16), (halting_network, 12)):
+        data = TensorDataset(torch.randn(8, 3, side, side), torch.arange(8) % 5)
+        task = off.make_task(network, Config(epochs=1), loss=F.multi_margin_loss)
+        assert off.fit(task, data, data)[0]["val_loss"] > 0
+    rewarded = Config(gates=off.GateConfig(reward_epochs=1))
+    with pytest.raises(InvalidArgumentError, match="gates are rewarded by"):
+        off.make_task(skip_network, rewarded, loss=F.multi_margin_loss)
+
+
 def test_a_task_has_its_config(make_network):
     with pytest.raises(InvalidArgumentError, match="Give it to make_task alone"):
         off.fit(off.make_task(make_network(), Config()), TRAIN, config=Config(epochs=3))
