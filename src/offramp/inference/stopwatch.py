@@ -38,7 +38,7 @@ def representative_rows(cost_N: Sequence[float] | None, count: int) -> list[int]
         Their numbers, ascending.
     Example:
         >>> representative_rows([9, 1, 1, 1, 9, 1, 1, 1], 4)
-        [0, 2, 5, 7]
+        [2, 4, 5, 7]
     """
     if cost_N is None:
         return list(range(count))

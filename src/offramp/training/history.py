@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from offramp.artifacts import atomic_path
@@ -122,16 +123,18 @@ class EpochReport(Callback):
         self._marks = _profiled_seconds(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the line."""
+        """Write the line; all processes add up what it says."""
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if "train_loss" not in metrics:
+            raise DataError("Expected at least one batch to train on. The loader gave none.")
+        train_loss = torch.tensor(metrics.pop("train_loss"), device=pl_module.device)
+        train_loss = trainer.strategy.reduce(train_loss, reduce_op="mean")
         if not trainer.is_global_zero:
             return
         data_s, step_s = (
             after - before
             for before, after in zip(self._marks, _profiled_seconds(trainer), strict=True)
         )
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if "train_loss" not in metrics:
-            raise DataError("Expected at least one batch to train on. The loader gave none.")
         metrics.pop("train_loss_step", None)
         ious, accuracies = (
             self._per_exit(name, metrics) for name in (MEAN_IOU_METRIC, ACCURACY_METRIC)
@@ -139,7 +142,7 @@ class EpochReport(Callback):
         epoch_s = time.perf_counter() - self._start
         record = {
             "epoch": trainer.current_epoch + 1,
-            "train_loss": metrics.pop("train_loss"),
+            "train_loss": float(train_loss),
             **({VAL_LOSS: metrics.pop(VAL_LOSS)} if VAL_LOSS in metrics else {}),
             "exit_accuracy": accuracies,
             **({"exit_mean_iou": ious} if ious else {}),

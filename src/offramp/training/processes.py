@@ -139,6 +139,7 @@ _TIPS = (
     ".*does not have many workers.*",
     ".*training batches.*logging interval.*",
     ".*no `val_dataloader`.*",
+    ".*It is recommended to use `self.log.*sync_dist=True.*",
     ".*LeafSpec.*is deprecated.*",
 )
 
