@@ -63,7 +63,9 @@ def _read(path: Path, channels: int) -> Image.Image:
 
 
 def _light_on_dark(picture: Image.Image) -> Image.Image:
-    return Image.fromarray(light_on_dark(np.asarray(picture)[None, None])[0, 0])
+    pixels_CHW = np.moveaxis(np.atleast_3d(np.asarray(picture)), 2, 0)
+    bands = [Image.fromarray(band) for band in light_on_dark(pixels_CHW[None])[0]]
+    return Image.merge(picture.mode, bands)
 
 
 def _ink_square(picture: Image.Image, margin: float) -> Image.Image:

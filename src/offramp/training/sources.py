@@ -35,7 +35,8 @@ class DataSource:
         ignored_label: Of masks, which give every pixel a class: the number that stands for none;
             None where an image has one class.
         transposed: Whether height and width are swapped against an upright image.
-        light_on_dark: Whether strokes are light on a dark ground.
+        light_on_dark: Whether strokes are light on a dark ground; images with a light ground are
+            inverted.
         ink_margin: Blank border around the strokes, as a share of the side.
         download: What ``--data`` takes to download it; None where it needs no download.
     """
