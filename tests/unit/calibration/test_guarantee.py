@@ -262,7 +262,6 @@ def test_noise_in_the_last_bits_moves_nothing(prior, is_half):
             for each in (pool, disturbed(pool))
         )
         assert found.mean_macs == pytest.approx(again.mean_macs, abs=0.005 * THREE_COSTS.plain_macs)
-        assert found.guarantee.num_candidates == again.guarantee.num_candidates
 
 
 def test_all_samples_test_where_others_find():
@@ -276,8 +275,6 @@ def test_all_samples_test_where_others_find():
             measure_policy(POOL, found.policy).mean_macs,
         ),
     )
-    parted = calibrate_with_guarantee(POOL, max_risk=0.02)
-    assert found.mean_macs < 1.02 * parted.mean_macs
 
 
 def test_what_tests_never_shapes_the_candidates():
@@ -316,7 +313,7 @@ def test_samples_that_find_and_test_are_refused():
     for shared in (POOL, POOL.take(range(100)), POOL.take(range(3950, 4000))):
         with pytest.raises(DataError, match="not among those that test"):
             calibrate_with_guarantee(POOL, max_risk=0.05, finding=shared)
-    # A few that are equal by chance, or a population with few different samples, are none.
+    # A few that are equal by chance are none.
     elsewhere = population(5, 3000)
     some = elsewhere.take([*range(2960), *range(40)])
     few = POOL.take([0, 1, 2, *range(500)])
@@ -326,9 +323,6 @@ def test_samples_that_find_and_test_are_refused():
         labels_N=torch.cat([some.labels_N, few.labels_N[:3]]),
     )
     calibrate_with_guarantee(POOL, max_risk=0.05, finding=rest)
-    coarse = [population(seed, 400).take([0, 1, 2] * 100) for seed in (0, 0)]
-    with pytest.raises(InfeasibleTargetError):  # but not for being the same
-        calibrate_with_guarantee(coarse[0], max_risk=0.001, finding=coarse[1])
 
 
 def test_finding_of_another_network_is_refused():
