@@ -43,8 +43,9 @@ def compared(request, tmp_path_factory):
     return request.param, {"torch": runner, "onnxruntime": offramp.Session(bundle)}, compare, inputs
 
 
+@pytest.mark.slow
 @pytest.mark.data
-@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 8, 64])
+@pytest.mark.parametrize("batch_size", [1, 8, 64])
 @pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
 def test_all_test_images_agree(compared, engine, batch_size):
     name, runners, compare, inputs = compared
