@@ -33,7 +33,7 @@ from offramp import fit, load
 from offramp.inference.skipping import SkipRunner
 from offramp.inference.sweeping import collect_sweep
 from offramp.model.checkpoint import save_weights
-from offramp.model.multi_exit import as_inputs
+from offramp.model.inputs import as_inputs
 from offramp.routing.skip import SkipNetwork
 from offramp.training.config import FitConfig, GateConfig
 from offramp.training.data import make_loader
@@ -66,7 +66,7 @@ def judge(network: SkipNetwork, test: DataLoader[Any], device: str) -> dict[str,
 def run_rates(network: SkipNetwork, test: DataLoader[Any], device: str) -> list[float]:
     """How often each gate runs its block as it was trained."""
     runner = SkipRunner(network)
-    ran = [runner.run(*as_inputs(inputs, device)).blocks for inputs, _ in test]
+    ran = [runner.run(*as_inputs(inputs, device=device)).blocks for inputs, _ in test]
     return torch.cat([blocks for blocks in ran if blocks is not None]).double().mean(0).tolist()
 
 
