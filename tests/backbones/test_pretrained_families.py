@@ -166,13 +166,9 @@ def test_every_valid_cut_is_valid(family, make, side, import_or_skip):
             torch.testing.assert_close(alone, expected[1:], rtol=0, atol=1e-4)
 
 
-class SumOverPixels(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.classify = nn.Conv2d(channels, CLASSES, 1)
-
-    def forward(self, features):
-        return self.classify(features)
+def pixel_head(channels, scale):
+    """Maps of the backbone's own size."""
+    return nn.Sequential(nn.Conv2d(channels, CLASSES, 1), nn.Upsample(scale_factor=scale))
 
 
 def test_a_pyramid_crosses_the_cuts_of_a_segmentation_model(import_or_skip):
@@ -185,7 +181,7 @@ def test_a_pyramid_crosses_the_cuts_of_a_segmentation_model(import_or_skip):
         at=["segformer.stages.0", "segformer.stages.2"],
         num_classes=CLASSES,
         example=images,
-        heads=[SumOverPixels(32), SumOverPixels(160)],
+        heads=[pixel_head(32, 1), pixel_head(160, 4)],
     ).eval()
     with torch.no_grad():
         assert torch.equal(network(images)[-1], backbone(images).logits)
