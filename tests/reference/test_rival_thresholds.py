@@ -83,7 +83,7 @@ def test_guarantees_hold_and_save_on_real_logits(benchmarks, name):
     """The benchmark's bars, on fewer draws."""
     import guarantee
 
-    pool = guarantee.Pool(name, guarantee.read_pool(name))
+    pool = guarantee.Pool(name, guarantee.read_pool(name), guarantee.read_front(name))
     cells = [
         cell
         for risk in guarantee.RISK_NAMES

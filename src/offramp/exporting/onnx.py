@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -184,7 +187,7 @@ def run_exporter(
         ArtifactError: If torch cannot export the module, or it computes in half precision.
     """
     try:
-        with _quiet_export():
+        with _quiet_export(), _torchlib_read_once():
             program = torch.onnx.export(
                 module,
                 inputs,
@@ -290,3 +293,34 @@ def _quiet_export() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _torchlib_read_once() -> Iterator[None]:
+    """Keep torch's table of ONNX functions, which it reads for every file: half of an export.
+
+    The table is private to torch. Where it is not what it was, torch reads it as before.
+    """
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:
+        yield
+        return
+    read = vars(ONNXRegistry).get("from_torchlib")
+    if not isinstance(read, classmethod):
+        yield
+        return
+
+    def from_torchlib(*args: Any, **kwargs: Any) -> Any:
+        bound = read.__get__(None, ONNXRegistry)
+        registry = copy(_torchlib(bound, args, tuple(kwargs.items())))
+        registry.functions = {name: list(found) for name, found in registry.functions.items()}
+        return registry
+
+    with patch.object(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib)):
+        yield
+
+
+@cache
+def _torchlib(read: Callable[..., Any], args: tuple[Any, ...], kwargs: tuple[Any, ...]) -> Any:
+    return read(*args, **dict(kwargs))
