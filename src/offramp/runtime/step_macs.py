@@ -1,6 +1,6 @@
 """What samples cost that left a network by some exit, as ``bundle.json`` counts it.
 
-Shapes: ``B`` batch, ``S`` steps, ``P`` numbers that MACs are made of.
+Shapes: ``B`` batch, ``S`` steps, ``K`` exits, ``P`` numbers that MACs are made of.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ class StepMacs:
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        self._exits = np.array([step.exit_index for step in bundle.steps])
-        self._exit_SP = np.array([_exit_numbers(bundle, step) for step in bundle.steps])
-        step_SP = np.diff(self._exit_SP, axis=0, prepend=0)
+        exit_SP = np.array([_exit_numbers(bundle, step) for step in bundle.steps])
+        self._exit_KP = np.zeros((bundle.num_exits, exit_SP.shape[1]), dtype=exit_SP.dtype)
+        self._exit_KP[[step.exit_index for step in bundle.steps]] = exit_SP
+        step_SP = np.diff(exit_SP, axis=0, prepend=0)
         stages = [_stage_numbers(bundle, step) for step in bundle.steps]
         self._stage_SP = np.array(
             [
@@ -67,18 +68,6 @@ class StepMacs:
         mask_BT = mask_of_inputs(padding, inputs)
         return trim_tokens(inputs, self._bundle.inputs, mask_BT), mask_BT.sum(1)
 
-    def of_steps(self, step_B: Array, measured: Measured) -> Array:
-        """MACs of each sample by the number of the step that it left by.
-
-        Args:
-            step_B: Numbers of steps, shape (B,).
-            measured: As :meth:`trim` says.
-        Returns:
-            Shape (B,), int64.
-        """
-        macs_B: Array = (self._exit_SP[step_B] * self._basis(measured)).sum(1)
-        return macs_B
-
     def of_exits(self, exit_index_B: Array, measured: Measured) -> Array:
         """MACs of each sample by the exit that it left by.
 
@@ -88,7 +77,8 @@ class StepMacs:
         Returns:
             Shape (B,), int64.
         """
-        return self.of_steps(np.searchsorted(self._exits, exit_index_B), measured)
+        macs_B: Array = (self._exit_KP[exit_index_B] * self._basis(measured)).sum(1)
+        return macs_B
 
     def of_plain(self, measured: Measured) -> Array:
         """MACs of each sample in the plain network: every stage and the final head only.
