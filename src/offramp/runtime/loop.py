@@ -31,20 +31,16 @@ class Step(Protocol[A, C]):
     @property
     def exit_index(self) -> int:
         """Number of the exit."""
-        ...
 
     @property
     def is_final(self) -> bool:
         """Whether all leave here, so that nobody is asked."""
-        ...
 
     def run(self, carried: C) -> tuple[A, A, A, C]:
         """Output, confidence and leave of each sample, then what the next step is given."""
-        ...
 
     def take(self, carried: C, rows: A) -> C:
         """Some rows of what the next step is given."""
-        ...
 
 
 class Engine(Protocol[A]):
@@ -55,27 +51,21 @@ class Engine(Protocol[A]):
 
     def rows(self, output: A) -> A:
         """Number the samples of a batch, shape (B,)."""
-        ...
 
     def stayers(self, leave: A) -> A:
         """Places of the samples that do not leave, shape (S,)."""
-        ...
 
     def take(self, rows: A, places: A) -> A:
         """Rows at some places."""
-        ...
 
     def own(self, values: A) -> A:
         """Make an array that may be written on."""
-        ...
 
     def put(self, into: A, rows: A, values: A) -> A:
         """Put values in their rows, in place or not."""
-        ...
 
     def last(self, reached: Sequence[tuple[int, A]]) -> A:
         """Number that each row stands under last, shape (B,), int64; the first one has all rows."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,15 +100,7 @@ def run_steps(
 
     A sample that reaches an exit is given its answer, which a later exit overwrites: so the answers
     stand in the order of the batch, and the leavers need no indexing at all.
-
-    Args:
-        steps: At least one.
-        carried: What the first of them is given.
-        engine: Of the arrays.
-        first: Number of the first step, for the deadline.
-        deadline: When to begin no further step; None for never.
-    Returns:
-        The answers so far, and what the step behind the last of them is to be given.
+    ``first`` is the number of the first step, which the deadline goes by.
     """
     reached: list[tuple[int, A]] = []
     for index, step in enumerate(steps, first):
@@ -151,15 +133,7 @@ def run_steps(
 
 
 def time_steps(steps: Sequence[Step[A, C]], carried: C, engine: Engine[A]) -> tuple[float, ...]:
-    """Measure the milliseconds of each step, nobody leaving: medians.
-
-    Args:
-        steps: As for :func:`run_steps`.
-        carried: As for :func:`run_steps`.
-        engine: As for :func:`run_steps`.
-    Returns:
-        One number per step.
-    """
+    """Measure the milliseconds of each step, nobody leaving: medians."""
     laps = [_lap(steps, carried, engine) for _ in range(_TIMED_ROUNDS + _WARM_UP_ROUNDS)]
     return tuple(map(median, zip(*laps[_WARM_UP_ROUNDS:], strict=True)))
 
