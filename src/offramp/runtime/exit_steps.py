@@ -59,18 +59,9 @@ _ENGINE = _NumpyEngine()
 
 
 class ExitSteps:
-    """Runs the steps of a bundle with exits.
-
-    Args:
-        bundle: The bundle.
-        loader: Loads its files.
-        part: Numbers of the steps to load; all if None.
-    Raises:
-        ArtifactError: If a file cannot be loaded, or is no step.
-    """
+    """Runs the steps of a bundle with exits; ``part`` are those to load, all if None."""
 
     def __init__(self, bundle: Bundle, loader: Loader, part: range | None = None) -> None:
-        self._bundle = bundle
         self._single = None
         if part is None:
             self._single = loader.single(SINGLE_OUTPUTS, single_numbers(bundle.steps))
@@ -81,15 +72,7 @@ class ExitSteps:
         self._macs = StepMacs(bundle)
 
     def run(self, carried: list[Array], deadline: Deadline | None = None) -> AdaptiveResult[Array]:
-        """Answer a batch.
-
-        Args:
-            carried: The network's inputs, as :func:`~offramp.runtime.session.check_inputs` made
-                them.
-            deadline: When to begin no further step; None for never.
-        Returns:
-            Logits, exit, confidence and MACs of each sample, in the order of the batch.
-        """
+        """Answer a batch that :func:`~offramp.runtime.session.check_inputs` checked."""
         carried, measured = self._macs.trim(carried)
         if self._single is not None and len(carried[0]) == 1 and deadline is None:
             output, confidence_B, step_B = self._single.run(carried)
@@ -133,15 +116,7 @@ class ExitSteps:
         *,
         first: int | None = None,
     ) -> Part:
-        """Run the steps that were loaded, going on with the samples that are still unsure.
-
-        Args:
-            carried: What the first of them is given.
-            deadline: As for :meth:`run`.
-            first: Number of the step to begin with; the first that was loaded if None.
-        Returns:
-            The answers so far, and what the step behind the last of them is to be given.
-        """
+        """Run the loaded steps from number ``first`` on."""
         first = self._first if first is None else first
         steps = self._steps[first - self._first :]
         return run_steps(steps, carried, _ENGINE, first=first, deadline=deadline)

@@ -69,37 +69,18 @@ class StepMacs:
         return trim_tokens(inputs, self._bundle.inputs, mask_BT), mask_BT.sum(1)
 
     def of_exits(self, exit_index_B: Array, measured: Measured) -> Array:
-        """MACs of each sample by the exit that it left by.
-
-        Args:
-            exit_index_B: Exits that are on, shape (B,).
-            measured: As :meth:`trim` says.
-        Returns:
-            Shape (B,), int64.
-        """
+        """MACs of each sample by the exit that it left by, shape (B,), int64."""
         macs_B: Array = (self._exit_KP[exit_index_B] * self._basis(measured)).sum(1)
         return macs_B
 
     def of_plain(self, measured: Measured) -> Array:
-        """MACs of each sample in the plain network: every stage and the final head only.
-
-        Args:
-            measured: As :meth:`trim` says.
-        Returns:
-            Shape (B,), or (1,) where all samples cost the same, int64.
-        """
+        """MACs of each sample in the plain network, shape (B,), or (1,) where all cost the same."""
         plain_P = self._stage_SP.sum(0) + self._head_SP[-1]
         macs_B: Array = (self._basis(measured) * plain_P).sum(1)
         return macs_B
 
     def mean(self, measured: Measured) -> MeanMacs:
-        """MACs of the mean of some samples, step by step.
-
-        Args:
-            measured: As :meth:`trim` says.
-        Returns:
-            The mean over the samples.
-        """
+        """MACs of the mean of some samples, step by step."""
         mean_P = self._basis(measured).mean(0)
         stages, heads = (
             tuple((numbers_SP @ mean_P).round().astype(np.int64).tolist())
