@@ -70,7 +70,7 @@ class SlowPart:
 
     def run(self, carried: list[Array]) -> Any:
         """As a part's session runs them."""
-        from offramp.runtime.exit_steps import PartResult
+        from offramp.runtime.loop import PartResult
 
         for index in range(self._stop):
             end = time.perf_counter() + self._steps._edge_ms[index] / 1e3
@@ -82,7 +82,7 @@ class SlowPart:
         return PartResult(
             output=output,
             confidence=confidence,
-            step=np.array([index]),
+            exit_index=np.array([self.bundle.steps[index].exit_index]),
             rows=rows,
             carried=carried,
         )

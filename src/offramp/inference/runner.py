@@ -5,10 +5,7 @@ Shapes: ``B`` batch, ``C`` classes.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Hashable
-from itertools import pairwise
-from statistics import median
 from typing import Any, Protocol
 
 import torch
@@ -17,20 +14,19 @@ from torch import Tensor
 from offramp.calibration.sweep import ChosenThreshold
 from offramp.calibration.thresholds import Calibration
 from offramp.errors import InvalidArgumentError, NotCalibratedError
+from offramp.inference.exit_steps import engine_for, exit_steps
 from offramp.inference.halting import HaltingRunner
 from offramp.inference.skipping import SkipRunner
 from offramp.model.inputs import Given, as_inputs, explained
-from offramp.model.multi_exit import Features, MultiExitNetwork, take_samples
-from offramp.policy.policies import Policy, State
+from offramp.model.multi_exit import Features, MultiExitNetwork
+from offramp.policy.policies import Policy
 from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
 from offramp.results import AdaptiveResult
 from offramp.routing.halting import HaltingNetwork
 from offramp.routing.skip import SkipNetwork
 from offramp.runtime.deadline import Deadline
+from offramp.runtime.loop import run_steps, time_steps
 from offramp.zoo import Network
-
-_TIMED_ROUNDS = 7
-_WARM_UP_ROUNDS = 2
 
 
 class Runner(Protocol):
@@ -79,7 +75,7 @@ class AdaptiveRunner:
             )
         self.network = network.eval()
         self.policy = policy
-        self._off = policy.off_exits
+        self._steps = exit_steps(network, policy)
         self.step_ms: tuple[float, ...] | None = None
         self._macs_by_size: dict[Hashable, Tensor] = {}
 
@@ -106,16 +102,12 @@ class AdaptiveRunner:
             self.network.eval()
         features = self.network.trimmed(as_inputs(inputs, self.network))
         with explained(features, self.network.input_specs):
-            if len(features[0]) == 1:
-                output, confidence_B, exit_index = self._run_one(features, deadline)
-                exit_index_B = torch.full((1,), exit_index, device=output.device)
-            else:
-                output, confidence_B, exit_index_B = self._run_many(features, deadline)
+            part = run_steps(self._steps, (features, ()), engine_for(features), deadline=deadline)
         return AdaptiveResult(
-            output=output,
-            exit_index=exit_index_B,
-            confidence=confidence_B,
-            macs=self._macs(features, exit_index_B),
+            output=part.output,
+            exit_index=part.exit_index,
+            confidence=part.confidence,
+            macs=self._macs(features, part.exit_index),
         )
 
     @torch.no_grad()
@@ -130,83 +122,8 @@ class AdaptiveRunner:
         if self.network.training:
             self.network.eval()
         features = self.network.trimmed(as_inputs(inputs, self.network))
-        laps = [self._time_once(features) for _ in range(_TIMED_ROUNDS + _WARM_UP_ROUNDS)]
-        self.step_ms = tuple(map(median, zip(*laps[_WARM_UP_ROUNDS:], strict=True)))
+        self.step_ms = time_steps(self._steps, (features, ()), engine_for(features))
         return self.step_ms
-
-    def _time_once(self, features: Features) -> list[float]:
-        state: State = ()
-        marks = [time.perf_counter()]
-        for k in range(self.network.num_exits):
-            features = self.network.run_stage(k, features)
-            if k not in self._off:
-                _, (leave_B, _, state) = self._ask(k, features, state)
-                bool(leave_B.all())  # waits for the device
-                marks.append(time.perf_counter())
-        return [1e3 * (end - start) for start, end in pairwise(marks)]
-
-    def _is_too_late(self, k: int, deadline: Deadline | None) -> bool:
-        """Whether stage k begins a step that shall not begin."""
-        if deadline is None or (k - 1) in self._off:
-            return False
-        return not deadline.allows(k - sum(off < k for off in self._off))
-
-    def _run_one(self, features: Features, deadline: Deadline | None) -> tuple[Tensor, Tensor, int]:
-        """A single sample needs no indexing: it leaves or goes on."""
-        state: State = ()
-        for k in range(self.network.num_exits):
-            if self._is_too_late(k, deadline):
-                break
-            features = self.network.run_stage(k, features)
-            if k in self._off:
-                continue
-            output, (leave_B, confidence_B, state) = self._ask(k, features, state)
-            left_by = k
-            if k == self.network.num_exits - 1 or bool(leave_B):
-                break
-        return output, confidence_B, left_by
-
-    def _run_many(
-        self, features: Features, deadline: Deadline | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """After every exit, go on with the survivors only.
-
-        Whoever reaches an exit is given its answer, which a later exit overwrites: so the answers
-        stand in the order of the batch, and the leavers need no indexing at all.
-        """
-        state: State = ()
-        rows_B = torch.arange(len(features[0]), device=features[0].device)
-        answers: tuple[Tensor, Tensor, Tensor] | None = None
-        for k in range(self.network.num_exits):
-            if self._is_too_late(k, deadline):
-                break
-            features = self.network.run_stage(k, features)
-            if k in self._off:
-                continue
-            output, (leave_B, confidence_B, state) = self._ask(k, features, state)
-            if answers is None:
-                answers = output.clone(), confidence_B.clone(), torch.full_like(rows_B, k)
-            else:
-                answers[0].index_copy_(0, rows_B, output)
-                answers[1].index_copy_(0, rows_B, confidence_B)
-                answers[2].index_fill_(0, rows_B, k)
-            if k == self.network.num_exits - 1:
-                break
-            stay_B = (~leave_B).nonzero()[:, 0]  # the one wait for the device at this exit
-            if len(stay_B) == 0:
-                break
-            if len(stay_B) < len(rows_B):
-                rows_B = rows_B.index_select(0, stay_B)
-                features = self.network.take(features, stay_B)
-                state = take_samples(state, stay_B)
-        assert answers is not None  # the final exit is never off
-        return answers
-
-    def _ask(
-        self, k: int, features: Features, state: State
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, State]]:
-        output = self.network.run_exit(k, features)
-        return output, self.policy.step(k, output, state)
 
     def _macs(self, inputs: Features, exit_index_B: Tensor) -> Tensor:
         """MACs of each sample, by the exit it left by and, where it has one, its own length."""
@@ -227,7 +144,9 @@ class AdaptiveRunner:
                 costs = self.network.costs_at(size, inputs)
             else:
                 costs = self.network.costs(*(t.new_zeros((1, *t.shape[1:])) for t in inputs))
-            exit_macs = costs.with_decisions(self.policy.decision_macs).exit_macs(self._off)
+            exit_macs = costs.with_decisions(self.policy.decision_macs).exit_macs(
+                self.policy.off_exits
+            )
             self._macs_by_size[size] = torch.tensor(exit_macs, device=inputs[0].device)
         return self._macs_by_size[size]
 

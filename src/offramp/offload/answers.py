@@ -13,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from offramp.errors import PayloadError
-from offramp.runtime.exit_steps import PartResult
+from offramp.runtime.exit_steps import Part
 from offramp.runtime.files import TensorSpec
-from offramp.runtime.part import PartSession
 
 Array = npt.NDArray[Any]
 
@@ -54,19 +53,11 @@ class PartAnswer:
     fell_back: Array
 
 
-def as_answer(session: PartSession, part: PartResult) -> PartAnswer:
-    """What a part answers by itself.
-
-    Args:
-        session: Ran the part.
-        part: What came of it.
-    Returns:
-        The answers; nobody has fallen back yet.
-    """
-    exits = np.array([step.exit_index for step in session.bundle.steps])
+def as_answer(part: Part) -> PartAnswer:
+    """Make the answer of a part alone; nobody has fallen back yet."""
     return PartAnswer(
         output=part.output,
-        exit_index=exits[part.step],
+        exit_index=part.exit_index,
         confidence=part.confidence,
         answered_by=np.zeros(len(part.output), dtype=np.int64),
         fell_back=np.zeros(len(part.output), dtype=np.bool_),

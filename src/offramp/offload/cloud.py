@@ -101,7 +101,7 @@ def cloud_models(session: PartSession, name: str) -> list[PartModel]:
     def behind(cut: int) -> PartModel:
         return PartModel(
             session.bundle,
-            lambda carried, _: as_answer(session, session.run(carried, starts_after=cut)),
+            lambda carried, _: as_answer(session.run(carried, starts_after=cut)),
             name=name,
             starts_after=cut,
             output_shape=session.output_shape,

@@ -230,7 +230,7 @@ class EdgeRunner:
             self._count(answer, offloaded=len(answer.output))
             return answer
         part = self._local.run(carried)
-        answer = as_answer(self._local, part)
+        answer = as_answer(part)
         answer.fell_back[part.rows] = True  # until somebody behind the link knows better
         offloaded = 0
         for chosen in self._chunks(part.carried, len(part.rows)):

@@ -32,11 +32,5 @@ class Deadline:
         self._end = time.perf_counter() + deadline_ms / 1e3
 
     def allows(self, step: int) -> bool:
-        """Whether a step would end in time.
-
-        Args:
-            step: Its number, from 0. The first always runs: without it there is no answer.
-        Returns:
-            True if it may start now.
-        """
+        """Tell whether a step would end in time; the first always runs, or nobody had an answer."""
         return step == 0 or time.perf_counter() + self._step_ms[step] / 1e3 <= self._end

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from offramp.errors import InvalidArgumentError, ShapeError
 from offramp.runtime.bundle import Bundle, read_bundle
-from offramp.runtime.exit_steps import ExitSteps, PartResult
+from offramp.runtime.exit_steps import ExitSteps, Part
 from offramp.runtime.files import TensorSpec
 from offramp.runtime.loading import Loader
 
@@ -65,7 +65,7 @@ class PartSession:
         """Shape of a sample's logits; None for axes that are as long as the image's."""
         return self._steps.output_shape
 
-    def run(self, carried: Sequence[Array], *, starts_after: int | None = None) -> PartResult:
+    def run(self, carried: Sequence[Array], *, starts_after: int | None = None) -> Part:
         """Run the part on a batch.
 
         Args:

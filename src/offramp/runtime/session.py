@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -28,9 +27,6 @@ from offramp.runtime.padding import mask_of_inputs, trim_tokens
 from offramp.runtime.skip_steps import SkipSteps
 
 Array = npt.NDArray[Any]
-
-_TIMED_ROUNDS = 7
-_WARM_UP_ROUNDS = 2
 
 
 class Session:
@@ -143,9 +139,8 @@ class Session:
             InvalidArgumentError: If the network skips blocks.
             ShapeError: If the inputs are not of the shape that the bundle was exported for.
         """
-        steps, arrays = self._exit_steps(), check_inputs(self.bundle, inputs)
-        laps = [steps.time_steps(arrays) for _ in range(_TIMED_ROUNDS + _WARM_UP_ROUNDS)]
-        self.step_ms = tuple(map(median, zip(*laps[_WARM_UP_ROUNDS:], strict=True)))
+        steps = self._exit_steps()
+        self.step_ms = steps.time_steps(check_inputs(self.bundle, inputs))
         return self.step_ms
 
     def run_step(

@@ -1,6 +1,6 @@
 """What samples cost that left a network by some exit, as ``bundle.json`` counts it.
 
-Shapes: ``B`` batch, ``S`` steps, ``P`` numbers that MACs are made of.
+Shapes: ``B`` batch, ``S`` steps, ``K`` exits, ``P`` numbers that MACs are made of.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ class StepMacs:
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        self._exits = np.array([step.exit_index for step in bundle.steps])
-        self._exit_SP = np.array([_exit_numbers(bundle, step) for step in bundle.steps])
-        step_SP = np.diff(self._exit_SP, axis=0, prepend=0)
+        exit_SP = np.array([_exit_numbers(bundle, step) for step in bundle.steps])
+        self._exit_KP = np.zeros((bundle.num_exits, exit_SP.shape[1]), dtype=exit_SP.dtype)
+        self._exit_KP[[step.exit_index for step in bundle.steps]] = exit_SP
+        step_SP = np.diff(exit_SP, axis=0, prepend=0)
         stages = [_stage_numbers(bundle, step) for step in bundle.steps]
         self._stage_SP = np.array(
             [
@@ -67,49 +68,19 @@ class StepMacs:
         mask_BT = mask_of_inputs(padding, inputs)
         return trim_tokens(inputs, self._bundle.inputs, mask_BT), mask_BT.sum(1)
 
-    def of_steps(self, step_B: Array, measured: Measured) -> Array:
-        """MACs of each sample by the number of the step that it left by.
-
-        Args:
-            step_B: Numbers of steps, shape (B,).
-            measured: As :meth:`trim` says.
-        Returns:
-            Shape (B,), int64.
-        """
-        macs_B: Array = (self._exit_SP[step_B] * self._basis(measured)).sum(1)
+    def of_exits(self, exit_index_B: Array, measured: Measured) -> Array:
+        """MACs of each sample by the exit that it left by, shape (B,), int64."""
+        macs_B: Array = (self._exit_KP[exit_index_B] * self._basis(measured)).sum(1)
         return macs_B
 
-    def of_exits(self, exit_index_B: Array, measured: Measured) -> Array:
-        """MACs of each sample by the exit that it left by.
-
-        Args:
-            exit_index_B: Exits that are on, shape (B,).
-            measured: As :meth:`trim` says.
-        Returns:
-            Shape (B,), int64.
-        """
-        return self.of_steps(np.searchsorted(self._exits, exit_index_B), measured)
-
     def of_plain(self, measured: Measured) -> Array:
-        """MACs of each sample in the plain network: every stage and the final head only.
-
-        Args:
-            measured: As :meth:`trim` says.
-        Returns:
-            Shape (B,), or (1,) where all samples cost the same, int64.
-        """
+        """MACs of each sample in the plain network, shape (B,), or (1,) where all cost the same."""
         plain_P = self._stage_SP.sum(0) + self._head_SP[-1]
         macs_B: Array = (self._basis(measured) * plain_P).sum(1)
         return macs_B
 
     def mean(self, measured: Measured) -> MeanMacs:
-        """MACs of the mean of some samples, step by step.
-
-        Args:
-            measured: As :meth:`trim` says.
-        Returns:
-            The mean over the samples.
-        """
+        """MACs of the mean of some samples, step by step."""
         mean_P = self._basis(measured).mean(0)
         stages, heads = (
             tuple((numbers_SP @ mean_P).round().astype(np.int64).tolist())

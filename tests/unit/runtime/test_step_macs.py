@@ -69,7 +69,7 @@ def test_plain_network_runs_no_head_but_the_last():
 
 
 def test_exits_cost_what_ran_before_them():
-    found = StepMacs(BUNDLE).of_steps(np.array([0, 1]), LENGTHS)
+    found = StepMacs(BUNDLE).of_exits(np.array([0, 1]), LENGTHS)
     assert found.tolist() == [26, 5 + 130 + 2000]
 
 
@@ -91,5 +91,5 @@ def test_samples_of_one_size_cost_the_same():
     )
     found = StepMacs(replace(BUNDLE, steps=steps, padding=None))
     assert found.of_plain(()).tolist() == [2115]
-    assert found.of_steps(np.array([1, 0]), ()).tolist() == [2145, 140]
+    assert found.of_exits(np.array([1, 0]), ()).tolist() == [2145, 140]
     assert found.mean(()) == ((110, 2000), (30, 5))
