@@ -165,8 +165,6 @@ class Wanted:
         Raises:
             InvalidArgumentError: If what is wanted is not for a network with such outputs.
         """
-        from offramp.calibration.rules import policies_like
-
         if not logits.is_dense:
             refuse_pixel_threshold(self.pixel_threshold)
             return (self._make_policy(logits),)
@@ -175,7 +173,7 @@ class Wanted:
                 "--patience and --rule learned are about one class a sample. This network says one "
                 "for every pixel: use --rule agreement for exits that agree."
             )
-        policies = policies_like(rule_named(self.rule), logits)
+        policies = logits.policies(rule_named(self.rule))
         if self.pixel_threshold is not None:
             policies = (with_pixel_threshold(policies[0], self.pixel_threshold),)
         if self.temperatures is None:
@@ -183,7 +181,6 @@ class Wanted:
         return tuple(self._tempered(logits, policy) for policy in policies)
 
     def _make_policy(self, logits: ExitLogits) -> ThresholdedPolicy:
-        from offramp.calibration.rules import policy_like
         from offramp.policy.policies import PatiencePolicy
 
         if self.patience is not None:
@@ -193,7 +190,7 @@ class Wanted:
                     f"nobody can leave early. Got {self.patience}."
                 )
             return PatiencePolicy(self.patience, logits.costs.num_exits, rule=self.rule)
-        policy = policy_like(rule_named(self.rule), logits)
+        policy = logits.policies(rule_named(self.rule))[0]
         return policy if self.temperatures is None else self._tempered(logits, policy)
 
     def _tempered(self, logits: ExitLogits, policy: ThresholdedPolicy) -> ThresholdedPolicy:
@@ -207,8 +204,9 @@ class Wanted:
         return replace(policy, temperatures=self._fit_temperatures(logits, policy))
 
     def _fit_temperatures(self, logits: ExitLogits, policy: ThresholdedPolicy) -> tuple[float, ...]:
+        from offramp.calibration.evidence import choose_policy
         from offramp.calibration.temperature import fit_temperatures
-        from offramp.calibration.thresholds import choose_policy, reached_under
+        from offramp.calibration.thresholds import reached_under
 
         of_all = fit_temperatures(logits)
         if self.temperatures == "all":
@@ -237,8 +235,8 @@ def choose(
         prior: As for :func:`~offramp.cli.calibration_data.prepare`.
     """
     from offramp.calibration.collect import collect
-    from offramp.calibration.guarantee import GuaranteedCalibration, calibrate_with_guarantee
-    from offramp.calibration.thresholds import choose_policy
+    from offramp.calibration.evidence import choose_policy
+    from offramp.calibration.guarantee import calibrate_with_guarantee
     from offramp.training.run import CALIBRATION_SPLIT
 
     run_exits = partial(collect, loaded.network)
@@ -259,7 +257,7 @@ def choose(
         chosen = choose_policy(logits, rule=wanted.make_policies, **wanted.target)
     _print_policy(prepared, chosen.policy)
     promise = None
-    if isinstance(chosen, GuaranteedCalibration):
+    if chosen.guarantee is not None:
         sentence = chosen.guarantee.sentence(prepared.population)
         promise = asdict(chosen.guarantee) | {"sentence": sentence, "found_on": found_on}
     conclude(

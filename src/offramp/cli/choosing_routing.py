@@ -130,31 +130,32 @@ def choose_routing(
         device: Where to compute.
         prior: As for :func:`~offramp.cli.calibration_data.prepare`.
     """
-    from offramp.calibration.sweep import best_threshold, choose_threshold_with_guarantee
-    from offramp.inference.sweeping import collect_sweep, steering_policy
+    from offramp.calibration.evidence import choose_policy
+    from offramp.calibration.guarantee import calibrate_with_guarantee
+    from offramp.inference.sweeping import collect_sweep
 
     words = words_for(network)
     run_thresholds = partial(collect_sweep, network)
     prepared = prepare(loaded, run_thresholds, data=data, device=device, prior=prior)
     sweep = prepared.logits_for(wanted.guarantee)
     if wanted.guarantee is None:
-        chosen = best_threshold(sweep, **wanted.target)
+        chosen = choose_policy(sweep, **wanted.target)
     else:
         finding = prepare_finding(prepared, run_thresholds, num_samples=_NUM_FINDING, data=data)
-        chosen = choose_threshold_with_guarantee(sweep, finding=finding, **wanted.risk_limit)
+        chosen = calibrate_with_guarantee(sweep, finding=finding, **wanted.risk_limit)
     promise = None
     if chosen.guarantee is not None:
         sentence = chosen.guarantee.sentence(prepared.population, way=words.way, last=words.whole)
         promise = asdict(chosen.guarantee) | {"sentence": sentence, "found_on": "train"}
     print(
-        f"threshold {chosen.threshold:.4f} of the {words.share}, chosen on "
+        f"threshold {chosen.policy.threshold:.4f} of the {words.share}, chosen on "
         f"{len(prepared.batches):,} calibration samples"
     )
     asked = wanted.to_dict()
     del asked["rule"]  # of exits
     conclude(
         prepared,
-        steering_policy(network)(chosen.threshold),
+        chosen.policy,
         asked=asked,
         reached={"accuracy": chosen.accuracy, "mean_macs": chosen.mean_macs},
         promise=promise,

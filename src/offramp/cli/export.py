@@ -136,7 +136,7 @@ def _choose_anew(folder: Path, loader: DataLoader[Any], calibration: dict[str, A
         Whether there was a target to choose for, and no more to it than thresholds.
     """
     from offramp.calibration.collect import collect_from_session
-    from offramp.calibration.thresholds import choose_policy
+    from offramp.calibration.evidence import choose_policy
     from offramp.policy.confidence import PIXEL_SHARE
     from offramp.runtime import Session, with_thresholds
     from offramp.runtime.bundle import write_bundle

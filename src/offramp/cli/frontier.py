@@ -210,7 +210,6 @@ def _follow(
 ) -> _Curve:
     """Collect what the network says on both splits, and choose on the one for the other."""
     from offramp.calibration.frontier import frontier as measure
-    from offramp.calibration.frontier import sweep_frontier
     from offramp.calibration.temperature import describe_temperatures, fit_temperatures
     from offramp.training.run import CALIBRATION_SPLIT
 
@@ -220,7 +219,7 @@ def _follow(
         calibration, _ = _collect(run, CALIBRATION_SPLIT, data)
     test, fingerprint = _collect(run, split, data)
     if run.is_steered:
-        found = sweep_frontier(calibration, test, num_points=num_points)
+        found = measure(calibration, test, num_points=num_points)
     else:
         rule = rule or default_rule(test.is_dense)
         found = measure(calibration, test, num_points=num_points, rule=rule_named(rule))
