@@ -42,12 +42,11 @@ from rich.table import Table
 from scipy.stats import binom
 
 from offramp import ExitLogits, calibrate
-from offramp.calibration.guarantee import calibrate_with_guarantee, candidates_on
+from offramp.calibration.guarantee import calibrate_with_guarantee
 from offramp.calibration.risk import RISKS, cautious_losses
-from offramp.calibration.rules import policy_like
 from offramp.calibration.search import evaluate_thresholds, exits_left_by
 from offramp.calibration.sequence import choose_test, in_random_order, passing_values
-from offramp.calibration.thresholds import confidences
+from offramp.calibration.thresholds import candidates_on, confidences
 from offramp.errors import InfeasibleTargetError
 from offramp.policy.policies import ThresholdedPolicy, ThresholdPolicy
 from pools import NAMES, read_front, read_pool, rivals
@@ -90,7 +89,7 @@ class Pool:
     @cached_property
     def confidence_KN(self) -> np.ndarray:
         """Of every exit about every sample, by entropy."""
-        return confidences(self.logits, policy_like("entropy", self.logits))
+        return confidences(self.logits, self.logits.policies("entropy")[0])
 
     @cached_property
     def losses(self) -> dict[str, np.ndarray]:
@@ -119,7 +118,7 @@ class Pool:
     @cached_property
     def candidates(self) -> dict[str, Candidates]:
         """By risk."""
-        policy = policy_like("entropy", self.front)
+        policy = self.front.policies("entropy")[0]
         return {
             risk: Candidates(self, risk, candidates_on(self.front, policy, risk))
             for risk in RISK_NAMES

@@ -28,7 +28,6 @@ from rich.console import Console
 from rich.table import Table
 
 from offramp import EdgeConfig, EdgeRunner, HttpLink
-from offramp.cli.artifact import find_bundle, recipe_of
 from offramp.offload.calls import plan_bundle
 from offramp.offload.edge import Traffic
 from offramp.offload.plan import CutCost, LinkTerms, best_cut
@@ -37,6 +36,7 @@ from offramp.runtime.part import PartSession, cuts
 from offramp.runtime.step_profile import profile_steps
 from offramp.training.run import CALIBRATION_SPLIT, load_batches
 from offramp.training.sources import SOURCES
+from offramp.workflow.artifact import find_bundle, recipe_of
 from record import circumstances, write_json
 
 Array = npt.NDArray[Any]

@@ -35,7 +35,7 @@ from rich.table import Table
 
 from offramp import ExitLogits, calibrate
 from offramp.calibration.controller import fit_controller
-from offramp.calibration.rules import Rule, policy_like
+from offramp.calibration.rules import Rule
 from offramp.calibration.search import evaluate_thresholds
 from offramp.calibration.thresholds import Calibration, confidences, measure_policy
 from pools import NAMES, read_pool, rivals
@@ -54,7 +54,7 @@ Floats = npt.NDArray[np.float64]
 
 def curve(logits: ExitLogits, rule: str, candidates: Sequence[tuple[float, ...]]) -> Floats:
     """Mean MACs (growing) and accuracy of candidates on test data, shape (2, J)."""
-    confidence_KN = confidences(logits, policy_like(rule, logits))
+    confidence_KN = confidences(logits, logits.policies(rule)[0])
     correct_KN = logits.correct_KN.numpy().astype(np.float64)
     points = {
         evaluate_thresholds(confidence_KN, correct_KN, logits.costs, thresholds)[::-1]
@@ -67,7 +67,7 @@ def compare(
     calibration: ExitLogits, test: ExitLogits, budgets: Sequence[float], rule: str
 ) -> dict[str, list[float]]:
     """What the search reaches at each budget, and who is better by how much at the same MACs."""
-    confidence_KN = confidences(calibration, policy_like(rule, calibration))
+    confidence_KN = confidences(calibration, calibration.policies(rule)[0])
     dense = np.geomspace(budgets[0], budgets[-1], CURVE_POINTS).tolist()
     searched = [calibrate(calibration, budget_macs=macs, rule=rule).policy for macs in dense]
     geometric = [rivals.geometric_shares(confidence_KN, factor) for factor in FACTORS]

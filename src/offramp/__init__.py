@@ -6,6 +6,7 @@ Public names are loaded when they are first used: ``import offramp`` alone impor
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from offramp.errors import (
@@ -33,25 +34,20 @@ from offramp.results import AdaptiveResult
 
 if TYPE_CHECKING:
     from offramp.calibration.chosen import Calibration
-    from offramp.calibration.collect import collect
     from offramp.calibration.controller import fit_controller
+    from offramp.calibration.evidence import calibrate
     from offramp.calibration.frontier import Frontier, frontier
     from offramp.calibration.guarantee import Guarantee, calibrate_with_guarantee
     from offramp.calibration.logits import DenseLogits, ExitLogits
-    from offramp.calibration.sweep import (
-        Sweep,
-        choose_threshold,
-        choose_threshold_with_guarantee,
-    )
+    from offramp.calibration.sweep import Sweep
     from offramp.calibration.temperature import fit_temperatures
-    from offramp.calibration.thresholds import calibrate
     from offramp.exporting.bundle import export
     from offramp.inference.evaluate import Evaluation, evaluate
     from offramp.inference.halting import HaltingRunner
     from offramp.inference.placement import Placement, place
     from offramp.inference.runner import AdaptiveRunner
     from offramp.inference.skipping import SkipRunner
-    from offramp.inference.sweeping import collect_sweep
+    from offramp.inference.sweeping import collect
     from offramp.inference.timing import time_runner
     from offramp.measure.cost import ExitCosts, count_macs
     from offramp.measure.dense import label_maps, mean_iou
@@ -97,21 +93,19 @@ __version__ = "0.1.0"
 _HOMES = {
     "DenseLogits": "offramp.calibration.logits",
     "ExitLogits": "offramp.calibration.logits",
-    "collect": "offramp.calibration.collect",
+    "collect": "offramp.inference.sweeping",
     "Frontier": "offramp.calibration.frontier",
     "frontier": "offramp.calibration.frontier",
     "Guarantee": "offramp.calibration.guarantee",
     "calibrate_with_guarantee": "offramp.calibration.guarantee",
     "Sweep": "offramp.calibration.sweep",
-    "choose_threshold": "offramp.calibration.sweep",
-    "choose_threshold_with_guarantee": "offramp.calibration.sweep",
     "fit_controller": "offramp.calibration.controller",
     "fit_temperatures": "offramp.calibration.temperature",
     "ControllerPolicy": "offramp.policy.controller",
     "AgreementPolicy": "offramp.policy.dense_policies",
     "DensePolicy": "offramp.policy.dense_policies",
     "Calibration": "offramp.calibration.chosen",
-    "calibrate": "offramp.calibration.thresholds",
+    "calibrate": "offramp.calibration.evidence",
     "export": "offramp.exporting.bundle",
     "Evaluation": "offramp.inference.evaluate",
     "evaluate": "offramp.inference.evaluate",
@@ -120,7 +114,6 @@ _HOMES = {
     "AdaptiveRunner": "offramp.inference.runner",
     "SkipRunner": "offramp.inference.skipping",
     "HaltingRunner": "offramp.inference.halting",
-    "collect_sweep": "offramp.inference.sweeping",
     "time_runner": "offramp.inference.timing",
     "ExitCosts": "offramp.measure.cost",
     "count_macs": "offramp.measure.cost",
@@ -168,6 +161,21 @@ _HOMES = {
     "GateConfig": "offramp.training.config",
     "HaltingConfig": "offramp.training.config",
 }
+
+_RENAMED = {
+    "choose_threshold": ("offramp.calibration.evidence", "calibrate", "calibrate"),
+    "choose_threshold_with_guarantee": (
+        "offramp.calibration.guarantee",
+        "calibrate_with_guarantee",
+        "calibrate_with_guarantee",
+    ),
+    "collect_sweep": (
+        "offramp.inference.sweeping",
+        "collect_sweep",
+        "collect(network, data, thresholds=...)",
+    ),
+}
+"""Names of 0.1 that warn: the module and name that they stand for, and what to write instead."""
 
 __all__ = [
     "AdaptiveResult",
@@ -232,10 +240,7 @@ __all__ = [
     "always_leave_at",
     "calibrate",
     "calibrate_with_guarantee",
-    "choose_threshold",
-    "choose_threshold_with_guarantee",
     "collect",
-    "collect_sweep",
     "count_macs",
     "encode_padded",
     "entropy_confidence",
@@ -266,10 +271,24 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        module, successor, call = _RENAMED[name]
+        warnings.warn(
+            f"offramp.{name} goes in the next release: use offramp.{call}.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return _loaded(name, module, successor)
     if name not in _HOMES:
         raise AttributeError(f"module 'offramp' has no attribute {name!r}")
+    value = _loaded(name, _HOMES[name], name)
+    globals()[name] = value
+    return value
+
+
+def _loaded(name: str, module: str, attribute: str) -> Any:
     try:
-        value = getattr(importlib.import_module(_HOMES[name]), name)
+        return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("offramp"):
             raise
@@ -277,8 +296,6 @@ def __getattr__(name: str) -> Any:
             f"offramp.{name} needs {error.name}, which is not installed: "
             "pip install 'offramp[train]'"
         ) from error
-    globals()[name] = value
-    return value
 
 
 def __dir__() -> list[str]:

@@ -19,6 +19,9 @@ SCHEMA_VERSION = 2
 2 added the file for single samples to bundles.
 """
 
+BUNDLE_FOLDER = "bundle"
+"""Where a run folder keeps its bundle."""
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:

@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 
-from offramp import HaltingPolicy, HaltingRunner, choose_threshold, collect_sweep, load
+from offramp import HaltingPolicy, HaltingRunner, calibrate, collect, load
 from offramp.model.checkpoint import save_weights
 from offramp.runtime import Session
 from offramp.training.catalogue import find_recipe
@@ -100,7 +100,7 @@ def pictures(workplace):
 
 def sweep_of(loaded, split):
     batches, _, _ = load_batches(loaded.recipe, split, loaded.data)
-    return collect_sweep(loaded.network, make_loader(batches, batch_size=256))
+    return collect(loaded.network, make_loader(batches, batch_size=256), thresholds="auto")
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_calibrate_writes_the_threshold_that_the_function_finds(run, offramp, op
     outcome = offramp("calibrate", run, *options)
     assert (outcome.code, outcome.stderr) == (0, "")
     loaded = load(run)
-    chosen = choose_threshold(sweep_of(loaded, "calibration"), **target)
+    chosen = calibrate(sweep_of(loaded, "calibration"), **target)
     assert loaded.policy == HaltingPolicy(chosen.threshold)
     assert f"threshold {chosen.threshold:.4f} of the tokens, chosen on" in outcome.stdout
     assert loaded.calibration["reached"] == pytest.approx(

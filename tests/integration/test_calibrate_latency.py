@@ -5,7 +5,7 @@ import json
 import pytest
 
 import offramp.calibration.latency as latency_module
-import offramp.cli.export as export_module
+import offramp.workflow.export as export_module
 
 
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
@@ -40,7 +40,7 @@ def test_exits_that_do_not_pay_are_named(run, offramp, monkeypatch):
 
 
 def test_int8_chooses_anew_for_the_target_alone(run, offramp, monkeypatch):
-    monkeypatch.setattr(export_module, "_SHARE_TOLERANCE", -1.0)  # any move is too much
+    monkeypatch.setattr(export_module, "SHARE_TOLERANCE", -1.0)  # any move is too much
     monkeypatch.setattr(latency_module, "_LEAST_GAIN", 1.0)  # no exit goes
     asked = ("--max-drop", "0.0", "--for", "latency", "--backend", "torch")
     assert offramp("calibrate", run, *asked).code == 0

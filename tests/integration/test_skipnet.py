@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from offramp import GatePolicy, add_gates, choose_threshold, collect_sweep, load
+from offramp import GatePolicy, add_gates, calibrate, collect, load
 from offramp.model.checkpoint import save_weights
 from offramp.training.data import make_loader
 from offramp.training.hub import save_pretrained
@@ -106,7 +106,7 @@ def figures(offramp):
 
 def sweep_of(loaded, split):
     batches, _, _ = load_batches(loaded.recipe, split, loaded.data)
-    return collect_sweep(loaded.network, make_loader(batches, batch_size=256))
+    return collect(loaded.network, make_loader(batches, batch_size=256), thresholds="auto")
 
 
 def median_probability(run):
@@ -141,7 +141,7 @@ def test_calibrate_writes_the_threshold_that_the_function_finds(skip_run, offram
     outcome = offramp("calibrate", skip_run, *options)
     assert (outcome.code, outcome.stderr) == (0, "")
     loaded = load(skip_run)
-    chosen = choose_threshold(sweep_of(loaded, "calibration"), **target)
+    chosen = calibrate(sweep_of(loaded, "calibration"), **target)
     assert loaded.policy.threshold == chosen.threshold
     assert f"threshold {chosen.threshold:.4f} of the gates, chosen on 121 cal" in outcome.stdout
     assert loaded.calibration["reached"] == pytest.approx(

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offramp.calibration.collect import ExitLogits
+from offramp.calibration.evidence import calibrate
 from offramp.calibration.guarantee import calibrate_with_guarantee
 from offramp.calibration.risk import RISKS_OF_SAMPLES
 from offramp.calibration.search import evaluate_thresholds
-from offramp.calibration.thresholds import calibrate, confidences, expected_correctness
+from offramp.calibration.thresholds import confidences, expected_correctness
 from offramp.errors import InfeasibleTargetError
 from offramp.measure.cost import ExitCosts
 from offramp.policy.confidence import CONFIDENCE_RULES

@@ -3,14 +3,60 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic
+
+from typing_extensions import TypeVar
 
 from offramp.calibration.asked import Asked
-from offramp.calibration.logits import Figures
+from offramp.calibration.risk import RISKS
 from offramp.policy.as_dict import policy_to_dict
 from offramp.policy.policies import ThresholdedPolicy
+from offramp.policy.routing_policy import RoutingPolicy
 from offramp.runtime.answers import rule_in_words
-from offramp.tables import Lines, Printed, Table, percent, points, thresholds_in_words
+from offramp.tables import Brief, Lines, Printed, Table, percent, points, thresholds_in_words
+
+P = TypeVar("P", bound=ThresholdedPolicy | RoutingPolicy, default=ThresholdedPolicy)
+"""The kind of policy that is chosen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """How good answers are.
+
+    Attributes:
+        accuracy: Share of right ones, a fraction; of right pixels, where every pixel has a class.
+        mean_iou: Mean intersection over union; None where a sample has one class.
+    """
+
+    accuracy: float
+    mean_iou: float | None = None
+
+    @property
+    def quality(self) -> float:
+        """The figure that counts: mean IoU where there is one, else accuracy."""
+        return self.accuracy if self.mean_iou is None else self.mean_iou
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ExitAlone(Brief):
+    """The network cut off at one exit, where every sample leaves; no head before it runs.
+
+    Attributes:
+        index: The exit's number in the network, from 0.
+        accuracy: On the test data, a fraction.
+        macs: MACs per sample.
+        mean_iou: On the test data; None where a sample has one class.
+    """
+
+    index: int
+    accuracy: float
+    macs: int
+    mean_iou: float | None = None
+
+    @property
+    def quality(self) -> float:
+        """The figure that counts: mean IoU where there is one, else accuracy."""
+        return self.accuracy if self.mean_iou is None else self.mean_iou
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +74,63 @@ class ExitOfCalibration:
     macs: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Guarantee:
+    """What is promised of a policy, and what it rests on.
+
+    Attributes:
+        risk: The risk that is bounded, as ``calibrate`` names it.
+        max_risk: The target.
+        probability: With which it holds, over the draw of the samples; None where the promise is
+            about the mean over many draws.
+        method: How it was tested.
+        value: The p-value of the policy; for conformal risk control, how far its bound on the mean
+            risk is above the target, at most 0.
+        num_samples: Calibration samples in all.
+        num_tested: Of them, those that tested.
+        num_finding: Samples that found the candidates, or sized the bets: the other calibration
+            samples, or samples from elsewhere; 0 where none were needed.
+        effective_num_samples: What the testing ones amount to after weighting.
+        num_candidates: Policies that stood in a row to be tested.
+        num_passed: Of them, those that passed before the first that did not.
+    """
+
+    risk: str
+    max_risk: float
+    probability: float | None
+    method: str
+    value: float
+    num_samples: int
+    num_tested: int
+    num_finding: int
+    effective_num_samples: float
+    num_candidates: int
+    num_passed: int
+
+    def sentence(
+        self, population: str, *, way: str = "early exit", last: str = "the final exit"
+    ) -> str:
+        """The promise in one sentence that a person can quote.
+
+        Args:
+            population: What the samples were drawn from.
+            way: What answers cheaply.
+            last: What it is compared with.
+        Returns:
+            The sentence.
+        """
+        what = RISKS[self.risk].in_words(self.max_risk, way, last)
+        drawn = f"{self.num_samples:,} calibration samples ({population})"
+        if self.probability is None:
+            return f"On average over draws of {drawn}, {what} on new samples drawn alike."
+        return (
+            f"With probability at least {100 * self.probability:g} % over the draw of {drawn}, "
+            f"{what} on new samples drawn alike."
+        )
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Calibration(Printed):
+class Calibration(Printed, Generic[P]):
     """A policy and what it reached on the data that chose it; print it for a table.
 
     Attributes:
@@ -44,9 +145,10 @@ class Calibration(Printed):
         num_samples: Calibration samples.
         exits: Of each exit, its number, the share of samples that leave there, and their MACs.
         asked: The target that the policy was chosen for.
+        guarantee: What is promised of the policy; None where nothing is.
     """
 
-    policy: ThresholdedPolicy
+    policy: P
     accuracy: float
     mean_macs: float
     mean_iou: float | None = None
@@ -55,6 +157,7 @@ class Calibration(Printed):
     num_samples: int | None = None
     exits: tuple[ExitOfCalibration, ...] | None = None
     asked: Asked | None = field(default=None, compare=False)
+    guarantee: Guarantee | None = None
 
     @property
     def quality(self) -> float:
@@ -88,14 +191,22 @@ class Calibration(Printed):
             for k in numbers
         ]
 
-    def _lines(self) -> list[tuple[str, str]]:
+    def _lines(
+        self, way: str = "early exit", last: str = "the final exit"
+    ) -> list[tuple[str, str]]:
         name = "accuracy" if self.mean_iou is None else "mean IoU"
         quality, macs = percent(self.quality), f"{self.mean_macs:,.0f}"
         if self.final_exit is not None:
             final = self.final_exit.quality
             quality += f", a drop of {points(final - self.quality)} from {percent(final)}"
+            quality += "" if last == "the final exit" else f" {last}"
         if self.plain_macs is not None:
             share = percent(self.mean_macs / self.plain_macs)
             macs += f", {share} of the plain network's {self.plain_macs:,}"
         lines = [(name, quality), ("mean MACs", macs)]
-        return lines if self.asked is None else [*lines, ("asked", self.asked.in_words(of=name))]
+        if self.asked is not None:
+            lines.append(("asked", self.asked.in_words(way=way, last=last, of=name)))
+        if self.guarantee is not None:
+            promise = self.guarantee.sentence("as they were drawn", way=way, last=last)
+            lines.append(("promise", promise))
+        return lines

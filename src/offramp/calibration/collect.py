@@ -46,23 +46,7 @@ def collect(
     *,
     batch_size: int = 256,
 ) -> ExitLogits:
-    """Run every exit on every sample of a data set.
-
-    Args:
-        network: The network; it runs in evaluation mode where its parameters are. Of one that
-            skips blocks, the only exit is collected, with every block run and no gate; of one whose
-            tokens halt, with a threshold of 1, at which they stay longest, and the costs are those
-            of the plain network.
-        data: A DataLoader, a data set, tensors (inputs, labels), or batches of (inputs, labels) or
-            dicts; the inputs are a tuple or a dict where the network takes several.
-        batch_size: Samples a batch, where the data does not say it.
-    Returns:
-        The logits of all exits, with labels and costs; of a network that says a class for every
-        pixel, ``DenseLogits``.
-    Raises:
-        DataError: If there is no sample, a sample has no label or one that the network has no class
-            for, or the network cannot take the inputs.
-    """
+    """Run every exit on every sample, as :func:`~offramp.collect` without thresholds does."""
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     trained, chosen_by = network, ""
     say: Callable[..., Sequence[Tensor]] = network

@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from offramp.calibration.logits import ExitLogits, check_same_network
-from offramp.calibration.rules import Rule, policies_like, policy_like
-from offramp.calibration.sweep import Sweep, best_threshold
-from offramp.calibration.thresholds import choose_policy, measure_policy
+from offramp.calibration.chosen import ExitAlone, P
+from offramp.calibration.evidence import Evidence
+from offramp.calibration.rules import Rule
+from offramp.calibration.targets import Budget
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError
 from offramp.policy.as_dict import without_inf
-from offramp.policy.policies import ThresholdedPolicy
 from offramp.tables import Brief, Lines, Printed, Table, percent, thresholds_in_words
 
 _MAX_NUM_POINTS = 1000
@@ -62,28 +61,6 @@ class FrontierPoint(Brief):
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain values for JSON; a threshold of +inf becomes None."""
         return _without_dense(asdict(self)) | {"thresholds": without_inf(self.thresholds)}
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class ExitAlone(Brief):
-    """The network cut off at one exit, where every sample leaves; no head before it runs.
-
-    Attributes:
-        index: The exit's number in the network, from 0.
-        accuracy: On the test data, a fraction.
-        macs: MACs per sample.
-        mean_iou: On the test data; None where a sample has one class.
-    """
-
-    index: int
-    accuracy: float
-    macs: int
-    mean_iou: float | None = None
-
-    @property
-    def quality(self) -> float:
-        """The figure that counts: mean IoU where there is one, else accuracy."""
-        return self.accuracy if self.mean_iou is None else self.mean_iou
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -150,8 +127,8 @@ class Frontier(Printed):
 
 
 def frontier(
-    calibration: ExitLogits | None,
-    test: ExitLogits,
+    calibration: Evidence[P] | None,
+    test: Evidence[P],
     *,
     num_points: int = 10,
     rule: Rule | None = None,
@@ -173,9 +150,10 @@ def frontier(
     measured by its own plain network: areas of networks of different sizes do not compare.
 
     Args:
-        calibration: Every exit's logits on data that neither trained the network nor will judge
-            it; may be None for a network of one exit.
-        test: Every exit's logits on the data that judges.
+        calibration: Every exit's logits, or a sweep over the thresholds of gates or tokens, on
+            data that neither trained the network nor will judge it; may be None for a network of
+            one exit.
+        test: The same on the data that judges.
         num_points: How many budgets, in [2, 1000]: both ends are among them.
         rule: As for :func:`~offramp.calibrate`; a function makes its policy from the calibration
             data, once.
@@ -187,70 +165,16 @@ def frontier(
         ShapeError: If they differ in the number of exits or classes.
     """
     check_num_points(num_points)
-    plain_macs = test.costs.plain_macs
     if calibration is None:
         points = [_only_point(test)]
     else:
-        check_same_network(calibration, test)
-        policies = policies_like(rule, calibration)
-        least_macs = min(_least_macs(calibration, policy) for policy in policies)
-        budgets = np.geomspace(least_macs, calibration.costs.plain_macs, num_points).tolist()
-        points = _points(calibration, test, policies, budgets)
+        calibration.check_same_network(test)
+        points = _points(calibration, test, calibration.policies(rule), num_points)
     return Frontier(
         points=tuple(points),
-        exits=_exits_alone(test),
-        plain_macs=plain_macs,
-        area=_area(points, plain_macs=plain_macs),
-    )
-
-
-def sweep_frontier(calibration: Sweep, test: Sweep, *, num_points: int = 10) -> Frontier:
-    """Follow the trade-off of a network that one threshold steers, as :func:`frontier` does.
-
-    Args:
-        calibration: What it says, at each threshold, of data that neither trained the network nor
-            will judge it.
-        test: What it says, at the same thresholds, of the data that judges.
-        num_points: How many budgets, in [2, 1000]: both ends are among them.
-    Returns:
-        The points, the network where most runs as its only exit, and the area.
-    Raises:
-        InvalidArgumentError: If ``num_points`` is out of range, or the two are of different
-            networks or thresholds.
-    """
-    check_num_points(num_points)
-    of_both = [
-        (each.thresholds, None if each.is_ragged else each.plain_macs)
-        for each in (calibration, test)
-    ]
-    if of_both[0] != of_both[1]:
-        raise InvalidArgumentError(
-            "Expected calibration and test sweeps of one network at the same thresholds. "
-            f"Got {of_both[0]} against {of_both[1]}."
-        )
-    plain_macs = test.plain_macs
-    points: dict[float, FrontierPoint] = {}
-    accuracy_K, mean_macs_K = test.accuracy_K, test.mean_macs_K
-    budgets = np.geomspace(calibration.mean_macs_K.min(), calibration.plain_macs, num_points)
-    for budget_macs in budgets.tolist():
-        with suppress(InfeasibleTargetError):
-            chosen = best_threshold(calibration, budget_macs=budget_macs)
-            k = test.thresholds.index(chosen.threshold)
-            point = FrontierPoint(
-                budget_macs=budget_macs,
-                thresholds=(chosen.threshold,),
-                calibration_accuracy=chosen.accuracy,
-                accuracy=float(accuracy_K[k]),
-                mean_macs=float(mean_macs_K[k]),
-            )
-            points.setdefault(chosen.threshold, point)
-    found = tuple(points.values())
-    whole_macs = min(plain_macs, round(float(mean_macs_K[-1])))  # gates are not asked there
-    return Frontier(
-        points=found,
-        exits=(ExitAlone(index=0, accuracy=float(accuracy_K[-1]), macs=whole_macs),),
-        plain_macs=plain_macs,
-        area=_area(found, plain_macs=plain_macs),
+        exits=test.alone(),
+        plain_macs=test.plain_macs,
+        area=_area(points, plain_macs=test.plain_macs),
     )
 
 
@@ -269,16 +193,19 @@ def check_num_points(num_points: int) -> None:
         )
 
 
-def _only_point(test: ExitLogits) -> FrontierPoint:
+def _only_point(test: Evidence[P]) -> FrontierPoint:
     """Of a network of one exit, for which nothing is chosen."""
-    if test.costs.num_exits != 1:
+    policy = test.policies(None)[0]
+    if policy.thresholds:
+        num_exits = policy.num_exits
+        got = f"one of {num_exits} exits" if num_exits > 1 else "one that a threshold steers"
         raise InvalidArgumentError(
             "The 'calibration' parameter may be None for a network of one exit only. "
-            f"Got one of {test.costs.num_exits} exits: give data to choose its thresholds on."
+            f"Got {got}: give data to choose its thresholds on."
         )
-    reached = measure_policy(test, policy_like(None, test))
+    reached = test.measure(policy)
     return FrontierPoint(
-        budget_macs=float(test.costs.plain_macs),
+        budget_macs=float(test.plain_macs),
         thresholds=(),
         calibration_accuracy=None,
         accuracy=reached.accuracy,
@@ -287,32 +214,20 @@ def _only_point(test: ExitLogits) -> FrontierPoint:
     )
 
 
-def _least_macs(calibration: ExitLogits, policy: ThresholdedPolicy) -> float:
-    """The smallest budget that can be kept."""
-    cheapest_macs = float(min(_macs_alone(calibration)))
-    try:
-        choose_policy(calibration, budget_macs=cheapest_macs, rule=policy)
-    except InfeasibleTargetError as error:  # NaN, or a policy that waits, holds samples back
-        return error.best_achievable
-    return cheapest_macs
-
-
 def _points(
-    calibration: ExitLogits,
-    test: ExitLogits,
-    policies: Sequence[ThresholdedPolicy],
-    budgets: Sequence[float],
+    calibration: Evidence[P], test: Evidence[P], policies: Sequence[P], num_points: int
 ) -> list[FrontierPoint]:
     """What each budget leads to; none for a budget that cannot be kept."""
     points: dict[object, FrontierPoint] = {}
-    for budget_macs in budgets:
+    least_macs = calibration.least_macs(policies)
+    for budget_macs in np.geomspace(least_macs, calibration.plain_macs, num_points).tolist():
         with suppress(InfeasibleTargetError):
-            chosen = choose_policy(calibration, budget_macs=budget_macs, rule=lambda _: policies)
+            chosen = calibration.best(Budget(budget_macs), policies, off=frozenset())
             pixel_threshold = getattr(chosen.policy, "pixel_threshold", None)
             numbers = chosen.policy.thresholds, pixel_threshold
             if numbers in points:
                 continue
-            reached = measure_policy(test, chosen.policy)
+            reached = test.measure(chosen.policy)
             points[numbers] = FrontierPoint(
                 budget_macs=budget_macs,
                 thresholds=chosen.policy.thresholds,
@@ -324,19 +239,6 @@ def _points(
                 pixel_threshold=pixel_threshold,
             )
     return list(points.values())
-
-
-def _macs_alone(logits: ExitLogits) -> list[int]:
-    """What a sample costs that leaves at each exit, no head before it run."""
-    costs = logits.costs
-    return [costs.exit_macs(frozenset(range(k)))[k] for k in range(costs.num_exits)]
-
-
-def _exits_alone(test: ExitLogits) -> tuple[ExitAlone, ...]:
-    everybody = np.ones(len(test.labels_N), dtype=np.int64)
-    figures = [test.figures(k * everybody) for k in range(test.costs.num_exits)]
-    rows = zip(test.numbers, figures, _macs_alone(test), strict=True)
-    return tuple(ExitAlone(index=k, macs=macs, **vars(reached)) for k, reached, macs in rows)
 
 
 def _area(points: Sequence[FrontierPoint], *, plain_macs: int) -> float:

@@ -10,21 +10,23 @@ References: Angelopoulos et al. (2021), Learn then Test; Laufer-Goldshtein et al
 Efficiently controlling multiple risks with Pareto testing; Angelopoulos et al. (2022), Conformal
 risk control; Jazbec et al. (2024), Fast yet Safe, for one shared threshold.
 
-Shapes: ``K`` exits, ``N`` samples, ``P`` policies on the front.
+Shapes: ``N`` samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import repeat
 
 import numpy as np
-import torch
 
-from offramp.calibration.logits import ExitLogits, check_same_network
-from offramp.calibration.risk import RISKS, cautious_losses, check_risk, check_risk_fits
-from offramp.calibration.rules import Rule, policies_like
-from offramp.calibration.search import Floats, exits_left_by
+from offramp.calibration.chosen import Calibration, P
+from offramp.calibration.chosen import Guarantee as Guarantee
+from offramp.calibration.evidence import Evidence
+from offramp.calibration.risk import check_risk, check_risk_fits
+from offramp.calibration.rules import Rule
+from offramp.calibration.search import Floats
 from offramp.calibration.sequence import (
     check_disjoint,
     choose_test,
@@ -32,98 +34,20 @@ from offramp.calibration.sequence import (
     part_samples,
     passing_values,
 )
-from offramp.calibration.thresholds import (
-    Calibration,
-    calibrate,
-    confidences,
-    costs_under,
-    measure_policy,
-    plausibility,
-    search_for,
-)
+from offramp.calibration.targets import RiskLimit
 from offramp.errors import InvalidArgumentError
-from offramp.policy.policies import ThresholdedPolicy
-
-
-@dataclass(frozen=True, kw_only=True)
-class Guarantee:
-    """What is promised of a policy, and what it rests on.
-
-    Attributes:
-        risk: The risk that is bounded, as ``calibrate`` names it.
-        max_risk: The target.
-        probability: With which it holds, over the draw of the samples; None where the promise is
-            about the mean over many draws.
-        method: How it was tested.
-        value: The p-value of the policy; for conformal risk control, how far its bound on the mean
-            risk is above the target, at most 0.
-        num_samples: Calibration samples in all.
-        num_tested: Of them, those that tested.
-        num_finding: Samples that found the candidates, or sized the bets: the other calibration
-            samples, or samples from elsewhere; 0 where none were needed.
-        effective_num_samples: What the testing ones amount to after weighting.
-        num_candidates: Policies that stood in a row to be tested.
-        num_passed: Of them, those that passed before the first that did not.
-    """
-
-    risk: str
-    max_risk: float
-    probability: float | None
-    method: str
-    value: float
-    num_samples: int
-    num_tested: int
-    num_finding: int
-    effective_num_samples: float
-    num_candidates: int
-    num_passed: int
-
-    def sentence(
-        self, population: str, *, way: str = "early exit", last: str = "the final exit"
-    ) -> str:
-        """The promise in one sentence that a person can quote.
-
-        Args:
-            population: What the samples were drawn from.
-            way: What answers cheaply.
-            last: What it is compared with.
-        Returns:
-            The sentence.
-        """
-        what = RISKS[self.risk].in_words(self.max_risk, way, last)
-        drawn = f"{self.num_samples:,} calibration samples ({population})"
-        if self.probability is None:
-            return f"On average over draws of {drawn}, {what} on new samples drawn alike."
-        return (
-            f"With probability at least {100 * self.probability:g} % over the draw of {drawn}, "
-            f"{what} on new samples drawn alike."
-        )
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class GuaranteedCalibration(Calibration):
-    """A policy with a promise; print it for a table.
-
-    Attributes:
-        guarantee: The promise.
-    """
-
-    guarantee: Guarantee
-
-    def _lines(self) -> list[tuple[str, str]]:
-        return [*super()._lines(), ("promise", self.guarantee.sentence("as they were drawn"))]
 
 
 def calibrate_with_guarantee(
-    logits: ExitLogits,
+    logits: Evidence[P],
     *,
     max_risk: float,
     risk: str = "accuracy_gap",
     guarantee: float | str = 0.95,
     rule: Rule | None = None,
-    finding: ExitLogits | None = None,
+    finding: Evidence[P] | None = None,
     seed: int = 0,
-) -> GuaranteedCalibration:
+) -> Calibration[P]:
     """Choose thresholds so that the true risk is within a target, and say with what probability.
 
     The promise holds for samples drawn independently from where these were drawn from; it breaks
@@ -142,7 +66,9 @@ def calibrate_with_guarantee(
     networks and keeps the best has no promise.
 
     Args:
-        logits: Every exit's logits on held-out data.
+        logits: Every exit's logits on held-out data; or a sweep over the thresholds of gates or
+            tokens, which were not chosen on it. Their order is known before any sample is seen:
+            all of them test, unless the test sizes its bets on some.
         max_risk: The target, a fraction in (0, 1), e.g. 0.01.
         risk: What it bounds: accuracy_gap (against the final exit), disagreement (with it), error
             or brier_gap; pixel_error_gap where every pixel has a class.
@@ -152,7 +78,7 @@ def calibrate_with_guarantee(
             then not exchangeable with these.
         rule: As for :func:`~offramp.calibrate`; what makes a policy is given the samples that
             find the front. A policy must not have been fitted on any of the samples that test.
-        finding: Every exit's logits on other samples, which find the front, so that all of
+        finding: The same of other samples, which find the front or size the bets, so that all of
             ``logits`` test. They may be samples that trained the network: the front then expects
             too much, but the promise holds. If None, three in ten of ``logits`` find it.
         seed: Parts the samples where ``finding`` is None; also draws the order in which samples
@@ -172,19 +98,26 @@ def calibrate_with_guarantee(
     check_guarantee(max_risk, guarantee)
     check_risk_fits(risk, logits)
     logits.require_independent()
-    if finding is None:
+    if finding is not None:
+        finding.check_same_network(logits)
+        check_disjoint(finding, logits)
+    needs_finding = not logits.has_fixed_candidates
+    if not needs_finding:
+        needs_finding = choose_test(risk, logits, guarantee=guarantee).needs_finding
+    testing = logits
+    if not needs_finding:
+        finding = None
+    elif finding is None:
         finding, testing = part_samples(logits, seed)
     else:
-        check_same_network(finding, logits)
-        check_disjoint(finding, logits)
         testing = logits.take(in_random_order(logits, seed))
-    candidates = candidates_on(finding, _best_of(rule, finding, max_risk, risk), risk)
+    source = logits if finding is None else finding
+    candidates = source.safest_first(source.policies(rule), RiskLimit(risk, max_risk))
     test = choose_test(risk, testing, guarantee=guarantee)
-    losses = zip(
-        _losses(finding, candidates, risk), _losses(testing, candidates, risk), strict=True
-    )
+    nothing: Iterable[Floats] = repeat(np.empty(0))
+    found = nothing if finding is None else finding.losses(candidates, risk)
+    losses = zip(found, testing.losses(candidates, risk), strict=False)
     passed = passing_values(test, losses, max_risk, num_samples=len(logits.labels_N))
-    chosen = measure_policy(logits, candidates[len(passed) - 1])
     promise = Guarantee(
         risk=risk,
         max_risk=max_risk,
@@ -193,12 +126,12 @@ def calibrate_with_guarantee(
         value=passed[-1],
         num_samples=len(logits.labels_N),
         num_tested=len(testing.labels_N),
-        num_finding=len(finding.labels_N),
+        num_finding=0 if finding is None else len(finding.labels_N),
         effective_num_samples=testing.effective_num_samples,
         num_candidates=len(candidates),
         num_passed=len(passed),
     )
-    return GuaranteedCalibration(**vars(chosen), guarantee=promise)
+    return replace(logits.measure(candidates[len(passed) - 1]), guarantee=promise)
 
 
 def check_guarantee(max_risk: float, guarantee: float | str) -> None:
@@ -219,71 +152,3 @@ def check_guarantee(max_risk: float, guarantee: float | str) -> None:
             "The 'guarantee' parameter must be a probability in (0, 1), e.g. 0.95, or 'mean'. "
             f"Got {guarantee!r}."
         )
-
-
-def _rounded(finding: ExitLogits) -> ExitLogits:
-    """Logits without their last bits, which differ between processors: ties then break alike."""
-    if finding.is_dense:
-        return finding  # at half precision already
-    largest = torch.finfo(torch.float16).max
-    logits_KNC = finding.logits_KNC.clamp(-largest, largest).half().float()
-    return replace(finding, logits_KNC=logits_KNC)
-
-
-def _best_of(
-    rule: Rule | None, finding: ExitLogits, max_risk: float, risk: str
-) -> ThresholdedPolicy:
-    """The policy to be tested: of several, the one that would save most on what finds it."""
-    policies = policies_like(rule, finding)
-    if len(policies) == 1:
-        return policies[0]
-    return calibrate(finding, max_risk=max_risk, risk=risk, rule=lambda _: policies).policy
-
-
-def candidates_on(
-    finding: ExitLogits, policy: ThresholdedPolicy, risk: str
-) -> list[ThresholdedPolicy]:
-    """Policies on the way from the safest, where nobody leaves, to the cheapest.
-
-    Of right and wrong, a few hundred samples tell little: there, answers are judged by how likely
-    the final exit finds them.
-
-    Args:
-        finding: Every exit's logits on the samples that find them.
-        policy: Their kind; its thresholds do not matter.
-        risk: What is to be bounded.
-    Returns:
-        The policies, in the order in which they are tested.
-    """
-    finding, counted = _rounded(finding), RISKS[risk]
-    worth_KN = plausibility(finding) if counted.counts_errors else -counted.losses(finding)
-    search = search_for(
-        finding,
-        policy,
-        worth_KN,
-        confidences(finding, policy),
-        costs=costs_under(finding, policy),
-    )
-    return [policy.with_thresholds(thresholds) for thresholds in search.front()]
-
-
-def _losses(
-    logits: ExitLogits, policies: Sequence[ThresholdedPolicy], risk: str
-) -> Iterator[Floats]:
-    """Loss of every sample under one policy after the other, weights multiplied in."""
-    losses_KN = cautious_losses(risk, logits) * logits.weights_N
-    for policy, confidence_KN in _with_confidences(logits, policies):
-        exit_N = exits_left_by(confidence_KN, policy.thresholds)
-        yield losses_KN[exit_N, np.arange(len(exit_N))]
-
-
-def _with_confidences(
-    logits: ExitLogits, policies: Sequence[ThresholdedPolicy]
-) -> Iterator[tuple[ThresholdedPolicy, Floats]]:
-    """Each policy with its confidences, which policies with the same exits off share."""
-    known: dict[frozenset[int], Floats] = {}
-    for policy in policies:
-        off = policy.off_exits
-        if off not in known:
-            known[off] = confidences(logits, policy, off)
-        yield policy, known[off]

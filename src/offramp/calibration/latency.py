@@ -16,14 +16,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from offramp.calibration.evidence import choose_policy
 from offramp.calibration.logits import ExitLogits
-from offramp.calibration.rules import Rule, policies_like
+from offramp.calibration.rules import Rule
 from offramp.calibration.search import Floats
 from offramp.calibration.targets import feasible
 from offramp.calibration.thresholds import (
     Calibration,
     calibrate_within,
-    choose_policy,
     expected_correctness,
     reached_under,
     search_thresholds,
@@ -99,7 +99,7 @@ def calibrate_for_latency(
     """
     num_exits = logits.costs.num_exits
     _check_fits(profile, num_exits=num_exits, batch_size=batch_size)
-    policy = _cheapest_of(policies_like(rule, logits), logits, max_drop)
+    policy = _cheapest_of(logits.policies(rule), logits, max_drop)
 
     def reaching(policy: ThresholdedPolicy) -> list[float]:
         return _reaching(logits, policy, batch_size)
@@ -162,7 +162,7 @@ def calibrate_to_milliseconds(
     _check_budget(budget_ms)
     num_exits = logits.costs.num_exits
     _check_fits(profile, num_exits=num_exits, batch_size=batch_size)
-    policy, *others = policies_like(rule, logits)
+    policy, *others = logits.policies(rule)
     if others:
         return _best_of((policy, *others), logits, profile, budget_ms, batch_size)
     costs, worth_KN = _costs_in_ns(profile, batch_size), expected_correctness(logits)

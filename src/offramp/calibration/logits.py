@@ -5,6 +5,7 @@ Shapes: ``K`` exits, ``N`` samples, ``C`` classes, ``H W`` pixels of masks, ``h 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -14,8 +15,19 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from offramp.calibration.labelled import LabelledLogits
+from offramp.calibration.chosen import Calibration, ExitAlone, Figures
+from offramp.calibration.evidence import Evidence
+from offramp.calibration.rules import Rule, policies_named
 from offramp.calibration.search import Floats
+from offramp.calibration.targets import QUALITY_GAP, Budget, RiskLimit
+from offramp.calibration.thresholds import (
+    best_thresholds,
+    candidates_on,
+    least_macs,
+    losses_under,
+    macs_alone,
+    measure_policy,
+)
 from offramp.errors import InvalidArgumentError, ShapeError
 from offramp.measure.cost import ExitCosts
 from offramp.measure.dense import (
@@ -24,28 +36,11 @@ from offramp.measure.dense import (
     mean_iou,
     pixel_accuracy,
 )
+from offramp.policy.policies import ThresholdedPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figures:
-    """How good answers are.
-
-    Attributes:
-        accuracy: Share of right ones, a fraction; of right pixels, where every pixel has a class.
-        mean_iou: Mean intersection over union; None where a sample has one class.
-    """
-
-    accuracy: float
-    mean_iou: float | None = None
-
-    @property
-    def quality(self) -> float:
-        """The figure that counts."""
-        return self.accuracy if self.mean_iou is None else self.mean_iou
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExitLogits(LabelledLogits):
+class ExitLogits(Evidence[ThresholdedPolicy]):
     """What every exit says about every sample, and what the exits cost.
 
     Attributes:
@@ -61,6 +56,7 @@ class ExitLogits(LabelledLogits):
     numbers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "plain_macs", self.costs.plain_macs)
         if not self.numbers:
             object.__setattr__(self, "numbers", tuple(range(self.costs.num_exits)))
         expected = (self.costs.num_exits, len(self.labels_N))
@@ -124,6 +120,72 @@ class ExitLogits(LabelledLogits):
         logits_NC = self.logits_KNC[exit_index].detach().double()
         return logits_NC, self.labels_N.long(), np.arange(len(self.labels_N))
 
+    def policies(self, rule: Rule | None) -> tuple[ThresholdedPolicy, ...]:
+        """Policies of a rule's name, of a function or as they are, on which thresholds are set."""
+        num_exits = self.costs.num_exits
+        if rule is None or isinstance(rule, str):
+            return policies_named(rule, num_exits, is_dense=self.is_dense)
+        made = rule if isinstance(rule, ThresholdedPolicy) else rule(self)
+        policies = (made,) if isinstance(made, ThresholdedPolicy) else tuple(made)
+        for policy in policies:
+            if policy.num_exits != num_exits:
+                raise InvalidArgumentError(
+                    f"Expected a policy for {num_exits} exits. Got one for {policy.num_exits}."
+                )
+        return policies
+
+    def best(
+        self,
+        target: Budget | RiskLimit,
+        policies: Sequence[ThresholdedPolicy],
+        *,
+        off: frozenset[int] = frozenset(),
+    ) -> Calibration:
+        """Search the thresholds of each policy."""
+        return best_thresholds(self, target, policies, off=off)
+
+    def measure(self, policy: ThresholdedPolicy) -> Calibration:
+        """Let the samples leave as a policy says."""
+        return measure_policy(self, policy)
+
+    def safest_first(
+        self, policies: Sequence[ThresholdedPolicy], limit: RiskLimit
+    ) -> list[ThresholdedPolicy]:
+        """Walk from where nobody leaves to the cheap end, with the policy that saves most here."""
+        policy = policies[0] if len(policies) == 1 else self.best(limit, policies).policy
+        return candidates_on(self, policy, limit.risk)
+
+    def losses(self, policies: Sequence[ThresholdedPolicy], risk: str) -> Iterator[Floats]:
+        """Yield what each sample loses by the exit it leaves by."""
+        return losses_under(self, policies, risk)
+
+    def least_macs(self, policies: Sequence[ThresholdedPolicy]) -> float:
+        """Mean MACs where as many leave at the cheapest exit as may."""
+        return least_macs(self, policies)
+
+    def alone(self) -> tuple[ExitAlone, ...]:
+        """Measure each exit, no head before it run."""
+        everybody = np.ones(len(self.labels_N), dtype=np.int64)
+        figures = [self.figures(k * everybody) for k in range(self.costs.num_exits)]
+        rows = zip(self.numbers, figures, macs_alone(self.costs), strict=True)
+        return tuple(ExitAlone(index=k, macs=macs, **vars(reached)) for k, reached, macs in rows)
+
+    def _check_same_network(self, other: ExitLogits) -> None:
+        shapes = [(len(each.logits_KNC), each.logits_KNC.shape[2]) for each in (self, other)]
+        if shapes[0] != shapes[1]:
+            raise ShapeError(
+                "Expected logits of the same exits and classes. "
+                f"Got {shapes[0][0]} exits and {shapes[0][1]} classes against {shapes[1][0]} and "
+                f"{shapes[1][1]}."
+            )
+        of_both = [(each.numbers, None if each.is_ragged else each.costs) for each in (self, other)]
+        if of_both[0] != of_both[1]:
+            raise InvalidArgumentError(
+                f"Expected logits of the same network. Got exits {self.numbers} that cost "
+                f"{self.costs.exit_macs()} MACs against {other.numbers} that cost "
+                f"{other.costs.exit_macs()}."
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class DenseLogits(ExitLogits):
@@ -140,6 +202,7 @@ class DenseLogits(ExitLogits):
     """
 
     is_dense: ClassVar[bool] = True
+    drop_risk: ClassVar[str] = QUALITY_GAP
 
     confusion_KNCC: Tensor
 
@@ -183,30 +246,4 @@ class DenseLogits(ExitLogits):
             logits_KNC=self.logits_KNC[:, rows_N],
             labels_N=self.labels_N[rows_N],
             confusion_KNCC=self.confusion_KNCC[:, rows_N],
-        )
-
-
-def check_same_network(one: ExitLogits, other: ExitLogits) -> None:
-    """Refuse logits of different networks where they are to be used together.
-
-    Args:
-        one: Every exit's logits on some samples.
-        other: The same on others.
-    Raises:
-        InvalidArgumentError: If their exits have other numbers or costs.
-        ShapeError: If they differ in the number of exits or classes.
-    """
-    shapes = [(len(each.logits_KNC), each.logits_KNC.shape[2]) for each in (one, other)]
-    if shapes[0] != shapes[1]:
-        raise ShapeError(
-            "Expected logits of the same exits and classes. "
-            f"Got {shapes[0][0]} exits and {shapes[0][1]} classes against {shapes[1][0]} and "
-            f"{shapes[1][1]}."
-        )
-    of_both = [(each.numbers, None if each.is_ragged else each.costs) for each in (one, other)]
-    if of_both[0] != of_both[1]:
-        raise InvalidArgumentError(
-            f"Expected logits of the same network. Got exits {one.numbers} that cost "
-            f"{one.costs.exit_macs()} MACs against {other.numbers} that cost "
-            f"{other.costs.exit_macs()}."
         )

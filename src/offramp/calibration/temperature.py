@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +21,12 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from offramp.calibration.logits import ExitLogits
 from offramp.calibration.search import Floats, exits_left_by
 from offramp.errors import InvalidArgumentError, ShapeError
 from offramp.measure.metrics import Reliability, auroc, brier_score, reliability
+
+if TYPE_CHECKING:
+    from offramp.calibration.logits import ExitLogits
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -104,7 +106,7 @@ def fit_temperatures(
     Reference: Guo et al. (2017), On Calibration of Modern Neural Networks, section 4.2; there for
         the one exit of a network, and all samples.
     Example:
-        >>> from offramp import ExitCosts
+        >>> from offramp import ExitCosts, ExitLogits
         >>> logits = ExitLogits(  # sure of class 0, which is right three times in four: odds of 3
         ...     logits_KNC=torch.tensor([[[2 * math.log(3), 0.0]] * 4]),
         ...     labels_N=torch.tensor([0, 0, 1, 0]),

@@ -6,121 +6,53 @@ Shapes: ``K`` exits, ``N`` samples, ``C`` classes.
 from __future__ import annotations
 
 import math
-import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.calibration.asked import IN_PYTHON, Asked, cannot_tell
 from offramp.calibration.chosen import Calibration as Calibration
 from offramp.calibration.chosen import ExitOfCalibration
-from offramp.calibration.logits import ExitLogits
-from offramp.calibration.risk import RISKS, check_risk_fits
-from offramp.calibration.rules import Rule, policies_like
+from offramp.calibration.risk import RISKS, cautious_losses, check_risk_fits
 from offramp.calibration.search import Floats, Score, ThresholdSearch, exits_left_by
 from offramp.calibration.targets import (
     QUALITY_GAP,
+    Budget,
     RiskLimit,
-    as_target,
     budget_too_low,
     feasible,
     risk_too_low,
 )
 from offramp.calibration.temperature import BoolArray, fit_temperature, reached
-from offramp.errors import FewSamplesWarning, InvalidArgumentError
+from offramp.errors import InfeasibleTargetError, InvalidArgumentError
 from offramp.measure.cost import ExitCosts
 from offramp.policy.policies import State, ThresholdedPolicy
+
+if TYPE_CHECKING:
+    from offramp.calibration.logits import ExitLogits
 
 _CHUNK = 2**24
 """So many logits at a time are asked about, where there are more."""
 
 
-def calibrate(
+def best_thresholds(
     logits: ExitLogits,
+    target: Budget | RiskLimit,
+    policies: Sequence[ThresholdedPolicy],
     *,
-    max_drop: float | None = None,
-    max_risk: float | None = None,
-    risk: str = "accuracy_gap",
-    budget_macs: float | None = None,
-    budget_share: float | None = None,
-    rule: Rule | None = None,
-    off: frozenset[int] = frozenset(),
+    off: frozenset[int],
 ) -> Calibration:
-    """Choose thresholds for an accuracy target or for a budget.
-
-    What is reached holds for the given samples; on other samples of the same kind expect about
-    the same, without a guarantee (:func:`~offramp.calibrate_with_guarantee` gives one). Use data
-    that neither trained the network nor will judge it.
-
-    Args:
-        logits: Every exit's logits on held-out data.
-        max_drop: Spend least while losing at most this much accuracy against the final exit, a
-            fraction in [0, 1), e.g. 0.01. Always possible: every exit can be switched off. Where
-            every pixel has a class, so much mean IoU.
-        max_risk: The same for another risk: spend least while it is at most this.
-        risk: What ``max_risk`` bounds: accuracy_gap, disagreement, error or brier_gap; where
-            every pixel has a class, pixel_error_gap.
-        budget_macs: Be most accurate at no more than this many mean MACs per sample; candidates
-            are compared by :func:`expected_correctness`.
-        budget_share: The same, as a share of the plain network's MACs, above 0.
-        rule: Confidence function: entropy (the default), max_probability or margin; where every
-            pixel has a class, pixel_share (the default, whose threshold for pixels is chosen too),
-            mean_max_probability, mean_entropy, low_quantile or agreement. Or a policy, of which
-            all but the thresholds is kept; or a function that makes one from the samples, or
-            several, of which the best is chosen.
-        off: Exits to switch off whatever they could do.
-    Returns:
-        The policy with accuracy and mean MACs on this data; print it for a table.
-    Raises:
-        InvalidArgumentError: If not exactly one target is given, or it is out of range.
-        InfeasibleTargetError: If no thresholds cost so little, or risk so little, on this data.
-    Warns:
-        FewSamplesWarning: If so few samples cannot tell whether the target holds.
-    """
-    chosen = choose_policy(
-        logits,
-        rule=rule,
-        off=off,
-        risk=risk,
-        max_drop=max_drop,
-        max_risk=max_risk,
-        budget_macs=budget_macs,
-        budget_share=budget_share,
-    )
-    if not logits.is_dense and (doubt := cannot_tell(chosen.asked, logits.effective_num_samples)):
-        warnings.warn(f"{doubt}, or use {IN_PYTHON}.", FewSamplesWarning, stacklevel=2)
-    return chosen
-
-
-def choose_policy(
-    logits: ExitLogits,
-    *,
-    rule: Rule | None = None,
-    off: frozenset[int] = frozenset(),
-    risk: str = "accuracy_gap",
-    **targets: Any,
-) -> Calibration:
-    """Choose thresholds as :func:`calibrate` does, without a word about few samples."""
-    target = as_target(
-        **targets,
-        risk=risk,
-        plain_macs=logits.costs.plain_macs,
-        drop=QUALITY_GAP if logits.is_dense else "accuracy_gap",
-    )
-    policies = policies_like(rule, logits)
+    """Choose the cheapest thresholds within a risk, or the most accurate within a budget."""
     _check_off(off, num_exits=logits.costs.num_exits)
     if isinstance(target, RiskLimit):
-        limit = target
-        reached = feasible(policies, lambda policy: _within_risk(logits, policy, limit, off=off))
-        best = min(reached, key=lambda each: (each.mean_macs, -each.quality))
-    else:
-        macs = target.macs
-        reached = feasible(policies, lambda policy: _within_budget(logits, policy, macs, off=off))
-        best = max(reached, key=lambda each: (each.quality, -each.mean_macs))
-    return replace(best, asked=Asked.of(len(logits.labels_N), risk=risk, **targets))
+        reached = feasible(policies, lambda policy: _within_risk(logits, policy, target, off=off))
+        return min(reached, key=lambda each: (each.mean_macs, -each.quality))
+    macs = target.macs
+    reached = feasible(policies, lambda policy: _within_budget(logits, policy, macs, off=off))
+    return max(reached, key=lambda each: (each.quality, -each.mean_macs))
 
 
 def _check_off(off: frozenset[int], *, num_exits: int) -> None:
@@ -314,7 +246,11 @@ def _worth_against(risk: str, logits: ExitLogits) -> tuple[Floats, float]:
 
 
 def _within_budget(
-    logits: ExitLogits, policy: ThresholdedPolicy, macs: float, *, off: frozenset[int]
+    logits: ExitLogits,
+    policy: ThresholdedPolicy,
+    macs: float,
+    *,
+    off: frozenset[int] = frozenset(),
 ) -> Calibration:
     worth_KN, costs = expected_correctness(logits), costs_under(logits, policy)
     return calibrate_within(logits, policy, macs, worth_KN=worth_KN, costs=costs, off=off)
@@ -398,3 +334,80 @@ def plausibility(logits: ExitLogits) -> Floats:
     p_KN = p_NC.gather(1, logits.logits_KNC.argmax(-1).T).T.numpy()
     filled: Floats = np.where(np.isnan(p_KN), logits.correct_KN.numpy(), p_KN)
     return filled
+
+
+def candidates_on(
+    finding: ExitLogits, policy: ThresholdedPolicy, risk: str
+) -> list[ThresholdedPolicy]:
+    """Policies on the way from the safest, where nobody leaves, to the cheapest.
+
+    Of right and wrong, a few hundred samples tell little: there, answers are judged by how likely
+    the final exit finds them.
+
+    Args:
+        finding: Every exit's logits on the samples that find them.
+        policy: Their kind; its thresholds do not matter.
+        risk: What is to be bounded.
+    Returns:
+        The policies, in the order in which they are tested.
+    """
+    finding, counted = _rounded(finding), RISKS[risk]
+    worth_KN = plausibility(finding) if counted.counts_errors else -counted.losses(finding)
+    search = search_for(
+        finding,
+        policy,
+        worth_KN,
+        confidences(finding, policy),
+        costs=costs_under(finding, policy),
+    )
+    return [policy.with_thresholds(thresholds) for thresholds in search.front()]
+
+
+def _rounded(finding: ExitLogits) -> ExitLogits:
+    """Logits without their last bits, which differ between processors: ties then break alike."""
+    if finding.is_dense:
+        return finding  # at half precision already
+    largest = torch.finfo(torch.float16).max
+    logits_KNC = finding.logits_KNC.clamp(-largest, largest).half().float()
+    return replace(finding, logits_KNC=logits_KNC)
+
+
+def losses_under(
+    logits: ExitLogits, policies: Sequence[ThresholdedPolicy], risk: str
+) -> Iterator[Floats]:
+    """Loss of every sample under one policy after the other, weights multiplied in."""
+    losses_KN = cautious_losses(risk, logits) * logits.weights_N
+    for policy, confidence_KN in _with_confidences(logits, policies):
+        exit_N = exits_left_by(confidence_KN, policy.thresholds)
+        yield losses_KN[exit_N, np.arange(len(exit_N))]
+
+
+def _with_confidences(
+    logits: ExitLogits, policies: Sequence[ThresholdedPolicy]
+) -> Iterator[tuple[ThresholdedPolicy, Floats]]:
+    """Each policy with its confidences, which policies with the same exits off share."""
+    known: dict[frozenset[int], Floats] = {}
+    for policy in policies:
+        off = policy.off_exits
+        if off not in known:
+            known[off] = confidences(logits, policy, off)
+        yield policy, known[off]
+
+
+def least_macs(logits: ExitLogits, policies: Sequence[ThresholdedPolicy]) -> float:
+    """Mean MACs of the smallest budget that one of the policies can keep."""
+    cheapest_macs = float(min(macs_alone(logits.costs)))
+
+    def least(policy: ThresholdedPolicy) -> float:
+        try:
+            _within_budget(logits, policy, cheapest_macs)
+        except InfeasibleTargetError as error:  # NaN, or a policy that waits, holds samples back
+            return error.best_achievable
+        return cheapest_macs
+
+    return min(map(least, policies))
+
+
+def macs_alone(costs: ExitCosts) -> list[int]:
+    """MACs of a sample that leaves at each exit, no head before it run."""
+    return [costs.exit_macs(frozenset(range(k)))[k] for k in range(costs.num_exits)]

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from offramp.cli.choosing import LEARNED, Timing, Wanted, choose, words_of
-from offramp.cli.choosing_pixels import (
-    default_rule,
-    dense_policy_by_hand,
-    refuse_pixel_threshold,
-)
-from offramp.cli.choosing_routing import choose_routing, refuse_exits, set_threshold_by_hand
 from offramp.cli.options import DataOption, DeviceOption, RunFolder
 from offramp.errors import InvalidArgumentError
+from offramp.tables import percent
+from offramp.workflow.wanted import LEARNED, Timing, Wanted
 
 if TYPE_CHECKING:
-    from offramp.policy.policies import ThresholdedPolicy, ThresholdPolicy
-    from offramp.training.run import Run
+    from offramp.policy.policies import ThresholdedPolicy
+    from offramp.workflow.calibrate import Chosen, Words
 
 
 ThresholdsOption = Annotated[
@@ -141,7 +135,7 @@ def calibrate(
         budget_share=budget_share,
         budget_ms=budget_ms,
         guarantee=_read_guarantee(guarantee),
-        rule="entropy" if rule is None else rule,
+        rule=rule,
         pixel_threshold=pixel_threshold,
         patience=patience,
         temperatures=temperatures,
@@ -151,24 +145,28 @@ def calibrate(
     _check_combination(wanted, risk_given=risk is not None, by_hand=by_hand)
     if by_hand and prior is not None:
         raise InvalidArgumentError("--prior weights calibration data, which --thresholds need not.")
-    if not by_hand:
-        wanted.check()
-    from offramp.model.multi_exit import MultiExitNetwork
     from offramp.training.run import load
+    from offramp.workflow import calibrate as workflow
 
-    loaded, where = load(run), {"data": data, "device": device, "prior": prior}
-    if rule is None and isinstance(loaded.network, MultiExitNetwork):
-        wanted = replace(wanted, rule=default_rule(loaded.network.is_dense))
-    if not isinstance(loaded.network, MultiExitNetwork):
-        refuse_exits(loaded, loaded.network, wanted, rule=rule)
-        if thresholds is None:
-            choose_routing(loaded, loaded.network, wanted, **where)
-        else:
-            set_threshold_by_hand(loaded, loaded.network, thresholds)
-    elif thresholds is None:
-        choose(loaded, wanted, **where)
-    else:
-        _set_by_hand(loaded, thresholds, wanted)
+    if thresholds is not None:
+        loaded = load(run)
+        policy: Any = workflow.set_by_hand(loaded, thresholds, wanted)
+        words = workflow.words_for(loaded.network)
+        print(
+            f"{_words_of(policy)}, set by hand"
+            if words is None
+            else f"threshold of the {words.share} set by hand: {policy.threshold}"
+        )
+        return
+    workflow.check_wanted(wanted)
+    loaded = load(run)
+    words = workflow.words_for(loaded.network)
+    if wanted.timing is not None and words is None:
+        print(f"timing stages, exits and compaction in {wanted.timing.backend}")
+    chosen = workflow.calibrate(loaded, wanted, data=data, device=device, prior=prior)
+    if wanted.timing is not None:
+        _print_times(chosen, wanted.timing, switches_off=budget_ms is None)
+    _print_chosen(chosen, words)
 
 
 def _require_one_target(*targets: object) -> None:
@@ -253,51 +251,88 @@ def _check_combination(wanted: Wanted, *, risk_given: bool, by_hand: bool) -> No
         raise InvalidArgumentError(f"{given[0]} and {given[1]} do not go together: give one.")
 
 
-def _set_by_hand(loaded: Run, thresholds: str, wanted: Wanted) -> None:
-    from offramp.training.run import write_policy
-
-    rule, values = wanted.rule, _read_thresholds(thresholds, loaded.network.num_exits)
-    asked: dict[str, Any] = {"thresholds": thresholds, "rule": rule}
-    policy: ThresholdedPolicy
-    if loaded.multi_exit.is_dense:
-        policy = dense_policy_by_hand(values, rule, wanted.pixel_threshold)
-        asked["pixel_threshold"] = wanted.pixel_threshold
-    else:
-        refuse_pixel_threshold(wanted.pixel_threshold)
-        num_classes = loaded.require_recipe().network_options["num_classes"]
-        policy = _policy_by_hand(thresholds, values, rule, num_classes=num_classes)
-    about = {"asked": asked, "data": None, "reached": None}
-    write_policy(loaded.folder, policy, calibration=about)
-    print(f"{words_of(policy)}, set by hand")
-
-
-def _read_thresholds(text: str, num_exits: int) -> tuple[float, ...]:
-    try:
-        values = [math.inf if part == "off" else float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InvalidArgumentError(
-            f"Expected numbers separated by commas for --thresholds. Got {text!r}."
-        ) from error
-    if len(values) != num_exits - 1:
-        raise InvalidArgumentError(
-            f"Expected {num_exits - 1} thresholds, one per exit but the final one. "
-            f"Got {len(values)}: {text!r}."
+def _print_times(chosen: Chosen, timing: Timing, *, switches_off: bool) -> None:
+    """Say what was predicted, and which exits do not pay."""
+    found, profile = chosen.timed, chosen.profile
+    assert found is not None
+    assert profile is not None
+    for gone in found.switched_off:
+        print(
+            f"exit {gone.exit_index} off: a batch of {timing.batch_size} takes "
+            f"{gone.ms_without:.3f} ms without it, {gone.ms_with:.3f} with it; asking there takes "
+            f"{gone.asking_ms:.3f}"
         )
-    return tuple(values)
+    if switches_off and not found.switched_off:
+        policy = found.chosen.policy
+        has_exits = len(policy.off_exits) < policy.num_exits - 1
+        print("every exit that is on pays" if has_exits else "the target leaves no exit on")
+    print(
+        f"expected {found.batch_ms:.3f} ms a batch of {timing.batch_size}, plain network "
+        f"{found.plain_ms:.3f} ({profile.hardware}, {profile.threads} threads)"
+    )
 
 
-def _policy_by_hand(
-    text: str, values: tuple[float, ...], rule: str, *, num_classes: int
-) -> ThresholdPolicy:
-    from offramp.policy.confidence import confidence_from_entropy_nats
-    from offramp.policy.policies import ThresholdPolicy
+def _print_chosen(chosen: Chosen, words: Words | None) -> None:
+    """Print a policy, what it reached and what is promised of it."""
+    policy, reached, promise = (
+        chosen.calibration.policy,
+        chosen.about["reached"],
+        chosen.about["guarantee"],
+    )
+    what = (
+        _words_of(policy)
+        if words is None
+        else f"threshold {policy.threshold:.4f} of the {words.share}"
+    )
+    print(f"{what}, chosen on {chosen.num_samples:,} calibration samples")
+    _print_temperatures(chosen)
+    quality = f"accuracy {percent(reached['accuracy'])}"
+    if "mean_iou" in reached:
+        quality = f"mean IoU {percent(reached['mean_iou'])}"
+    plain_macs = chosen.calibration.plain_macs
+    assert plain_macs is not None
+    print(
+        f"there: {quality} at {reached['mean_macs']:,.0f} mean MACs, "
+        f"{percent(reached['mean_macs'] / plain_macs)} of the plain network's"
+    )
+    if chosen.doubt is not None:
+        how = "or add --guarantee 0.95, which says how many a promise takes"
+        print(f"warning: {chosen.doubt}, {how}")
+    if promise is not None:
+        how = f"{promise['method']} on {promise['num_tested']:,} of the samples"
+        if promise["num_finding"]:
+            how += f"; prepared on {promise['num_finding']:,} {promise['found_on']} samples"
+        print(f"{promise['num_passed']} of {promise['num_candidates']} candidates passed ({how})")
+        print(promise["sentence"])
 
-    if rule == "entropy_nats":
-        words = text.split(",")
-        return ThresholdPolicy(
-            tuple(
-                value if word == "off" else confidence_from_entropy_nats(value, num_classes)
-                for word, value in zip(words, values, strict=True)
-            )
+
+def _words_of(policy: ThresholdedPolicy) -> str:
+    from offramp.policy.as_dict import policy_to_dict
+    from offramp.runtime.answers import rule_in_words
+
+    shown = ", ".join("off" if t == math.inf else f"{t:.4f}" for t in policy.thresholds)
+    return f"thresholds {shown} (rule {rule_in_words(policy_to_dict(policy))})"
+
+
+def _print_temperatures(chosen: Chosen) -> None:
+    """What they do, on those who reach each exit."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if chosen.temperatures is None:
+        return
+    table = Table(title="temperatures, in sample, on those who reach the exit")
+    for column in ("exit", "samples", "temperature", "ECE", "with it", "Brier", "with it", "AUROC"):
+        table.add_column(column, justify="right")
+    for row in chosen.temperatures:
+        figures = (
+            row.temperature,
+            row.ece_before,
+            row.ece_after,
+            row.brier_before,
+            row.brier_after,
+            row.auroc,
         )
-    return ThresholdPolicy(values, rule=rule)
+        shown = ("-" if figure is None else f"{figure:.3f}" for figure in figures)
+        table.add_row(str(row.index), f"{row.num_samples:,}", *shown)
+    Console().print(table)

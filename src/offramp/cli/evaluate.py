@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from offramp.cli.artifact import Artifact, open_artifact
 from offramp.cli.options import (
     DataOption,
     DeviceOption,
@@ -17,6 +16,7 @@ from offramp.cli.options import (
     write_figures,
 )
 from offramp.errors import InSampleError, InvalidArgumentError
+from offramp.workflow.artifact import Artifact, open_artifact
 
 if TYPE_CHECKING:
     from offramp.calibration.asked import Asked

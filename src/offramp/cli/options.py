@@ -12,9 +12,6 @@ import typer
 from offramp.artifacts import atomic_path
 from offramp.errors import InvalidArgumentError
 
-BUNDLE_FOLDER = "bundle"
-"""Where a run folder keeps its bundle."""
-
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 RunOrBundle = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a bundle.")]
 DataOption = Annotated[
@@ -66,29 +63,6 @@ def parse_settings(settings: list[str]) -> dict[str, str]:
             raise InvalidArgumentError(f"Expected --set key=value. Got {setting!r}.")
         pairs[key.strip()] = value.strip()
     return pairs
-
-
-def pick_device(device: str | None) -> str:
-    """Decide where to compute.
-
-    Args:
-        device: cpu, cuda, or None for cuda where there is one.
-    Returns:
-        cpu or cuda.
-    Raises:
-        InvalidArgumentError: If it is another word, or there is no cuda device.
-    """
-    import torch
-
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda"):
-        raise InvalidArgumentError(f"The device must be cpu or cuda. Got {device!r}.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InvalidArgumentError(
-            "The device cuda was asked for, but torch sees no CUDA device here. Use --device cpu."
-        )
-    return device
 
 
 def use_threads(threads: int | None) -> None:

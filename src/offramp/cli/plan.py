@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offramp.artifacts import atomic_path
-from offramp.cli.artifact import find_bundle
 from offramp.cli.options import DataOption, JsonOption, RunOrBundle, write_figures
 from offramp.cli.server_options import needs_extra
 from offramp.errors import InvalidArgumentError
 from offramp.tables import percent
+from offramp.workflow.artifact import find_bundle
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,8 +83,8 @@ def plan(
 
 def _calibration_samples(bundle: Bundle, data: str | None) -> Array:
     """The samples that chose the thresholds, or that might have: exit shares come from them."""
-    from offramp.cli.artifact import recipe_of
     from offramp.training.run import CALIBRATION_SPLIT, load_batches
+    from offramp.workflow.artifact import recipe_of
 
     recipe = recipe_of(bundle)
     split = CALIBRATION_SPLIT if recipe.calibration_share else "train"

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from offramp.cli.artifact import open_artifact
 from offramp.cli.options import DeviceOption, RunOrBundle
+from offramp.workflow.artifact import open_artifact
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from offramp.cli.artifact import find_bundle
 from offramp.cli.options import RunOrBundle
 from offramp.cli.server_options import (
     GraceOption,
@@ -22,6 +21,7 @@ from offramp.cli.server_options import (
     needs_extra,
     server_config,
 )
+from offramp.workflow.artifact import find_bundle
 
 
 def serve(

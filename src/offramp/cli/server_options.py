@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from offramp.cli.options import BUNDLE_FOLDER
+from offramp.artifacts import BUNDLE_FOLDER
 from offramp.errors import InvalidArgumentError, MissingExtraError
 
 if TYPE_CHECKING:

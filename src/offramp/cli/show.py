@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from offramp.artifacts import atomic_path
-from offramp.cli.artifact import answer_run, is_bundle
-from offramp.cli.options import DeviceOption, RunFolder, pick_device
+from offramp.cli.options import DeviceOption, RunFolder
 from offramp.errors import InvalidArgumentError
+from offramp.workflow.artifact import answer_run, is_bundle, pick_device
 
 if TYPE_CHECKING:
     from offramp.inference.halting import HaltingRunner

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from offramp.cli.artifact import find_bundle
 from offramp.cli.options import RunOrBundle
 from offramp.cli.server_options import (
     GraceOption,
@@ -31,6 +30,7 @@ from offramp.cli.server_options import (
     server_config,
 )
 from offramp.errors import AuthenticationError, InvalidArgumentError, OffloadError
+from offramp.workflow.artifact import find_bundle
 
 if TYPE_CHECKING:
     from offramp.offload.edge import EdgeRunner

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from offramp.cli.artifact import Artifact, find_bundle, is_bundle, open_artifact
+from offramp.artifacts import BUNDLE_FOLDER
 from offramp.cli.options import (
-    BUNDLE_FOLDER,
     DataOption,
     DeviceOption,
     JsonOption,
@@ -18,6 +17,7 @@ from offramp.cli.options import (
     write_figures,
 )
 from offramp.errors import InvalidArgumentError
+from offramp.workflow.artifact import Artifact, find_bundle, is_bundle, open_artifact
 
 if TYPE_CHECKING:
     from torch import Tensor

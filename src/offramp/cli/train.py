@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from offramp.cli.options import DataOption, DeviceOption, parse_settings, pick_device
+from offramp.cli.options import DataOption, DeviceOption, parse_settings
 from offramp.errors import ArtifactError, InvalidArgumentError, reason
+from offramp.workflow.artifact import pick_device
 
 if TYPE_CHECKING:
     from torch import Tensor

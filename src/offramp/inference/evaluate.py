@@ -17,7 +17,6 @@ from offramp.calibration.asked import Asked
 from offramp.calibration.collect import collect, collect_from_session
 from offramp.calibration.latency import LatencyCalibration
 from offramp.calibration.logits import ExitLogits
-from offramp.calibration.sweep import ChosenThreshold
 from offramp.calibration.thresholds import Calibration
 from offramp.errors import DataError, InvalidArgumentError, ShapeError
 from offramp.inference.asked_and_got import paired_drop, reached
@@ -29,9 +28,7 @@ from offramp.inference.evaluation import (
     TokensEvaluation,
 )
 from offramp.inference.runner import Runner, TorchRunner, make_runner
-from offramp.inference.sweeping import steering_policy
 from offramp.measure.dense import confusion_matrices, label_maps, mean_iou, pixel_accuracy
-from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.policies import Policy
 from offramp.policy.routing_policy import RoutingPolicy
 from offramp.results import AdaptiveResult
@@ -53,7 +50,7 @@ __all__ = [
     "predicted",
 ]
 
-Chosen = Policy | RoutingPolicy | Calibration | ChosenThreshold | LatencyCalibration | None
+Chosen = Policy | RoutingPolicy | Calibration[Any] | LatencyCalibration | None
 """A policy, or what chose one."""
 
 
@@ -268,7 +265,7 @@ def evaluate(
             )
         network, chosen = cast(Network, runner), loader
         asked = asked or _asked_of(chosen)
-        runner, loader, logits = make_runner(network, _policy(network, chosen)), logits, None
+        runner, loader, logits = make_runner(network, _calibration(chosen)), logits, None
     if logits is None:
         gathered = _Gathered()
         batches = gathered.answering(runner, loader)
@@ -311,15 +308,6 @@ def _asked_of(chosen: Any) -> Asked | None:
         risk=promise.risk,
         guarantee="mean" if promise.probability is None else promise.probability,
     )
-
-
-def _policy(network: Network, chosen: Any) -> Any:
-    chosen = _calibration(chosen)
-    if isinstance(chosen, Calibration):
-        return chosen.policy
-    if isinstance(chosen, ChosenThreshold) and not isinstance(network, MultiExitNetwork):
-        return steering_policy(network)(chosen.threshold)
-    return chosen
 
 
 def _compare(

@@ -32,7 +32,7 @@ class HaltingRunner:
 
     Args:
         network: The network; it is put in evaluation mode.
-        policy: When a token halts, or what :func:`~offramp.choose_threshold` chose; as in training
+        policy: When a token halts, or what :func:`~offramp.calibrate` chose; as in training
             if None.
     Raises:
         InvalidArgumentError: If the network or the policy is of another kind.
@@ -49,8 +49,7 @@ class HaltingRunner:
             policy = HaltingPolicy(policy.threshold)
         if not isinstance(policy, HaltingPolicy | None):
             raise InvalidArgumentError(
-                "Expected a HaltingPolicy, or a threshold that choose_threshold chose. "
-                f"Got a {type(policy).__name__}."
+                f"Expected a HaltingPolicy, or what calibrate chose. Got a {type(policy).__name__}."
             )
         self.network = network.eval()
         self.policy = policy or HaltingPolicy()

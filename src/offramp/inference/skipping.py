@@ -26,7 +26,7 @@ class SkipRunner:
 
     Args:
         network: The network; it is put in evaluation mode.
-        policy: How likely a gate must be, or what :func:`~offramp.choose_threshold` chose; one half
+        policy: How likely a gate must be, or what :func:`~offramp.calibrate` chose; one half
             if None, as the gates were trained.
     Raises:
         InvalidArgumentError: If the network or the policy is of another kind.
@@ -43,8 +43,7 @@ class SkipRunner:
             policy = GatePolicy(policy.threshold)
         if not isinstance(policy, GatePolicy | None):
             raise InvalidArgumentError(
-                "Expected a GatePolicy, or a threshold that choose_threshold chose. "
-                f"Got a {type(policy).__name__}."
+                f"Expected a GatePolicy, or what calibrate chose. Got a {type(policy).__name__}."
             )
         self.network = network.eval()
         self.policy = policy or GatePolicy()

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import torch
 
+from offramp.calibration.collect import collect as collect_exits
+from offramp.calibration.logits import ExitLogits
 from offramp.calibration.sweep import Sweep
 from offramp.errors import DataError
 from offramp.inference.runner import make_runner
@@ -19,6 +22,7 @@ from offramp.routing.skip import SkipNetwork
 from offramp.training.checkpoint_choice import who_chose_by
 from offramp.training.labels import check_labels
 from offramp.training.samples import batches_of, explained_data, read_batch
+from offramp.zoo import Network
 
 SteeredNetwork = SkipNetwork | HaltingNetwork
 """A network of one exit that one threshold steers inside."""
@@ -35,6 +39,59 @@ HALTING_THRESHOLDS = (*sorted((*_EVEN_SCORES, HaltingPolicy.threshold)), 1.0)
 """Of tokens that halt: that of training is among them, and 1, where they stay longest."""
 
 
+@overload
+def collect(
+    network: Network, data: object, *, batch_size: int = 256, thresholds: None = None
+) -> ExitLogits: ...
+
+
+@overload
+def collect(
+    network: SteeredNetwork,
+    data: object,
+    *,
+    batch_size: int = 256,
+    thresholds: Sequence[float] | Literal["auto"],
+) -> Sweep: ...
+
+
+def collect(
+    network: Any,
+    data: object,
+    *,
+    batch_size: int = 256,
+    thresholds: Sequence[float] | Literal["auto"] | None = None,
+) -> ExitLogits | Sweep:
+    """Run every exit on every sample of a data set, or a network at each of several thresholds.
+
+    Args:
+        network: The network; it runs in evaluation mode where its parameters are. Of one that
+            skips blocks, the only exit is collected, with every block run and no gate; of one whose
+            tokens halt, with a threshold of 1, at which they stay longest, and the costs are those
+            of the plain network: unless ``thresholds`` are given.
+        data: A DataLoader, a data set, tensors (inputs, labels), or batches of (inputs, labels) or
+            dicts; the inputs are a tuple or a dict where the network takes several.
+        batch_size: Samples a batch, where the data does not say it.
+        thresholds: Of a network that skips blocks or drops tokens, what :func:`~offramp.calibrate`
+            is to choose from, each in [0, 1]: for the probability with which a gate runs its block,
+            or for the sum of scores at which a token halts. "auto" for 21 that suit most networks;
+            the one at which most runs, 0 for gates and 1 for tokens, is always among them.
+    Returns:
+        The logits of all exits, with labels and costs; of a network that says a class for every
+        pixel, ``DenseLogits``; where thresholds are given, a ``Sweep``.
+    Raises:
+        DataError: If there is no sample, a sample has no label or one that the network has no class
+            for, or the network cannot take the inputs.
+        InvalidArgumentError: If a threshold is not in [0, 1].
+        NotCalibratedError: If thresholds are given for a network with several exits.
+    """
+    if thresholds is None:
+        return collect_exits(network, data, batch_size=batch_size)
+    return collect_sweep(
+        network, data, None if thresholds == "auto" else thresholds, batch_size=batch_size
+    )
+
+
 def collect_sweep(
     network: SteeredNetwork,
     data: object,
@@ -42,22 +99,7 @@ def collect_sweep(
     *,
     batch_size: int = 256,
 ) -> Sweep:
-    """Run a network that skips blocks or drops tokens at each of several thresholds.
-
-    Args:
-        network: The network; it is put in evaluation mode, and runs where its parameters are.
-        data: As for :func:`~offramp.collect`.
-        thresholds: For the probability with which a gate runs its block, or for the sum of scores
-            at which a token halts, each in [0, 1]; the one at which most runs, 0 for gates and 1
-            for tokens, is always among them. 21 of them if None.
-        batch_size: As for :func:`~offramp.collect`.
-    Returns:
-        What it says of every sample at each, and the MACs that ran.
-    Raises:
-        DataError: If there is no sample, a sample has no label or one that the network has no class
-            for, or the network cannot take the inputs.
-        InvalidArgumentError: If a threshold is not in [0, 1].
-    """
+    """Run a network at each threshold, as :func:`collect` does; at 21 of them if None."""
     device = next(network.parameters()).device
     cheap_first = _cheap_first(network, thresholds)
     policy = steering_policy(network)
@@ -81,6 +123,7 @@ def collect_sweep(
         thresholds=tuple(cheap_first),
         macs_KN=torch.cat(macs, dim=1),
         plain_macs=round(float(torch.cat(plain_macs).double().mean())),
+        policy=policy,
         is_ragged=isinstance(network, HaltingNetwork) and network.ragged is not None,
         checkpoint_chosen_by=chosen_by,
     )

@@ -29,6 +29,11 @@ class RoutingPolicy:
                 f"The 'threshold' parameter must be in [0, 1]. Got {self.threshold}."
             )
 
+    @property
+    def thresholds(self) -> tuple[float]:
+        """The threshold, as policies of exits have theirs."""
+        return (self.threshold,)
+
 
 @dataclass(frozen=True)
 class GatePolicy(RoutingPolicy):

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 
 from offramp.calibration.collect import ExitLogits
 from offramp.calibration.controller import fit_controller
+from offramp.calibration.evidence import calibrate
 from offramp.calibration.guarantee import calibrate_with_guarantee
-from offramp.calibration.thresholds import calibrate, measure_policy
+from offramp.calibration.thresholds import measure_policy
 from offramp.errors import InvalidArgumentError
 from offramp.measure.cost import ExitCosts
 from offramp.policy.controller import ControllerPolicy

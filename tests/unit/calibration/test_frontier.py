@@ -8,9 +8,10 @@ import torch
 from made_up_logits import three_exits, two_exits
 
 from offramp.calibration.collect import ExitLogits
-from offramp.calibration.frontier import frontier, sweep_frontier
+from offramp.calibration.evidence import calibrate
+from offramp.calibration.frontier import frontier
 from offramp.calibration.sweep import Sweep
-from offramp.calibration.thresholds import calibrate, measure_policy
+from offramp.calibration.thresholds import measure_policy
 from offramp.errors import InvalidArgumentError, ShapeError
 from offramp.measure.cost import ExitCosts
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, always_leave_at
@@ -198,7 +199,7 @@ def test_samples_of_unequal_length_may_cost_otherwise_on_average():
     assert found.plain_macs == 420
     assert found.points[0].mean_macs == 2 * 110
     sweep, other = (replace(each, is_ragged=True) for each in (SWEPT, SWEPT_TEST))
-    assert sweep_frontier(sweep, replace(other, plain_macs=120)).plain_macs == 120
+    assert frontier(sweep, replace(other, plain_macs=120)).plain_macs == 120
 
 
 def test_several_exits_need_calibration_data():
@@ -238,7 +239,7 @@ SWEPT_TEST = sweep_of([[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]])
 
 
 def test_threshold_of_gates_is_chosen_on_calibration_data_and_judged_on_test():
-    found = sweep_frontier(SWEPT, SWEPT_TEST, num_points=3)
+    found = frontier(SWEPT, SWEPT_TEST, num_points=3)
     # Budgets 40, 63.2 and 100: the last two buy the same, and everything run costs too much.
     assert [point.budget_macs for point in found.points] == pytest.approx([40, 4000**0.5])
     assert [point.thresholds for point in found.points] == [(0.9,), (0.5,)]
@@ -252,7 +253,7 @@ def test_threshold_of_gates_is_chosen_on_calibration_data_and_judged_on_test():
 
 def test_gates_that_cost_more_than_they_save_are_one_point():
     dear = sweep_of([[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]], macs_K=(105, 108, 110))
-    found = sweep_frontier(dear, dear, num_points=4)
+    found = frontier(dear, dear, num_points=4)
     assert [point.mean_macs for point in found.points] == [105]
     assert found.area == 1 / 4
 
@@ -260,6 +261,4 @@ def test_gates_that_cost_more_than_they_save_are_one_point():
 @pytest.mark.parametrize("change", [{"thresholds": (0.9, 0.4, 0.0)}, {"plain_macs": 99}])
 def test_sweeps_of_other_thresholds_or_networks_are_refused(change):
     with pytest.raises(InvalidArgumentError, match="at the same thresholds"):
-        sweep_frontier(SWEPT, replace(SWEPT_TEST, **change))
-    with pytest.raises(InvalidArgumentError, match="num_points"):
-        sweep_frontier(SWEPT, SWEPT_TEST, num_points=1)
+        frontier(SWEPT, replace(SWEPT_TEST, **change))

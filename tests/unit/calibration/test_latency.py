@@ -9,8 +9,8 @@ import torch
 from made_up_logits import three_exits
 
 from offramp.calibration.collect import ExitLogits
+from offramp.calibration.evidence import calibrate
 from offramp.calibration.latency import calibrate_for_latency, calibrate_to_milliseconds
-from offramp.calibration.thresholds import calibrate
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError, ShapeError
 from offramp.measure.cost import ExitCosts
 from offramp.measure.profile import Profile

@@ -7,9 +7,9 @@ import torch
 from made_up_logits import TWO_COSTS, three_exits, two_exits
 
 from offramp.calibration.collect import ExitLogits
+from offramp.calibration.evidence import calibrate
 from offramp.calibration.search import evaluate_thresholds, exits_left_by
 from offramp.calibration.thresholds import (
-    calibrate,
     expected_correctness,
 )
 from offramp.errors import (

@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from offramp.calibration.asked import Asked
 from offramp.calibration.collect import ExitLogits, collect
+from offramp.calibration.evidence import calibrate
 from offramp.calibration.guarantee import calibrate_with_guarantee
-from offramp.calibration.thresholds import calibrate
 from offramp.errors import DataError, InvalidArgumentError, NotCalibratedError, ShapeError
 from offramp.inference.evaluate import (
     BlocksEvaluation,

@@ -265,20 +265,23 @@ def test_a_calibration_stands_for_its_policy(network):
 
 
 def test_a_chosen_threshold_stands_for_its_policy(skip_network, halting_network):
-    chosen = ChosenThreshold(threshold=0.7, accuracy=0.9, mean_macs=50.0)
-    for network, kind in ((skip_network, SkipRunner), (halting_network, HaltingRunner)):
+    for network, kind, policy in (
+        (skip_network, SkipRunner, GatePolicy(0.7)),
+        (halting_network, HaltingRunner, HaltingPolicy(0.7)),
+    ):
+        chosen = ChosenThreshold(policy=policy, accuracy=0.9, mean_macs=50.0)
         for runner in (kind(network, chosen), make_runner(network, chosen)):
             assert isinstance(runner, kind)
             assert runner.policy.threshold == 0.7
 
 
 def test_other_networks_and_policies_are_refused_in_one_line(network, skip_network):
-    chosen = ChosenThreshold(threshold=0.7, accuracy=0.9, mean_macs=50.0)
+    chosen = ChosenThreshold(policy=GatePolicy(0.7), accuracy=0.9, mean_macs=50.0)
     policy = ThresholdPolicy((0.3, 0.4))
     for make, says in (
         (lambda: AdaptiveRunner(nn.Linear(6, 4), policy), "as add_exits makes.*Got a Linear"),
         (lambda: AdaptiveRunner(network, 0.5), "a policy for exits.*Got a float"),
-        (lambda: AdaptiveRunner(network, chosen), "Got a ChosenThreshold"),
+        (lambda: AdaptiveRunner(network, chosen), "Got a GatePolicy"),
         (lambda: SkipRunner(network), "as add_gates makes. Got a MultiExitNetwork"),
         (lambda: SkipRunner(skip_network, policy), "Expected a GatePolicy.*Got a ThresholdPolicy"),
         (lambda: HaltingRunner(skip_network), "as add_halting makes. Got a SkipNetwork"),

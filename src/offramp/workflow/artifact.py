@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.cli.options import BUNDLE_FOLDER, pick_device
+from offramp.artifacts import BUNDLE_FOLDER
 from offramp.errors import ArtifactError, InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -91,6 +91,29 @@ def find_bundle(run: Path) -> Path:
             f"Make one: offramp export {run}"
         )
     return found
+
+
+def pick_device(device: str | None) -> str:
+    """Decide where to compute.
+
+    Args:
+        device: cpu, cuda, or None for cuda where there is one.
+    Returns:
+        cpu or cuda.
+    Raises:
+        InvalidArgumentError: If it is another word, or there is no cuda device.
+    """
+    import torch
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise InvalidArgumentError(f"The device must be cpu or cuda. Got {device!r}.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InvalidArgumentError(
+            "The device cuda was asked for, but torch sees no CUDA device here. Use --device cpu."
+        )
+    return device
 
 
 def open_artifact(folder: Path, device: str | None = None) -> Artifact:

@@ -1,0 +1,397 @@
+"""Choosing a run's policy, and writing it into the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+from offramp.artifacts import write_json
+from offramp.calibration.asked import Asked, cannot_tell
+from offramp.calibration.chosen import Calibration
+from offramp.calibration.controller import fit_controller
+from offramp.calibration.evidence import choose_policy
+from offramp.calibration.guarantee import calibrate_with_guarantee, check_guarantee
+from offramp.calibration.latency import (
+    LatencyCalibration,
+    calibrate_for_latency,
+    calibrate_to_milliseconds,
+)
+from offramp.calibration.logits import ExitLogits
+from offramp.calibration.risk import check_risk
+from offramp.calibration.rules import Rule
+from offramp.calibration.temperature import (
+    ExitCalibration,
+    describe_temperatures,
+    fit_temperatures,
+)
+from offramp.calibration.thresholds import reached_under
+from offramp.errors import InvalidArgumentError
+from offramp.exporting.profiling import profile_exported
+from offramp.inference.profiling import profile_network
+from offramp.inference.sweeping import SteeredNetwork, steering_policy
+from offramp.inference.timing import check_batch_sizes
+from offramp.measure.profile import Profile
+from offramp.model.multi_exit import MultiExitNetwork
+from offramp.policy.confidence import (
+    AGREEMENT,
+    CONFIDENCE_RULES,
+    DENSE_RULES,
+    PIXEL_SHARE,
+    confidence_from_entropy_nats,
+)
+from offramp.policy.dense_policies import DensePolicy, dense_policy
+from offramp.policy.policies import PatiencePolicy, ThresholdedPolicy, ThresholdPolicy
+from offramp.policy.routing_policy import RoutingPolicy
+from offramp.routing.skip import SkipNetwork
+from offramp.training.run import CALIBRATION_SPLIT, Run, write_policy
+from offramp.workflow.held_out import HeldOut, find_on_train, hold_out
+from offramp.workflow.wanted import LEARNED, Timing, Wanted
+from offramp.zoo import Network
+
+_LEAST_SURVIVORS = 100
+"""Where fewer samples reach an exit, its temperature is the one fitted on all."""
+
+PROFILE_FILE = "profile.json"
+"""Where a run folder keeps the times of its parts."""
+
+
+class Words(NamedTuple):
+    """What is said of a network that one threshold steers.
+
+    Attributes:
+        does: What it does inside.
+        share: What shares the threshold.
+        way: What it does, as a noun.
+        whole: The network where it does least of that.
+    """
+
+    does: str
+    share: str
+    way: str
+    whole: str
+
+
+_GATES = Words(does="skips blocks inside", share="gates", way="skipping", whole="the whole network")
+_TOKENS = Words(
+    does="drops tokens inside",
+    share="tokens",
+    way="dropping tokens",
+    whole="the network with a threshold of 1",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """A policy that a run was given, and how it came about.
+
+    Attributes:
+        calibration: The policy and what it reached on the samples set aside.
+        num_samples: As many as these are.
+        about: What the policy file says of the choice.
+        doubt: Why so few samples cannot tell; None where they can.
+        temperatures: What those of the policy do to each exit; None without.
+        timed: What was predicted of times; None without a clock.
+        profile: The times; None without a clock.
+    """
+
+    calibration: Calibration[Any]
+    num_samples: int
+    about: dict[str, Any]
+    doubt: str | None
+    temperatures: tuple[ExitCalibration, ...] | None
+    timed: LatencyCalibration | None
+    profile: Profile | None
+
+
+def words_for(network: Network) -> Words | None:
+    """Words for a network that one threshold steers; None for one with exits."""
+    if isinstance(network, MultiExitNetwork):
+        return None
+    return _GATES if isinstance(network, SkipNetwork) else _TOKENS
+
+
+def default_rule(is_dense: bool) -> str:
+    """Name of the rule where none is given."""
+    return PIXEL_SHARE if is_dense else "entropy"
+
+
+def rule_named(name: str) -> Rule:
+    """Find the rule of a name, a confidence function or ``LEARNED``, as the library takes it."""
+    if name == LEARNED:
+        return fit_controller
+    of_samples, of_pixels = (*CONFIDENCE_RULES, LEARNED), (*DENSE_RULES, AGREEMENT)
+    if name not in (*of_samples, *of_pixels):
+        raise InvalidArgumentError(
+            f"The rule must be one of {', '.join(of_samples)}; of {', '.join(of_pixels)} where the "
+            f"network says a class for every pixel. Got {name!r}."
+        )
+    return name
+
+
+def check_wanted(wanted: Wanted) -> None:
+    """Raise InvalidArgumentError if no data can make a value good, before any is read."""
+    for name, value in (("max_drop", wanted.max_drop), ("max_risk", wanted.max_risk)):
+        if value is not None:
+            check_risk(wanted.risk, value, name=name)
+            if wanted.guarantee is not None:
+                check_guarantee(value, wanted.guarantee)
+    rule_named(wanted.rule or "entropy")
+    if wanted.pixel_threshold is not None:
+        DensePolicy((), pixel_threshold=wanted.pixel_threshold)
+    if wanted.patience is not None:
+        PatiencePolicy(wanted.patience, num_exits=wanted.patience + 1)
+
+
+def settle(wanted: Wanted, run: Run) -> Wanted:
+    """Name the default rule of a network with exits; of any other, refuse what is about exits."""
+    words = words_for(run.network)
+    if words is None:
+        return (
+            wanted if wanted.rule else replace(wanted, rule=default_rule(run.multi_exit.is_dense))
+        )
+    given = {
+        "--rule": wanted.rule,
+        "--patience": wanted.patience,
+        "--pixel-threshold": wanted.pixel_threshold,
+        "--temperatures": wanted.temperatures,
+        "--budget-ms": wanted.budget_ms,
+        "--for latency": wanted.timing,
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise InvalidArgumentError(
+                f"{name} is about exits. The run {run.folder} {words.does}, and its "
+                f"{words.share} share one threshold: leave {name} out."
+            )
+    return wanted
+
+
+def calibrate(
+    run: Run,
+    wanted: Wanted,
+    *,
+    data: str | None = None,
+    device: str | None = None,
+    prior: str | None = None,
+) -> Chosen:
+    """Choose a policy on the samples that a run set aside, and write it into the run."""
+    wanted = settle(wanted, run)
+    held_out = hold_out(run, data=data, device=device, prior=prior)
+    evidence = held_out.evidence_for(wanted.guarantee)
+    rule = None if wanted.rule is None else lambda logits: make_policies(wanted, logits)
+    timed = profile = promise = None
+    if wanted.timing is not None:
+        timed, profile = _choose_by_the_clock(held_out, wanted, wanted.timing)
+        chosen: Calibration[Any] = timed.chosen
+    elif wanted.guarantee is not None:
+        finding = None if wanted.is_fitted else find_on_train(held_out, data=data)
+        chosen = calibrate_with_guarantee(evidence, rule=rule, finding=finding, **wanted.risk_limit)
+        promise = _promise(chosen, held_out, "train" if finding else CALIBRATION_SPLIT)
+    else:
+        chosen = choose_policy(evidence, rule=rule, **wanted.target)
+    reached = {"accuracy": chosen.accuracy, "mean_macs": chosen.mean_macs}
+    if chosen.mean_iou is not None:
+        reached["mean_iou"] = chosen.mean_iou
+    about = {
+        "asked": wanted.to_dict(),
+        "data": held_out.data,
+        "reached": reached,
+        "guarantee": promise,
+    }
+    write_policy(run.folder, chosen.policy, calibration=about)
+    known, doubt = held_out.evidence, None
+    if not known.is_dense:
+        doubt = cannot_tell(Asked.from_record(about), known.effective_num_samples)
+    temperatures = getattr(chosen.policy, "temperatures", None)
+    return Chosen(
+        calibration=chosen,
+        num_samples=len(held_out.batches),
+        about=about,
+        doubt=doubt,
+        temperatures=_described(known, chosen.policy, temperatures) if temperatures else None,
+        timed=timed,
+        profile=profile,
+    )
+
+
+def _promise(chosen: Calibration[Any], held_out: HeldOut, found_on: str) -> dict[str, Any]:
+    assert chosen.guarantee is not None
+    words = words_for(held_out.run.network)
+    how = {} if words is None else {"way": words.way, "last": words.whole}
+    sentence = chosen.guarantee.sentence(held_out.population, **how)
+    return asdict(chosen.guarantee) | {"sentence": sentence, "found_on": found_on}
+
+
+def _described(
+    logits: Any, policy: ThresholdedPolicy, temperatures: Sequence[float]
+) -> tuple[ExitCalibration, ...]:
+    """What temperatures do, on those who reach each exit."""
+    reached_KN = reached_under(logits, policy)
+    return describe_temperatures(logits, temperatures, reached_KN=reached_KN)
+
+
+def make_policies(wanted: Wanted, logits: ExitLogits) -> tuple[ThresholdedPolicy, ...]:
+    """Make the policies whose thresholds are to be chosen, fitted on samples where they need them.
+
+    Raises:
+        InvalidArgumentError: If what is wanted is not for a network with such outputs.
+    """
+    assert wanted.rule is not None  # settled
+    if not logits.is_dense:
+        refuse_pixel_threshold(wanted.pixel_threshold)
+        if wanted.patience is not None:
+            return (_patient(wanted.patience, wanted.rule, logits),)
+    elif wanted.patience is not None or wanted.rule == LEARNED:
+        raise InvalidArgumentError(
+            "--patience and --rule learned are about one class a sample. This network says one "
+            "for every pixel: use --rule agreement for exits that agree."
+        )
+    policies = logits.policies(rule_named(wanted.rule))
+    if wanted.pixel_threshold is not None:
+        policies = (_with_pixel_threshold(policies[0], wanted.pixel_threshold),)
+    if wanted.temperatures is None:
+        return policies
+    return tuple(_tempered(wanted, logits, policy) for policy in policies)
+
+
+def _patient(patience: int, rule: str, logits: ExitLogits) -> PatiencePolicy:
+    if patience >= logits.costs.num_exits:
+        raise InvalidArgumentError(
+            f"--patience must be below the network's {logits.costs.num_exits} exits, or "
+            f"nobody can leave early. Got {patience}."
+        )
+    return PatiencePolicy(patience, logits.costs.num_exits, rule=rule)
+
+
+def _tempered(wanted: Wanted, logits: ExitLogits, policy: ThresholdedPolicy) -> ThresholdedPolicy:
+    if not isinstance(policy, ThresholdPolicy | DensePolicy):
+        raise InvalidArgumentError(
+            f"--temperatures do not change what --rule {wanted.rule} goes by: leave them out."
+        )
+    of_all = fit_temperatures(logits)
+    tempered = replace(policy, temperatures=of_all)
+    if wanted.temperatures == "all":
+        return tempered
+    # Who survives depends on the thresholds, and those on the temperatures: one round of both.
+    chosen = choose_policy(logits, rule=tempered, **wanted.target).policy
+    reached_KN = reached_under(logits, chosen)
+    of_survivors = fit_temperatures(logits, reached_KN=reached_KN)
+    temperatures = tuple(
+        own if count >= _LEAST_SURVIVORS else common
+        for own, common, count in zip(of_survivors, of_all, reached_KN.sum(1), strict=True)
+    )
+    return replace(policy, temperatures=temperatures)
+
+
+def refuse_pixel_threshold(threshold: float | None) -> None:
+    """Raise InvalidArgumentError if one is given for a network of one class a sample."""
+    if threshold is not None:
+        raise InvalidArgumentError(
+            "--pixel-threshold is for networks that say a class for every pixel. This one "
+            "says one for a sample: leave it out."
+        )
+
+
+def _with_pixel_threshold(policy: ThresholdedPolicy, threshold: float) -> ThresholdedPolicy:
+    if not isinstance(policy, DensePolicy) or "pixel_threshold" not in policy.number_names:
+        raise InvalidArgumentError(
+            "--pixel-threshold is for --rule pixel_share, which counts them."
+        )
+    return replace(policy, pixel_threshold=threshold)
+
+
+def _choose_by_the_clock(
+    held_out: HeldOut, wanted: Wanted, timing: Timing
+) -> tuple[LatencyCalibration, Profile]:
+    """Time the parts, keep the times in profile.json, and choose by them."""
+    if wanted.max_drop is not None:  # refused before the parts are timed
+        check_risk("accuracy_gap", wanted.max_drop, name="max_drop")
+    logits: Any = held_out.evidence
+    policies = make_policies(wanted, logits)
+    profile = _time_parts(held_out, policies[0], timing)
+    how: dict[str, Any] = {"batch_size": timing.batch_size, "rule": lambda _: policies}
+    if wanted.budget_ms is not None:
+        found = calibrate_to_milliseconds(logits, profile, budget_ms=wanted.budget_ms, **how)
+    else:
+        assert wanted.max_drop is not None  # the command asked for one of the two
+        found = calibrate_for_latency(logits, profile, max_drop=wanted.max_drop, **how)
+    write_json(held_out.run.folder / PROFILE_FILE, profile.to_dict())
+    return found, profile
+
+
+def _time_parts(held_out: HeldOut, policy: ThresholdedPolicy, timing: Timing) -> Profile:
+    network, batch_size = held_out.run.multi_exit, timing.batch_size
+    check_batch_sizes([batch_size], num_samples=len(held_out.batches))
+    inputs, _ = held_out.batches.__getitems__(list(range(batch_size)))
+    asks = policy.with_thresholds((math.inf,) * (policy.num_exits - 1))
+    if timing.backend == "torch":
+        on_device = inputs.to(held_out.device)
+        return profile_network(network, asks, on_device, batch_size=batch_size)
+    return profile_exported(network.cpu(), asks, inputs, batch_size=batch_size)
+
+
+def set_by_hand(run: Run, thresholds: str, wanted: Wanted) -> ThresholdedPolicy | RoutingPolicy:
+    """Write thresholds into a run: numbers or "off", separated by commas; or the only one."""
+    wanted = settle(wanted, run)
+    asked: dict[str, Any] = {"thresholds": thresholds}
+    policy: ThresholdedPolicy | RoutingPolicy
+    if wanted.rule is None:
+        policy = _steered_by_hand(run, thresholds)
+    else:
+        asked["rule"] = wanted.rule
+        if run.multi_exit.is_dense:
+            asked["pixel_threshold"] = wanted.pixel_threshold
+        policy = _exits_by_hand(run, thresholds, wanted.rule, wanted.pixel_threshold)
+    write_policy(run.folder, policy, calibration={"asked": asked, "data": None, "reached": None})
+    return policy
+
+
+def _steered_by_hand(run: Run, threshold: str) -> RoutingPolicy:
+    words = words_for(run.network)
+    assert words is not None
+    network: SteeredNetwork = run.network  # type: ignore[assignment]
+    try:
+        return steering_policy(network)(float(threshold))
+    except ValueError as error:
+        raise InvalidArgumentError(
+            f"Expected one number in [0, 1] for --thresholds: the {words.share} of "
+            f"{run.folder} share it. Got {threshold!r}."
+        ) from error
+
+
+def _exits_by_hand(
+    run: Run, text: str, rule: str, pixel_threshold: float | None
+) -> ThresholdedPolicy:
+    values = _read_thresholds(text, run.network.num_exits)
+    if run.multi_exit.is_dense:
+        policy = dense_policy(rule, values)
+        if pixel_threshold is None:
+            return policy
+        return _with_pixel_threshold(policy, pixel_threshold)
+    refuse_pixel_threshold(pixel_threshold)
+    if rule != "entropy_nats":
+        return ThresholdPolicy(values, rule=rule)
+    num_classes = run.require_recipe().network_options["num_classes"]
+    return ThresholdPolicy(
+        tuple(
+            value if word == "off" else confidence_from_entropy_nats(value, num_classes)
+            for word, value in zip(text.split(","), values, strict=True)
+        )
+    )
+
+
+def _read_thresholds(text: str, num_exits: int) -> tuple[float, ...]:
+    try:
+        values = [math.inf if part == "off" else float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InvalidArgumentError(
+            f"Expected numbers separated by commas for --thresholds. Got {text!r}."
+        ) from error
+    if len(values) != num_exits - 1:
+        raise InvalidArgumentError(
+            f"Expected {num_exits - 1} thresholds, one per exit but the final one. "
+            f"Got {len(values)}: {text!r}."
+        )
+    return tuple(values)

@@ -1,0 +1,188 @@
+"""Accuracy against cost of runs and bundles: chosen on calibration data, judged on test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from offramp.calibration.evidence import Evidence
+from offramp.calibration.frontier import Frontier, check_num_points
+from offramp.calibration.frontier import frontier as measure
+from offramp.calibration.temperature import (
+    ExitCalibration,
+    describe_temperatures,
+    fit_temperatures,
+)
+from offramp.errors import InSampleError, InvalidArgumentError
+from offramp.training.data import make_loader
+from offramp.training.recipes import Recipe
+from offramp.training.run import CALIBRATION_SPLIT, load, load_batches
+from offramp.training.sources import SOURCES
+from offramp.workflow.artifact import is_bundle, open_artifact, pick_device
+from offramp.workflow.calibrate import default_rule, rule_named, words_for
+from offramp.workflow.held_out import Loader, evidence_by
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A run or a bundle, calibrated or not.
+
+    Attributes:
+        name: As it was given.
+        recipe: How it was trained.
+        data: What ``--data`` was then; None for the default.
+        num_exits: Exits of the network, those that are off in a bundle counted.
+        is_steered: Whether it skips blocks or drops tokens, by one threshold.
+        collect: From a loader to what choosing needs; of a bundle, of the exits that are on.
+    """
+
+    name: str
+    recipe: Recipe
+    data: str | None
+    num_exits: int
+    is_steered: bool
+    collect: Callable[[Loader], Evidence[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """What one run adds to the plot.
+
+    Attributes:
+        run: The run.
+        rule: How sure an exit is; None without exits.
+        frontier: Its points.
+        reliability: Of each exit, temperatures fitted on calibration data and judged on test;
+            None without calibration data or exits.
+        num_samples: That judged.
+        num_calibration_samples: That chose the thresholds.
+        fingerprint: Identifies the samples that judged.
+    """
+
+    run: Opened
+    rule: str | None
+    frontier: Frontier
+    reliability: tuple[ExitCalibration, ...] | None
+    num_samples: int
+    num_calibration_samples: int
+    fingerprint: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain values for JSON."""
+        reliability = None if self.reliability is None else [r.to_dict() for r in self.reliability]
+        return {
+            "run": self.run.name,
+            "recipe": self.run.recipe.name,
+            "num_samples": self.num_samples,
+            "num_calibration_samples": self.num_calibration_samples,
+            **self.frontier.to_dict(),
+            "reliability": reliability,
+        }
+
+
+def check_asked(split: str | None, num_points: int, rule: str | None) -> None:
+    """Refuse what needs no data to be refused."""
+    if split in ("train", CALIBRATION_SPLIT):
+        raise InSampleError(
+            f"The samples of {split} train the runs or choose their thresholds: a curve on them "
+            "would be too good. Use --split test."
+        )
+    check_num_points(num_points)
+    if rule is not None:
+        rule_named(rule)
+
+
+def open_all(folders: Sequence[Path], device: str | None = None) -> list[Opened]:
+    """Open runs and bundles of one data set, and refuse others."""
+    opened = [_open(folder, device) for folder in folders]
+    first, *others = opened
+    for run in others:
+        if run.recipe.data != first.recipe.data:
+            raise InvalidArgumentError(
+                "Expected runs of one data set: curves on different data do not belong in one "
+                f"plot. Got {first.name} on {first.recipe.data} and {run.name} on "
+                f"{run.recipe.data}."
+            )
+    return opened
+
+
+def _open(folder: Path, device: str | None) -> Opened:
+    if is_bundle(folder):
+        bundle = open_artifact(folder, device)
+        if bundle.is_routed:
+            raise InvalidArgumentError(
+                f"The bundle {folder} skips blocks or drops tokens, and is not run at other "
+                "thresholds. Give the run that it was exported from."
+            )
+        return Opened(
+            name=str(folder),
+            recipe=bundle.recipe,
+            data=bundle.data,
+            num_exits=bundle.num_exits,
+            is_steered=False,
+            collect=bundle.collect,
+        )
+    loaded = load(folder)
+    network = loaded.network.to(pick_device(device))
+    return Opened(
+        name=str(folder),
+        recipe=loaded.require_recipe(),
+        data=loaded.data,
+        num_exits=network.num_exits,
+        is_steered=words_for(network) is not None,
+        collect=evidence_by(network),
+    )
+
+
+def judging_split(run: Opened) -> str:
+    """Name the split that judges a run where none is given."""
+    return SOURCES[run.recipe.data].judging_split
+
+
+def follow(
+    run: Opened,
+    split: str,
+    *,
+    data: str | None = None,
+    num_points: int = 10,
+    rule: str | None = None,
+) -> Curve:
+    """Collect what the network says on both splits, and choose on the one for the other."""
+    calibration: Any = None
+    reliability = None
+    if run.num_exits > 1 or run.is_steered or run.recipe.calibration_share > 0:
+        calibration, _ = _collect(run, CALIBRATION_SPLIT, data)
+    test, fingerprint = _collect(run, split, data)
+    rule = None if run.is_steered else rule or default_rule(test.is_dense)
+    found = measure(
+        calibration, test, num_points=num_points, rule=None if rule is None else rule_named(rule)
+    )
+    if calibration is not None and not run.is_steered:
+        reliability = describe_temperatures(test, fit_temperatures(calibration))
+    return Curve(
+        run=run,
+        rule=rule,
+        frontier=found,
+        reliability=reliability,
+        num_samples=len(test.labels_N),
+        num_calibration_samples=0 if calibration is None else len(calibration.labels_N),
+        fingerprint=fingerprint,
+    )
+
+
+def _collect(run: Opened, split: str, data: str | None) -> tuple[Any, str]:
+    batches, _, fingerprint = load_batches(run.recipe, split, data or run.data)
+    return run.collect(make_loader(batches, batch_size=batches.run_batch_size)), fingerprint
+
+
+def check_same_samples(curves: Sequence[Curve], split: str) -> None:
+    """Refuse curves that other samples judged."""
+    first, last = curves[0], curves[-1]
+    if last.fingerprint != first.fingerprint:
+        raise InvalidArgumentError(
+            f"Expected one {split} split for all runs. Got {first.num_samples:,} samples for "
+            f"{first.run.name} and {last.num_samples:,} others for {last.run.name}: give all runs "
+            "the same with --data DIR."
+        )

@@ -1,0 +1,159 @@
+"""The samples that a run set aside, and what its network says of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from offramp.calibration.collect import collect
+from offramp.calibration.evidence import Evidence
+from offramp.errors import DataError, InvalidArgumentError
+from offramp.inference.sweeping import collect_sweep
+from offramp.model.multi_exit import MultiExitNetwork
+from offramp.training.data import Batches, make_loader
+from offramp.training.run import CALIBRATION_SPLIT, Run, load_batches
+from offramp.workflow.artifact import pick_device
+from offramp.zoo import Network
+
+_NUM_FINDING, _NUM_SIZING = 4_000, 1_000
+"""Training samples that find the candidates of a promise, or size its bets where they are fixed."""
+
+Loader = DataLoader[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """A run with what its network says of the samples set aside.
+
+    Attributes:
+        run: The run.
+        device: Where its network is.
+        batches: The samples.
+        evidence: What every exit says of them, or the network at every threshold.
+        data: What the policy file says of them.
+    """
+
+    run: Run
+    device: str
+    batches: Batches
+    evidence: Evidence[Any]
+    data: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def population(self) -> str:
+        """What the samples stand for, in words."""
+        prior = self.data["class_prior"]
+        words = f"{self.data['name']}, classes {'as given' if isinstance(prior, dict) else prior}"
+        if not self.data["weighted"]:
+            return words
+        effective = self.data["effective_num_samples"]
+        return f"{words} by weights, effective number {effective:,.0f}"
+
+    def evidence_for(self, guarantee: float | str | None) -> Evidence[Any]:
+        """Evidence to choose by, without its prior where a promise on average can do without."""
+        if guarantee == "mean" and not self.data["weighted"]:
+            # Drawn class by class, which conformal risk control does not know: approximately, then.
+            return replace(self.evidence, prior=None)
+        return self.evidence
+
+
+def evidence_by(network: Network) -> Callable[[Loader], Evidence[Any]]:
+    """Make the function from a loader to all that choosing needs to know of its samples."""
+    if isinstance(network, MultiExitNetwork):
+        return partial(collect, network)
+    return partial(collect_sweep, network)
+
+
+def hold_out(
+    run: Run, *, data: str | None = None, device: str | None = None, prior: str | None = None
+) -> HeldOut:
+    """Run the network on the samples set aside.
+
+    The prior is uniform, a JSON file with the share of each class, or None: as they were drawn.
+
+    Raises:
+        InvalidArgumentError: If the prior is none of these, or no shares of these classes.
+        DataError: If a class of the prior has no sample.
+    """
+    where = pick_device(device)
+    recipe = run.require_recipe()
+    batches, names, fingerprint = load_batches(recipe, CALIBRATION_SPLIT, data or run.data)
+    shares = None if prior is None else _read_prior(prior, names)
+    network = run.network.to(where)
+    evidence = evidence_by(network)(make_loader(batches, batch_size=batches.run_batch_size))
+    if not evidence.is_dense:
+        # So many of each class were drawn: a promise is about a population of these shares.
+        drawn = tuple((evidence.class_counts / len(batches)).tolist())
+        evidence = replace(evidence, prior=shares or drawn)
+    elif shares is not None:
+        raise InvalidArgumentError(
+            "--prior weights samples by their class. Images with a class for every pixel have none."
+        )
+    named: str | dict[str, float] = "uniform" if recipe.uniform_prior else "as in train"
+    if shares is not None:
+        named = prior if prior == "uniform" else dict(zip(names, shares, strict=True))
+    about = {
+        "name": recipe.data,
+        "split": CALIBRATION_SPLIT,
+        "num_samples": len(batches),
+        "class_prior": named,
+        "weighted": bool(abs(evidence.weights_N - 1).max() > 1e-9),
+        "effective_num_samples": evidence.effective_num_samples,
+        "sha256": fingerprint,
+    }
+    return HeldOut(run=run, device=where, batches=batches, evidence=evidence, data=about)
+
+
+def find_on_train(held_out: HeldOut, *, data: str | None) -> Evidence[Any]:
+    """Run the network on training samples: they find what all samples set aside then test.
+
+    Training samples are never among those set aside, and no promise needs them to be unseen.
+    """
+    run, known = held_out.run, held_out.evidence
+    recipe = run.require_recipe()
+    train, _, _ = load_batches(recipe, "train", data or run.data)
+    count = _NUM_SIZING if known.has_fixed_candidates else _NUM_FINDING
+    rows_B = _drawn_evenly(train.strata_N, count, seed=recipe.fit.seed)
+    batches = train.subset(rows_B).unaugmented()
+    found = evidence_by(run.network)(make_loader(batches, batch_size=batches.run_batch_size))
+    prior = known.prior
+    if prior is None or any(share and not found.class_counts[c] for c, share in enumerate(prior)):
+        return found
+    return replace(found, prior=prior)
+
+
+def _drawn_evenly(strata_N: Tensor, count: int, *, seed: int) -> Tensor:
+    """Positions of about so many samples, as many of each stratum while it has any."""
+    order_N = torch.randperm(len(strata_N), generator=torch.Generator().manual_seed(seed))
+    strata = torch.bincount(strata_N).nonzero()[:, 0]
+    each = -(-count // len(strata))
+    drawn = [order_N[strata_N[order_N] == stratum][:each] for stratum in strata]
+    return torch.cat(drawn).sort().values
+
+
+def _read_prior(prior: str, class_names: tuple[str, ...]) -> tuple[float, ...]:
+    if prior == "uniform":
+        return (1 / len(class_names),) * len(class_names)
+    try:
+        shares = json.loads(Path(prior).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(
+            "Expected --prior to be uniform, or a JSON file that gives the share of each class by "
+            f"its name. Cannot read {prior!r}: {error}."
+        ) from error
+    known = isinstance(shares, dict) and set(shares) <= set(class_names)
+    if not known or not all(isinstance(share, int | float) for share in shares.values()):
+        raise InvalidArgumentError(
+            f"Expected {prior} to give shares by class name, such as "
+            f'{{"{class_names[0]}": 0.2, ...}}; classes that are left out have 0. Names: '
+            f"{', '.join(class_names)}."
+        )
+    return tuple(float(shares.get(name, 0)) for name in class_names)
