@@ -122,17 +122,17 @@ def _refuse_constant(name: str) -> NoReturn:
 def _refuse_unknown(content: Any, made: Any, place: str) -> None:
     """Raise for a field that a dataclass lacks: msgspec ignores those of dataclasses."""
     inside: Iterator[tuple[str, Any, Any]]
-    if is_dataclass(made):
+    if isinstance(content, Mapping) and is_dataclass(made):
         known = {field.name for field in fields(made) if field.init}
         for name in content:
             if name not in known:
                 raise ArtifactError(_at(place, f"Object contains unknown field {_shown(name)}"))
         inside = ((f"{place}.{name}", content[name], getattr(made, name)) for name in content)
-    elif isinstance(made, tuple | list):
+    elif isinstance(content, Mapping) and isinstance(made, Mapping):
+        inside = ((f"{place}.{name}", content[name], made[name]) for name in content)
+    elif isinstance(content, list | tuple) and isinstance(made, list | tuple):
         pairs = enumerate(zip(content, made, strict=True))
         inside = ((f"{place}[{i}]", value, item) for i, (value, item) in pairs)
-    elif isinstance(made, Mapping):
-        inside = ((f"{place}.{name}", content[name], made[name]) for name in made)
     else:
         return
     for deeper, value, item in inside:

@@ -174,3 +174,20 @@ def test_a_hook_makes_what_json_has_not():
     assert decode({"wheels": [], "cells": [1, 2]}, Cart, hook=pair).cells == 1 + 2j
     with pytest.raises(ArtifactError, match="cells: a pair was expected"):
         decode({"wheels": [], "cells": [1]}, Cart, hook=pair)
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A dataclass that fills in what is not given."""
+
+    sizes: tuple[Wheel, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sizes is None:
+            object.__setattr__(self, "sizes", (Wheel(spokes=1),))
+
+
+def test_a_field_that_the_dataclass_fills_in_may_be_null():
+    assert decode({"sizes": None}, Filled) == decode({}, Filled) == Filled()
+    with pytest.raises(ArtifactError, match=r"sizes\[0\]: .* unknown field 'tyre'"):
+        decode({"sizes": [WHEEL | {"tyre": 1}]}, Filled)
