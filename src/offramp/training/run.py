@@ -46,6 +46,15 @@ _DOES: dict[type[nn.Module], str] = {SkipNetwork: "skips blocks", HaltingNetwork
 
 
 @dataclass(frozen=True, kw_only=True)
+class _RecipeFile:
+    """All that ``recipe.json`` says."""
+
+    recipe: Mapping[str, Any] | None
+    class_names: tuple[str, ...]
+    data: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class _ChosenOn:
     """The samples that chose a policy, as ``policy.json`` has them."""
 
@@ -315,12 +324,11 @@ def read_recipe(folder: Path) -> tuple[Recipe | None, tuple[str, ...], str | Non
         )
     content = read_json(folder / RECIPE_FILE)
     try:
-        recipe = None if content["recipe"] is None else Recipe.from_dict(content["recipe"])
-        if not isinstance(content["data"], str | None):
-            raise ArtifactError(f"Expected a folder as data, got {content['data']!r}.")
-        return recipe, tuple(content["class_names"]), content["data"]
-    except (ArtifactError, KeyError, TypeError) as error:
+        said = decode(content, _RecipeFile)
+        recipe = None if said.recipe is None else Recipe.from_dict(said.recipe)
+    except ArtifactError as error:
         raise ArtifactError(f"{folder / RECIPE_FILE} is damaged: {error}") from error
+    return recipe, said.class_names, said.data
 
 
 def write_policy(
