@@ -43,7 +43,10 @@ def parse_json(text: str) -> Any:
     """
     try:
         content = json.loads(
-            text, object_pairs_hook=_as_dict, parse_float=_finite, parse_constant=_refuse_constant
+            text,
+            object_pairs_hook=unique_keys,
+            parse_float=_finite,
+            parse_constant=_refuse_constant,
         )
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
@@ -99,12 +102,13 @@ def _children(value: Any) -> Iterator[Any]:
     return iter(value if isinstance(value, list) else ())
 
 
-def _as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{_shown(twice)} is there twice")
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict of an object's members; raise ValueError for a key that is there twice."""
+    made: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in made:
+            raise ValueError(f"{_shown(name)} is there twice")
+        made[name] = value
     return made
 
 

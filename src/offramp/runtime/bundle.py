@@ -419,13 +419,11 @@ def _check_policy(bundle: Bundle) -> None:
         policy = decode(bundle.policy, _PolicyNumbers)
     except ArtifactError as error:
         raise ArtifactError(f"policy.{error}") from error
-    for name, expected in (
-        ("thresholds", bundle.num_exits - 1),
-        ("temperatures", bundle.num_exits),
-    ):
+    counts = {"thresholds": bundle.num_exits - 1, "temperatures": bundle.num_exits}
+    for name, count in counts.items():
         found = getattr(policy, name)
-        if found is not None and len(found) != expected:
-            raise ArtifactError(f"policy.{name}: Expected {expected} numbers, got {len(found)}")
+        if found is not None and len(found) != count:
+            raise ArtifactError(f"policy.{name}: Expected {count} numbers, got {len(found)}")
     if policy.rule == "pixel_share" and policy.pixel_threshold is None:
         raise ArtifactError("policy: Object lacks the field pixel_threshold")
     counts_exits = policy.kind == "patience" and policy.thresholds is None
