@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from offramp.decoding import parse_json
 from offramp.errors import ArtifactError
 
 SCHEMA_VERSION = 2
@@ -100,13 +101,13 @@ def read_json(path: Path) -> dict[str, Any]:
         ArtifactError: If the file is missing, damaged, not one of ours, or of a newer schema.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtifactError(f"Expected the file {path}, found none.") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"Cannot read {path}: it is damaged or no JSON ({error}).") from error
     version = content.pop("schema_version", None) if isinstance(content, dict) else None
-    if not isinstance(content, dict) or not isinstance(version, int):
+    if not isinstance(content, dict) or type(version) is not int:
         raise ArtifactError(
             f"Expected a schema_version in {path}, found none: not an Offramp file."
         )

@@ -234,6 +234,7 @@ WRONG_BODIES = {
     "no JSON": (b"\xff\xfe{", {}, "no JSON"),
     "a list": (b"[]", {}, "must be a JSON object. Got list"),
     "deep": (b"[" * 100_000, {}, "nested too deeply"),
+    "a key twice": (b'{"id": "a", "id": "b"}', {}, "is there twice"),
     "many lists": (b"[" * 300_000, {}, "at most 250000 lists"),
     "long number": (b'{"id": ' + b"9" * 10_000 + b"}", {}, "no JSON"),
     "no inputs": (b"{}", {}, "Expected the inputs features_0. Got none"),

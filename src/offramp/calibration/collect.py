@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from offramp.artifacts import atomic_path
 from offramp.calibration.logits import DenseLogits, ExitLogits
+from offramp.decoding import Count, decode, parse_json
 from offramp.errors import ArtifactError, DataError, InvalidArgumentError
 from offramp.measure.cost import ExitCosts, evaluation_mode
 from offramp.measure.dense import confusion_matrices, label_maps
@@ -37,6 +38,17 @@ from offramp.training.samples import batches_of, explained_data, read_batch
 
 _ABOUT = "exits"
 """Where a file of logits says what its exits cost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _About:
+    """All that a file of logits says beside them."""
+
+    stage_macs: tuple[Count, ...]
+    head_macs: tuple[Count, ...]
+    numbers: tuple[int, ...]
+    is_ragged: bool = False
+    checkpoint_chosen_by: str = ""
 
 
 @torch.no_grad()
@@ -261,16 +273,14 @@ def read_logits(path: Path | str) -> ExitLogits:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()[_ABOUT])
+            about = decode(parse_json(file.metadata()[_ABOUT]), _About)
             return ExitLogits(
                 logits_KNC=file.get_tensor("logits_KNC").float(),
                 labels_N=file.get_tensor("labels_N"),
-                costs=ExitCosts(
-                    stage_macs=tuple(about["stage_macs"]), head_macs=tuple(about["head_macs"])
-                ),
-                numbers=tuple(about["numbers"]),
-                is_ragged=about.get("is_ragged", False),
-                checkpoint_chosen_by=about.get("checkpoint_chosen_by", ""),
+                costs=ExitCosts(stage_macs=about.stage_macs, head_macs=about.head_macs),
+                numbers=about.numbers,
+                is_ragged=about.is_ragged,
+                checkpoint_chosen_by=about.checkpoint_chosen_by,
             )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(

@@ -1,20 +1,35 @@
-"""Policies as values that JSON can hold."""
+"""Policies as values that JSON can hold, and back."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from offramp.decoding import decode, decode_tagged
 from offramp.errors import ArtifactError, InvalidArgumentError
-from offramp.policy.controller import ControllerPolicy, scorers_from_dicts, scorers_to_dicts
+from offramp.policy.controller import ControllerPolicy, ExitScorer
 from offramp.policy.dense_policies import AgreementPolicy, DensePolicy
 from offramp.policy.policies import PatiencePolicy, Policy, ThresholdPolicy
 from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
 
-_ROUTING: dict[str, type[RoutingPolicy]] = {
-    policy.kind: policy for policy in (GatePolicy, HaltingPolicy)
+_KINDS: dict[str, type[Any]] = {
+    "threshold": ThresholdPolicy,
+    "patience": PatiencePolicy,
+    "controller": ControllerPolicy,
+    "dense": DensePolicy,
+    "agreement": AgreementPolicy,
+    GatePolicy.kind: GatePolicy,
+    HaltingPolicy.kind: HaltingPolicy,
 }
+_ADDED_LATER = {"threshold": {"temperatures": None}, "patience": {"thresholds": None}}
+"""What older files lack, by kind."""
+_NUMBERS: Any = float | list[float | list[float]]
+"""A tensor of up to two axes."""
 
 
 def policy_to_dict(policy: Policy | RoutingPolicy) -> dict[str, Any]:
@@ -27,94 +42,35 @@ def policy_to_dict(policy: Policy | RoutingPolicy) -> dict[str, Any]:
     Raises:
         InvalidArgumentError: If the policy is of a class that Offramp does not know.
     """
-    if isinstance(policy, ThresholdPolicy):
-        return {
-            "kind": "threshold",
-            "rule": policy.rule,
-            "thresholds": without_inf(policy.thresholds),
-            "temperatures": None if policy.temperatures is None else list(policy.temperatures),
-        }
-    if isinstance(policy, PatiencePolicy):
-        return {
-            "kind": "patience",
-            "rule": policy.rule,
-            "patience": policy.patience,
-            "num_exits": policy.num_exits,
-            "thresholds": without_inf(policy.thresholds or ()),
-        }
-    if isinstance(policy, ControllerPolicy):
-        return {
-            "kind": "controller",
-            "thresholds": without_inf(policy.thresholds),
-            "scorers": scorers_to_dicts(policy.scorers),
-        }
-    if isinstance(policy, DensePolicy):
-        return {
-            "kind": "dense",
-            "rule": policy.rule,
-            "thresholds": without_inf(policy.thresholds),
-            "pixel_threshold": policy.pixel_threshold,
-            "temperatures": None if policy.temperatures is None else list(policy.temperatures),
-        }
-    if isinstance(policy, AgreementPolicy):
-        return {"kind": "agreement", "thresholds": without_inf(policy.thresholds)}
-    if isinstance(policy, RoutingPolicy):
-        return {"kind": policy.kind, "threshold": policy.threshold}
-    raise InvalidArgumentError(
-        "Expected a ThresholdPolicy, a PatiencePolicy, a ControllerPolicy, a DensePolicy, an "
-        "AgreementPolicy, a GatePolicy or a HaltingPolicy. "
-        f"Got {type(policy).__name__}."
-    )
+    for kind, known in _KINDS.items():
+        if isinstance(policy, known):
+            return {
+                "kind": kind,
+                **{field.name: _plain(getattr(policy, field.name)) for field in fields(known)},
+            }
+    names = [known.__name__ for known in _KINDS.values()]
+    raise InvalidArgumentError(f"Expected one of {', '.join(names)}. Got {type(policy).__name__}.")
 
 
-def policy_from_dict(content: dict[str, Any]) -> Policy | RoutingPolicy:
+def policy_from_dict(content: Any) -> Policy | RoutingPolicy:
     """Rebuild a policy from :func:`policy_to_dict`.
 
     Args:
-        content: The dictionary.
+        content: The dictionary, of this or an older version.
     Returns:
         The policy.
     Raises:
         ArtifactError: If the dictionary is no policy or names a kind this version does not know.
     """
     try:
-        if content["kind"] == "threshold":
-            temperatures = content.get("temperatures")
-            return ThresholdPolicy(
-                _with_inf(content["thresholds"]),
-                rule=content["rule"],
-                temperatures=None if temperatures is None else tuple(temperatures),
-            )
-        if content["kind"] == "patience":
-            thresholds = content.get("thresholds")  # older files hold none
-            return PatiencePolicy(
-                content["patience"],
-                content["num_exits"],
-                rule=content["rule"],
-                thresholds=None if thresholds is None else _with_inf(thresholds),
-            )
-        if content["kind"] == "controller":
-            return ControllerPolicy(
-                _with_inf(content["thresholds"]), scorers_from_dicts(content["scorers"])
-            )
-        if content["kind"] == "dense":
-            temperatures = content["temperatures"]
-            return DensePolicy(
-                _with_inf(content["thresholds"]),
-                rule=content["rule"],
-                pixel_threshold=content["pixel_threshold"],
-                temperatures=None if temperatures is None else tuple(temperatures),
-            )
-        if content["kind"] == "agreement":
-            return AgreementPolicy(_with_inf(content["thresholds"]))
-        if content["kind"] in _ROUTING:
-            return _ROUTING[content["kind"]](content["threshold"])
-    except (KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        policy = decode_tagged(_migrated(content), _KINDS, hook=_tensor)
+        lacking = [f.name for f in fields(policy) if f.name not in _migrated(content)]
+        if lacking:
+            raise ArtifactError(f"Object lacks the field {lacking[0]}")
+    except ArtifactError as error:
         raise ArtifactError(f"Expected a policy, got a damaged one ({error}).") from error
-    raise ArtifactError(
-        "Expected a threshold, patience, controller, dense, agreement, gates or halting policy. "
-        f"Got kind {content['kind']!r}."
-    )
+    made: Policy | RoutingPolicy = policy
+    return made
 
 
 def without_inf(thresholds: Sequence[float]) -> list[float | None]:
@@ -128,5 +84,31 @@ def without_inf(thresholds: Sequence[float]) -> list[float | None]:
     return [None if t == math.inf else t for t in thresholds]
 
 
-def _with_inf(thresholds: Sequence[float | None]) -> tuple[float, ...]:
-    return tuple(math.inf if t is None else t for t in thresholds)
+def _migrated(content: Any) -> Any:
+    """A policy as it is written today, with +inf for exits that are off."""
+    if not isinstance(content, Mapping) or not isinstance(content.get("kind"), str):
+        return content
+    content = {**_ADDED_LATER.get(content["kind"], {}), **content}
+    thresholds = content.get("thresholds")
+    if isinstance(thresholds, list | tuple):
+        content["thresholds"] = [math.inf if t is None else t for t in thresholds]
+    return content
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, ExitScorer):
+        return {name: _shortest(tensor.tolist()) for name, tensor in value.tensors.items()}
+    return None if value == math.inf else value
+
+
+def _shortest(numbers: Any) -> Any:
+    if isinstance(numbers, list):
+        return [_shortest(number) for number in numbers]
+    return float(f"{numbers:.9g}")  # nine digits tell any two float32 apart
+
+
+def _tensor(kind: type, value: Any) -> Tensor:
+    """Make the numbers of a scorer."""
+    return torch.tensor(decode(value, _NUMBERS), dtype=torch.float32)

@@ -7,7 +7,6 @@ its hidden units.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -246,43 +245,6 @@ def count_inputs(exit_index: int, *, num_classes: int) -> int:
     """
     agreements = 0 if exit_index == 0 else 2
     return num_classes + 2 * len(_RULES) * (exit_index + 1) + agreements
-
-
-def scorers_to_dicts(scorers: Sequence[ExitScorer]) -> list[dict[str, object]]:
-    """Describe scorers in values that JSON can hold.
-
-    Args:
-        scorers: The scorers.
-    Returns:
-        For each, its numbers by name, with as many digits as float32 needs.
-    """
-    return [
-        {name: _shortest(tensor.tolist()) for name, tensor in scorer.tensors.items()}
-        for scorer in scorers
-    ]
-
-
-def scorers_from_dicts(content: Sequence[dict[str, object]]) -> tuple[ExitScorer, ...]:
-    """Rebuild scorers from :func:`scorers_to_dicts`.
-
-    Args:
-        content: What that made.
-    Returns:
-        The scorers.
-    Raises:
-        InvalidArgumentError, KeyError, TypeError, ValueError: If it is something else.
-    """
-    names = [field.name for field in fields(ExitScorer)]
-    return tuple(
-        ExitScorer(**{name: torch.tensor(one[name], dtype=torch.float32) for name in names})
-        for one in content
-    )
-
-
-def _shortest(numbers: object) -> object:
-    if isinstance(numbers, list):
-        return [_shortest(number) for number in numbers]
-    return float(f"{numbers:.9g}")  # nine digits tell any two float32 apart
 
 
 def _is_nan(output: Tensor) -> Tensor:

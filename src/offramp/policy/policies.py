@@ -9,9 +9,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 from typing_extensions import Self
 
@@ -238,7 +239,7 @@ class PatiencePolicy(ThresholdedPolicy):
     needs_every_exit: ClassVar[bool] = True
 
     patience: int
-    num_exits: int
+    num_exits: Annotated[int, Meta(ge=1, le=10_000)]
     rule: str = "max_probability"
     thresholds: tuple[float, ...] | None = None  # type: ignore[assignment]
 

@@ -8,22 +8,36 @@ own. Of a network that skips blocks, or whose tokens halt, one a part: see ``ski
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
 
 from offramp.artifacts import read_json, write_json
+from offramp.decoding import Count, Positive, Share, decode
 from offramp.errors import ArtifactError, InvalidArgumentError
-from offramp.runtime.files import OnnxFile, TensorSpec, file_sha256, read_spec
-from offramp.runtime.halting_parts import HaltingParts, read_halting_parts
-from offramp.runtime.skip_parts import SkipParts, read_skip_parts
+from offramp.runtime.dense import MAP_STRIDES
+from offramp.runtime.files import OnnxFile, TensorSpec, has_weights_outside
+from offramp.runtime.halting_parts import HaltingParts
+from offramp.runtime.skip_parts import SkipParts
 
 BUNDLE_FILE = "bundle.json"
 NOBODY_LEAVES = 1e9
 """A threshold above every confidence and every patience, which JSON can hold."""
+_MOST_NUMBERS = 2**26
+"""A sample of more is refused: inputs are made up to warm up and to time."""
 FAMILIES = ("exits", "skip", "halting")
 """Kinds of adaptive networks that a session can run."""
+Coefficient = Annotated[int, Meta(ge=-(2**53), le=2**53)]
+MacsByLength = Annotated[tuple[Coefficient, ...], Meta(min_length=3, max_length=3)]
+MacsBySize = Annotated[
+    tuple[Coefficient, ...],
+    Meta(min_length=1 + len(MAP_STRIDES), max_length=1 + len(MAP_STRIDES)),
+]
 SINGLE_OUTPUTS = ("output", "confidence", "step")
 """What the file for single samples puts out: logits, confidence, number of the step left by.
 
@@ -70,22 +84,22 @@ class Step:
 
     file: str
     sha256: str
-    exit_index: int
-    temperature: float
-    threshold: float
-    features: tuple[TensorSpec, ...]
+    exit_index: Count
+    temperature: Positive
+    threshold: Annotated[float, Meta(ge=0, le=NOBODY_LEAVES)]
+    features: Annotated[tuple[TensorSpec, ...], Meta(min_length=1)]
     state: tuple[TensorSpec, ...]
-    stage_macs: int
-    head_macs: int
-    exit_macs: int
-    payload_bytes: int
-    parameter_bytes: int
-    exit_macs_by_length: tuple[int, ...] | None = None
-    exit_macs_by_size: tuple[int, ...] | None = None
-    stage_macs_by_length: tuple[int, ...] | None = None
-    stage_macs_by_size: tuple[int, ...] | None = None
-    pixel_threshold: float | None = None
-    channel_scales: tuple[tuple[float, ...], ...] | None = None
+    stage_macs: Count
+    head_macs: Count
+    exit_macs: Count
+    payload_bytes: Count
+    parameter_bytes: Count
+    exit_macs_by_length: MacsByLength | None = None
+    exit_macs_by_size: MacsBySize | None = None
+    stage_macs_by_length: MacsByLength | None = None
+    stage_macs_by_size: MacsBySize | None = None
+    pixel_threshold: Share | None = None
+    channel_scales: tuple[tuple[Positive, ...], ...] | None = None
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -106,8 +120,8 @@ class Padding:
             the mask, at the same number.
     """
 
-    mask_index: int
-    pad_id: int | None
+    mask_index: Count
+    pad_id: Annotated[int, Meta(ge=-(2**31), le=2**31)] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,14 +156,14 @@ class Bundle:
     folder: Path
     family: str
     steps: tuple[Step, ...]
-    num_exits: int
+    num_exits: Annotated[int, Meta(ge=1, le=10_000)]
     class_names: tuple[str, ...]
     plain_file: str | None
     plain_sha256: str | None
-    plain_macs: int
+    plain_macs: Annotated[int, Meta(ge=1, le=2**53)]
     policy: Mapping[str, Any]
     recipe: Mapping[str, Any] | None
-    quantized: str | None
+    quantized: Literal["int8"] | None
     weights_sha256: str
     versions: Mapping[str, str]
     single_file: str | None = None
@@ -157,7 +171,7 @@ class Bundle:
     padding: Padding | None = None
     skip: SkipParts | None = None
     halting: HaltingParts | None = None
-    pixel_multiple: int | None = None
+    pixel_multiple: Annotated[int, Meta(ge=1, le=1024)] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", self.folder.absolute())
@@ -312,60 +326,116 @@ def read_bundle(folder: Path | str) -> Bundle:
             "it needs a newer Offramp. pip install --upgrade offramp"
         )
     try:
-        steps = tuple(_read_step(step) for step in content.pop("steps"))
-        class_names = tuple(content.pop("class_names"))
-        padding, skip, halting = (content.pop(key, None) for key in ("padding", "skip", "halting"))
-        bundle = Bundle(
-            folder=folder,
-            steps=steps,
-            class_names=class_names,
-            padding=None if padding is None else Padding(**padding),
-            skip=None if skip is None else read_skip_parts(skip),
-            halting=None if halting is None else read_halting_parts(halting),
-            **content,
-        )
-        _check_parts(bundle)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if "folder" in content:
+            raise ArtifactError("Object contains unknown field 'folder'")
+        bundle = decode({**_migrated(content), "folder": folder}, Bundle)
+        _check(bundle)
+    except ArtifactError as error:
         raise ArtifactError(
             f"{folder / BUNDLE_FILE} is damaged ({error}). Export the run again."
         ) from error
     for file in bundle.files:
-        path = folder / file.name
-        if not path.is_file() or file_sha256(path) != file.sha256:
-            raise ArtifactError(
-                f"{path} is missing or not the file that was exported. "
-                "Export the run again or copy the whole folder."
-            )
+        _check_file(folder / file.name, file.sha256)
     return bundle
 
 
-def _check_parts(bundle: Bundle) -> None:
+def _migrated(content: dict[str, Any]) -> dict[str, Any]:
+    """A bundle as it is written today.
+
+    The first ones wrote 2 where nobody leaves, but for patience, whose threshold was a count.
+    """
+    policy, steps = content.get("policy"), content.get("steps")
+    if not isinstance(policy, dict) or policy.get("kind") == "patience":
+        return content
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        return content
+    return content | {
+        "steps": [
+            step | {"threshold": NOBODY_LEAVES} if step.get("threshold") == 2.0 else step
+            for step in steps
+        ]
+    }
+
+
+def _check_file(path: Path, sha256: str) -> None:
+    content = path.read_bytes() if path.is_file() else None
+    if content is None or hashlib.sha256(content).hexdigest() != sha256:
+        raise ArtifactError(
+            f"{path} is missing or not the file that was exported. "
+            "Export the run again or copy the whole folder."
+        )
+    if has_weights_outside(content):
+        raise ArtifactError(
+            f"{path} keeps weights in another file, which no hash covers. Expected all of them "
+            "inside. Export the run again."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PolicyNumbers:
+    """What a policy of any kind may say; ``offramp.policy`` makes one of it, which takes torch."""
+
+    kind: Literal["threshold", "patience", "controller", "dense", "agreement", "gates", "halting"]
+    rule: str | None = None
+    thresholds: tuple[Share | None, ...] | None = None
+    temperatures: tuple[Positive, ...] | None = None
+    threshold: Share | None = None
+    patience: Annotated[int, Meta(ge=2)] | None = None
+    num_exits: int | None = None
+    pixel_threshold: Share | None = None
+    scorers: tuple[Mapping[str, Any], ...] | None = None
+
+
+def _check(bundle: Bundle) -> None:
+    """Raise for what no single field shows."""
     steps = {
         "exits": bundle.steps,
         "skip": bundle.skip and bundle.skip.steps,
         "halting": bundle.halting and bundle.halting.steps,
     }
     if [family for family, found in steps.items() if found] != [bundle.family]:
-        raise ValueError(f"no steps of the family {bundle.family}")
+        raise ArtifactError(f"no steps of the family {bundle.family}")
     if any(Path(file.name).name != file.name for file in bundle.files):
-        raise ValueError("a file outside the folder")
+        raise ArtifactError("a file outside the folder")
+    free = 8 * (bundle.pixel_multiple or 1)  # as made-up inputs have it
+    for spec in bundle.inputs:
+        if prod(free if size is None else size for size in spec.sample_shape) > _MOST_NUMBERS:
+            raise ArtifactError(f"{spec.name} of more than {_MOST_NUMBERS} numbers a sample")
+    if bundle.padding is not None:
+        marked = [step.features for step in bundle.steps[1:]]
+        if bundle.padding.pad_id is None:
+            marked.append(bundle.inputs)
+        if any(bundle.padding.mask_index >= len(features) for features in marked):
+            raise ArtifactError("padding.mask_index: no such feature")
+    exits = [step.exit_index for step in bundle.steps]
+    if exits and (exits != sorted(set(exits)) or exits[-1] != bundle.num_exits - 1):
+        raise ArtifactError(f"steps of exits {exits}, which do not grow up to the final one")
+    _check_policy(bundle)
 
 
-def _read_step(content: Mapping[str, Any]) -> Step:
-    parts: dict[str, Any] = {
-        "temperature": float(content["temperature"]),
-        "threshold": float(content["threshold"]),
-        "features": tuple(read_spec(spec) for spec in content["features"]),
-        "state": tuple(read_spec(spec) for spec in content["state"]),
-    }
-    for name in ("exit_macs", "stage_macs"):
-        for by in ("length", "size"):
-            numbers = content.get(f"{name}_by_{by}")
-            parts[f"{name}_by_{by}"] = None if numbers is None else tuple(map(int, numbers))
-    scales = content.get("channel_scales")
-    parts["channel_scales"] = (
-        None if scales is None else tuple(tuple(map(float, s)) for s in scales)
-    )
-    pixel_threshold = content.get("pixel_threshold")
-    parts["pixel_threshold"] = None if pixel_threshold is None else float(pixel_threshold)
-    return Step(**{**content, **parts})
+def _check_policy(bundle: Bundle) -> None:
+    """Raise where the policy is not for these exits, or the steps hold other temperatures."""
+    try:
+        policy = decode(bundle.policy, _PolicyNumbers)
+    except ArtifactError as error:
+        raise ArtifactError(f"policy.{error}") from error
+    counts = {"thresholds": bundle.num_exits - 1, "temperatures": bundle.num_exits}
+    for name, count in counts.items():
+        found = getattr(policy, name)
+        if found is not None and len(found) != count:
+            raise ArtifactError(f"policy.{name}: Expected {count} numbers, got {len(found)}")
+    if policy.rule == "pixel_share" and policy.pixel_threshold is None:
+        raise ArtifactError("policy: Object lacks the field pixel_threshold")
+    counts_exits = policy.kind == "patience" and policy.thresholds is None
+    for i, step in enumerate(bundle.steps):
+        expected = policy.temperatures[step.exit_index] if policy.temperatures else 1.0
+        if step.temperature != expected:
+            raise ArtifactError(
+                f"steps[{i}].temperature: Expected {expected} as in the policy, "
+                f"got {step.temperature}"
+            )
+        if step.threshold > 1 and step.threshold != NOBODY_LEAVES and not counts_exits:
+            raise ArtifactError(
+                f"steps[{i}].threshold: Expected a number in [0, 1], or {NOBODY_LEAVES:g} where "
+                f"nobody leaves, got {step.threshold}"
+            )

@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from msgspec import Meta
+
+Dtype = Annotated[str, Meta(pattern=r"^(bool|u?int(8|16|32|64)|float(16|32|64))$")]
+Size = Annotated[int, Meta(ge=0, le=2**31)]
+
+_TENSOR, _DATA_LOCATION = "tensor", 14
+_INSIDE = {
+    "model": {7: "graph", 25: "function"},
+    "function": {7: "node"},
+    "graph": {1: "node", 5: _TENSOR, 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {5: _TENSOR, 6: "graph", 10: _TENSOR, 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: _TENSOR, 2: _TENSOR},
+    _TENSOR: {},
+}
+"""Numbers of the fields of onnx.proto through which tensors are reached."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +38,8 @@ class TensorSpec:
     """
 
     name: str
-    dtype: str
-    sample_shape: tuple[int | None, ...]
+    dtype: Dtype
+    sample_shape: tuple[Size | None, ...]
 
     @property
     def has_tokens(self) -> bool:
@@ -50,20 +67,6 @@ class OnnxFile:
     sha256: str
 
 
-def read_spec(content: Mapping[str, Any]) -> TensorSpec:
-    """Read what ``bundle.json`` says of a tensor.
-
-    Args:
-        content: A name, a type and a shape.
-    Returns:
-        The tensor.
-    Raises:
-        KeyError: If one is missing.
-        TypeError: If there is more, or the shape is no list.
-    """
-    return TensorSpec(**{**content, "sample_shape": tuple(content["sample_shape"])})
-
-
 def file_sha256(path: Path) -> str:
     """Hash a file.
 
@@ -73,3 +76,47 @@ def file_sha256(path: Path) -> str:
         SHA-256 of its bytes, in hexadecimal.
     """
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def has_weights_outside(content: bytes) -> bool:
+    """Tell whether a tensor of an ONNX file lies in another file, which no hash covers.
+
+    The file is walked as protobuf reads it; the onnx package is no part of the base install.
+
+    Args:
+        content: Bytes of the file; False for those that are no protobuf, and so no ONNX.
+    Returns:
+        Whether a tensor says that its data is external.
+    """
+    waiting = [("model", 0, len(content))]
+    try:
+        while waiting:
+            message, at, end = waiting.pop()
+            while at < end:
+                tag, at = _varint(content, at)
+                number, wire = (tag & 0xFFFFFFFF) >> 3, tag & 7
+                if wire == 0:
+                    value, at = _varint(content, at)
+                    if message == _TENSOR and number == _DATA_LOCATION and value & 0xFFFFFFFF:
+                        return True
+                elif wire == 2:
+                    size, at = _varint(content, at)
+                    if number in _INSIDE[message]:
+                        waiting.append((_INSIDE[message][number], at, at + size))
+                    at += size
+                elif wire in (1, 5):
+                    at += 8 if wire == 1 else 4
+                elif wire > 5:
+                    return False
+    except IndexError:  # it ends in the middle of a number
+        pass
+    return False
+
+
+def _varint(content: bytes, at: int) -> tuple[int, int]:
+    """A number of seven bits a byte, least first, and where it ends."""
+    value = shift = 0
+    while content[at] & 0x80:
+        value |= (content[at] & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+    return value | content[at] << shift, at + 1

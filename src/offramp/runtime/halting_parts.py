@@ -5,11 +5,14 @@ An ONNX file each for the embedding, for groups of layers, and for the head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
-from offramp.runtime.files import OnnxFile, TensorSpec, read_spec
+from msgspec import Meta
+
+from offramp.decoding import Count, Share
+from offramp.errors import InvalidArgumentError
+from offramp.runtime.files import OnnxFile, TensorSpec
 
 HALTING_OUTPUTS = ("output", "confidence", "tokens")
 """What the file for single samples puts out: logits, confidence, and the tokens in each step."""
@@ -31,7 +34,7 @@ class HaltingStep:
     """
 
     file: OnnxFile
-    num_layers: int
+    num_layers: Annotated[int, Meta(ge=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +53,22 @@ class HaltingParts:
         pair_macs: MACs of each layer, for each pair of tokens in it.
     """
 
-    inputs: tuple[TensorSpec, ...]
+    inputs: Annotated[tuple[TensorSpec, ...], Meta(min_length=1)]
     embed: OnnxFile
     steps: tuple[HaltingStep, ...]
     head: OnnxFile
-    threshold: float
-    fixed_macs: int
-    token_macs: tuple[int, ...]
-    pair_macs: tuple[int, ...]
+    threshold: Share
+    fixed_macs: Count
+    token_macs: tuple[Count, ...]
+    pair_macs: tuple[Count, ...]
+
+    def __post_init__(self) -> None:
+        num_layers = sum(step.num_layers for step in self.steps)
+        if not num_layers == len(self.token_macs) == len(self.pair_macs):
+            raise InvalidArgumentError(
+                f"The 'token_macs' and 'pair_macs' parameters must hold {num_layers} numbers, one "
+                f"per layer. Got {len(self.token_macs)} and {len(self.pair_macs)}."
+            )
 
     @property
     def files(self) -> tuple[OnnxFile, ...]:
@@ -69,40 +80,3 @@ class HaltingParts:
         """Number of the layer that each step begins with."""
         counts = [step.num_layers for step in self.steps]
         return tuple(sum(counts[:index]) for index in range(len(counts)))
-
-
-def read_halting_parts(content: Mapping[str, Any]) -> HaltingParts:
-    """Read the parts as ``bundle.json`` holds them.
-
-    Args:
-        content: As ``dataclasses.asdict`` made it of :class:`HaltingParts`.
-    Returns:
-        The parts.
-    Raises:
-        KeyError: If something is missing.
-        TypeError: If there is something more, or of another type.
-        ValueError: If a number is none, or there are not as many MACs as layers.
-    """
-    read: dict[str, Any] = {
-        "inputs": tuple(read_spec(spec) for spec in content["inputs"]),
-        "embed": OnnxFile(**content["embed"]),
-        "steps": tuple(_read_step(step) for step in content["steps"]),
-        "head": OnnxFile(**content["head"]),
-        "threshold": float(content["threshold"]),
-        "fixed_macs": int(content["fixed_macs"]),
-        "token_macs": tuple(map(int, content["token_macs"])),
-        "pair_macs": tuple(map(int, content["pair_macs"])),
-    }
-    parts = HaltingParts(**{**content, **read})
-    num_layers = sum(step.num_layers for step in parts.steps)
-    if not num_layers == len(parts.token_macs) == len(parts.pair_macs):
-        raise ValueError(f"MACs of other than {num_layers} layers")
-    return parts
-
-
-def _read_step(content: Mapping[str, Any]) -> HaltingStep:
-    read: dict[str, Any] = {
-        "file": OnnxFile(**content["file"]),
-        "num_layers": int(content["num_layers"]),
-    }
-    return HaltingStep(**{**content, **read})

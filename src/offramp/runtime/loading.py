@@ -17,6 +17,9 @@ from offramp.runtime.bundle import Bundle
 
 Array = npt.NDArray[Any]
 
+_DROPS_DIVISION = ["NoopElimination"]
+"""The optimiser that takes out a division by the 1 that a file was exported with."""
+
 
 class Loader:
     """Loads the files of a bundle, all with the same options.
@@ -133,6 +136,8 @@ class LazySingle:
         }
         for name, number in self._numbers.items():
             self._options.add_initializer(name, number)
+        tempered = any(x != 1 for name, x in numbers.items() if name.startswith("temperature"))
+        self._without = _DROPS_DIVISION if tempered else []
         self._session: onnxruntime.InferenceSession | None = None
         self._lock = threading.Lock()
 
@@ -162,7 +167,9 @@ class LazySingle:
                         f"{self._path} is not the file that was there when the bundle was opened: "
                         "it was exported anew or removed since. Open the bundle again."
                     )
-                self._session = _load(self._path, self._options, self._providers, content)
+                self._session = _load(
+                    self._path, self._options, self._providers, content, without=self._without
+                )
             return self._session
 
 
@@ -197,6 +204,8 @@ def _load(
     options: onnxruntime.SessionOptions,
     providers: Sequence[str],
     content: bytes | None = None,
+    *,
+    without: Sequence[str] = (),
 ) -> onnxruntime.InferenceSession:
     unknown = set(providers) - set(onnxruntime.get_available_providers())
     if unknown:
@@ -205,7 +214,9 @@ def _load(
             f"It has {', '.join(onnxruntime.get_available_providers())}."
         )
     try:
-        return onnxruntime.InferenceSession(content or path, options, providers=list(providers))
+        return onnxruntime.InferenceSession(
+            content or path, options, providers=list(providers), disabled_optimizers=list(without)
+        )
     except Exception as error:  # onnxruntime's own exceptions have no common base but this one
         words = f"onnxruntime cannot load {path}: {reason(error)}"
         if "NOT_IMPLEMENTED" in words:

@@ -6,11 +6,10 @@ where it is more than handing on the features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from offramp.runtime.files import OnnxFile, TensorSpec, read_spec
+from offramp.decoding import Count, Share
+from offramp.runtime.files import OnnxFile, TensorSpec
 
 SKIP_OUTPUTS = ("output", "confidence", "blocks", "macs")
 """What the file for single samples puts out: logits, confidence, which blocks ran, and the MACs."""
@@ -33,8 +32,8 @@ class SkipStep:
     gate: OnnxFile
     block: OnnxFile
     around: OnnxFile | None
-    gate_macs: int
-    block_macs: int
+    gate_macs: Count
+    block_macs: Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +54,8 @@ class SkipParts:
     stem: OnnxFile
     steps: tuple[SkipStep, ...]
     head: OnnxFile
-    threshold: float
-    fixed_macs: int
+    threshold: Share
+    fixed_macs: Count
 
     @property
     def always_macs(self) -> int:
@@ -69,35 +68,3 @@ class SkipParts:
         of_steps = [(step.gate, step.block, step.around) for step in self.steps]
         all_files = (self.stem, *(file for files in of_steps for file in files), self.head)
         return tuple(file for file in all_files if file is not None)
-
-
-def read_skip_parts(content: Mapping[str, Any]) -> SkipParts:
-    """Read the parts as ``bundle.json`` holds them.
-
-    Args:
-        content: As ``dataclasses.asdict`` made it of :class:`SkipParts`.
-    Returns:
-        The parts.
-    Raises:
-        KeyError: If something is missing.
-        TypeError: If there is something more, or of another type.
-        ValueError: If the threshold is no number.
-    """
-    parts: dict[str, Any] = {
-        "input": read_spec(content["input"]),
-        "stem": OnnxFile(**content["stem"]),
-        "steps": tuple(_read_step(step) for step in content["steps"]),
-        "head": OnnxFile(**content["head"]),
-        "threshold": float(content["threshold"]),
-    }
-    return SkipParts(**{**content, **parts})
-
-
-def _read_step(content: Mapping[str, Any]) -> SkipStep:
-    around = content["around"]
-    files: dict[str, Any] = {
-        "gate": OnnxFile(**content["gate"]),
-        "block": OnnxFile(**content["block"]),
-        "around": None if around is None else OnnxFile(**around),
-    }
-    return SkipStep(**{**content, **files})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy.typing as npt
 import onnxruntime
 
 from offramp.artifacts import read_json, write_json
+from offramp.decoding import Count, Positive, decode
 from offramp.errors import ArtifactError
 from offramp.runtime.bundle import Bundle
 from offramp.runtime.examples import example_inputs
@@ -38,8 +38,8 @@ class StepProfile:
         versions: Of the engine.
     """
 
-    exits: tuple[int, ...]
-    step_ms: tuple[float, ...]
+    exits: tuple[Count, ...]
+    step_ms: tuple[Positive, ...]
     weights_sha256: str
     hardware: str
     threads: int | None
@@ -49,6 +49,13 @@ class StepProfile:
     def total_ms(self) -> float:
         """All steps."""
         return sum(self.step_ms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ProfileFile:
+    """All that the file says."""
+
+    steps: StepProfile
 
 
 def profile_steps(
@@ -99,24 +106,15 @@ def read_step_profile(path: Path, bundle: Bundle) -> StepProfile:
     Raises:
         ArtifactError: If it is no profile of this bundle's steps.
     """
-    content: Any = read_json(path).get("steps")
     try:
-        profile = StepProfile(
-            **{
-                **content,
-                "exits": tuple(map(int, content["exits"])),
-                "step_ms": tuple(map(float, content["step_ms"])),
-            }
-        )
-    except (TypeError, ValueError, KeyError) as error:
+        profile = decode(read_json(path), _ProfileFile).steps
+    except ArtifactError as error:
         raise ArtifactError(
             f"Expected the times of a bundle's steps in {path}: offramp time BUNDLE --steps writes "
             f"them. Got something else ({error})."
         ) from error
     exits = tuple(step.exit_index for step in bundle.steps)
-    if len(profile.step_ms) != len(profile.exits) or not all(
-        0 < ms < math.inf for ms in profile.step_ms
-    ):
+    if len(profile.step_ms) != len(profile.exits):
         raise ArtifactError(
             f"Expected milliseconds above 0 of {len(profile.exits)} steps in {path}. "
             f"Got {profile.step_ms}."

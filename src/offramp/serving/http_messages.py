@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import numpy.typing as npt
 
+from offramp.decoding import unique_keys
 from offramp.errors import PayloadError
 from offramp.serving.served import Parameter, ServedModel
 from offramp.serving.tensors import (
@@ -158,7 +159,7 @@ def _read_json(body: bytes) -> dict[str, Any]:
             "lists, or binary data."
         )
     try:
-        content = json.loads(body, parse_constant=_refuse_constant)
+        content = json.loads(body, parse_constant=_refuse_constant, object_pairs_hook=unique_keys)
     except RecursionError as error:
         raise PayloadError("The JSON is nested too deeply.") from error
     except PayloadError:

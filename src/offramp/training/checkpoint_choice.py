@@ -16,6 +16,7 @@ import numpy as np
 from torch import nn
 
 from offramp.artifacts import read_json, write_json
+from offramp.decoding import decode
 from offramp.errors import ArtifactError
 from offramp.model.multi_exit import Features
 from offramp.training.samples import read_batch
@@ -99,7 +100,6 @@ def read_choice(folder: Path, network: nn.Module) -> None:
         return
     content = read_json(path)
     try:
-        by, samples = content["by"], frozenset(content["samples"])
-    except (KeyError, TypeError) as error:
+        network.__dict__[_ATTRIBUTE] = decode(content, CheckpointChoice)
+    except ArtifactError as error:
         raise ArtifactError(f"{path} is damaged: {error}. Train the run again.") from error
-    network.__dict__[_ATTRIBUTE] = CheckpointChoice(str(by), samples)

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from offramp.artifacts import atomic_path
-from offramp.errors import DataError, MissingExtraError
+from offramp.errors import ArtifactError, DataError, MissingExtraError
 from offramp.training.dense_task import MEAN_IOU_METRIC
 from offramp.training.halting_task import TOKENS_METRIC
 from offramp.training.skip_task import BLOCKS_METRIC
@@ -42,7 +42,10 @@ class History(Sequence[Mapping[str, Any]]):
     def read(cls, path: Path) -> History:
         """Read the lines of a ``metrics.jsonl``; none if there is no such file."""
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return cls(tuple(json.loads(line) for line in lines))
+        try:
+            return cls(tuple(json.loads(line) for line in lines))
+        except ValueError as error:
+            raise ArtifactError(f"{path} is damaged: {error}. Train the run again.") from error
 
     def __len__(self) -> int:
         return len(self.epochs)

@@ -18,9 +18,8 @@ from typing import Any
 from huggingface_hub import HfApi, constants, errors
 from safetensors import SafetensorError, safe_open
 
-from offramp.artifacts import atomic_folder, read_json
+from offramp.artifacts import atomic_folder
 from offramp.errors import ArtifactError, InvalidArgumentError, reason
-from offramp.policy.as_dict import policy_from_dict
 from offramp.policy.policies import Policy
 from offramp.policy.routing_policy import RoutingPolicy
 from offramp.training.card import check_evaluation, model_card
@@ -32,6 +31,7 @@ from offramp.training.run import (
     WEIGHTS_FILE,
     Run,
     load,
+    read_policy,
     read_recipe,
     write_recipe,
 )
@@ -225,11 +225,7 @@ def _read_own(folder: Path) -> tuple[Policy | RoutingPolicy | None, dict[str, An
         ) from error
     if not (folder / POLICY_FILE).exists():
         return None, None
-    content = read_json(folder / POLICY_FILE)
-    try:
-        return policy_from_dict(content["policy"]), content
-    except (ArtifactError, KeyError) as error:
-        raise ArtifactError(f"{folder / POLICY_FILE} is damaged: {error}") from error
+    return read_policy(folder / POLICY_FILE)
 
 
 def _check_figures(contents: _Contents, evaluation: Mapping[str, Any] | None) -> None:

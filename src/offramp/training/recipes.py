@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from offramp.decoding import decode
 from offramp.errors import ArtifactError, InvalidArgumentError
-from offramp.training.config import FitConfig, GateConfig, HaltingConfig
+from offramp.training.config import FitConfig
 from offramp.training.data import Normalisation, RandomWarp
 from offramp.training.sources import SOURCES
 from offramp.zoo import NETWORKS, Network, build
@@ -135,25 +136,10 @@ class Recipe:
             ArtifactError: If the dictionary is damaged.
         """
         try:
-            augment, pixels = content["augment"], content["normalisation"]
-            config = dict(content["fit"])
-            for name in ("loss_weights", "class_weights"):
-                if config.get(name) is not None:
-                    config[name] = tuple(config[name])
-            if config.get("gates") is not None:
-                config["gates"] = GateConfig(**config["gates"])
-            if config.get("halting") is not None:
-                config["halting"] = HaltingConfig(**config["halting"])
-            parts = {
-                "normalisation": None if pixels is None else Normalisation(**pixels),
-                "augment": None if augment is None else RandomWarp(**augment),
-                "fit": FitConfig(**config),
-            }
-            recipe = cls(**{**content, **parts})
-            if not isinstance(recipe.network_options, Mapping):
-                raise ValueError(f"network_options {recipe.network_options!r}")
-            if recipe.data not in SOURCES or recipe.network not in NETWORKS:
-                raise ValueError(f"unknown data {recipe.data!r} or network {recipe.network!r}")
-            return recipe
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            recipe = decode(content, cls)
+            for name, known in (("data", SOURCES), ("network", NETWORKS)):
+                if getattr(recipe, name) not in known:
+                    raise ArtifactError(f"{name}: unknown {getattr(recipe, name)!r}")
+        except ArtifactError as error:
             raise ArtifactError(f"Expected a recipe, got a damaged one ({error}).") from error
+        return recipe

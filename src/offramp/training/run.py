@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from offramp.artifacts import read_json, write_json
+from offramp.decoding import Count, Share, decode
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.model.checkpoint import load_weights, save_weights
 from offramp.model.multi_exit import MultiExitNetwork
@@ -41,6 +43,39 @@ _TRAINED_POLICIES: dict[type[nn.Module], RoutingPolicy] = {
 }
 """As each kind of network was trained, where one threshold steers it."""
 _DOES: dict[type[nn.Module], str] = {SkipNetwork: "skips blocks", HaltingNetwork: "drops tokens"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RecipeFile:
+    """All that ``recipe.json`` says."""
+
+    recipe: Mapping[str, Any] | None
+    class_names: tuple[str, ...]
+    data: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ChosenOn:
+    """The samples that chose a policy, as ``policy.json`` has them."""
+
+    name: str
+    split: str
+    num_samples: Count
+    class_prior: str | Mapping[str, Share]
+    sha256: str
+    weighted: bool = False
+    effective_num_samples: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PolicyFile:
+    """All that ``policy.json`` may say; what is beside the policy tells how it was chosen."""
+
+    policy: Mapping[str, Any]
+    asked: Mapping[str, Any] | None = None
+    data: _ChosenOn | None = None
+    reached: Mapping[str, float] | None = None
+    guarantee: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,19 +219,31 @@ def require_new(folder: Path) -> None:
         )
 
 
+def read_policy(path: Path) -> tuple[Policy | RoutingPolicy, dict[str, Any]]:
+    """Read a ``policy.json``.
+
+    Args:
+        path: The file.
+    Returns:
+        The policy, and all that the file says.
+    Raises:
+        ArtifactError: If it is missing, damaged or too new.
+    """
+    content = read_json(path)
+    try:
+        return policy_from_dict(decode(content, _PolicyFile).policy), content
+    except ArtifactError as error:
+        what = str(error).removesuffix(".")
+        raise ArtifactError(f"{path} is damaged: {what}. Calibrate the run again.") from error
+
+
 def _read_policy(
     path: Path, network: Network
 ) -> tuple[Policy | RoutingPolicy | None, dict[str, Any] | None]:
     trained = _TRAINED_POLICIES.get(type(network))
     if not path.exists():
         return trained or _only_choice(network), None
-    content = read_json(path)
-    try:
-        policy = policy_from_dict(content["policy"])
-        if not isinstance(content.get("data"), dict | None):
-            raise ArtifactError(f"Expected an object as data, got {content['data']!r}.")
-    except (ArtifactError, KeyError) as error:
-        raise ArtifactError(f"{path} is damaged: {error} Calibrate the run again.") from error
+    policy, content = read_policy(path)
     expected = None if trained is None else type(trained)
     if (type(policy) if isinstance(policy, RoutingPolicy) else None) is not expected:
         raise ArtifactError(
@@ -277,12 +324,11 @@ def read_recipe(folder: Path) -> tuple[Recipe | None, tuple[str, ...], str | Non
         )
     content = read_json(folder / RECIPE_FILE)
     try:
-        recipe = None if content["recipe"] is None else Recipe.from_dict(content["recipe"])
-        if not isinstance(content["data"], str | None):
-            raise ArtifactError(f"Expected a folder as data, got {content['data']!r}.")
-        return recipe, tuple(content["class_names"]), content["data"]
-    except (ArtifactError, KeyError, TypeError) as error:
+        said = decode(content, _RecipeFile)
+        recipe = None if said.recipe is None else Recipe.from_dict(said.recipe)
+    except ArtifactError as error:
         raise ArtifactError(f"{folder / RECIPE_FILE} is damaged: {error}") from error
+    return recipe, said.class_names, said.data
 
 
 def write_policy(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from offramp.calibration.collect import collect
 from offramp.calibration.evidence import Evidence
+from offramp.decoding import parse_json
 from offramp.errors import DataError, InvalidArgumentError
 from offramp.inference.sweeping import collect_sweep
 from offramp.model.multi_exit import MultiExitNetwork
@@ -143,14 +143,14 @@ def _read_prior(prior: str, class_names: tuple[str, ...]) -> tuple[float, ...]:
     if prior == "uniform":
         return (1 / len(class_names),) * len(class_names)
     try:
-        shares = json.loads(Path(prior).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        shares = parse_json(Path(prior).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise DataError(
             "Expected --prior to be uniform, or a JSON file that gives the share of each class by "
             f"its name. Cannot read {prior!r}: {error}."
         ) from error
     known = isinstance(shares, dict) and set(shares) <= set(class_names)
-    if not known or not all(isinstance(share, int | float) for share in shares.values()):
+    if not known or not all(type(share) in (int, float) for share in shares.values()):
         raise InvalidArgumentError(
             f"Expected {prior} to give shares by class name, such as "
             f'{{"{class_names[0]}": 0.2, ...}}; classes that are left out have 0. Names: '

@@ -14,7 +14,8 @@ from offramp.runtime import (
     with_routing_threshold,
     with_thresholds,
 )
-from offramp.runtime.bundle import NOBODY_LEAVES, TensorSpec, file_sha256, write_bundle
+from offramp.runtime.bundle import NOBODY_LEAVES, write_bundle
+from offramp.runtime.files import TensorSpec, file_sha256
 
 
 @pytest.fixture
@@ -89,11 +90,61 @@ def test_folder_without_a_bundle(tmp_path):
         lambda content: content["steps"][0]["features"][0].pop("sample_shape"),
         lambda content: content.pop("num_exits"),
         lambda content: content.update(class_names=None),
+        lambda content: content.update(class_names="ab"),
+        lambda content: content.update(num_exits=10**12),
+        lambda content: content.update(num_exits=2),
+        lambda content: content.update(plain_macs=0),
+        lambda content: content.update(folder="elsewhere"),
+        lambda content: content.update(quantized="int4"),
+        lambda content: content.update(versions=[1]),
+        lambda content: content.update(recipe=[1]),
+        lambda content: content.update(pixel_multiple=0),
+        lambda content: content.update(padding={"mask_index": 1, "pad_id": 0}),
+        lambda content: content.update(padding={"mask_index": -1, "pad_id": 0}),
+        lambda content: content.update(padding={"mask_index": 1, "pad_id": None}),
+        lambda content: content["policy"].update(kind="oracle"),
+        lambda content: content["policy"].update(thresholds=[0.5]),
+        lambda content: content["policy"].update(thresholds=["high", None]),
+        lambda content: content["policy"].update(temperatures=[1.0, 0.0, 1.0]),
+        lambda content: content["policy"].update(temperatures=[2.0, 1.0, 1.0]),
+        lambda content: content["policy"].update(rule="pixel_share"),
+        lambda content: content["steps"].reverse(),
+        lambda content: content["steps"].pop(),
+        lambda content: content["steps"][0].update(threshold=-5.0),
+        lambda content: content["steps"][0].update(threshold=1.5),
+        lambda content: content["steps"][0].update(threshold=True),
+        lambda content: content["steps"][0].update(threshold="0.5"),
+        lambda content: content["steps"][0].update(temperature=0),
+        lambda content: content["steps"][0].update(temperature=-1.0),
+        lambda content: content["steps"][0].update(temperature=1e300),
+        lambda content: content["steps"][0].update(temperature=2.0),
+        lambda content: content["steps"][0].update(exit_index=10**9),
+        lambda content: content["steps"][0].update(exit_index=-1),
+        lambda content: content["steps"][0].update(exit_macs="lots"),
+        lambda content: content["steps"][0].update(exit_macs=1.5),
+        lambda content: content["steps"][0].update(exit_macs=10**400),
+        lambda content: content["steps"][0].update(exit_macs_by_length=[1, 2]),
+        lambda content: content["steps"][0].update(pixel_threshold=2),
+        lambda content: content["steps"][0].update(channel_scales=[[0.0]]),
+        lambda content: content["steps"][0].update(features=[]),
+        lambda content: content["steps"][0]["features"][0].update(dtype="object"),
+        lambda content: content["steps"][0]["features"][0].update(colour="red"),
+        lambda content: content["steps"][0]["features"][0].update(sample_shape="abc"),
+        lambda content: content["steps"][0]["features"][0].update(sample_shape=[-1, 4, 4]),
+        lambda content: content["steps"][0]["features"][0].update(sample_shape=[10**5, 10**5]),
     ],
 )
 def test_damaged_description_is_refused(bundle, change):
     edit(bundle, change)
     with pytest.raises(ArtifactError, match=r"is damaged .* Export the run again"):
+        read_bundle(bundle.folder)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
+def test_numbers_that_are_none_are_refused(bundle, number):
+    path = bundle.folder / "bundle.json"
+    path.write_text(path.read_text().replace('"threshold": 0.5', f'"threshold": {number}', 1))
+    with pytest.raises(ArtifactError, match=r"bundle\.json: it is damaged"):
         read_bundle(bundle.folder)
 
 

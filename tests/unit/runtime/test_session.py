@@ -1,5 +1,6 @@
 import shutil
 import threading
+from dataclasses import replace
 
 import numpy as np
 import onnxruntime
@@ -42,6 +43,17 @@ def test_result_is_numpy_in_the_order_of_the_batch(session):
     assert result.macs.tolist() == [50 if k == 0 else 50 + 72 for k in result.exit_index]
     one_by_one = [session.run(x[None]).exit_index[0] for x in X[:50]]
     assert one_by_one == result.exit_index[:50].tolist()
+
+
+def test_single_samples_follow_a_temperature_that_the_file_was_not_exported_with(folder):
+    """onnxruntime would drop a division by the 1 that stands in the file."""
+    bundle = read_bundle(folder)
+    steps = tuple(replace(step, temperature=3.0) for step in bundle.steps)
+    session = Session(replace(bundle, steps=steps), threads=1)
+    together, alone = session.run(X[:20]), [session.run(x[None]) for x in X[:20]]
+    assert [one.exit_index[0] for one in alone] == together.exit_index.tolist()
+    confidences = [one.confidence[0] for one in alone]
+    np.testing.assert_allclose(confidences, together.confidence, atol=1e-6)
 
 
 def test_lists_and_float64_are_taken(session):

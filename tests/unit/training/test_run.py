@@ -103,10 +103,10 @@ def test_run_by_a_relative_path_outlives_a_change_of_folder(trained, monkeypatch
 def test_calibration_stands_beside_the_policy(trained):
     folder, _ = trained
     policy = ThresholdPolicy((0.5,), rule="margin")
-    write_policy(folder, policy, calibration={"max_drop": 0.01})
+    write_policy(folder, policy, calibration={"asked": {"max_drop": 0.01}})
     run = load(folder)
     assert run.policy == policy
-    assert run.calibration["max_drop"] == 0.01
+    assert run.calibration["asked"] == {"max_drop": 0.01}
 
 
 def test_policy_for_another_number_of_exits_is_refused(trained):
@@ -256,7 +256,13 @@ def test_missing_data_of_a_recipe(recipe, tmp_path):
 def test_data_that_trained_or_chose_thresholds_is_in_sample(trained, recipe):
     folder, _ = trained
     fingerprint = load_batches(recipe, CALIBRATION_SPLIT)[2]
-    write_policy(folder, never_leave(2), calibration={"data": {"sha256": fingerprint}})
+    about = {
+        "name": "digits",
+        "split": CALIBRATION_SPLIT,
+        "num_samples": 9,
+        "class_prior": "uniform",
+    }
+    write_policy(folder, never_leave(2), calibration={"data": {**about, "sha256": fingerprint}})
     run = load(folder)
     assert is_in_sample(run, CALIBRATION_SPLIT, fingerprint)
     assert is_in_sample(run, "train", load_batches(recipe, "train")[2])
