@@ -8,6 +8,7 @@ from typing import Any
 from offramp.calibration.asked import Asked
 from offramp.calibration.logits import Figures
 from offramp.policy.as_dict import policy_to_dict
+from offramp.policy.choice import Choice
 from offramp.policy.policies import ThresholdedPolicy
 from offramp.runtime.answers import rule_in_words
 from offramp.tables import Lines, Printed, Table, percent, points, thresholds_in_words
@@ -29,7 +30,7 @@ class ExitOfCalibration:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Calibration(Printed):
+class Calibration(Printed, Choice):
     """A policy and what it reached on the data that chose it; print it for a table.
 
     Attributes:
@@ -55,6 +56,10 @@ class Calibration(Printed):
     num_samples: int | None = None
     exits: tuple[ExitOfCalibration, ...] | None = None
     asked: Asked | None = field(default=None, compare=False)
+
+    def policy_of(self, kind: type[Any]) -> Any:
+        """The policy."""
+        return self.policy
 
     @property
     def quality(self) -> float:

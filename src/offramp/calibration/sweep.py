@@ -32,6 +32,8 @@ from offramp.calibration.sequence import (
 )
 from offramp.calibration.targets import RiskLimit, as_target, budget_too_low, risk_too_low
 from offramp.errors import FewSamplesWarning, InvalidArgumentError, ShapeError
+from offramp.policy.choice import Choice
+from offramp.policy.routing_policy import RoutingPolicy
 from offramp.tables import Lines, Printed, Table, percent, points
 
 
@@ -90,7 +92,7 @@ class Sweep(LabelledLogits):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class ChosenThreshold(Printed):
+class ChosenThreshold(Printed, Choice):
     """A threshold and what it reached on the data that chose it; print it for a table.
 
     Attributes:
@@ -112,6 +114,10 @@ class ChosenThreshold(Printed):
     whole_accuracy: float | None = None
     plain_macs: int | None = None
     num_samples: int | None = None
+
+    def policy_of(self, kind: type[Any]) -> Any:
+        """The policy of this threshold; itself, for a kind that is not made of one."""
+        return kind(self.threshold) if issubclass(kind, RoutingPolicy) else self
 
     def _title(self) -> str:
         on = "" if self.num_samples is None else f", on {self.num_samples:,} calibration samples"

@@ -153,13 +153,13 @@ def calibrate(
         raise InvalidArgumentError("--prior weights calibration data, which --thresholds need not.")
     if not by_hand:
         wanted.check()
-    from offramp.model.multi_exit import MultiExitNetwork
+    from offramp.families import family_of
     from offramp.training.run import load
 
     loaded, where = load(run), {"data": data, "device": device, "prior": prior}
-    if rule is None and isinstance(loaded.network, MultiExitNetwork):
+    if rule is None:
         wanted = replace(wanted, rule=default_rule(loaded.network.is_dense))
-    if not isinstance(loaded.network, MultiExitNetwork):
+    if family_of(loaded.network).thresholds is not None:
         refuse_exits(loaded, loaded.network, wanted, rule=rule)
         if thresholds is None:
             choose_routing(loaded, loaded.network, wanted, **where)

@@ -4,60 +4,30 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from offramp.cli.calibration_data import conclude, prepare, prepare_finding
 from offramp.cli.choosing import Wanted
 from offramp.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from offramp.inference.sweeping import SteeredNetwork
+    from offramp.families.family import Words
     from offramp.training.run import Run
+    from offramp.zoo import Network
 
 
 _NUM_FINDING = 1_000
 """Training samples that size the bets of a promise."""
 
 
-class Words(NamedTuple):
-    """What is said of a network that one threshold steers.
+def words_for(network: Network) -> Words:
+    """The words for the family of a network."""
+    from offramp.families import family_of
 
-    Attributes:
-        does: What it does inside.
-        share: What shares the threshold.
-        way: What it does, as a noun.
-        whole: The network where it does least of that.
-    """
-
-    does: str
-    share: str
-    way: str
-    whole: str
+    return family_of(network).words
 
 
-_GATES = Words(does="skips blocks inside", share="gates", way="skipping", whole="the whole network")
-_TOKENS = Words(
-    does="drops tokens inside",
-    share="tokens",
-    way="dropping tokens",
-    whole="the network with a threshold of 1",
-)
-
-
-def words_for(network: SteeredNetwork) -> Words:
-    """What is said of a network.
-
-    Args:
-        network: The network.
-    Returns:
-        Words for messages.
-    """
-    from offramp.routing.skip import SkipNetwork
-
-    return _GATES if isinstance(network, SkipNetwork) else _TOKENS
-
-
-def refuse_exits(loaded: Run, network: SteeredNetwork, wanted: Wanted, *, rule: str | None) -> None:
+def refuse_exits(loaded: Run, network: Network, wanted: Wanted, *, rule: str | None) -> None:
     """Refuse options that are about exits.
 
     Args:
@@ -80,12 +50,12 @@ def refuse_exits(loaded: Run, network: SteeredNetwork, wanted: Wanted, *, rule: 
     for name, value in given.items():
         if value is not None:
             raise InvalidArgumentError(
-                f"{name} is about exits. The run {loaded.folder} {words.does}, and its "
+                f"{name} is about exits. The run {loaded.folder} {words.does} inside, and its "
                 f"{words.share} share one threshold: leave {name} out."
             )
 
 
-def set_threshold_by_hand(loaded: Run, network: SteeredNetwork, threshold: str) -> None:
+def set_threshold_by_hand(loaded: Run, network: Network, threshold: str) -> None:
     """Write a threshold of the gates or tokens into the run.
 
     Args:
@@ -113,7 +83,7 @@ def set_threshold_by_hand(loaded: Run, network: SteeredNetwork, threshold: str) 
 
 def choose_routing(
     loaded: Run,
-    network: SteeredNetwork,
+    network: Network,
     wanted: Wanted,
     *,
     data: str | None,
@@ -144,7 +114,9 @@ def choose_routing(
         chosen = choose_threshold_with_guarantee(sweep, finding=finding, **wanted.risk_limit)
     promise = None
     if chosen.guarantee is not None:
-        sentence = chosen.guarantee.sentence(prepared.population, way=words.way, last=words.whole)
+        sentence = chosen.guarantee.sentence(
+            prepared.population, way=words.way, last=words.whole_network
+        )
         promise = asdict(chosen.guarantee) | {"sentence": sentence, "found_on": "train"}
     print(
         f"threshold {chosen.threshold:.4f} of the {words.share}, chosen on "

@@ -46,16 +46,17 @@ def export(
     """Write a bundle that runs without torch, checked against torch on real samples."""
     if quantize not in (None, "int8"):
         raise InvalidArgumentError(f"--quantize must be int8. Got {quantize!r}.")
-    from offramp.policy.routing_policy import RoutingPolicy
+    from offramp.families import family_of
     from offramp.training.data import make_loader
     from offramp.training.run import CALIBRATION_SPLIT, load, load_batches
 
     loaded = load(run)
     recipe = loaded.require_recipe()
-    if quantize is not None and isinstance(loaded.policy, RoutingPolicy):
+    family = family_of(loaded.network)
+    if quantize is not None and family.thresholds is not None:
         raise InvalidArgumentError(
             f"--quantize is for networks with exits. {run} has one, and a threshold of "
-            f"{loaded.policy.kind}: export it in float32."
+            f"{family.settings}: export it in float32."
         )
     if loaded.policy is None:
         raise NotCalibratedError(

@@ -150,13 +150,13 @@ def _check_asked(split: str | None, num_points: int, rule: str | None) -> None:
 
 def _open(folder: Path, device: str | None) -> _Opened:
     from offramp.calibration.collect import collect
+    from offramp.families import family_of
     from offramp.inference.sweeping import collect_sweep
-    from offramp.model.multi_exit import MultiExitNetwork
     from offramp.training.run import load
 
     if is_bundle(folder):
         bundle = open_artifact(folder, device)
-        if bundle.is_routed:
+        if bundle.family.thresholds is not None:
             raise InvalidArgumentError(
                 f"The bundle {folder} skips blocks or drops tokens, and is not run at other "
                 "thresholds. Give the run that it was exported from."
@@ -171,15 +171,14 @@ def _open(folder: Path, device: str | None) -> _Opened:
         )
     loaded = load(folder)
     network = loaded.network.to(pick_device(device))
-    collect_all: Callable[[Loader], Any] = partial(collect, network)
-    if not isinstance(network, MultiExitNetwork):
-        collect_all = partial(collect_sweep, network)
+    is_steered = family_of(network).thresholds is not None
+    collect_all = partial(collect_sweep if is_steered else collect, network)
     return _Opened(
         name=str(folder),
         recipe=loaded.require_recipe(),
         data=loaded.data,
         num_exits=network.num_exits,
-        is_steered=not isinstance(network, MultiExitNetwork),
+        is_steered=is_steered,
         collect=collect_all,
     )
 

@@ -17,9 +17,10 @@ from offramp.calibration.asked import Asked
 from offramp.calibration.collect import collect, collect_from_session
 from offramp.calibration.latency import LatencyCalibration
 from offramp.calibration.logits import ExitLogits
-from offramp.calibration.sweep import ChosenThreshold
-from offramp.calibration.thresholds import Calibration
 from offramp.errors import DataError, InvalidArgumentError, ShapeError
+from offramp.families import make_runner
+from offramp.families.agreement import Runner
+from offramp.families.family import TorchRunner
 from offramp.inference.asked_and_got import paired_drop, reached
 from offramp.inference.evaluation import (
     BlocksEvaluation,
@@ -28,10 +29,8 @@ from offramp.inference.evaluation import (
     Rival,
     TokensEvaluation,
 )
-from offramp.inference.runner import Runner, TorchRunner, make_runner
-from offramp.inference.sweeping import steering_policy
 from offramp.measure.dense import confusion_matrices, label_maps, mean_iou, pixel_accuracy
-from offramp.model.multi_exit import MultiExitNetwork
+from offramp.policy.choice import Choice
 from offramp.policy.policies import Policy
 from offramp.policy.routing_policy import RoutingPolicy
 from offramp.results import AdaptiveResult
@@ -53,7 +52,7 @@ __all__ = [
     "predicted",
 ]
 
-Chosen = Policy | RoutingPolicy | Calibration | ChosenThreshold | LatencyCalibration | None
+Chosen = Policy | RoutingPolicy | Choice | None
 """A policy, or what chose one."""
 
 
@@ -268,7 +267,7 @@ def evaluate(
             )
         network, chosen = cast(Network, runner), loader
         asked = asked or _asked_of(chosen)
-        runner, loader, logits = make_runner(network, _policy(network, chosen)), logits, None
+        runner, loader, logits = make_runner(network, chosen), logits, None
     if logits is None:
         gathered = _Gathered()
         batches = gathered.answering(runner, loader)
@@ -293,14 +292,9 @@ def evaluate(
     )
 
 
-def _calibration(chosen: Any) -> Any:
-    """What chose a policy, or the policy itself."""
-    return chosen.chosen if isinstance(chosen, LatencyCalibration) else chosen
-
-
 def _asked_of(chosen: Any) -> Asked | None:
     """The target of a calibration; None for a policy."""
-    chosen = _calibration(chosen)
+    chosen = chosen.chosen if isinstance(chosen, LatencyCalibration) else chosen
     promise = getattr(chosen, "guarantee", None)
     if promise is None:
         return getattr(chosen, "asked", None)
@@ -311,15 +305,6 @@ def _asked_of(chosen: Any) -> Asked | None:
         risk=promise.risk,
         guarantee="mean" if promise.probability is None else promise.probability,
     )
-
-
-def _policy(network: Network, chosen: Any) -> Any:
-    chosen = _calibration(chosen)
-    if isinstance(chosen, Calibration):
-        return chosen.policy
-    if isinstance(chosen, ChosenThreshold) and not isinstance(network, MultiExitNetwork):
-        return steering_policy(network)(chosen.threshold)
-    return chosen
 
 
 def _compare(

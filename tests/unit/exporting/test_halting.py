@@ -18,9 +18,9 @@ from offramp.errors import (
 )
 from offramp.exporting.bundle import check_parity, export
 from offramp.exporting.quantize import quantize
-from offramp.inference.agreement import answer_in_batches, compare_with_masked
-from offramp.inference.halting import HaltingRunner
-from offramp.inference.timing_processes import _compare_with_all_steps
+from offramp.families.agreement import answer_in_batches, compare
+from offramp.families.halting import HaltingRunner, masked_pass
+from offramp.inference.timing_processes import _all_steps
 from offramp.model.ragged import Ragged
 from offramp.policy.routing_policy import GatePolicy, HaltingPolicy
 from offramp.routing.halting import HaltingNetwork
@@ -128,7 +128,7 @@ def test_session_answers_as_the_masked_pass(exported, threshold, batch_size):
     session = Session(with_routing_threshold(bundle, threshold), threads=1)
     found = answer_in_batches(session, IMAGES, batch_size=batch_size)
     first_layers = bundle.halting.first_layers
-    agreement = compare_with_masked(found, network, threshold, IMAGES, first_layers=first_layers)
+    agreement = compare(found, masked_pass(network, threshold, (IMAGES,), first_layers))
     assert agreement.holds
     assert max(agreement.differences) < 1e-4
     costs = network.costs(IMAGES)
@@ -223,7 +223,7 @@ def test_masking_in_the_bundle_says_what_torch_says(exported):
     assert margin.shape == tokens.shape
     assert (margin[tokens > 0] >= 0).all()
     assert np.isinf(margin[tokens == 0]).all()
-    assert _compare_with_all_steps(session.run(IMAGES), session, IMAGES).holds
+    assert compare(session.run(IMAGES), _all_steps(session, IMAGES)).holds
 
 
 def test_calibrating_on_a_bundle_sees_tokens_stay(exported):
@@ -295,7 +295,7 @@ def test_texts_of_unequal_length_are_answered_as_in_torch(reader, batch_size):
     ids = texts()
     found = answer_in_batches(Session(bundle, threads=1), ids, batch_size=batch_size)
     assert found.tokens[:, 0].tolist() == LENGTHS
-    agreement = compare_with_masked(found, network, 0.7, ids)
+    agreement = compare(found, masked_pass(network, 0.7, (ids,)))
     assert agreement.holds
     assert max(agreement.differences) < 1e-4
     assert torch.equal(found.macs, network.costs(ids).macs(found.tokens))

@@ -14,8 +14,8 @@ from offramp.errors import DataError, ExportMismatchError, InvalidArgumentError
 from offramp.exporting.bundle import check_parity, export
 from offramp.exporting.quantize import quantize
 from offramp.exporting.skip_single import write_skip_single
-from offramp.inference.agreement import answer_in_batches, compare_with_gated_sum
-from offramp.inference.skipping import SkipRunner
+from offramp.families.agreement import answer_in_batches, compare
+from offramp.families.skip import SkipRunner, gated_sum
 from offramp.policy.policies import never_leave
 from offramp.policy.routing_policy import GatePolicy
 from offramp.routing.gates import Gates
@@ -70,7 +70,7 @@ def test_session_answers_as_the_runner_and_the_gated_sum(exported, where, batch_
     policy = GatePolicy(threshold)
     session = Session(with_routing_threshold(bundle, threshold), threads=1)
     found = answer_in_batches(session, IMAGES, batch_size=batch_size)
-    agreement = compare_with_gated_sum(found, network, threshold, IMAGES)
+    agreement = compare(found, gated_sum(network, threshold, (IMAGES,)))
     assert agreement.holds
     assert max(agreement.differences) < 1e-4
     expected = SkipRunner(network, policy).run(IMAGES)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from offramp.errors import InvalidArgumentError
-from offramp.inference.halting import HaltingRunner
-from offramp.inference.runner import AdaptiveRunner
-from offramp.inference.skipping import SkipRunner
+from offramp.families.exits import AdaptiveRunner
+from offramp.families.halting import HaltingRunner
+from offramp.families.skip import SkipRunner
 from offramp.inference.stopwatch import representative_rows
 from offramp.inference.timing import time_runner
 from offramp.policy.confidence import max_probability_confidence

@@ -7,9 +7,10 @@ from torch import nn
 from offramp.calibration.sweep import ChosenThreshold
 from offramp.calibration.thresholds import Calibration
 from offramp.errors import InvalidArgumentError, NotCalibratedError, ShapeError
-from offramp.inference.halting import HaltingRunner
-from offramp.inference.runner import AdaptiveRunner, make_runner
-from offramp.inference.skipping import SkipRunner
+from offramp.families import make_runner
+from offramp.families.exits import AdaptiveRunner
+from offramp.families.halting import HaltingRunner
+from offramp.families.skip import SkipRunner
 from offramp.measure.cost import counting_macs
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.policies import (

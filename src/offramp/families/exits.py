@@ -1,52 +1,42 @@
-"""Running a network so that what is not needed does not run.
+"""The family of networks with exits: samples leave, and the stages behind run without them.
 
-Shapes: ``B`` batch, ``C`` classes.
+Shapes: ``B`` batch, ``C`` classes, ``K`` exits.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from itertools import pairwise
 from statistics import median
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from offramp.calibration.sweep import ChosenThreshold
-from offramp.calibration.thresholds import Calibration
 from offramp.errors import InvalidArgumentError, NotCalibratedError
-from offramp.inference.halting import HaltingRunner
-from offramp.inference.skipping import SkipRunner
+from offramp.families.agreement import DECISION_TOLERANCE, Reference
+from offramp.families.family import Contenders, Family, TorchRunner, Words
 from offramp.model.inputs import Given, as_inputs, explained
-from offramp.model.multi_exit import Features, MultiExitNetwork, take_samples
-from offramp.policy.policies import Policy, State
-from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
+from offramp.model.multi_exit import Features, MultiExitNetwork, as_features, take_samples
+from offramp.policy.choice import Choice
+from offramp.policy.policies import Decision, Policy, Setting, State, ThresholdedPolicy
 from offramp.results import AdaptiveResult
-from offramp.routing.halting import HaltingNetwork
-from offramp.routing.skip import SkipNetwork
 from offramp.runtime.deadline import Deadline
-from offramp.zoo import Network
+
+ExitRunner = TorchRunner[MultiExitNetwork, Policy]
 
 _TIMED_ROUNDS = 7
 _WARM_UP_ROUNDS = 2
 
 
-class Runner(Protocol):
-    """Whatever answers a batch, spending on each sample what it needs."""
-
-    def run(self, *inputs: Any) -> AdaptiveResult[Any]:
-        """Answer a batch of inputs, each with its batch axis first."""
-        ...
-
-
-class AdaptiveRunner:
+class AdaptiveRunner(ExitRunner):
     """Runs stage after stage, lets samples leave, and goes on with the survivors only.
 
     Args:
         network: The network; it is put in evaluation mode.
-        policy: Who leaves where; a calibration stands for its policy.
+        policy: The policy of its exits; a calibration stands for its policy.
     Attributes:
         step_ms: What :meth:`time_steps` measured; None before.
     Raises:
@@ -54,14 +44,14 @@ class AdaptiveRunner:
         InvalidArgumentError: If the network or the policy is of another kind.
     """
 
-    def __init__(self, network: MultiExitNetwork, policy: Policy | Calibration | None) -> None:
+    def __init__(self, network: MultiExitNetwork, policy: Policy | Choice | None) -> None:
         if not isinstance(network, MultiExitNetwork):
             raise InvalidArgumentError(
                 "Expected a network with exits, as add_exits makes of a backbone. "
                 f"Got a {type(network).__name__}."
             )
-        if isinstance(policy, Calibration):
-            policy = policy.policy
+        if isinstance(policy, Choice):
+            policy = policy.policy_of(Policy)
         if policy is None:
             raise NotCalibratedError(
                 "Running early needs a policy and none was set. Choose one: offramp calibrate RUN, "
@@ -232,35 +222,147 @@ class AdaptiveRunner:
         return self._macs_by_size[size]
 
 
-TorchRunner = AdaptiveRunner | SkipRunner | HaltingRunner
-"""A runner of each family of networks."""
-
-
-def make_runner(
-    network: Network, policy: Policy | RoutingPolicy | Calibration | ChosenThreshold | None
-) -> TorchRunner:
-    """Make the runner that fits a network and its policy.
+def all_exits_loop(
+    network: MultiExitNetwork, policy: Policy, inputs: Tensor | Features
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run every stage and head on every sample, then choose: what early exit must equal.
 
     Args:
-        network: The network; it is put in evaluation mode.
-        policy: Who leaves where, which blocks run, or when a token halts; what chose one stands
-            for it.
+        network: The network, in evaluation mode.
+        policy: Who leaves where.
+        inputs: Samples, shape (B, ...); a tuple where the network takes several inputs.
     Returns:
-        The runner.
-    Raises:
-        NotCalibratedError: If there is no policy, or it is for another network.
+        output: Logits of the chosen exits, shape (B, C).
+        exit_index: Shape (B,), int64.
+        confidences: Of every exit, shape (K, B).
     """
-    if isinstance(policy, Calibration):
-        policy = policy.policy
-    if isinstance(network, SkipNetwork) and isinstance(policy, GatePolicy | ChosenThreshold):
-        return SkipRunner(network, policy)
-    if isinstance(network, HaltingNetwork) and isinstance(policy, HaltingPolicy | ChosenThreshold):
-        return HaltingRunner(network, policy)
-    if isinstance(network, MultiExitNetwork) and not isinstance(
-        policy, RoutingPolicy | ChosenThreshold
-    ):
-        return AdaptiveRunner(network, policy)
-    raise NotCalibratedError(
-        f"Expected a policy for a {type(network).__name__}. Got a {type(policy).__name__}. "
-        "Choose one for this network: offramp calibrate RUN"
+    outputs = network(*as_features(inputs))
+    state: State = ()
+    rows = torch.arange(len(outputs[0]), device=outputs[0].device)
+    chosen = torch.full_like(rows, -1)
+    confidences = []
+    for k, output in enumerate(outputs):
+        if policy.is_off(k):  # its head does not run, and the policy never hears of it
+            confidences.append(output.new_full((len(output),), math.nan))
+            continue
+        leave_B, confidence_B, state = policy.step(k, output, state)
+        confidences.append(confidence_B)
+        chosen = torch.where((chosen < 0) & leave_B, k, chosen)
+    stacked = torch.stack(outputs)
+    return stacked[chosen, rows], chosen, torch.stack(confidences)
+
+
+def is_near(confidence_KB: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """Find samples that may leave elsewhere, because rounding decides.
+
+    Args:
+        confidence_KB: Of every exit, shape (K, B).
+        thresholds: One per exit but the final one; none for a policy that has none.
+    Returns:
+        Whether a confidence lies within 1e-4 of its threshold, shape (B, 1), bool.
+    """
+    thresholds_K = confidence_KB.new_tensor(thresholds)
+    gap_KB = (confidence_KB[: len(thresholds)] - thresholds_K[:, None]).abs()
+    return (gap_KB < DECISION_TOLERANCE).any(0)[:, None]
+
+
+@torch.no_grad()
+def _reference(network: MultiExitNetwork, policy: Policy, inputs: Features) -> Reference:
+    output, chosen_B, confidence_KB = all_exits_loop(network, policy, inputs)
+    thresholds = policy.thresholds if isinstance(policy, ThresholdedPolicy) else ()
+    return Reference(
+        output=output,
+        exit_index=chosen_B,
+        num_exits=network.num_exits,
+        work=chosen_B[:, None],
+        is_near=partial(is_near, confidence_KB, thresholds),
     )
+
+
+class _AskButStay(Policy):
+    """Asks another policy at every exit that is on and lets nobody leave before the final one."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.num_exits = policy.num_exits
+
+    def decide(self, exit_index: int, output: Tensor, state: State, setting: Setting) -> Decision:
+        leave_B, confidence_B, state = self.policy.decide(exit_index, output, state, setting)
+        if exit_index < self.num_exits - 1:
+            leave_B = torch.zeros_like(leave_B)
+        return leave_B, confidence_B, state
+
+    def setting(self, exit_index: int) -> Setting:
+        return self.policy.setting(exit_index)
+
+
+def _features_of_survivors(runner: ExitRunner, batch: Tensor) -> list[tuple[int, Features]]:
+    """What each stage that runs is given, when the batch runs early."""
+    last_exit_B = runner.run(batch).exit_index
+    features: Features = (batch,)
+    given = []
+    for k in range(int(last_exit_B.max()) + 1):
+        given.append((k, features))
+        features = runner.network.run_stage(k, features)
+        stay_B = (last_exit_B > k).nonzero()[:, 0]
+        if len(stay_B) < len(last_exit_B):
+            features = runner.network.take(features, stay_B)
+            last_exit_B = last_exit_B[stay_B]
+    return given
+
+
+def _run_parts(runner: ExitRunner, parts: Sequence[tuple[int, Features]]) -> None:
+    """Stages with their heads, unless these are off.
+
+    Nothing is kept, as a runner keeps nothing: results that pile up would make every part pay for
+    memory of its own.
+    """
+    for k, given in parts:
+        features = runner.network.run_stage(k, given)
+        if not runner.policy.is_off(k):
+            runner.network.run_exit(k, features)
+
+
+def _stages(runner: ExitRunner, batches: Sequence[Tensor]) -> Contenders:
+    """Stages with their heads: all on those who reach them, and each on everybody."""
+    never = AdaptiveRunner(runner.network, _AskButStay(runner.policy))
+    survivors = [_features_of_survivors(runner, batch) for batch in batches]
+    everyone = [_features_of_survivors(never, batch) for batch in batches]
+    contenders: dict[str, Callable[[], object]] = {
+        "stages": partial(_run_parts, runner, [part for given in survivors for part in given])
+    }
+    for k in range(runner.network.num_exits):
+        contenders[f"stage_{k}"] = partial(_run_parts, runner, [given[k] for given in everyone])
+    return contenders
+
+
+EXITS = Family(
+    name="exits",
+    words=Words(
+        kind="networks with exits",
+        maker="add_exits",
+        does="leaves by exits",
+        ability="can stop early{exits}",
+        tag="early-exit",
+        heading="Who leaves where",
+        rule="",
+        use=(
+            "print(result.output.argmax(1), result.exit_index, result.macs)"
+            "  # class, exit, MACs that ran"
+        ),
+        share="",
+        way="early exit",
+        whole_network="the final exit",
+        less="leaving early",
+        less_metric="with early exit",
+        whole="every sample to the final exit",
+        whole_metric="of the final exit alone",
+    ),
+    network=MultiExitNetwork,
+    policy=Policy,
+    runner=AdaptiveRunner,
+    reference=_reference,
+    whole=lambda network: (network, network),
+    never=_AskButStay,
+    stages=_stages,
+)

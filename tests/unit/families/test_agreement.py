@@ -4,20 +4,11 @@ import pytest
 import torch
 
 from offramp.errors import OfframpError
-from offramp.inference.agreement import (
-    all_exits_loop,
-    answer_in_batches,
-    check_agreement,
-    compare_blocks,
-    compare_tokens,
-    compare_with_all_exits,
-    compare_with_gated_sum,
-    compare_with_masked,
-    is_near,
-)
-from offramp.inference.halting import HaltingRunner
-from offramp.inference.runner import AdaptiveRunner
-from offramp.inference.skipping import SkipRunner
+from offramp.families import check_agreement, reference_of
+from offramp.families.agreement import Reference, answer_in_batches, compare
+from offramp.families.exits import AdaptiveRunner, all_exits_loop, is_near
+from offramp.families.halting import HaltingRunner, token_reference
+from offramp.families.skip import SkipRunner
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, always_leave_at, never_leave
 from offramp.policy.routing_policy import GatePolicy, HaltingPolicy
 from offramp.results import AdaptiveResult
@@ -52,7 +43,7 @@ def test_early_answers_that_agree_pass(network):
     result = runner.run(x)
     assert result.exit_index.unique().tolist() == [0, 1, 2]
     check_agreement(result, runner, x)
-    agreement = compare_with_all_exits(result, network, runner.policy, x)
+    agreement = compare(result, reference_of(network, runner.policy, x))
     assert (agreement.num_samples, agreement.moved, agreement.moved_far) == (300, 0, 0)
     assert max(agreement.differences) < 1e-5
 
@@ -84,7 +75,7 @@ def test_the_exit_that_differs_is_told(network):
     x, runner = torch.randn(50, 6), AdaptiveRunner(network, always_leave_at(1, num_exits=3))
     result = runner.run(x)
     off = replace(result, output=result.output + 0.25)
-    agreement = compare_with_all_exits(off, network, runner.policy, x)
+    agreement = compare(off, reference_of(network, runner.policy, x))
     assert agreement.differences == pytest.approx((0, 0.25, 0), abs=1e-5)
     assert agreement.differs
     assert not agreement.holds
@@ -92,9 +83,9 @@ def test_the_exit_that_differs_is_told(network):
 
 def test_samples_near_a_threshold_by_hand():
     confidence_KB = torch.tensor([[0.5, 0.50005, 0.3, 0.8], [0.9, 0.1, 0.7, 0.1], [0.5] * 4])
-    assert is_near(confidence_KB, (0.5, 0.69995)).tolist() == [True, True, True, False]
-    assert is_near(confidence_KB, (float("inf"), 0.2)).tolist() == [False] * 4
-    assert is_near(confidence_KB, ()).tolist() == [False] * 4
+    assert is_near(confidence_KB, (0.5, 0.69995)).tolist() == [[True], [True], [True], [False]]
+    assert is_near(confidence_KB, (float("inf"), 0.2)).tolist() == [[False]] * 4
+    assert is_near(confidence_KB, ()).tolist() == [[False]] * 4
 
 
 # Blocks that are skipped
@@ -116,7 +107,7 @@ def test_skipping_that_agrees_passes_in_batches_too(skipping):
     assert 0 < result.blocks.double().mean() < 1
     check_agreement(result, runner, images)
     ones = answer_in_batches(runner, images, batch_size=1)
-    agreement = compare_with_gated_sum(ones, runner.network, runner.policy.threshold, images)
+    agreement = compare(ones, reference_of(runner.network, runner.policy, images))
     assert agreement.holds
     assert (agreement.num_samples, agreement.moved_far) == (40, 0)
     assert max(agreement.differences) < 1e-4
@@ -146,7 +137,14 @@ def blocks_compared(blocks, near):
         blocks=torch.tensor([blocks]),
     )
     every = torch.ones(1, 3, dtype=torch.bool)
-    return compare_blocks(result, torch.zeros(1, 2), every, is_near_BG=torch.tensor([near]))
+    reference = Reference(
+        output=torch.zeros(1, 2),
+        exit_index=torch.zeros(1, dtype=torch.int64),
+        num_exits=1,
+        work=every,
+        is_near=lambda: torch.tensor([near]),
+    )
+    return compare(result, reference)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +177,7 @@ def test_dropping_that_agrees_passes_in_batches_too(dropping):
     assert len(result.tokens.unique()) > 5
     check_agreement(result, runner, images)
     ones = answer_in_batches(runner, images, batch_size=1)
-    agreement = compare_with_masked(ones, runner.network, 0.7, images)
+    agreement = compare(ones, reference_of(runner.network, runner.policy, images))
     assert agreement.holds
     assert (agreement.num_samples, agreement.moved_far) == (40, 0)
     assert max(agreement.differences) < 1e-4
@@ -202,13 +200,13 @@ def tokens_compared(tokens, near, first_layers=None):
         macs=torch.zeros(1, dtype=torch.int64),
         tokens=torch.tensor([tokens]),
     )
-    return compare_tokens(
-        result,
+    reference = token_reference(
         torch.zeros(1, 2),
         torch.tensor([[10, 9, 8, 7]]),
-        is_near_BL=torch.tensor([near]),
-        first_layers=first_layers,
+        lambda: torch.tensor([near]),
+        first_layers,
     )
+    return compare(result, reference)
 
 
 NEVER, AT_0, AT_1, AT_2 = (

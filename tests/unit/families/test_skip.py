@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from offramp.errors import InvalidArgumentError
-from offramp.inference.skipping import SkipRunner
+from offramp.families.skip import SkipRunner
 from offramp.policy.routing_policy import GatePolicy
 from offramp.routing.skip import add_gates, at_threshold
 from offramp.zoo.resnet import resnet

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from offramp.errors import InvalidArgumentError, ShapeError
-from offramp.inference.agreement import answer_in_batches, compare_with_masked
-from offramp.inference.halting import HaltingRunner
+from offramp.families.agreement import answer_in_batches, compare
+from offramp.families.halting import HaltingRunner, masked_pass
 from offramp.model.ragged import Ragged
 from offramp.policy.routing_policy import HaltingPolicy
 from offramp.routing.halting import HaltingNetwork
@@ -53,7 +53,7 @@ def test_dropping_equals_masking(halting_network, batch_size, threshold):
     before = IMAGES.clone()
     found = answer_in_batches(runner, IMAGES, batch_size=batch_size)
     assert torch.equal(IMAGES, before)
-    agreement = compare_with_masked(found, halting_network, threshold, IMAGES)
+    agreement = compare(found, masked_pass(halting_network, threshold, (IMAGES,)))
     assert agreement.holds
     assert max(agreement.differences) < 1e-4
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_padding_of_texts_is_never_a_token(text_network, batch_size):
     runner = HaltingRunner(text_network, HaltingPolicy(0.8))
     found = answer_in_batches(runner, ids, batch_size=batch_size)
     assert found.tokens[:, 0].tolist() == lengths
-    agreement = compare_with_masked(found, text_network, 0.8, ids)
+    agreement = compare(found, masked_pass(text_network, 0.8, (ids,)))
     assert agreement.holds
     assert max(agreement.differences) < 1e-4
     costs = text_network.costs(ids)
