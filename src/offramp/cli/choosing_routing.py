@@ -65,12 +65,12 @@ def set_threshold_by_hand(loaded: Run, network: Network, threshold: str) -> None
     Raises:
         InvalidArgumentError: If it is not one number in [0, 1].
     """
-    from offramp.inference.sweeping import steering_policy
+    from offramp.families import family_of
     from offramp.training.run import write_policy
 
     words = words_for(network)
     try:
-        policy = steering_policy(network)(float(threshold))
+        policy = family_of(network).policy(float(threshold))
     except ValueError as error:
         raise InvalidArgumentError(
             f"Expected one number in [0, 1] for --thresholds: the {words.share} of "
@@ -101,7 +101,8 @@ def choose_routing(
         prior: As for :func:`~offramp.cli.calibration_data.prepare`.
     """
     from offramp.calibration.sweep import best_threshold, choose_threshold_with_guarantee
-    from offramp.inference.sweeping import collect_sweep, steering_policy
+    from offramp.families import family_of
+    from offramp.inference.sweeping import collect_sweep
 
     words = words_for(network)
     run_thresholds = partial(collect_sweep, network)
@@ -126,7 +127,7 @@ def choose_routing(
     del asked["rule"]  # of exits
     conclude(
         prepared,
-        steering_policy(network)(chosen.threshold),
+        family_of(network).policy(chosen.threshold),
         asked=asked,
         reached={"accuracy": chosen.accuracy, "mean_macs": chosen.mean_macs},
         promise=promise,

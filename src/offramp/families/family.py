@@ -13,8 +13,10 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
+from offramp.errors import InvalidArgumentError
 from offramp.families.agreement import Reference
 from offramp.model.multi_exit import Features, MultiExitNetwork
+from offramp.policy.choice import Choice
 from offramp.policy.policies import Policy
 from offramp.policy.routing_policy import RoutingPolicy
 from offramp.results import AdaptiveResult
@@ -45,6 +47,24 @@ class TorchRunner(ABC, Generic[N, P]):
     @abstractmethod
     def run(self, *inputs: Any) -> AdaptiveResult[Tensor]:
         """Answer a batch of inputs, each with its batch axis first."""
+
+
+def settled(
+    network: N, policy: P | Choice | None, kind: type[N], as_trained: P, maker: str
+) -> tuple[N, P]:
+    """Check a network that one threshold steers, and its policy: as trained if None."""
+    if not isinstance(network, kind):
+        raise InvalidArgumentError(
+            f"Expected a {kind.__name__}, as {maker} makes. Got a {type(network).__name__}."
+        )
+    if isinstance(policy, Choice):
+        policy = policy.policy_of(type(as_trained))
+    if not isinstance(policy, type(as_trained) | None):
+        raise InvalidArgumentError(
+            f"Expected a {type(as_trained).__name__}, or a threshold that choose_threshold chose. "
+            f"Got a {type(policy).__name__}."
+        )
+    return network.eval(), policy or as_trained
 
 
 @dataclass(frozen=True, kw_only=True)

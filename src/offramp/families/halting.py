@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from offramp.errors import InvalidArgumentError
 from offramp.families.agreement import DECISION_TOLERANCE, Reference
-from offramp.families.family import EVEN_SCORES, Family, TorchRunner, Words
+from offramp.families.family import EVEN_SCORES, Family, TorchRunner, Words, settled
 from offramp.families.packing import Packing
 from offramp.model.inputs import Given, as_inputs, explained
 from offramp.model.multi_exit import Features, MultiExitNetwork
@@ -43,19 +42,9 @@ class HaltingRunner(TorchRunner[HaltingNetwork, HaltingPolicy]):
     def __init__(
         self, network: HaltingNetwork, policy: HaltingPolicy | Choice | None = None
     ) -> None:
-        if not isinstance(network, HaltingNetwork):
-            raise InvalidArgumentError(
-                f"Expected a HaltingNetwork, as add_halting makes. Got a {type(network).__name__}."
-            )
-        if isinstance(policy, Choice):
-            policy = policy.policy_of(HaltingPolicy)
-        if not isinstance(policy, HaltingPolicy | None):
-            raise InvalidArgumentError(
-                "Expected a HaltingPolicy, or a threshold that choose_threshold chose. "
-                f"Got a {type(policy).__name__}."
-            )
-        self.network = network.eval()
-        self.policy = policy or HaltingPolicy()
+        self.network, self.policy = settled(
+            network, policy, HaltingNetwork, HaltingPolicy(), "add_halting"
+        )
         self._costs_by_size: dict[Hashable, HaltingCosts] = {}
 
     @torch.no_grad()

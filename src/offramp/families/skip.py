@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.errors import InvalidArgumentError
 from offramp.families.agreement import DECISION_TOLERANCE, Reference
-from offramp.families.family import EVEN_SCORES, Family, TorchRunner, Words
+from offramp.families.family import EVEN_SCORES, Family, TorchRunner, Words, settled
 from offramp.model.inputs import Given, as_inputs, explained
 from offramp.model.multi_exit import Features, MultiExitNetwork, take_samples
 from offramp.policy.choice import Choice
@@ -37,19 +36,7 @@ class SkipRunner(TorchRunner[SkipNetwork, GatePolicy]):
     """
 
     def __init__(self, network: SkipNetwork, policy: GatePolicy | Choice | None = None) -> None:
-        if not isinstance(network, SkipNetwork):
-            raise InvalidArgumentError(
-                f"Expected a SkipNetwork, as add_gates makes. Got a {type(network).__name__}."
-            )
-        if isinstance(policy, Choice):
-            policy = policy.policy_of(GatePolicy)
-        if not isinstance(policy, GatePolicy | None):
-            raise InvalidArgumentError(
-                "Expected a GatePolicy, or a threshold that choose_threshold chose. "
-                f"Got a {type(policy).__name__}."
-            )
-        self.network = network.eval()
-        self.policy = policy or GatePolicy()
+        self.network, self.policy = settled(network, policy, SkipNetwork, GatePolicy(), "add_gates")
         self._costs_by_size: dict[Hashable, SkipCosts] = {}
 
     @torch.no_grad()

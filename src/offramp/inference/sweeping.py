@@ -12,7 +12,6 @@ import torch
 from offramp.calibration.sweep import Sweep
 from offramp.errors import DataError, InvalidArgumentError
 from offramp.families import family_of
-from offramp.policy.routing_policy import RoutingPolicy
 from offramp.training.checkpoint_choice import who_chose_by
 from offramp.training.labels import check_labels
 from offramp.training.samples import batches_of, explained_data, read_batch
@@ -73,18 +72,6 @@ def collect_sweep(
         is_ragged=network.ragged is not None,
         checkpoint_chosen_by=chosen_by,
     )
-
-
-def steering_policy(network: Network) -> type[RoutingPolicy]:
-    """The kind of policy that a network takes.
-
-    Args:
-        network: The network.
-    Returns:
-        A class that makes the policy of a threshold.
-    """
-    policy: type[RoutingPolicy] = family_of(network).policy
-    return policy
 
 
 def _cheap_first(own: tuple[float, ...], asked: Sequence[float] | None) -> list[float]:

@@ -245,7 +245,7 @@ def _describe_policy(
         ) from error
 
 
-def _describe_exits(policy: Policy) -> str:
+def _describe_exits(policy: Any) -> str:
     described = policy_to_dict(policy)
     how = f"`{described.get('rule', described['kind'])}`"
     if "patience" in described:
