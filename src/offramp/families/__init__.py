@@ -23,11 +23,7 @@ FAMILIES: dict[str, Family[Any, Any]] = {family.name: family for family in (EXIT
 
 
 def family_of(network: nn.Module) -> Family[Any, Any]:
-    """Look up the family of a network.
-
-    Raises:
-        InvalidArgumentError: If it is of none.
-    """
+    """Look up the family of a network."""
     for family in FAMILIES.values():
         if isinstance(network, family.network):
             return family
@@ -48,17 +44,7 @@ def family_for(policy: Policy | RoutingPolicy | None) -> Family[Any, Any]:
 def make_runner(
     network: nn.Module, policy: Policy | RoutingPolicy | Choice | None
 ) -> TorchRunner[Any, Any]:
-    """Make the runner that fits a network and its policy.
-
-    Args:
-        network: The network; it is put in evaluation mode.
-        policy: The policy, or what chose one.
-    Returns:
-        The runner.
-    Raises:
-        NotCalibratedError: If there is no policy, or it is for another network.
-        InvalidArgumentError: If the network is of no family.
-    """
+    """Make the runner that fits a network and its policy, or what chose one."""
     family = family_of(network)
     if isinstance(policy, Choice):
         policy = policy.policy_of(family.policy)
@@ -74,30 +60,12 @@ def make_runner(
 def reference_of(
     network: nn.Module, policy: Policy | RoutingPolicy, inputs: Tensor | Features
 ) -> Reference:
-    """Compute everything on every sample, and choose afterwards: what running less must equal.
-
-    Args:
-        network: The network, in evaluation mode.
-        policy: Its policy.
-        inputs: Samples, shape (N, ...); a tuple where the network takes several inputs.
-    Returns:
-        The answers and what counted in them.
-    """
+    """Compute everything on every sample, and choose afterwards."""
     return family_of(network).reference(network, policy, as_features(inputs))
 
 
 def check_agreement(
     result: AdaptiveResult[Any], runner: TorchRunner[Any, Any], inputs: Tensor | Features
 ) -> None:
-    """Raise if running less answers otherwise than choosing afterwards, before it is timed.
-
-    Args:
-        result: What running less said of the inputs, in any engine.
-        runner: Holds the network and the policy.
-        inputs: Samples, shape (N, ...).
-    Raises:
-        OfframpError: If a sample goes another way though nothing that decides lies within 1e-4 of
-            a threshold, or more than one in a thousand (and more than one) does, or one that goes
-            the same way gets other logits.
-    """
+    """Raise OfframpError if running less answers otherwise than choosing afterwards."""
     require_agreement(compare(result, reference_of(runner.network, runner.policy, inputs)))

@@ -82,14 +82,7 @@ class Reference:
 
 
 def compare(result: AdaptiveResult[Any], reference: Reference) -> Agreement:
-    """Compare the answers of a runner of any engine with choosing afterwards.
-
-    Args:
-        result: The runner's answers.
-        reference: Those for the same inputs where everything was computed.
-    Returns:
-        How the two compare.
-    """
+    """Compare the answers of a runner of any engine with choosing afterwards."""
     expected = reference.output
     columns = slice(None) if reference.columns is None else list(reference.columns)
     work = torch.as_tensor(result.work, device=reference.work.device)
@@ -112,13 +105,7 @@ def compare(result: AdaptiveResult[Any], reference: Reference) -> Agreement:
 
 
 def require_agreement(agreement: Agreement) -> None:
-    """Refuse answers that are not those of choosing afterwards.
-
-    Args:
-        agreement: How the two compare.
-    Raises:
-        OfframpError: If it does not hold.
-    """
+    """Raise OfframpError if answers are not those of choosing afterwards."""
     if not agreement.holds:
         raise OfframpError(
             "Running less should answer what choosing afterwards answers, but "
@@ -131,15 +118,7 @@ def require_agreement(agreement: Agreement) -> None:
 def answer_in_batches(
     runner: Runner, samples: Tensor | Features, *, batch_size: int
 ) -> AdaptiveResult[Tensor]:
-    """Answers to batches of some size; engines compute one sample in other ways than several.
-
-    Args:
-        runner: Any runner.
-        samples: Inputs, shape (N, ...), on its device; a tuple where there are several.
-        batch_size: Samples a batch.
-    Returns:
-        The answers, in order.
-    """
+    """Answer samples in batches of some size; one sample is computed in other ways than several."""
     parts = [torch.split(tensor, batch_size) for tensor in as_features(samples)]
     results = [runner.run(*batch) for batch in zip(*parts, strict=True)]
 

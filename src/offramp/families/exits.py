@@ -225,17 +225,7 @@ class AdaptiveRunner(ExitRunner):
 def all_exits_loop(
     network: MultiExitNetwork, policy: Policy, inputs: Tensor | Features
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run every stage and head on every sample, then choose: what early exit must equal.
-
-    Args:
-        network: The network, in evaluation mode.
-        policy: Who leaves where.
-        inputs: Samples, shape (B, ...); a tuple where the network takes several inputs.
-    Returns:
-        output: Logits of the chosen exits, shape (B, C).
-        exit_index: Shape (B,), int64.
-        confidences: Of every exit, shape (K, B).
-    """
+    """Run every stage and head on every sample, then choose: output, exits_B, confidence_KB."""
     outputs = network(*as_features(inputs))
     state: State = ()
     rows = torch.arange(len(outputs[0]), device=outputs[0].device)
@@ -253,14 +243,7 @@ def all_exits_loop(
 
 
 def is_near(confidence_KB: Tensor, thresholds: Sequence[float]) -> Tensor:
-    """Find samples that may leave elsewhere, because rounding decides.
-
-    Args:
-        confidence_KB: Of every exit, shape (K, B).
-        thresholds: One per exit but the final one; none for a policy that has none.
-    Returns:
-        Whether a confidence lies within 1e-4 of its threshold, shape (B, 1), bool.
-    """
+    """Find samples that may leave elsewhere, because rounding decides."""
     thresholds_K = confidence_KB.new_tensor(thresholds)
     gap_KB = (confidence_KB[: len(thresholds)] - thresholds_K[:, None]).abs()
     return (gap_KB < DECISION_TOLERANCE).any(0)[:, None]

@@ -165,16 +165,7 @@ def masked_pass(
     inputs: Features,
     first_layers: Sequence[int] | None = None,
 ) -> Reference:
-    """Run every layer on every token, and mask those that have halted.
-
-    Args:
-        network: The network, in evaluation mode.
-        threshold: Sum of scores at which a token halts.
-        inputs: Samples; each tensor with the batch axis first.
-        first_layers: Layers in front of which tokens are dropped; every one if None.
-    Returns:
-        What dropping tokens must equal.
-    """
+    """Run every layer on every token, and mask those that have halted."""
     expected = network(*inputs, threshold=threshold)
 
     def near_BL() -> Tensor:
@@ -192,17 +183,7 @@ def token_reference(
     near_BL: Callable[[], Tensor],
     first_layers: Sequence[int] | None = None,
 ) -> Reference:
-    """Describe answers where tokens were masked, in any engine.
-
-    Args:
-        output: Logits, shape (B, C).
-        tokens_BL: Tokens that counted in each layer, shape (B, L), int64.
-        near_BL: Says whether the sum of a token's scores lies within 1e-4 of the threshold behind
-            each layer, shape (B, L), bool.
-        first_layers: Layers in front of which tokens are dropped; every one if None.
-    Returns:
-        What dropping tokens must equal.
-    """
+    """Describe answers where tokens were masked, in any engine."""
     steps = list(range(tokens_BL.shape[1]) if first_layers is None else first_layers)
 
     def is_near_BS() -> Tensor:

@@ -15,16 +15,7 @@ Array = npt.NDArray[Any]
 
 
 def all_steps_loop(session: Session, batch: Array) -> tuple[Array, Array, list[Array]]:
-    """Run every step on every sample, then choose: the all-exits loop of a bundle.
-
-    Args:
-        session: Runs the bundle.
-        batch: Samples, shape (B, ...), of the bundle's type.
-    Returns:
-        output: Logits of the chosen steps, shape (B, C).
-        step: The first step whose exit each sample may leave by, shape (B,).
-        confidences: Of every step, each of shape (B,).
-    """
+    """Run every step on every sample, then choose: output, step_B, and each step's confidences."""
     carried = [batch]
     outputs, leaves, confidences = [], [], []
     for index in range(len(session.bundle.steps)):
@@ -51,15 +42,7 @@ _WHOLE: dict[str, tuple[Callable[..., object], Callable[[Bundle], Bundle]]] = {
 def bundle_contenders(
     session: Session, batches: Sequence[Array], *, threads: int | None = None
 ) -> Mapping[str, Callable[[], object]]:
-    """The contenders that onnxruntime runs.
-
-    Args:
-        session: Runs the bundle, which must hold the plain network.
-        batches: Real samples.
-        threads: Threads of the other sessions that are made.
-    Returns:
-        Contenders by name; exits that are off have no step and so no part in any.
-    """
+    """The contenders that onnxruntime runs; exits that are off have no step and no part in any."""
     bundle = session.bundle
     run_all, asking_all = _WHOLE[bundle.family]
     plain = PlainSession(bundle, threads=threads)

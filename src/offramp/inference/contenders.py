@@ -24,14 +24,7 @@ from offramp.families.family import Contenders, TorchRunner
 
 @torch.no_grad()
 def torch_contenders(runner: TorchRunner[Any, Any], batches: Sequence[Tensor]) -> Contenders:
-    """The contenders that torch runs.
-
-    Args:
-        runner: Holds the network and the policy.
-        batches: Real samples, on the network's device.
-    Returns:
-        Contenders by name.
-    """
+    """The contenders that torch runs."""
     network, policy = runner.network, runner.policy
     family = family_of(network)
     batches = [network.trimmed((batch,))[0] for batch in batches]

@@ -7,10 +7,8 @@ from offramp.errors import OfframpError
 from offramp.families import check_agreement, reference_of
 from offramp.families.agreement import Reference, answer_in_batches, compare
 from offramp.families.exits import AdaptiveRunner, all_exits_loop, is_near
-from offramp.families.halting import HaltingRunner, token_reference
-from offramp.families.skip import SkipRunner
+from offramp.families.halting import token_reference
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, always_leave_at, never_leave
-from offramp.policy.routing_policy import GatePolicy, HaltingPolicy
 from offramp.results import AdaptiveResult
 
 
@@ -35,17 +33,6 @@ def test_all_exits_loop_keeps_the_state_of_every_sample(constant_network):
     network = constant_network([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [5.0, 0.0]])
     _, exit_index, _ = all_exits_loop(network, PatiencePolicy(2, 4), torch.zeros(2, 2))
     assert exit_index.tolist() == [2, 2]
-
-
-def test_early_answers_that_agree_pass(network):
-    x = torch.randn(300, 6)
-    runner = AdaptiveRunner(network, ThresholdPolicy((0.03, 0.02)))
-    result = runner.run(x)
-    assert result.exit_index.unique().tolist() == [0, 1, 2]
-    check_agreement(result, runner, x)
-    agreement = compare(result, reference_of(network, runner.policy, x))
-    assert (agreement.num_samples, agreement.moved, agreement.moved_far) == (300, 0, 0)
-    assert max(agreement.differences) < 1e-5
 
 
 class Wrong(AdaptiveRunner):
@@ -91,40 +78,9 @@ def test_samples_near_a_threshold_by_hand():
 # Blocks that are skipped
 
 
-@pytest.fixture
-def skipping(skip_network):
-    """A runner at a threshold that parts the gates' decisions, images, and its answers."""
-    images = torch.randn(40, 3, 16, 16)
-    with torch.no_grad():
-        probabilities = skip_network(images).probability.flatten().sort().values
-    middle = float(probabilities[59:61].mean())  # between the two in the middle
-    runner = SkipRunner(skip_network, GatePolicy(middle))
-    return runner, images, runner.run(images)
-
-
-def test_skipping_that_agrees_passes_in_batches_too(skipping):
-    runner, images, result = skipping
-    assert 0 < result.blocks.double().mean() < 1
-    check_agreement(result, runner, images)
-    ones = answer_in_batches(runner, images, batch_size=1)
-    agreement = compare(ones, reference_of(runner.network, runner.policy, images))
-    assert agreement.holds
-    assert (agreement.num_samples, agreement.moved_far) == (40, 0)
-    assert max(agreement.differences) < 1e-4
-
-
 def test_answers_of_runs_without_blocks_have_none(network):
     runner = AdaptiveRunner(network, never_leave(3))
     assert answer_in_batches(runner, torch.randn(3, 6), batch_size=2).blocks is None
-
-
-@pytest.mark.parametrize("field", ["output", "blocks"])
-def test_wrong_skipping_is_refused_before_the_clock_starts(skipping, field):
-    runner, images, result = skipping
-    values = getattr(result, field).clone()
-    values[:3] = 1 - values[:3].float() if field == "blocks" else values[:3] + 1
-    with pytest.raises(OfframpError, match="Nothing was timed"):
-        check_agreement(replace(result, **{field: values}), runner, images)
 
 
 def blocks_compared(blocks, near):
@@ -163,32 +119,6 @@ def test_rounding_excuses_other_blocks_only_where_the_ways_part(blocks, near, mo
 
 
 # Tokens that are dropped
-
-
-@pytest.fixture
-def dropping(halting_network):
-    images = torch.randn(40, 3, 12, 12)
-    runner = HaltingRunner(halting_network, HaltingPolicy(0.7))
-    return runner, images, runner.run(images)
-
-
-def test_dropping_that_agrees_passes_in_batches_too(dropping):
-    runner, images, result = dropping
-    assert len(result.tokens.unique()) > 5
-    check_agreement(result, runner, images)
-    ones = answer_in_batches(runner, images, batch_size=1)
-    agreement = compare(ones, reference_of(runner.network, runner.policy, images))
-    assert agreement.holds
-    assert (agreement.num_samples, agreement.moved_far) == (40, 0)
-    assert max(agreement.differences) < 1e-4
-
-
-@pytest.mark.parametrize("field", ["output", "tokens"])
-def test_wrong_dropping_is_refused_before_the_clock_starts(dropping, field):
-    runner, images, result = dropping
-    values = getattr(result, field) + 1
-    with pytest.raises(OfframpError, match="Nothing was timed"):
-        check_agreement(replace(result, **{field: values}), runner, images)
 
 
 def tokens_compared(tokens, near, first_layers=None):

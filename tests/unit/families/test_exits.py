@@ -220,13 +220,6 @@ def test_policy_for_another_number_of_exits(network, policy):
         AdaptiveRunner(network, policy)
 
 
-def test_network_that_was_trained_since_runs_in_evaluation_mode(network):
-    runner = AdaptiveRunner(network, never_leave(3))
-    network.train()
-    runner.run(torch.randn(4, 6))
-    assert not network.training
-
-
 # A runner for each family
 
 

@@ -83,13 +83,6 @@ def test_nan_runs_every_block(network):
     assert result.blocks[3].all()
 
 
-def test_a_runner_goes_back_to_evaluation_mode(network):
-    runner = SkipRunner(network, GatePolicy(0.0))
-    first = runner.run(IMAGES).output
-    network.train()
-    assert torch.equal(runner.run(IMAGES).output, first)
-
-
 def test_a_stem_that_does_nothing_leaves_the_callers_input_alone(network):
     maps = network.stem(IMAGES).detach()
     before = maps.clone()
