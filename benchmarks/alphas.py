@@ -30,7 +30,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from offramp import fit, load
-from offramp.inference.skipping import SkipRunner
+from offramp.families.skip import SkipRunner
 from offramp.inference.sweeping import collect_sweep
 from offramp.model.checkpoint import save_weights
 from offramp.model.inputs import as_inputs

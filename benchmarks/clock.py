@@ -35,8 +35,8 @@ from torch import Tensor
 
 from offramp.exporting.bundle import export
 from offramp.exporting.quantize import quantize
-from offramp.inference.agreement import check_agreement
-from offramp.inference.runner import AdaptiveRunner
+from offramp.families import check_agreement
+from offramp.families.exits import AdaptiveRunner
 from offramp.inference.stopwatch import ProcessStopwatch, time_in_turn
 from offramp.model.checkpoint import save_weights
 from offramp.policy.confidence import max_probability_confidence

@@ -17,9 +17,9 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from offramp.inference.agreement import DECISION_TOLERANCE
+from offramp.families.agreement import DECISION_TOLERANCE
+from offramp.families.exits import AdaptiveRunner
 from offramp.inference.contenders import torch_contenders
-from offramp.inference.runner import AdaptiveRunner
 from offramp.inference.stopwatch import LocalStopwatch, serve
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.policies import ThresholdPolicy

@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from offramp.inference.packing import Packing
+from offramp.families.packing import Packing
 from offramp.routing.layers import attend
 from record import circumstances, write_json
 

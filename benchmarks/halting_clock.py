@@ -35,11 +35,11 @@ from clock import KEEP_MEMORY
 from halting_plan import THRESHOLD, planned_network, planned_tokens
 from offramp.errors import OfframpError
 from offramp.exporting.bundle import export
-from offramp.inference.agreement import answer_in_batches, compare_with_masked, require_agreement
-from offramp.inference.halting import HaltingRunner
-from offramp.inference.runner import Runner
+from offramp.families.agreement import Runner, answer_in_batches, compare, require_agreement
+from offramp.families.halting import HaltingRunner, masked_pass
 from offramp.inference.stopwatch import Laps, ProcessStopwatch, time_in_turn
 from offramp.inference.timing import engine_versions
+from offramp.model.multi_exit import as_features
 from offramp.policy.routing_policy import HaltingPolicy
 from offramp.routing.halting import HaltingNetwork
 from offramp.runtime import Bundle, Session
@@ -81,7 +81,7 @@ def check(network: HaltingNetwork, bundle: Bundle, images: Tensor, depth_NP: Ten
     )
     for way, batch_size in ways:
         result = answer_in_batches(way, few, batch_size=batch_size)
-        require_agreement(compare_with_masked(result, network, THRESHOLD, few))
+        require_agreement(compare(result, masked_pass(network, THRESHOLD, as_features(few))))
         if not torch.equal(result.tokens, planned_tokens(depth_NP)[: len(few)]):
             raise OfframpError(f"Other tokens ran than planned, in {type(way).__name__}.")
 

@@ -50,7 +50,7 @@ def of_torch(spec: Mapping[str, Any]) -> LocalStopwatch:
     import torch
 
     from halting_plan import THRESHOLD, planned_network
-    from offramp.inference.halting import HaltingRunner
+    from offramp.families.halting import HaltingRunner
     from offramp.policy.routing_policy import HaltingPolicy
 
     torch.set_num_threads(spec["threads"])

@@ -32,15 +32,11 @@ from torch import Tensor
 
 from offramp.errors import OfframpError
 from offramp.exporting.bundle import export
-from offramp.inference.agreement import (
-    answer_in_batches,
-    compare_with_gated_sum,
-    require_agreement,
-)
-from offramp.inference.runner import Runner
-from offramp.inference.skipping import SkipRunner
+from offramp.families.agreement import Runner, answer_in_batches, compare, require_agreement
+from offramp.families.skip import SkipRunner, gated_sum
 from offramp.inference.stopwatch import ProcessStopwatch, time_in_turn
 from offramp.inference.timing import engine_versions
+from offramp.model.multi_exit import as_features
 from offramp.policy.routing_policy import GatePolicy
 from offramp.routing.skip import SkipNetwork
 from offramp.runtime import Bundle, Session, with_routing_threshold
@@ -96,7 +92,7 @@ def check(network: SkipNetwork, bundle: Bundle, images: Tensor, levels_NG: Tenso
         )
         for runner, inputs, batch_size in ways:
             result = answer_in_batches(runner, inputs, batch_size=batch_size)
-            require_agreement(compare_with_gated_sum(result, network, threshold, inputs))
+            require_agreement(compare(result, gated_sum(network, threshold, as_features(inputs))))
             if not torch.equal(result.blocks, planned_blocks(levels_NG, threshold)[: len(inputs)]):
                 raise OfframpError(f"Other blocks ran than planned, at threshold {threshold}.")
 

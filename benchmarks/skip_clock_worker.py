@@ -98,7 +98,7 @@ def of_torch(spec: Mapping[str, Any]) -> LocalStopwatch:
     import torch
     from torch import Tensor
 
-    from offramp.inference.skipping import SkipRunner
+    from offramp.families.skip import SkipRunner
     from offramp.policy.routing_policy import GatePolicy
     from offramp.routing.gates import GateState
     from offramp.routing.skip import at_threshold

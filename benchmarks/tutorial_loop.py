@@ -35,7 +35,8 @@ from torch import Tensor
 
 from offramp import AdaptiveRunner, MultiExitNetwork, ThresholdPolicy, load
 from offramp.errors import OfframpError
-from offramp.inference.agreement import DECISION_TOLERANCE, check_agreement
+from offramp.families import check_agreement
+from offramp.families.agreement import DECISION_TOLERANCE
 from offramp.training.run import load_batches
 from record import circumstances, write_json
 

@@ -42,11 +42,11 @@ if TYPE_CHECKING:
     from offramp.calibration.sweep import Sweep
     from offramp.calibration.temperature import fit_temperatures
     from offramp.exporting.bundle import export
+    from offramp.families.exits import AdaptiveRunner
+    from offramp.families.halting import HaltingRunner
+    from offramp.families.skip import SkipRunner
     from offramp.inference.evaluate import Evaluation, evaluate
-    from offramp.inference.halting import HaltingRunner
     from offramp.inference.placement import Placement, place
-    from offramp.inference.runner import AdaptiveRunner
-    from offramp.inference.skipping import SkipRunner
     from offramp.inference.sweeping import collect
     from offramp.inference.timing import time_runner
     from offramp.measure.cost import ExitCosts, count_macs
@@ -111,9 +111,9 @@ _HOMES = {
     "evaluate": "offramp.inference.evaluate",
     "Placement": "offramp.inference.placement",
     "place": "offramp.inference.placement",
-    "AdaptiveRunner": "offramp.inference.runner",
-    "SkipRunner": "offramp.inference.skipping",
-    "HaltingRunner": "offramp.inference.halting",
+    "AdaptiveRunner": "offramp.families.exits",
+    "SkipRunner": "offramp.families.skip",
+    "HaltingRunner": "offramp.families.halting",
     "time_runner": "offramp.inference.timing",
     "ExitCosts": "offramp.measure.cost",
     "count_macs": "offramp.measure.cost",

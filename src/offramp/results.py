@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Array = TypeVar("Array")
 """A ``torch.Tensor`` or a ``numpy.ndarray``, by the engine that ran."""
@@ -36,3 +36,16 @@ class AdaptiveResult(Generic[Array]):
     tokens: Array | None = None
     answered_by: Array | None = None
     fell_back: Array | None = None
+
+    @property
+    def work(self) -> Array:
+        """How much of each part ran, shape (B, parts): of blocks, or of layers' tokens.
+
+        Of a network with exits, the exit that each sample left by, shape (B, 1).
+        """
+        part = self.blocks if self.blocks is not None else self.tokens
+        if part is not None:
+            return part
+        exit_index_B: Any = self.exit_index
+        column: Array = exit_index_B[:, None]
+        return column

@@ -10,7 +10,7 @@ from small_backbones import logits_of, tensors_of
 from torch import nn
 
 from offramp import ThresholdPolicy, add_exits, export
-from offramp.inference.agreement import answer_in_batches
+from offramp.families.agreement import answer_in_batches
 from offramp.model.cut import _find_cutter, cut_paths
 from offramp.runtime import Session
 

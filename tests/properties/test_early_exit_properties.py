@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offramp.inference.runner import AdaptiveRunner
+from offramp.families.exits import AdaptiveRunner
 from offramp.measure.cost import counting_macs
 from offramp.policy.confidence import CONFIDENCE_RULES
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, always_leave_at, never_leave

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 import offramp
-from offramp.inference.agreement import answer_in_batches, compare_with_all_exits
+from offramp.families import reference_of
+from offramp.families.agreement import answer_in_batches, compare
 from offramp.training.run import load_batches
 
 RUNS = Path(__file__).parents[2] / "benchmarks" / "runs"
@@ -32,7 +33,7 @@ def test_session_and_runner_agree_on_all_test_images(compared, batch_size):
     run, session, inputs = compared
     assert len(inputs) >= 10_000
     answers = answer_in_batches(session, inputs, batch_size=batch_size)
-    agreement = compare_with_all_exits(answers, run.network, run.policy, inputs)
+    agreement = compare(answers, reference_of(run.network, run.policy, inputs))
     print(f"batch {batch_size}: {agreement}")
     assert agreement.holds
     assert max(agreement.differences) < LOGIT_TOLERANCE

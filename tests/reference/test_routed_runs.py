@@ -10,23 +10,15 @@ import pytest
 import torch
 
 import offramp
-from offramp.inference.agreement import (
-    answer_in_batches,
-    compare_with_gated_sum,
-    compare_with_masked,
-)
-from offramp.inference.halting import HaltingRunner
-from offramp.inference.skipping import SkipRunner
+from offramp.families import make_runner, reference_of
+from offramp.families.agreement import answer_in_batches, compare
 from offramp.training.run import load_batches
 
 RUNS = Path(__file__).parents[2] / "benchmarks" / "runs"
-FAMILIES = {
-    "emnist-skipnet": (SkipRunner, compare_with_gated_sum),
-    "emnist-avit": (HaltingRunner, compare_with_masked),
-}
+RUNS_INSIDE = ("emnist-skipnet", "emnist-avit")
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(scope="module", params=RUNS_INSIDE)
 def compared(request, tmp_path_factory):
     """A committed run in either engine, and all test images."""
     if "OFFRAMP_DATA" not in os.environ:
@@ -36,11 +28,10 @@ def compared(request, tmp_path_factory):
     run = offramp.load(RUNS / request.param)
     batches, _, _ = load_batches(run.require_recipe(), "test")
     inputs, _ = batches.__getitems__(range(len(batches)))
-    make_runner, compare = FAMILIES[request.param]
     runner = make_runner(run.network, run.policy)
     folder = tmp_path_factory.mktemp("bundles") / request.param
     bundle = offramp.export(run.network, runner.policy, folder, inputs[:256], plain=False)
-    return request.param, {"torch": runner, "onnxruntime": offramp.Session(bundle)}, compare, inputs
+    return request.param, {"torch": runner, "onnxruntime": offramp.Session(bundle)}, inputs
 
 
 @pytest.mark.slow
@@ -48,14 +39,14 @@ def compared(request, tmp_path_factory):
 @pytest.mark.parametrize("batch_size", [1, 8, 64])
 @pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
 def test_all_test_images_agree(compared, engine, batch_size):
-    name, runners, compare, inputs = compared
-    network, threshold = runners["torch"].network, runners["torch"].policy.threshold
+    name, runners, inputs = compared
+    network, policy = runners["torch"].network, runners["torch"].policy
     answers = answer_in_batches(runners[engine], inputs, batch_size=batch_size)
     agreements = []
     with torch.no_grad():
         for rows in torch.arange(len(inputs)).split(1000):
             some = _rows(answers, rows)
-            agreements.append(compare(some, network, threshold, inputs[rows]))
+            agreements.append(compare(some, reference_of(network, policy, inputs[rows])))
     moved = sum(agreement.moved for agreement in agreements)
     worst = max(difference for a in agreements for difference in a.differences)
     print(f"{name}, {engine}, batch {batch_size}: {moved} of {len(inputs)} moved, {worst:.1e} off")

@@ -16,7 +16,8 @@ import torch
 
 import offramp
 from offramp import DensePolicy, ThresholdPolicy
-from offramp.inference.agreement import answer_in_batches, compare_with_all_exits
+from offramp.families import reference_of
+from offramp.families.agreement import answer_in_batches, compare
 from offramp.policy.confidence import (
     max_probability_confidence,
     mean_max_probability_confidence,
@@ -116,7 +117,7 @@ def test_every_cut_agrees_on_all_inputs(compared):
         config = offramp.EdgeConfig(deadline_ms=60_000)
         edge = offramp.EdgeRunner(bundle, split_after=cut, link=link, config=config)
         answers = answer_in_batches(edge, inputs, batch_size=min(256, len(inputs) // 6))
-        agreement = compare_with_all_exits(answers, network, policy, inputs)
+        agreement = compare(answers, reference_of(network, policy, inputs))
         print(f"{bundle.folder.name}, cut after {cut}: {agreement}, {edge.traffic}")
         assert agreement.holds
         # At every exit that is on.

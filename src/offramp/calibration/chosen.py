@@ -10,6 +10,7 @@ from typing_extensions import TypeVar
 from offramp.calibration.asked import Asked
 from offramp.calibration.risk import RISKS
 from offramp.policy.as_dict import policy_to_dict
+from offramp.policy.choice import Choice
 from offramp.policy.policies import ThresholdedPolicy
 from offramp.policy.routing_policy import RoutingPolicy
 from offramp.runtime.answers import rule_in_words
@@ -130,7 +131,7 @@ class Guarantee:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Calibration(Printed, Generic[P]):
+class Calibration(Printed, Choice, Generic[P]):
     """A policy and what it reached on the data that chose it; print it for a table.
 
     Attributes:
@@ -158,6 +159,10 @@ class Calibration(Printed, Generic[P]):
     exits: tuple[ExitOfCalibration, ...] | None = None
     asked: Asked | None = field(default=None, compare=False)
     guarantee: Guarantee | None = None
+
+    def policy_of(self, kind: type[Any]) -> Any:
+        """The policy."""
+        return self.policy
 
     @property
     def quality(self) -> float:

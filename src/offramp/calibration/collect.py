@@ -6,7 +6,6 @@ Shapes: ``K`` exits, ``N`` samples, ``B`` batch, ``C`` classes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,19 +21,19 @@ from offramp.artifacts import atomic_path
 from offramp.calibration.logits import DenseLogits, ExitLogits
 from offramp.decoding import Count, decode, parse_json
 from offramp.errors import ArtifactError, DataError, InvalidArgumentError
+from offramp.families import FAMILIES, family_of
 from offramp.measure.cost import ExitCosts, evaluation_mode
 from offramp.measure.dense import confusion_matrices, label_maps
-from offramp.model.multi_exit import Features, MultiExitNetwork
+from offramp.model.multi_exit import Features
 from offramp.policy.as_dict import policy_from_dict
 from offramp.policy.policies import Policy
-from offramp.routing.halting import HaltingNetwork
-from offramp.routing.skip import SkipNetwork
 from offramp.runtime import Session, with_routing_threshold
 from offramp.runtime.session import check_inputs
 from offramp.runtime.step_macs import Measured, StepMacs
 from offramp.training.checkpoint_choice import who_chose_by
 from offramp.training.labels import check_labels
 from offramp.training.samples import batches_of, explained_data, read_batch
+from offramp.zoo import Network
 
 _ABOUT = "exits"
 """Where a file of logits says what its exits cost."""
@@ -53,7 +52,7 @@ class _About:
 
 @torch.no_grad()
 def collect(
-    network: MultiExitNetwork | SkipNetwork | HaltingNetwork,
+    network: Network,
     data: object,
     *,
     batch_size: int = 256,
@@ -61,11 +60,7 @@ def collect(
     """Run every exit on every sample, as :func:`~offramp.collect` without thresholds does."""
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     trained, chosen_by = network, ""
-    say: Callable[..., Sequence[Tensor]] = network
-    if isinstance(network, HaltingNetwork):
-        say, network = partial(_where_tokens_stay, network), network.without_halting()
-    elif isinstance(network, SkipNetwork):
-        say = network = network.without_gates()
+    say, network = family_of(network).whole(network)
     gathered, lengths = _Gathered(), []
     inputs = None
     with evaluation_mode(network):  # whose weights are those of what answers
@@ -87,10 +82,6 @@ def collect(
     return replace(logits, checkpoint_chosen_by=chosen_by)
 
 
-def _where_tokens_stay(network: HaltingNetwork, *inputs: Tensor) -> tuple[Tensor]:
-    return (network(*inputs, threshold=1.0).logits,)
-
-
 def collect_from_session(session: Session, data: object, *, batch_size: int = 256) -> ExitLogits:
     """Run every step of a bundle on every sample of a data set, letting nobody leave.
 
@@ -109,12 +100,12 @@ def collect_from_session(session: Session, data: object, *, batch_size: int = 25
         ShapeError: If the inputs are not of the shape that the bundle was exported for.
     """
     bundle = session.bundle
-    if bundle.family == "exits":
+    thresholds = FAMILIES[bundle.family].thresholds
+    if thresholds is None:
         run = partial(_every_exit, session)
         numbers = tuple(step.exit_index for step in bundle.steps)
     else:
-        dearest = 0.0 if bundle.family == "skip" else 1.0
-        run = partial(_only_exit, Session(with_routing_threshold(bundle, dearest)))
+        run = partial(_only_exit, Session(with_routing_threshold(bundle, thresholds[-1])))
         numbers = (0,)
     gathered, macs = _Gathered(), _BundleMacs(session)
     for batch in batches_of(data, batch_size=batch_size):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,7 @@ from offramp.calibration.thresholds import (
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError, ShapeError
 from offramp.measure.cost import ExitCosts
 from offramp.measure.profile import Profile
+from offramp.policy.choice import Choice
 from offramp.policy.policies import ThresholdedPolicy
 
 _LEAST_GAIN = 0.005
@@ -58,7 +60,7 @@ class SwitchedOff:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatencyCalibration:
+class LatencyCalibration(Choice):
     """A policy chosen by measured times.
 
     Attributes:
@@ -72,6 +74,10 @@ class LatencyCalibration:
     switched_off: tuple[SwitchedOff, ...]
     batch_ms: float
     plain_ms: float
+
+    def policy_of(self, kind: type[Any]) -> Any:
+        """The policy."""
+        return self.chosen.policy
 
 
 def calibrate_for_latency(

@@ -13,8 +13,9 @@ from offramp.tables import percent
 from offramp.workflow.wanted import LEARNED, Timing, Wanted
 
 if TYPE_CHECKING:
+    from offramp.families.family import Family
     from offramp.policy.policies import ThresholdedPolicy
-    from offramp.workflow.calibrate import Chosen, Words
+    from offramp.workflow.calibrate import Chosen
 
 
 ThresholdsOption = Annotated[
@@ -145,28 +146,29 @@ def calibrate(
     _check_combination(wanted, risk_given=risk is not None, by_hand=by_hand)
     if by_hand and prior is not None:
         raise InvalidArgumentError("--prior weights calibration data, which --thresholds need not.")
+    from offramp.families import family_of
     from offramp.training.run import load
     from offramp.workflow import calibrate as workflow
 
     if thresholds is not None:
         loaded = load(run)
+        family = family_of(loaded.network)
         policy: Any = workflow.set_by_hand(loaded, thresholds, wanted)
-        words = workflow.words_for(loaded.network)
         print(
             f"{_words_of(policy)}, set by hand"
-            if words is None
-            else f"threshold of the {words.share} set by hand: {policy.threshold}"
+            if family.thresholds is None
+            else f"threshold of the {family.words.share} set by hand: {policy.threshold}"
         )
         return
     workflow.check_wanted(wanted)
     loaded = load(run)
-    words = workflow.words_for(loaded.network)
-    if wanted.timing is not None and words is None:
+    family = family_of(loaded.network)
+    if wanted.timing is not None and family.thresholds is None:
         print(f"timing stages, exits and compaction in {wanted.timing.backend}")
     chosen = workflow.calibrate(loaded, wanted, data=data, device=device, prior=prior)
     if wanted.timing is not None:
         _print_times(chosen, wanted.timing, switches_off=budget_ms is None)
-    _print_chosen(chosen, words)
+    _print_chosen(chosen, family)
 
 
 def _require_one_target(*targets: object) -> None:
@@ -272,7 +274,7 @@ def _print_times(chosen: Chosen, timing: Timing, *, switches_off: bool) -> None:
     )
 
 
-def _print_chosen(chosen: Chosen, words: Words | None) -> None:
+def _print_chosen(chosen: Chosen, family: Family[Any, Any]) -> None:
     """Print a policy, what it reached and what is promised of it."""
     policy, reached, promise = (
         chosen.calibration.policy,
@@ -281,8 +283,8 @@ def _print_chosen(chosen: Chosen, words: Words | None) -> None:
     )
     what = (
         _words_of(policy)
-        if words is None
-        else f"threshold {policy.threshold:.4f} of the {words.share}"
+        if family.thresholds is None
+        else f"threshold {policy.threshold:.4f} of the {family.words.share}"
     )
     print(f"{what}, chosen on {chosen.num_samples:,} calibration samples")
     _print_temperatures(chosen)

@@ -125,8 +125,9 @@ def _beside(run: Path, rival: Evaluation) -> dict[str, Any]:
 def _open_rival(folder: Path, device: str | None, asked: Artifact) -> Artifact:
     """The plain network to stand beside: one exit, no gates, no halting, same data."""
     rival, recipe = open_artifact(folder, device), asked.recipe
-    if rival.num_exits != 1 or rival.is_routed or rival.recipe.data != recipe.data:
-        routed = " and gates or halting tokens" if rival.is_routed else ""
+    is_steered = rival.family.thresholds is not None
+    if rival.num_exits != 1 or is_steered or rival.recipe.data != recipe.data:
+        routed = " and gates or halting tokens" if is_steered else ""
         raise InvalidArgumentError(
             f"--plain must name a run with one exit, no gates and no halting on {recipe.data}. "
             f"{folder} has {rival.num_exits}{routed} on {rival.recipe.data}: train one with "

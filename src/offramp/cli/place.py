@@ -77,7 +77,7 @@ def _find_backbone(name: str) -> tuple[nn.Module, Recipe]:
     """The stages and the final exit, without exits between, of a recipe or else of a run."""
     from torch import nn
 
-    from offramp.model.multi_exit import MultiExitNetwork
+    from offramp.families import family_of
     from offramp.training.catalogue import RECIPES, find_recipe
     from offramp.training.run import load
 
@@ -87,8 +87,7 @@ def _find_backbone(name: str) -> tuple[nn.Module, Recipe]:
     else:
         recipe = replace(find_recipe(name), variant="plain")
         plain = recipe.build_network()
-        assert isinstance(plain, MultiExitNetwork)  # of one exit, whatever the recipe's family
-        network = plain
+        _, network = family_of(plain).whole(plain)
     return nn.Sequential(*network.stages, network.exits[-1]), recipe
 
 

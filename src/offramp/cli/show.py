@@ -13,7 +13,10 @@ from offramp.errors import InvalidArgumentError
 from offramp.workflow.artifact import answer_run, is_bundle, pick_device
 
 if TYPE_CHECKING:
-    from offramp.inference.halting import HaltingRunner
+    from collections.abc import Callable
+
+    from torch import Tensor
+
     from offramp.training.run import Run
 
 
@@ -34,27 +37,25 @@ def show(
             f"{run} is a bundle, which answers and keeps the rest to itself. Give the run that it "
             "was exported from."
         )
-    from offramp.model.multi_exit import MultiExitNetwork
     from offramp.training.run import load
 
     loaded = load(run)
-    if isinstance(loaded.network, MultiExitNetwork) and loaded.network.is_dense:
+    if loaded.network.is_dense:
         path = out or Path(f"{image.stem}-exits.png")
         _draw_exits(loaded, image, path, device)
     else:
         path = out or Path(f"{image.stem}-depth.png")
-        _draw_depths(loaded, _runner_of(loaded, pick_device(device)), image, path)
+        _draw_depths(loaded, image, path, device)
     print(f"drawn in {path}")
 
 
-def _runner_of(loaded: Run, device: str) -> HaltingRunner:
-    from offramp.inference.halting import HaltingRunner
-    from offramp.inference.runner import make_runner
-    from offramp.routing.halting import HaltingNetwork
+def _require_depths(loaded: Run) -> Callable[..., Tensor]:
+    """The depths of tokens, where they halt on images."""
+    from offramp.families import family_of
     from offramp.training.sources import SOURCES
 
-    recipe = loaded.require_recipe()
-    if not isinstance(loaded.network, HaltingNetwork):
+    recipe, depths = loaded.require_recipe(), family_of(loaded.network).depths
+    if depths is None:
         raise InvalidArgumentError(
             "Expected a run whose tokens halt, such as emnist-avit's, or one that says a class for "
             f"every pixel, such as camvid-seg's. {loaded.folder} is of {recipe.name}, of which "
@@ -64,37 +65,34 @@ def _runner_of(loaded: Run, device: str) -> HaltingRunner:
         raise InvalidArgumentError(
             f"Expected a run on images. {loaded.folder} is of {recipe.name}, which reads texts."
         )
-    runner = make_runner(loaded.network.to(device), loaded.policy)
-    assert isinstance(runner, HaltingRunner)  # its tokens halt
-    return runner
+    return depths
 
 
-def _draw_depths(loaded: Run, runner: HaltingRunner, image: Path, path: Path) -> None:
-    import torch
+def _draw_depths(loaded: Run, image: Path, path: Path, device: str | None) -> None:
     from PIL import Image
 
+    from offramp.families import make_runner
     from offramp.inference.depth_maps import draw_depths, patch_grid
     from offramp.inference.pictures import read_picture
     from offramp.training.sources import SOURCES
 
-    recipe = loaded.require_recipe()
-    source = SOURCES[recipe.data]
+    recipe, depths = loaded.require_recipe(), _require_depths(loaded)
+    source, where = SOURCES[recipe.data], pick_device(device)
     pixels_CHW = read_picture(image, source)
-    device = next(runner.network.parameters()).device
-    inputs = recipe.require_normalisation()(pixels_CHW[None]).to(device)
+    inputs = recipe.require_normalisation()(pixels_CHW[None]).to(where)
+    runner = make_runner(loaded.network.to(where), loaded.policy)
     result = runner.run(inputs)
-    with torch.no_grad():
-        depth_T = runner.network(inputs, threshold=runner.policy.threshold).depth[0].cpu()
+    depth_T = depths(runner.network, runner.policy, inputs)[0].cpu()
     grid = depth_T[1:].reshape(patch_grid(len(depth_T) - 1, *pixels_CHW.shape[1:]))
     if source.transposed:
         pixels_CHW, grid = pixels_CHW.transpose(1, 2), grid.T
     colours = pixels_CHW.permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy()
-    sheet = draw_depths(Image.fromarray(colours), grid.numpy(), runner.network.num_layers)
+    num_layers = result.work.shape[1]
+    sheet = draw_depths(Image.fromarray(colours), grid.numpy(), num_layers)
     with atomic_path(path) as temporary:
         sheet.save(temporary, format="PNG")
     (answer,) = answer_run(runner.network, runner.policy, loaded.class_names, inputs)
-    assert result.tokens is not None  # its tokens halt
-    per_layer = " ".join(str(count) for count in result.tokens[0].tolist())
+    per_layer = " ".join(str(count) for count in result.work[0].tolist())
     print(f"{image}: {answer}")
     print(f"tokens in each layer: {per_layer}")
 
@@ -102,16 +100,15 @@ def _draw_depths(loaded: Run, runner: HaltingRunner, image: Path, path: Path) ->
 def _draw_exits(loaded: Run, image: Path, path: Path, device: str | None) -> None:
     import torch
 
-    from offramp.inference.agreement import all_exits_loop
+    from offramp.families import make_runner
+    from offramp.families.exits import all_exits_loop
     from offramp.inference.pictures import read_picture
-    from offramp.inference.runner import AdaptiveRunner, make_runner
     from offramp.inference.sheets import draw_sheet, exit_maps
     from offramp.training.sources import SOURCES
 
     recipe = loaded.require_recipe()
     network = loaded.multi_exit.to(pick_device(device))
     runner = make_runner(network, loaded.policy)
-    assert isinstance(runner, AdaptiveRunner)  # of a network with exits
     pixels_CHW = read_picture(image, SOURCES[recipe.data])
     where = next(network.parameters()).device
     inputs = recipe.require_normalisation()(pixels_CHW[None]).to(where)

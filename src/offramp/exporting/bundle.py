@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,26 @@ from offramp.errors import ArtifactError, ExportMismatchError, InvalidArgumentEr
 from offramp.exporting.exits import ExitsExport
 from offramp.exporting.halting import HaltingExport
 from offramp.exporting.skip import SkipExport
-from offramp.inference.agreement import SINGLE_SAMPLES, Agreement, answer_in_batches
+from offramp.families import family_of
+from offramp.families.agreement import SINGLE_SAMPLES, Agreement, answer_in_batches, compare
 from offramp.model.inputs import Given, as_inputs
-from offramp.model.multi_exit import Features, MultiExitNetwork
+from offramp.model.multi_exit import Features
 from offramp.policy.as_dict import policy_to_dict
 from offramp.policy.policies import Policy
-from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
-from offramp.routing.halting import HaltingNetwork
-from offramp.routing.skip import SkipNetwork
+from offramp.policy.routing_policy import RoutingPolicy
 from offramp.runtime import Bundle, Session
 from offramp.runtime.bundle import BUNDLE_FILE, write_bundle
 from offramp.zoo import Network
 
-Family = ExitsExport | SkipExport | HaltingExport
+Exporter = ExitsExport | SkipExport | HaltingExport
 """What writes and checks bundles of a family."""
+
+EXPORTERS: dict[str, Callable[..., Exporter]] = {
+    "exits": ExitsExport,
+    "skip": lambda network, policy: SkipExport(network, policy.threshold),
+    "halting": lambda network, policy, **steps: HaltingExport(network, policy.threshold, **steps),
+}
+"""From a family's name to what makes its exporter of a network and its policy."""
 
 _WHOLE = {f"torch.{name}" for name in ("bool", "uint8", "int8", "int16", "int32", "int64")}
 """Types of numbers that are counted with, and never rounded."""
@@ -83,13 +90,13 @@ def export(
     """
     inputs = as_inputs(samples, network)
     _check_precision(network)
-    family = _family_of(network.eval(), policy, layers_per_step)
+    exporter = _exporter_of(network.eval(), policy, layers_per_step)
     described = policy_to_dict(policy)
     with new_bundle_folder(Path(folder)) as making:
-        files = family.write_files(inputs, making, plain=plain)
+        files = exporter.write_files(inputs, making, plain=plain)
         bundle = Bundle(
             folder=making,
-            family=family.family,
+            family=family_of(network).name,
             num_exits=network.num_exits,
             class_names=class_names,
             policy=described,
@@ -100,7 +107,7 @@ def export(
             **files,
         )
         write_bundle(bundle)
-        _check_bundle(Session(bundle), family, inputs)
+        _check_bundle(Session(bundle), exporter, inputs)
     return replace(bundle, folder=Path(folder))
 
 
@@ -126,20 +133,22 @@ def check_parity(
     halting = session.bundle.halting
     layers_per_step = 1 if halting is None else halting.steps[0].num_layers
     return _check_bundle(
-        session, _family_of(network, policy, layers_per_step), as_inputs(samples, network)
+        session, _exporter_of(network, policy, layers_per_step), as_inputs(samples, network)
     )
 
 
-def _check_bundle(session: Session, family: Family, inputs: Features) -> Agreement:
+def _check_bundle(session: Session, exporter: Exporter, inputs: Features) -> Agreement:
     few = tuple(tensor[:SINGLE_SAMPLES] for tensor in inputs)
-    agreement = _check(family.compare(session.run(*(tensor.numpy() for tensor in inputs)), inputs))
+    result = session.run(*(tensor.numpy() for tensor in inputs))
+    agreement = _check(compare(result, exporter.reference(inputs)))
     # At the policy's own thresholds some parts may never run: extreme ones run them all.
-    others = [(Session(bundle), extreme) for bundle, extreme in family.extremes(session.bundle)]
-    for answering, expected in ((session, family), *others):
+    others = [(Session(bundle), extreme) for bundle, extreme in exporter.extremes(session.bundle)]
+    for answering, expected in ((session, exporter), *others):
+        reference = expected.reference(few)
         # Single samples are answered by another file, and must pass all of it too.
         for batch_size in (1, SINGLE_SAMPLES):
-            result = answer_in_batches(answering, few, batch_size=batch_size)
-            _check(expected.compare(result, few))
+            answers = answer_in_batches(answering, few, batch_size=batch_size)
+            _check(compare(answers, reference))
     return agreement
 
 
@@ -167,29 +176,30 @@ def _precision(weight: Tensor) -> str:
     return str(weight.dtype) if type(weight) is nn.Parameter else type(weight).__name__
 
 
-def _family_of(network: Network, policy: Policy | RoutingPolicy, layers_per_step: int) -> Family:
-    """What writes and checks bundles of such a network: the one place that asks which it is."""
-    if isinstance(network, HaltingNetwork) and isinstance(policy, HaltingPolicy):
-        return HaltingExport(network, policy.threshold, layers_per_step)
-    if layers_per_step != 1:
+def _exporter_of(
+    network: Network, policy: Policy | RoutingPolicy, layers_per_step: int
+) -> Exporter:
+    family = family_of(network)
+    make = EXPORTERS[family.name]
+    if family.name == "halting":
+        make = partial(make, layers_per_step=layers_per_step)
+    elif layers_per_step != 1:
         raise InvalidArgumentError(
             "The 'layers_per_step' parameter is for networks whose tokens halt. "
             f"Got {layers_per_step} for a {type(network).__name__}."
         )
-    if isinstance(network, SkipNetwork) and isinstance(policy, GatePolicy):
-        return SkipExport(network, policy.threshold)
-    if isinstance(network, MultiExitNetwork) and isinstance(policy, Policy):
-        if policy.num_exits == network.num_exits:
-            return ExitsExport(network, policy)
+    if not isinstance(policy, family.policy):
+        raise InvalidArgumentError(
+            "Expected a network with exits and a policy for them, one that skips blocks and a "
+            "GatePolicy, or one whose tokens halt and a HaltingPolicy. "
+            f"Got {type(network).__name__} and {type(policy).__name__}."
+        )
+    if policy.num_exits != network.num_exits:
         raise InvalidArgumentError(
             f"Expected a policy for the network's {network.num_exits} exits. "
             f"Got one for {policy.num_exits}."
         )
-    raise InvalidArgumentError(
-        "Expected a network with exits and a policy for them, one that skips blocks and a "
-        "GatePolicy, or one whose tokens halt and a HaltingPolicy. "
-        f"Got {type(network).__name__} and {type(policy).__name__}."
-    )
+    return make(network, policy)
 
 
 def _check(agreement: Agreement) -> Agreement:

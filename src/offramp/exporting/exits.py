@@ -25,12 +25,12 @@ from offramp.exporting.onnx import (
     write_onnx,
 )
 from offramp.exporting.single import write_single
-from offramp.inference.agreement import Agreement, compare_with_all_exits
+from offramp.families.agreement import Reference
+from offramp.families.exits import EXITS
 from offramp.measure.cost import ExitCosts, parameter_bytes, payload_bytes
 from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.offload.codec import channel_scales
 from offramp.policy.policies import Policy, State, ThresholdedPolicy, never_leave
-from offramp.results import AdaptiveResult
 from offramp.runtime import Bundle, Step, with_thresholds
 from offramp.runtime.bundle import Padding
 from offramp.runtime.dense import map_cells
@@ -89,9 +89,9 @@ class ExitsExport:
             "pixel_multiple": None if by_size is None else network.pixel_multiple,
         }
 
-    def compare(self, result: AdaptiveResult[Any], inputs: Features) -> Agreement:
-        """Compare what a session answered with the all-exits loop."""
-        return compare_with_all_exits(result, self.network, self.policy, inputs)
+    def reference(self, inputs: Features) -> Reference:
+        """What the bundle must answer: the all-exits loop."""
+        return EXITS.reference(self.network, self.policy, inputs)
 
     def extremes(self, bundle: Bundle) -> list[tuple[Bundle, ExitsExport]]:
         """The bundle at thresholds that run every part of it: nobody leaves."""

@@ -21,10 +21,10 @@ from offramp.errors import InvalidArgumentError
 from offramp.exporting.halting_single import THRESHOLD, write_halting_single
 from offramp.exporting.onnx import PLAIN_FILE, SINGLE_FILE, tensor_specs
 from offramp.exporting.parts import Part, write_parts
-from offramp.inference.agreement import Agreement, compare_with_masked
+from offramp.families.agreement import Reference
+from offramp.families.halting import masked_pass
 from offramp.model.multi_exit import Features
 from offramp.policy.confidence import max_probability_confidence
-from offramp.results import AdaptiveResult
 from offramp.routing.halting import HaltingNetwork, advance
 from offramp.routing.layers import attend
 from offramp.runtime import Bundle
@@ -119,12 +119,10 @@ class HaltingExport:
             "padding": None if network.ragged is None else Padding(**asdict(network.ragged)),
         }
 
-    def compare(self, result: AdaptiveResult[Any], inputs: Features) -> Agreement:
-        """Compare what a session answered with the masked pass, which computes every token."""
+    def reference(self, inputs: Features) -> Reference:
+        """What the bundle must answer: the masked pass, which computes every token."""
         first_layers = [group[0] for group in self._groups()]
-        return compare_with_masked(
-            result, self.network, self.threshold, inputs, first_layers=first_layers
-        )
+        return masked_pass(self.network, self.threshold, inputs, first_layers)
 
     def extremes(self, bundle: Bundle) -> list[tuple[Bundle, HaltingExport]]:
         """The bundle at a threshold that runs every part of it, where tokens stay longest."""

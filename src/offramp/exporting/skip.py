@@ -13,10 +13,10 @@ from torch import Tensor
 from offramp.exporting.onnx import PLAIN_FILE, SINGLE_FILE, tensor_specs
 from offramp.exporting.parts import Part, write_parts
 from offramp.exporting.skip_single import THRESHOLD, write_skip_single
-from offramp.inference.agreement import Agreement, compare_with_gated_sum
+from offramp.families.agreement import Reference
+from offramp.families.skip import gated_sum
 from offramp.model.multi_exit import Features
 from offramp.policy.confidence import max_probability_confidence
-from offramp.results import AdaptiveResult
 from offramp.routing.gates import GateState
 from offramp.routing.skip import SkipNetwork, runs_block
 from offramp.runtime import Bundle
@@ -94,9 +94,9 @@ class SkipExport:
             "single_sha256": file_sha256(folder / SINGLE_FILE),
         }
 
-    def compare(self, result: AdaptiveResult[Any], inputs: Features) -> Agreement:
-        """Compare what a session answered with the gated sum, which computes every block."""
-        return compare_with_gated_sum(result, self.network, self.threshold, *inputs)
+    def reference(self, inputs: Features) -> Reference:
+        """What the bundle must answer: the gated sum, which computes every block."""
+        return gated_sum(self.network, self.threshold, inputs)
 
     def extremes(self, bundle: Bundle) -> list[tuple[Bundle, SkipExport]]:
         """The bundle at thresholds that run every part of it: all blocks, then ways around."""

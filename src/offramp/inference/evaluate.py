@@ -17,8 +17,10 @@ from offramp.calibration.asked import Asked
 from offramp.calibration.collect import collect, collect_from_session
 from offramp.calibration.latency import LatencyCalibration
 from offramp.calibration.logits import ExitLogits
-from offramp.calibration.thresholds import Calibration
 from offramp.errors import DataError, InvalidArgumentError, ShapeError
+from offramp.families import make_runner
+from offramp.families.agreement import Runner
+from offramp.families.family import TorchRunner
 from offramp.inference.asked_and_got import paired_drop, reached
 from offramp.inference.evaluation import (
     BlocksEvaluation,
@@ -27,8 +29,8 @@ from offramp.inference.evaluation import (
     Rival,
     TokensEvaluation,
 )
-from offramp.inference.runner import Runner, TorchRunner, make_runner
 from offramp.measure.dense import confusion_matrices, label_maps, mean_iou, pixel_accuracy
+from offramp.policy.choice import Choice
 from offramp.policy.policies import Policy
 from offramp.policy.routing_policy import RoutingPolicy
 from offramp.results import AdaptiveResult
@@ -50,7 +52,7 @@ __all__ = [
     "predicted",
 ]
 
-Chosen = Policy | RoutingPolicy | Calibration[Any] | LatencyCalibration | None
+Chosen = Policy | RoutingPolicy | Choice | None
 """A policy, or what chose one."""
 
 
@@ -265,7 +267,7 @@ def evaluate(
             )
         network, chosen = cast(Network, runner), loader
         asked = asked or _asked_of(chosen)
-        runner, loader, logits = make_runner(network, _calibration(chosen)), logits, None
+        runner, loader, logits = make_runner(network, chosen), logits, None
     if logits is None:
         gathered = _Gathered()
         batches = gathered.answering(runner, loader)
@@ -290,14 +292,9 @@ def evaluate(
     )
 
 
-def _calibration(chosen: Any) -> Any:
-    """What chose a policy, or the policy itself."""
-    return chosen.chosen if isinstance(chosen, LatencyCalibration) else chosen
-
-
 def _asked_of(chosen: Any) -> Asked | None:
     """The target of a calibration; None for a policy."""
-    chosen = _calibration(chosen)
+    chosen = chosen.chosen if isinstance(chosen, LatencyCalibration) else chosen
     promise = getattr(chosen, "guarantee", None)
     if promise is None:
         return getattr(chosen, "asked", None)

@@ -5,7 +5,6 @@ Shapes: ``K`` thresholds, ``N`` samples.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -14,29 +13,12 @@ import torch
 from offramp.calibration.collect import collect as collect_exits
 from offramp.calibration.logits import ExitLogits
 from offramp.calibration.sweep import Sweep
-from offramp.errors import DataError
-from offramp.inference.runner import make_runner
-from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
-from offramp.routing.halting import HaltingNetwork
-from offramp.routing.skip import SkipNetwork
+from offramp.errors import DataError, InvalidArgumentError
+from offramp.families import family_of
 from offramp.training.checkpoint_choice import who_chose_by
 from offramp.training.labels import check_labels
 from offramp.training.samples import batches_of, explained_data, read_batch
 from offramp.zoo import Network
-
-SteeredNetwork = SkipNetwork | HaltingNetwork
-"""A network of one exit that one threshold steers inside."""
-
-_EVEN_SCORES = tuple(1 / (1 + math.exp(-step * 2 / 3)) for step in range(-9, 10))
-"""Probabilities at even steps of a score, from -6 to 6: trained gates and tokens are mostly sure,
-so that even steps of probability would part few of them. They are set before any sample is seen, as
-a guarantee needs them to be."""
-
-GATE_THRESHOLDS = (0.0, *_EVEN_SCORES, 1.0)
-"""Of gates: at 0 every block runs."""
-
-HALTING_THRESHOLDS = (*sorted((*_EVEN_SCORES, HaltingPolicy.threshold)), 1.0)
-"""Of tokens that halt: that of training is among them, and 1, where they stay longest."""
 
 
 @overload
@@ -47,7 +29,7 @@ def collect(
 
 @overload
 def collect(
-    network: SteeredNetwork,
+    network: Network,
     data: object,
     *,
     batch_size: int = 256,
@@ -93,7 +75,7 @@ def collect(
 
 
 def collect_sweep(
-    network: SteeredNetwork,
+    network: Network,
     data: object,
     thresholds: Sequence[float] | None = None,
     *,
@@ -101,9 +83,14 @@ def collect_sweep(
 ) -> Sweep:
     """Run a network at each threshold, as :func:`collect` does; at 21 of them if None."""
     device = next(network.parameters()).device
-    cheap_first = _cheap_first(network, thresholds)
-    policy = steering_policy(network)
-    runners = [make_runner(network, policy(threshold)) for threshold in cheap_first]
+    family = family_of(network)
+    if family.thresholds is None:
+        raise InvalidArgumentError(
+            "Expected a network that one threshold steers, by gates or halting tokens. Got a "
+            f"{type(network).__name__}: collect() gathers the logits of its exits."
+        )
+    cheap_first = _cheap_first(family.thresholds, thresholds)
+    runners = [family.runner(network, family.policy(threshold)) for threshold in cheap_first]
     outputs, macs, plain_macs, labels, chosen_by = [], [], [], [], ""
     for batch in batches_of(data, batch_size=batch_size):
         inputs, labels_B = read_batch(batch, network, device=device)
@@ -123,26 +110,14 @@ def collect_sweep(
         thresholds=tuple(cheap_first),
         macs_KN=torch.cat(macs, dim=1),
         plain_macs=round(float(torch.cat(plain_macs).double().mean())),
-        policy=policy,
-        is_ragged=isinstance(network, HaltingNetwork) and network.ragged is not None,
+        policy=family.policy,
+        is_ragged=network.ragged is not None,
         checkpoint_chosen_by=chosen_by,
     )
 
 
-def steering_policy(network: SteeredNetwork) -> type[RoutingPolicy]:
-    """The kind of policy that a network takes.
-
-    Args:
-        network: The network.
-    Returns:
-        A class that makes the policy of a threshold.
-    """
-    return GatePolicy if isinstance(network, SkipNetwork) else HaltingPolicy
-
-
-def _cheap_first(network: SteeredNetwork, thresholds: Sequence[float] | None) -> list[float]:
-    if isinstance(network, SkipNetwork):
-        asked = GATE_THRESHOLDS if thresholds is None else thresholds
-        return sorted({0.0, *asked}, reverse=True)
-    asked = HALTING_THRESHOLDS if thresholds is None else thresholds
-    return sorted({1.0, *asked})
+def _cheap_first(own: tuple[float, ...], asked: Sequence[float] | None) -> list[float]:
+    """The thresholds to run, in the order of a family's own, with the one where most runs."""
+    if asked is None:
+        return list(own)
+    return sorted({own[-1], *asked}, reverse=own[0] > own[-1])

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from offramp.errors import InvalidArgumentError
-from offramp.inference.agreement import check_agreement
-from offramp.inference.contenders import Contenders, torch_contenders
-from offramp.inference.runner import TorchRunner
+from offramp.families import check_agreement
+from offramp.families.family import Contenders, TorchRunner
+from offramp.inference.contenders import torch_contenders
 from offramp.inference.stopwatch import (
     Laps,
     LocalStopwatch,
@@ -160,7 +160,7 @@ def _cells(row: BatchTiming) -> tuple[str, ...]:
 
 
 def time_runner(
-    runner: TorchRunner,
+    runner: TorchRunner[Any, Any],
     inputs: Tensor,
     *,
     batch_sizes: Sequence[int] = (1, 32, 256),
@@ -287,7 +287,7 @@ class Spent:
 
 
 def torch_stopwatch(
-    runner: TorchRunner, inputs: Tensor, shares: Sequence[float] | None
+    runner: TorchRunner[Any, Any], inputs: Tensor, shares: Sequence[float] | None
 ) -> LocalStopwatch:
     """A stopwatch for what torch runs in this process.
 

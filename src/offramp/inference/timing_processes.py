@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,19 @@ import torch
 from torch import Tensor
 
 from offramp.errors import ArtifactError
-from offramp.inference.agreement import (
+from offramp.families import check_agreement
+from offramp.families.agreement import (
     DECISION_TOLERANCE,
     SINGLE_SAMPLES,
-    Agreement,
+    Reference,
     answer_in_batches,
-    check_agreement,
-    compare_answers,
-    compare_blocks,
-    compare_tokens,
-    is_near,
+    compare,
     require_agreement,
 )
+from offramp.families.exits import is_near
+from offramp.families.family import TorchRunner
+from offramp.families.halting import token_reference
 from offramp.inference.bundle_contenders import all_steps_loop
-from offramp.inference.runner import TorchRunner
 from offramp.inference.stopwatch import ProcessStopwatch, Stopwatch
 from offramp.inference.timing import (
     Spent,
@@ -38,12 +38,11 @@ from offramp.inference.timing import (
     time_engines,
 )
 from offramp.policy.as_dict import policy_to_dict
-from offramp.results import AdaptiveResult
 from offramp.runtime import Bundle, Session, read_bundle
 
 
 def time_in_processes(
-    runner: TorchRunner,
+    runner: TorchRunner[Any, Any],
     inputs: Tensor,
     folders: Mapping[str, Path],
     *,
@@ -115,10 +114,10 @@ def time_bundle(
     _require_plain(bundle)
     result = session.run(inputs)
     if bundle.quantized is None:
-        require_agreement(_compare_with_all_steps(result, session, inputs))
+        require_agreement(compare(result, _all_steps(session, inputs)))
         few = inputs[:SINGLE_SAMPLES]
         ones = answer_in_batches(session, few, batch_size=1)
-        require_agreement(_compare_with_all_steps(ones, session, few))
+        require_agreement(compare(ones, _all_steps(session, few)))
     spent = Spent.of(result, session.plain_macs(inputs))
     with _stopwatches({"onnxruntime": bundle.folder}, inputs, spent.shares) as stopwatches:
         return time_engines(
@@ -156,7 +155,7 @@ def _stopwatches(
         yield stopwatches
 
 
-def _check_bundle(folder: Path, runner: TorchRunner, inputs: Tensor) -> None:
+def _check_bundle(folder: Path, runner: TorchRunner[Any, Any], inputs: Tensor) -> None:
     bundle = read_bundle(folder)
     if bundle.policy != policy_to_dict(runner.policy):
         raise ArtifactError(
@@ -178,40 +177,32 @@ def _require_plain(bundle: Bundle) -> None:
         )
 
 
-def _compare_with_all_steps(
-    result: AdaptiveResult[Any], session: Session, inputs: Tensor
-) -> Agreement:
+def _all_steps(session: Session, inputs: Tensor) -> Reference:
+    """Run every step of a bundle on every sample, and choose afterwards."""
     if session.bundle.skip is not None:
-        return _compare_with_every_block(result, session, inputs, session.bundle.skip.threshold)
+        return _every_block(session, inputs, session.bundle.skip.threshold)
     if session.bundle.halting is not None:
-        return _compare_with_every_token(result, session, inputs)
+        masked, tokens_BL, margin_BL = map(torch.from_numpy, session.run_every_token(inputs))
+        return token_reference(masked, tokens_BL, lambda: margin_BL < DECISION_TOLERANCE)
     steps = session.bundle.steps
     output, step_B, confidences = all_steps_loop(session, inputs.numpy())
-    exits = torch.tensor([step.exit_index for step in steps])
+    exit_index_B = torch.tensor([step.exit_index for step in steps])[step_B]
     confidence_KB = torch.from_numpy(np.stack(confidences))
-    return compare_answers(
-        result,
-        torch.from_numpy(output),
-        exits[step_B],
-        is_near_B=is_near(confidence_KB, [step.threshold for step in steps[:-1]]),
+    return Reference(
+        output=torch.from_numpy(output),
+        exit_index=exit_index_B,
         num_exits=session.bundle.num_exits,
+        work=exit_index_B[:, None],
+        is_near=partial(is_near, confidence_KB, [step.threshold for step in steps[:-1]]),
     )
 
 
-def _compare_with_every_block(
-    result: AdaptiveResult[Any], session: Session, inputs: Tensor, threshold: float
-) -> Agreement:
+def _every_block(session: Session, inputs: Tensor, threshold: float) -> Reference:
     output, blocks_BG, probability_BG = map(torch.from_numpy, session.run_every_block(inputs))
-    return compare_blocks(
-        result,
-        output,
-        blocks_BG,
-        is_near_BG=(probability_BG - threshold).abs() < DECISION_TOLERANCE,
+    return Reference(
+        output=output,
+        exit_index=torch.zeros(len(output), dtype=torch.int64),
+        num_exits=1,
+        work=blocks_BG,
+        is_near=lambda: (probability_BG - threshold).abs() < DECISION_TOLERANCE,
     )
-
-
-def _compare_with_every_token(
-    result: AdaptiveResult[Any], session: Session, inputs: Tensor
-) -> Agreement:
-    output, tokens_BL, margin_BL = map(torch.from_numpy, session.run_every_token(inputs))
-    return compare_tokens(result, output, tokens_BL, is_near_BL=margin_BL < DECISION_TOLERANCE)

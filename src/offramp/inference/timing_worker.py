@@ -30,7 +30,7 @@ def make_stopwatch(spec: dict[str, Any]) -> Stopwatch:
     if spec["backend"] == "torch":
         import torch
 
-        from offramp.inference.runner import make_runner
+        from offramp.families import make_runner
         from offramp.inference.timing import torch_stopwatch
         from offramp.training.run import load
 

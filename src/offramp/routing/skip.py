@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from offramp.errors import BackboneCutError, reason
 from offramp.measure.cost import count_macs, evaluation_mode, require_samples
 from offramp.model.inputs import Given, InputSpec, example_inputs
-from offramp.model.multi_exit import MultiExitNetwork
+from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.model.proof import find_difference
 from offramp.model.ragged import Ragged
 from offramp.model.tracing import NotTraceableError, stays_whole, trace
@@ -163,6 +163,10 @@ class SkipNetwork(nn.Module):
             probabilities.append(probability_B)
             actions.append(action_B)
         return GatedOutput(self.head(x), torch.stack(probabilities, 1), torch.stack(actions, 1))
+
+    def trimmed(self, inputs: Features) -> Features:
+        """A batch of inputs, which have no padding."""
+        return inputs
 
     def without_gates(self) -> MultiExitNetwork:
         """The same as a network of one exit: every block, no gate; weights shared."""

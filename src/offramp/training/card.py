@@ -10,10 +10,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from offramp.errors import ArtifactError, InvalidArgumentError
+from offramp.families import family_for
+from offramp.families.family import Family
 from offramp.policy.as_dict import policy_to_dict
 from offramp.policy.policies import Policy
-from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
-from offramp.training.card_words import Words, words_for
+from offramp.policy.routing_policy import RoutingPolicy
 from offramp.training.recipes import Recipe
 from offramp.training.sources import SOURCES
 
@@ -53,6 +54,9 @@ run = from_pretrained("{name}", network=network)
 {use}
 ```
 """
+_USE = """\
+result = {runner}(run.network, run.policy).run(inputs)
+{use}"""
 _USE_EXITS = """\
 logits = run.network(inputs)  # of every exit: no policy was chosen yet"""
 
@@ -83,29 +87,21 @@ def model_card(
     if recipe is not None:
         trained = f", trained on `{recipe.data}` by Offramp's recipe `{recipe.name}`"
         trained += "" if recipe.variant == "adaptive" else f" in its variant `{recipe.variant}`"
-    words = words_for(policy)
+    family = family_for(policy)
+    exits = "" if policy is None else f", with {_count(policy.num_exits, 'exit')}"
     sections = (
         f"# {name.rsplit('/')[-1]}\n",
-        f"A network that {_ability(policy)}{trained}.\n",
+        f"A network that {family.words.ability.format(exits=exits)}{trained}.\n",
         "## Load it\n",
         _loading(name, recipe, policy),
-        f"## {words.heading}\n",
+        f"## {family.words.heading}\n",
         _describe_policy(policy, calibration),
         "## Measured\n",
-        _describe_evaluation(recipe, evaluation, words),
+        _describe_evaluation(recipe, evaluation, family),
         f"Written by offramp {version('offramp')}.\n",
     )
-    head = _metadata(name, recipe, evaluation, words).to_yaml()
+    head = _metadata(name, recipe, evaluation, family).to_yaml()
     return str(ModelCard(f"---\n{head}\n---\n\n" + "\n".join(sections)))
-
-
-def _ability(policy: Policy | RoutingPolicy | None) -> str:
-    if isinstance(policy, GatePolicy):
-        return "skips blocks input by input"
-    if isinstance(policy, HaltingPolicy):
-        return "drops each token of an input as soon as it is finished"
-    exits = "" if policy is None else f", with {_count(policy.num_exits, 'exit')}"
-    return f"can stop early{exits}"
 
 
 def check_evaluation(
@@ -128,13 +124,10 @@ def check_evaluation(
             fractions += [evaluation[quality], evaluation[f"final_exit_{quality}"]]
             fractions.append(evaluation[f"plain_{quality}"] or 0)
             fractions += [row[quality] for row in evaluation["exits"]]
-        if isinstance(policy, GatePolicy):
-            fractions += [evaluation["blocks"]["saved"], *evaluation["blocks"]["run_rates"]]
         counts = [evaluation[key] for key in ("num_samples", "mean_macs", "plain_macs")]
-        if isinstance(policy, HaltingPolicy):
-            every, *later = evaluation["tokens"]["per_layer"]
-            fractions += [mean / every for mean in later]
-            counts.append(every)
+        own_fractions, own_counts = family_for(policy).figures(evaluation)
+        fractions += own_fractions
+        counts += own_counts
         counts += [row["macs"] for row in evaluation["exits"]]
         is_sound = all(0 <= x <= 1 for x in fractions) and all(0 < x < math.inf for x in counts)
         is_sound &= math.isclose(sum(share for _, _, share in rows), 1, abs_tol=1e-6)
@@ -164,9 +157,12 @@ def check_evaluation(
 
 
 def _metadata(
-    name: str, recipe: Recipe | None, evaluation: Mapping[str, Any] | None, words: Words
+    name: str,
+    recipe: Recipe | None,
+    evaluation: Mapping[str, Any] | None,
+    family: Family[Any, Any],
 ) -> ModelCardData:
-    results = []
+    words, results = family.words, []
     if recipe is not None and evaluation is not None and not evaluation.get("in_sample"):
         results = [
             EvalResult(
@@ -181,7 +177,7 @@ def _metadata(
             for quality in _qualities(evaluation)
             for key, metric_name in (
                 (quality, words.less_metric),
-                (f"final_exit_{quality}", words.all_metric),
+                (f"final_exit_{quality}", words.whole_metric),
             )
         ]
     return ModelCardData(
@@ -213,9 +209,10 @@ def _qualities(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def _loading(name: str, recipe: Recipe | None, policy: Policy | RoutingPolicy | None) -> str:
-    words = words_for(policy)
-    use = _USE_EXITS if policy is None else words.use
-    parts = {"name": name, "use": use, "runner": words.runner}
+    family = family_for(policy)
+    runner = family.runner.__name__
+    use = _USE.format(runner=runner, use=family.words.use)
+    parts = {"name": name, "use": _USE_EXITS if policy is None else use, "runner": runner}
     if recipe is None:
         return _LOAD_OWN.format(**parts)
     image_shape = SOURCES[recipe.data].image_shape
@@ -230,8 +227,9 @@ def _describe_policy(
 ) -> str:
     if policy is None:
         return "No policy was chosen yet: `offramp calibrate RUN --max-drop 0.01` chooses one.\n"
-    if isinstance(policy, RoutingPolicy):
-        rule = f"{words_for(policy).rule} at least {policy.threshold:.4f}."
+    one_rule = family_for(policy).words.rule
+    if one_rule:
+        rule = one_rule.format(policy=policy)
         if calibration is None:
             return f"{rule} No other was chosen: the network was trained for this one.\n"
     elif policy.num_exits == 1:
@@ -247,7 +245,7 @@ def _describe_policy(
         ) from error
 
 
-def _describe_exits(policy: Policy) -> str:
+def _describe_exits(policy: Any) -> str:
     described = policy_to_dict(policy)
     how = f"`{described.get('rule', described['kind'])}`"
     if "patience" in described:
@@ -288,8 +286,9 @@ def _describe_choice(calibration: Mapping[str, Any]) -> str:
 
 
 def _describe_evaluation(
-    recipe: Recipe | None, evaluation: Mapping[str, Any] | None, words: Words
+    recipe: Recipe | None, evaluation: Mapping[str, Any] | None, family: Family[Any, Any]
 ) -> str:
+    words = family.words
     if evaluation is None:
         return (
             "Nothing was measured for this card. `offramp evaluate RUN` measures; "
@@ -309,15 +308,17 @@ def _describe_evaluation(
     def cells(whose: str) -> str:
         return " | ".join(_percent(evaluation[whose + quality]) for quality in qualities)
 
+    # What running all of it costs is a figure of exits alone.
+    macs = "" if family.parts_table else f"{evaluation['exits'][-1]['macs']:,}"
     lines = [
         f"On {where}.\n",
-        *_parts_table(evaluation),
+        *(family.parts_table or _exits_table)(evaluation),
         "",
         f"| | {' | '.join(names)} | MACs a sample |",
         "|---|" + "---|" * len(names) + "---|",
         f"| {words.less} | {cells('')} | {mean_macs:,.0f} on average, "
         f"{_percent(mean_macs / plain_macs)} of the plain network's {plain_macs:,} |",
-        f"| {words.all} | {cells('final_exit_')} | {_macs_of_all(evaluation)} |",
+        f"| {words.whole} | {cells('final_exit_')} | {macs} |",
     ]
     if evaluation[f"plain_{qualities[0]}"] is None:
         lines.append("\nNo plain network trained as long was measured beside it.")
@@ -328,22 +329,7 @@ def _describe_evaluation(
     return "\n".join(lines) + "\n"
 
 
-def _macs_of_all(evaluation: Mapping[str, Any]) -> str:
-    """What the final exit costs; blank where blocks or tokens are dropped, and no exit says it."""
-    is_routed = "blocks" in evaluation or "tokens" in evaluation
-    return "" if is_routed else f"{evaluation['exits'][-1]['macs']:,}"
-
-
-def _parts_table(evaluation: Mapping[str, Any]) -> list[str]:
-    """Who left where, or how many ran each block or layer."""
-    if "blocks" in evaluation:
-        rates = enumerate(evaluation["blocks"]["run_rates"])
-        rows = [f"| {index} | {_percent(rate)} |" for index, rate in rates]
-        return ["| gated block | samples that run it |", "|---|---|", *rows]
-    if "tokens" in evaluation:
-        means = enumerate(evaluation["tokens"]["per_layer"], start=1)
-        rows = [f"| {number} | {mean:.1f} |" for number, mean in means]
-        return ["| layer | tokens in it |", "|---|---|", *rows]
+def _exits_table(evaluation: Mapping[str, Any]) -> list[str]:
     quality = _qualities(evaluation)[0]
     rows = [
         f"| {row['index']} | {_percent(row[quality])} | {_percent(row['share'])} "

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
 
 import torch
 
 from offramp.errors import InvalidArgumentError
-from offramp.model.multi_exit import MultiExitNetwork
-from offramp.routing.halting import HaltingNetwork
-from offramp.routing.skip import SkipNetwork
+from offramp.families import FAMILIES, family_of
 from offramp.training.config import FitConfig
-from offramp.training.regimes import head_parameters
 from offramp.zoo import Network
 
 
@@ -24,16 +20,10 @@ def check_config(network: Network, config: FitConfig) -> None:
         config: How to train it.
     Raises:
         InvalidArgumentError: If the network is none of Offramp's, or has nothing to train, or
-            there is not one loss weight per exit, or the backbone shall be frozen and nothing else
-            can be trained, or a setting is for another kind of network, or cuda was asked for and
-            there is none.
+            there is not one loss weight per exit, or a setting is for another family, or cuda was
+            asked for and there is none.
     """
-    if not isinstance(network, get_args(Network)):
-        raise InvalidArgumentError(
-            "Expected a network with exits, gates or halting tokens to train. Got "
-            f"{type(network).__name__}: call add_exits(backbone, ...), add_gates or add_halting "
-            "first."
-        )
+    own = family_of(network)
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise InvalidArgumentError(
             "Expected parameters to train. All of this network's are frozen: call "
@@ -45,13 +35,15 @@ def check_config(network: Network, config: FitConfig) -> None:
             f"The 'loss_weights' parameter must hold {network.num_exits} numbers, one per exit. "
             f"Got {len(weights)}."
         )
-    _check_kind(network, config)
-    if isinstance(network, MultiExitNetwork):
-        _check_regimes(network, config)
-    else:
-        _check_regimes_unused(config)
-    is_dense = isinstance(network, MultiExitNetwork) and network.is_dense
-    if config.class_weights is not None and not is_dense:
+    for family in FAMILIES.values():
+        if family.settings is None or family is own:
+            continue
+        if getattr(config, family.settings) is not None:
+            raise InvalidArgumentError(
+                f"The {family.settings!r} parameter is about {family.words.kind}. This one is "
+                f"none: leave it out, or make one with {family.words.maker}."
+            )
+    if config.class_weights is not None and not network.is_dense:
         raise InvalidArgumentError(
             "The 'class_weights' parameter is about networks that say a class for every pixel. "
             "This one says one for an image: leave it out, or balance with class_balance."
@@ -75,39 +67,4 @@ def check_class_weights(weights: Sequence[float] | None, *, num_classes: int) ->
         raise InvalidArgumentError(
             f"The 'class_weights' parameter must hold {num_classes} numbers, one per class. "
             f"Got {len(weights)}."
-        )
-
-
-def _check_kind(network: Network, config: FitConfig) -> None:
-    for name, kind, what, maker in (
-        ("gates", SkipNetwork, "networks that skip blocks", "add_gates"),
-        ("halting", HaltingNetwork, "networks whose tokens halt", "add_halting"),
-    ):
-        if getattr(config, name) is not None and not isinstance(network, kind):
-            raise InvalidArgumentError(
-                f"The {name!r} parameter is about {what}. This one is none: leave it out, or make "
-                f"one with {maker}."
-            )
-
-
-def _check_regimes_unused(config: FitConfig) -> None:
-    """Where blocks or tokens are dropped there is one exit: what is about several is refused."""
-    names = (
-        *("loss_weights", "detach", "freeze_backbone", "gradient_equilibrium"),
-        *("backbone_epochs", "ramp_epochs", "distillation"),
-    )
-    for name in names:
-        if getattr(config, name):
-            raise InvalidArgumentError(
-                f"The {name!r} parameter is about several exits. This network has one, and saves "
-                f"inside: leave it out. Got {getattr(config, name)!r}."
-            )
-
-
-def _check_regimes(network: MultiExitNetwork, config: FitConfig) -> None:
-    if config.freeze_backbone and not any(p.requires_grad for p in head_parameters(network)):
-        raise InvalidArgumentError(
-            "'freeze_backbone' trains only the exits before the final one. This network has "
-            f"{network.num_exits - 1} of them, without weights of their own to train: add exits, "
-            "or train the backbone too."
         )

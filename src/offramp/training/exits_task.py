@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from offramp.errors import InvalidArgumentError
 from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.training.labels import check_labels
 from offramp.training.losses import joint_loss, weights_in_epoch
-from offramp.training.regimes import balanced_outputs, frozen_backbone, set_training_mode
+from offramp.training.regimes import (
+    balanced_outputs,
+    frozen_backbone,
+    head_parameters,
+    set_training_mode,
+)
 from offramp.training.task import Task
 
 
@@ -41,6 +48,23 @@ class MultiExitTask(Task):
             backbone_epochs=self.config.backbone_epochs,
             ramp_epochs=self.config.ramp_epochs,
         )
+
+    def check_regimes(self) -> None:
+        """Raise if the backbone is to be frozen and nothing else can be trained."""
+        heads = head_parameters(self.network)
+        if self.config.freeze_backbone and not any(p.requires_grad for p in heads):
+            raise InvalidArgumentError(
+                "'freeze_backbone' trains only the exits before the final one. This network has "
+                f"{self.network.num_exits - 1} of them, without weights of their own to train: add "
+                "exits, or train the backbone too."
+            )
+
+    def planned_optimizers(self) -> Any:
+        """Build what ``configure_optimizers`` will give a Trainer, which freezes the backbone."""
+        if not self.config.freeze_backbone:
+            return self.configure_optimizers()
+        with frozen_backbone(self.network):
+            return self.configure_optimizers()
 
     def set_training_mode(self) -> None:
         """See :func:`~offramp.training.regimes.set_training_mode`."""
@@ -98,8 +122,7 @@ class _FrozenBackbone(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            assert isinstance(pl_module, MultiExitTask)
-            self._frozen.enter_context(frozen_backbone(pl_module.network))
+            self._frozen.enter_context(frozen_backbone(cast(MultiExitTask, pl_module).network))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._frozen.close()

@@ -20,9 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from offramp.errors import InvalidArgumentError
-from offramp.model.multi_exit import MultiExitNetwork
-from offramp.routing.halting import HaltingNetwork
-from offramp.routing.skip import SkipNetwork
+from offramp.families import family_of
 from offramp.training.checkpoint_choice import note_choice, read_choice, write_choice
 from offramp.training.config import FitConfig
 from offramp.training.data import Batches, EpochSampler, make_loader, split_off_calibration
@@ -30,12 +28,7 @@ from offramp.training.dense_task import DenseTask
 from offramp.training.exits_task import MultiExitTask
 from offramp.training.halting_task import HaltingTask
 from offramp.training.history import METRICS_FILE, EpochReport, History
-from offramp.training.last_checkpoint import (
-    LAST_CHECKPOINT,
-    LastCheckpoint,
-    check_checkpoint,
-    planned_optimizers,
-)
+from offramp.training.last_checkpoint import LAST_CHECKPOINT, LastCheckpoint, check_checkpoint
 from offramp.training.processes import (
     EveryProcess,
     Spawned,
@@ -111,6 +104,14 @@ def fit(
     )
 
 
+TASKS: dict[str, type[Task]] = {
+    "exits": MultiExitTask,
+    "skip": SkipTask,
+    "halting": HaltingTask,
+}
+"""From a family's name to what trains its networks; see ``DenseTask`` for classes of pixels."""
+
+
 def make_task(
     network: Network,
     config: FitConfig | None = None,
@@ -143,10 +144,10 @@ def make_task(
         >>> task = make_task(network, optimizer=partial(SGD, lr=0.1))  # doctest: +SKIP
         >>> Trainer(max_epochs=10).fit(task, train_loader, validation_loader)  # doctest: +SKIP
     """
-    kinds: dict[type, type[Task]] = {SkipNetwork: SkipTask, HaltingNetwork: HaltingTask}
-    is_dense = isinstance(network, MultiExitNetwork) and network.is_dense
-    kind = kinds.get(type(network), DenseTask if is_dense else MultiExitTask)
-    return kind(network, config, optimizer=optimizer, loss=loss, metrics=metrics)
+    task = TASKS[family_of(network).name]
+    if network.is_dense:
+        task = DenseTask
+    return task(network, config, optimizer=optimizer, loss=loss, metrics=metrics)
 
 
 def _task_of(network: Network | Task, config: FitConfig | None) -> Task:
@@ -310,7 +311,7 @@ _OF_TRAINING = ("train_", "lr", "step", "epoch")
 def _note_choosers(task: Task, sets: _Sets, callbacks: Sequence[Callback]) -> None:
     """Refuse what goes by validation figures without any; note it where they are calibration's."""
     monitors = {type(c).__name__: getattr(c, "monitor", None) for c in callbacks}
-    made = planned_optimizers(task)
+    made = task.planned_optimizers()
     schedule = made.get("lr_scheduler") if isinstance(made, Mapping) else None
     if isinstance(schedule, Mapping):
         monitors[type(schedule["scheduler"]).__name__] = schedule.get("monitor")

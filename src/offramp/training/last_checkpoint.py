@@ -18,8 +18,6 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from offramp.artifacts import SCHEMA_VERSION
 from offramp.errors import ArtifactError, reason
 from offramp.training.config import FitConfig
-from offramp.training.exits_task import MultiExitTask
-from offramp.training.regimes import frozen_backbone
 from offramp.training.task import Task
 
 LAST_CHECKPOINT = "last.ckpt"
@@ -88,7 +86,7 @@ def settings_of(task: Task) -> dict[str, Any]:
     """Describe all that shapes training but the data and the network, in plain values."""
     settings = {k: v for k, v in asdict(task.config).items() if k not in _NO_SETTINGS}
     if task.own_optimizer is not None:
-        made = planned_optimizers(task)
+        made = task.planned_optimizers()
         parts = [made] if isinstance(made, Optimizer) else [*made.values()]
         names = [_class_in(part) for part in parts]
         settings["optimizer"] = " and ".join(name for name in names if name is not None)
@@ -96,14 +94,6 @@ def settings_of(task: Task) -> dict[str, Any]:
         for name in ("epochs", "learning_rate", "weight_decay", "warmup_epochs"):
             del settings[name]
     return settings
-
-
-def planned_optimizers(task: Task) -> Any:
-    """Build what ``configure_optimizers`` will give a Trainer, which freezes the backbone first."""
-    if not (task.config.freeze_backbone and isinstance(task, MultiExitTask)):
-        return task.configure_optimizers()
-    with frozen_backbone(task.network):
-        return task.configure_optimizers()
 
 
 def _class_in(part: Any) -> str | None:
@@ -168,7 +158,7 @@ def _check_settings(path: Path, content: Mapping[str, Any], task: Task) -> None:
                 f"{name}={wanted[name]!r}. Resume with the settings the run was started with, or "
                 "choose another folder."
             )
-    made = planned_optimizers(task)
+    made = task.planned_optimizers()
     optimizer = made if isinstance(made, Optimizer) else made["optimizer"]
     planned = optimizer.state_dict()["param_groups"]
     held = content.get("optimizer_states", [{"param_groups": planned}])[0]["param_groups"]

@@ -9,19 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from offramp.artifacts import read_json, write_json
 from offramp.decoding import Count, Share, decode
 from offramp.errors import ArtifactError, InvalidArgumentError
+from offramp.families import family_of
 from offramp.model.checkpoint import load_weights, save_weights
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.as_dict import policy_from_dict, policy_to_dict
 from offramp.policy.dense_policies import DensePolicy
 from offramp.policy.policies import Policy, never_leave
-from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
-from offramp.routing.halting import HaltingNetwork
-from offramp.routing.skip import SkipNetwork
+from offramp.policy.routing_policy import RoutingPolicy
 from offramp.training.checkpoint_choice import read_choice, write_choice
 from offramp.training.data import Batches, ImageBatches, split_off_calibration
 from offramp.training.labels import check_labels
@@ -37,12 +34,6 @@ RECIPE_FILE = "recipe.json"
 WEIGHTS_FILE = "model.safetensors"
 POLICY_FILE = "policy.json"
 CALIBRATION_SPLIT = "calibration"
-_TRAINED_POLICIES: dict[type[nn.Module], RoutingPolicy] = {
-    SkipNetwork: GatePolicy(),
-    HaltingNetwork: HaltingPolicy(),
-}
-"""As each kind of network was trained, where one threshold steers it."""
-_DOES: dict[type[nn.Module], str] = {SkipNetwork: "skips blocks", HaltingNetwork: "drops tokens"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +105,8 @@ class Run:
         if not isinstance(self.network, MultiExitNetwork):
             raise InvalidArgumentError(
                 "Expected a run of a network with exits. "
-                f"{self.folder} {_DOES[type(self.network)]} inside and has one exit: this is not "
-                "for it."
+                f"{self.folder} {family_of(self.network).words.does} inside and has one exit: this "
+                "is not for it."
             )
         return self.network
 
@@ -150,8 +141,8 @@ def save(
     Raises:
         ArtifactError: If the folder holds a run or cannot be written.
     """
-    if policy is None and type(network) in _TRAINED_POLICIES:
-        policy = _TRAINED_POLICIES[type(network)]
+    if policy is None:
+        policy = family_of(network).as_trained
     if policy is not None:
         policy_to_dict(policy)  # refuses one that cannot be written, before anything is
     folder = create_folder(folder)
@@ -240,12 +231,12 @@ def read_policy(path: Path) -> tuple[Policy | RoutingPolicy, dict[str, Any]]:
 def _read_policy(
     path: Path, network: Network
 ) -> tuple[Policy | RoutingPolicy | None, dict[str, Any] | None]:
-    trained = _TRAINED_POLICIES.get(type(network))
+    family = family_of(network)
+    trained = family.as_trained
     if not path.exists():
         return trained or _only_choice(network), None
     policy, content = read_policy(path)
-    expected = None if trained is None else type(trained)
-    if (type(policy) if isinstance(policy, RoutingPolicy) else None) is not expected:
+    if not isinstance(policy, family.policy):
         raise ArtifactError(
             f"Expected a policy for {'exits' if trained is None else trained.kind} in {path}, "
             f"which the network has. Got one of the kind {content['policy']['kind']!r}. "
@@ -263,8 +254,7 @@ def _only_choice(network: Network) -> Policy | None:
     """With one exit there is nothing to choose; with more, no policy until it is."""
     if network.num_exits > 1:
         return None
-    is_dense = isinstance(network, MultiExitNetwork) and network.is_dense
-    return DensePolicy(()) if is_dense else never_leave(1)
+    return DensePolicy(()) if network.is_dense else never_leave(1)
 
 
 def create_folder(folder: Path | str) -> Path:

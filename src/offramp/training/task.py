@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import MeanMetric, Metric
 
 from offramp.errors import InvalidArgumentError, TrainingDivergedError, reason
-from offramp.model.multi_exit import Features, MultiExitNetwork
+from offramp.model.multi_exit import Features
 from offramp.training.config import FitConfig
 from offramp.training.config_checks import check_config
 from offramp.training.data import epoch_seed
@@ -84,19 +84,19 @@ class Task(LightningModule):
         config = config or FitConfig()
         check_config(network, config)
         _check_own(config, optimizer=optimizer, loss=loss)
-        is_dense = isinstance(network, MultiExitNetwork) and network.is_dense
-        if not isinstance(network, self.takes) or is_dense != self.is_dense:
+        if not isinstance(network, self.takes) or network.is_dense != self.is_dense:
             raise InvalidArgumentError(
                 f"{type(self).__name__} does not train this {type(network).__name__}: let "
                 "make_task(network) choose the task."
             )
-        if metrics and is_dense:
+        if metrics and network.is_dense:
             raise InvalidArgumentError(
                 "The 'metrics' parameter is about one class a sample. This network says one for "
                 "every pixel: override validation_step of DenseTask."
             )
         self.network = network
         self.config = config
+        self.check_regimes()
         self.num_exits = network.num_exits
         self.own_optimizer = optimizer
         self.own_loss = loss
@@ -108,6 +108,19 @@ class Task(LightningModule):
                 for k in range(self.num_exits)
             }
         )
+
+    def check_regimes(self) -> None:
+        """Raise if the config trains several exits, where the network has one and saves inside."""
+        names = (
+            *("loss_weights", "detach", "freeze_backbone", "gradient_equilibrium"),
+            *("backbone_epochs", "ramp_epochs", "distillation"),
+        )
+        for name in names:
+            if getattr(self.config, name):
+                raise InvalidArgumentError(
+                    f"The {name!r} parameter is about several exits. This network has one, and "
+                    f"saves inside: leave it out. Got {getattr(self.config, name)!r}."
+                )
 
     @abstractmethod
     def loss(self, inputs: Features, labels_B: Tensor) -> Tensor:
@@ -303,6 +316,10 @@ class Task(LightningModule):
         else:
             optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule(optimizer)}}
+
+    def planned_optimizers(self) -> Any:
+        """Build what ``configure_optimizers`` will give a Trainer."""
+        return self.configure_optimizers()
 
     def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         """The learning rate over the epochs: a cosine to zero, after a rise if there is one."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from offramp.calibration.asked import Asked
     from offramp.calibration.logits import ExitLogits
-    from offramp.inference.runner import TorchRunner
+    from offramp.families.family import Family, TorchRunner
     from offramp.policy.policies import Policy
     from offramp.policy.routing_policy import RoutingPolicy
     from offramp.runtime import Bundle, Session
@@ -40,7 +40,7 @@ class Artifact:
         data: What ``--data`` was when it was trained; None if the default was taken or a bundle
             does not say.
         num_exits: Exits of the network, those that are off counted.
-        is_routed: Whether it skips blocks or drops tokens inside.
+        family: Of the network.
         target: What its policy was asked for; None where that is not known, as of a bundle.
         answer: From a batch of inputs on the device to what is said of each sample.
         collect: From a loader to the logits of every exit; of those that are on, for a bundle.
@@ -48,13 +48,13 @@ class Artifact:
             network or may have chosen its thresholds.
     """
 
-    runner: TorchRunner | Session
+    runner: TorchRunner[Any, Any] | Session
     device: str
     recipe: Recipe
     class_names: tuple[str, ...]
     data: str | None
     num_exits: int
-    is_routed: bool
+    family: Family[Any, Any]
     target: Asked | None
     answer: Callable[[Tensor], list[SampleAnswer]]
     collect: Callable[[Loader], ExitLogits]
@@ -138,8 +138,7 @@ def open_artifact(folder: Path, device: str | None = None) -> Artifact:
 def _open_run(folder: Path, device: str | None) -> Artifact:
     from offramp.calibration.asked import Asked
     from offramp.calibration.collect import collect
-    from offramp.inference.runner import make_runner
-    from offramp.model.multi_exit import MultiExitNetwork
+    from offramp.families import family_of, make_runner
     from offramp.training.run import is_in_sample, load
 
     loaded = load(folder)
@@ -153,7 +152,7 @@ def _open_run(folder: Path, device: str | None) -> Artifact:
         class_names=loaded.class_names,
         data=loaded.data,
         num_exits=network.num_exits,
-        is_routed=not isinstance(network, MultiExitNetwork),
+        family=family_of(network),
         target=Asked.from_record(loaded.calibration),
         answer=partial(answer_run, network, loaded.policy, loaded.class_names),
         collect=partial(collect, network),
@@ -179,7 +178,7 @@ def answer_run(
     Raises:
         NotCalibratedError: If there is no policy.
     """
-    from offramp.inference.runner import make_runner
+    from offramp.families import make_runner
     from offramp.policy.as_dict import policy_to_dict
     from offramp.results import AdaptiveResult
     from offramp.runtime.answers import describe_answers
@@ -212,6 +211,7 @@ def _answer_bundle(session: Session, inputs: Tensor) -> list[SampleAnswer]:
 
 def _open_bundle(folder: Path, device: str | None) -> Artifact:
     from offramp.calibration.collect import collect_from_session
+    from offramp.families import FAMILIES
     from offramp.runtime import Session, read_bundle
     from offramp.training.run import CALIBRATION_SPLIT
 
@@ -229,7 +229,7 @@ def _open_bundle(folder: Path, device: str | None) -> Artifact:
         class_names=bundle.class_names,
         data=None,
         num_exits=bundle.num_exits,
-        is_routed=bundle.family != "exits",
+        family=FAMILIES[bundle.family],
         target=None,
         answer=partial(_answer_bundle, session),
         collect=partial(collect_from_session, session),

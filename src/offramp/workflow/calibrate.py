@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from offramp.artifacts import write_json
 from offramp.calibration.asked import Asked, cannot_tell
@@ -29,11 +29,10 @@ from offramp.calibration.temperature import (
 from offramp.calibration.thresholds import reached_under
 from offramp.errors import InvalidArgumentError
 from offramp.exporting.profiling import profile_exported
+from offramp.families import family_of
 from offramp.inference.profiling import profile_network
-from offramp.inference.sweeping import SteeredNetwork, steering_policy
 from offramp.inference.timing import check_batch_sizes
 from offramp.measure.profile import Profile
-from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.confidence import (
     AGREEMENT,
     CONFIDENCE_RULES,
@@ -44,42 +43,15 @@ from offramp.policy.confidence import (
 from offramp.policy.dense_policies import DensePolicy, dense_policy
 from offramp.policy.policies import PatiencePolicy, ThresholdedPolicy, ThresholdPolicy
 from offramp.policy.routing_policy import RoutingPolicy
-from offramp.routing.skip import SkipNetwork
 from offramp.training.run import CALIBRATION_SPLIT, Run, write_policy
 from offramp.workflow.held_out import HeldOut, find_on_train, hold_out
 from offramp.workflow.wanted import LEARNED, Timing, Wanted
-from offramp.zoo import Network
 
 _LEAST_SURVIVORS = 100
 """Where fewer samples reach an exit, its temperature is the one fitted on all."""
 
 PROFILE_FILE = "profile.json"
 """Where a run folder keeps the times of its parts."""
-
-
-class Words(NamedTuple):
-    """What is said of a network that one threshold steers.
-
-    Attributes:
-        does: What it does inside.
-        share: What shares the threshold.
-        way: What it does, as a noun.
-        whole: The network where it does least of that.
-    """
-
-    does: str
-    share: str
-    way: str
-    whole: str
-
-
-_GATES = Words(does="skips blocks inside", share="gates", way="skipping", whole="the whole network")
-_TOKENS = Words(
-    does="drops tokens inside",
-    share="tokens",
-    way="dropping tokens",
-    whole="the network with a threshold of 1",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +75,6 @@ class Chosen:
     temperatures: tuple[ExitCalibration, ...] | None
     timed: LatencyCalibration | None
     profile: Profile | None
-
-
-def words_for(network: Network) -> Words | None:
-    """Words for a network that one threshold steers; None for one with exits."""
-    if isinstance(network, MultiExitNetwork):
-        return None
-    return _GATES if isinstance(network, SkipNetwork) else _TOKENS
 
 
 def default_rule(is_dense: bool) -> str:
@@ -146,11 +111,12 @@ def check_wanted(wanted: Wanted) -> None:
 
 def settle(wanted: Wanted, run: Run) -> Wanted:
     """Name the default rule of a network with exits; of any other, refuse what is about exits."""
-    words = words_for(run.network)
-    if words is None:
+    family = family_of(run.network)
+    if family.thresholds is None:
         return (
             wanted if wanted.rule else replace(wanted, rule=default_rule(run.multi_exit.is_dense))
         )
+    words = family.words
     given = {
         "--rule": wanted.rule,
         "--patience": wanted.patience,
@@ -162,7 +128,7 @@ def settle(wanted: Wanted, run: Run) -> Wanted:
     for name, value in given.items():
         if value is not None:
             raise InvalidArgumentError(
-                f"{name} is about exits. The run {run.folder} {words.does}, and its "
+                f"{name} is about exits. The run {run.folder} {words.does} inside, and its "
                 f"{words.share} share one threshold: leave {name} out."
             )
     return wanted
@@ -218,9 +184,10 @@ def calibrate(
 
 def _promise(chosen: Calibration[Any], held_out: HeldOut, found_on: str) -> dict[str, Any]:
     assert chosen.guarantee is not None
-    words = words_for(held_out.run.network)
-    how = {} if words is None else {"way": words.way, "last": words.whole}
-    sentence = chosen.guarantee.sentence(held_out.population, **how)
+    words = family_of(held_out.run.network).words
+    sentence = chosen.guarantee.sentence(
+        held_out.population, way=words.way, last=words.whole_network
+    )
     return asdict(chosen.guarantee) | {"sentence": sentence, "found_on": found_on}
 
 
@@ -349,16 +316,15 @@ def set_by_hand(run: Run, thresholds: str, wanted: Wanted) -> ThresholdedPolicy 
 
 
 def _steered_by_hand(run: Run, threshold: str) -> RoutingPolicy:
-    words = words_for(run.network)
-    assert words is not None
-    network: SteeredNetwork = run.network  # type: ignore[assignment]
+    family = family_of(run.network)
     try:
-        return steering_policy(network)(float(threshold))
+        policy: RoutingPolicy = family.policy(float(threshold))
     except ValueError as error:
         raise InvalidArgumentError(
-            f"Expected one number in [0, 1] for --thresholds: the {words.share} of "
+            f"Expected one number in [0, 1] for --thresholds: the {family.words.share} of "
             f"{run.folder} share it. Got {threshold!r}."
         ) from error
+    return policy
 
 
 def _exits_by_hand(

@@ -17,10 +17,10 @@ from offramp.errors import InvalidArgumentError, NotCalibratedError
 from offramp.exporting.bundle import check_parity
 from offramp.exporting.bundle import export as write
 from offramp.exporting.quantize import quantize
-from offramp.inference.agreement import Agreement
+from offramp.families import family_of
+from offramp.families.agreement import Agreement
 from offramp.inference.evaluate import Answers, answer
 from offramp.policy.confidence import PIXEL_SHARE
-from offramp.policy.routing_policy import RoutingPolicy
 from offramp.runtime import Session, with_thresholds
 from offramp.runtime.bundle import write_bundle
 from offramp.training.data import make_loader
@@ -88,10 +88,11 @@ def export(
     """Write the bundle of a run, in float32 or in int8, and check it on samples of its data."""
     loaded = load(run)
     recipe = loaded.require_recipe()
-    if int8 and isinstance(loaded.policy, RoutingPolicy):
+    family = family_of(loaded.network)
+    if int8 and family.thresholds is not None:
         raise InvalidArgumentError(
             f"--quantize is for networks with exits. {run} has one, and a threshold of "
-            f"{loaded.policy.kind}: export it in float32."
+            f"{family.settings}: export it in float32."
         )
     if loaded.policy is None:
         raise NotCalibratedError(

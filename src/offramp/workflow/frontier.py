@@ -16,12 +16,13 @@ from offramp.calibration.temperature import (
     fit_temperatures,
 )
 from offramp.errors import InSampleError, InvalidArgumentError
+from offramp.families import family_of
 from offramp.training.data import make_loader
 from offramp.training.recipes import Recipe
 from offramp.training.run import CALIBRATION_SPLIT, load, load_batches
 from offramp.training.sources import SOURCES
 from offramp.workflow.artifact import is_bundle, open_artifact, pick_device
-from offramp.workflow.calibrate import default_rule, rule_named, words_for
+from offramp.workflow.calibrate import default_rule, rule_named
 from offramp.workflow.held_out import Loader, evidence_by
 
 
@@ -111,7 +112,7 @@ def open_all(folders: Sequence[Path], device: str | None = None) -> list[Opened]
 def _open(folder: Path, device: str | None) -> Opened:
     if is_bundle(folder):
         bundle = open_artifact(folder, device)
-        if bundle.is_routed:
+        if bundle.family.thresholds is not None:
             raise InvalidArgumentError(
                 f"The bundle {folder} skips blocks or drops tokens, and is not run at other "
                 "thresholds. Give the run that it was exported from."
@@ -131,7 +132,7 @@ def _open(folder: Path, device: str | None) -> Opened:
         recipe=loaded.require_recipe(),
         data=loaded.data,
         num_exits=network.num_exits,
-        is_steered=words_for(network) is not None,
+        is_steered=family_of(network).thresholds is not None,
         collect=evidence_by(network),
     )
 

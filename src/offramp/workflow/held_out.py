@@ -16,8 +16,8 @@ from offramp.calibration.collect import collect
 from offramp.calibration.evidence import Evidence
 from offramp.decoding import parse_json
 from offramp.errors import DataError, InvalidArgumentError
+from offramp.families import family_of
 from offramp.inference.sweeping import collect_sweep
-from offramp.model.multi_exit import MultiExitNetwork
 from offramp.training.data import Batches, make_loader
 from offramp.training.run import CALIBRATION_SPLIT, Run, load_batches
 from offramp.workflow.artifact import pick_device
@@ -67,9 +67,7 @@ class HeldOut:
 
 def evidence_by(network: Network) -> Callable[[Loader], Evidence[Any]]:
     """Make the function from a loader to all that choosing needs to know of its samples."""
-    if isinstance(network, MultiExitNetwork):
-        return partial(collect, network)
-    return partial(collect_sweep, network)
+    return partial(collect if family_of(network).thresholds is None else collect_sweep, network)
 
 
 def hold_out(

@@ -23,7 +23,7 @@ from offramp import (
 from offramp.calibration.collect import write_logits
 from offramp.calibration.thresholds import confidences, measure_policy
 from offramp.errors import ShapeError
-from offramp.inference.runner import AdaptiveRunner
+from offramp.families.exits import AdaptiveRunner
 from offramp.measure.dense import IGNORED_LABEL, confusion_matrices, label_maps, mean_iou
 from offramp.policy.confidence import DENSE_RULES
 from offramp.training.data import Normalisation, make_loader

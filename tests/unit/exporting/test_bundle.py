@@ -14,7 +14,7 @@ from offramp.errors import ArtifactError, ExportMismatchError, InvalidArgumentEr
 from offramp.exporting.bundle import check_parity, export
 from offramp.exporting.onnx import plan_steps
 from offramp.exporting.single import write_single
-from offramp.inference.runner import AdaptiveRunner
+from offramp.families.exits import AdaptiveRunner
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, never_leave
 from offramp.runtime import PlainSession, Session, read_bundle

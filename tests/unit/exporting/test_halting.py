@@ -9,18 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from offramp.calibration.collect import collect, collect_from_session
 from offramp.errors import (
     ArtifactError,
-    ExportMismatchError,
     InvalidArgumentError,
     ShapeError,
 )
-from offramp.exporting.bundle import check_parity, export
+from offramp.exporting.bundle import export
 from offramp.exporting.quantize import quantize
-from offramp.inference.agreement import answer_in_batches, compare_with_masked
-from offramp.inference.halting import HaltingRunner
-from offramp.inference.timing_processes import _compare_with_all_steps
+from offramp.families.agreement import answer_in_batches, compare
+from offramp.families.halting import HaltingRunner, masked_pass
+from offramp.inference.timing_processes import _all_steps
 from offramp.model.ragged import Ragged
 from offramp.policy.routing_policy import GatePolicy, HaltingPolicy
 from offramp.routing.halting import HaltingNetwork
@@ -128,7 +126,7 @@ def test_session_answers_as_the_masked_pass(exported, threshold, batch_size):
     session = Session(with_routing_threshold(bundle, threshold), threads=1)
     found = answer_in_batches(session, IMAGES, batch_size=batch_size)
     first_layers = bundle.halting.first_layers
-    agreement = compare_with_masked(found, network, threshold, IMAGES, first_layers=first_layers)
+    agreement = compare(found, masked_pass(network, threshold, (IMAGES,), first_layers))
     assert agreement.holds
     assert max(agreement.differences) < 1e-4
     costs = network.costs(IMAGES)
@@ -198,19 +196,6 @@ def test_each_step_lies_behind_an_if_of_the_one_before(exported):
     assert depth == bundle.num_steps - 1
 
 
-def test_files_say_nothing_of_the_machine_that_wrote_them(exported):
-    _, bundle = exported
-    for file in bundle.files:
-        assert b"site-packages" not in (bundle.folder / file.name).read_bytes()
-
-
-def test_plain_network_is_in_it(exported):
-    network, bundle = exported
-    with torch.no_grad():
-        expected = network.plain()(IMAGES)
-    np.testing.assert_allclose(PlainSession(bundle).run(IMAGES), expected, atol=1e-4)
-
-
 def test_masking_in_the_bundle_says_what_torch_says(exported):
     network, bundle = exported
     session = Session(bundle)
@@ -223,27 +208,7 @@ def test_masking_in_the_bundle_says_what_torch_says(exported):
     assert margin.shape == tokens.shape
     assert (margin[tokens > 0] >= 0).all()
     assert np.isinf(margin[tokens == 0]).all()
-    assert _compare_with_all_steps(session.run(IMAGES), session, IMAGES).holds
-
-
-def test_calibrating_on_a_bundle_sees_tokens_stay(exported):
-    network, bundle = exported
-    labels = torch.arange(len(IMAGES)) % 5
-    batches = list(zip(IMAGES.split(10), labels.split(10), strict=True))
-    found, expected = collect_from_session(Session(bundle), batches), collect(network, batches)
-    torch.testing.assert_close(found.logits_KNC, expected.logits_KNC, rtol=1e-4, atol=1e-4)
-    assert found.costs.exit_macs() == (bundle.plain_macs,)
-
-
-def test_another_network_is_told_apart(exported):
-    network, bundle = exported
-    check_parity(Session(bundle), network, HaltingPolicy(0.7), IMAGES)
-    other = small_vit()
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(0.05)
-    with pytest.raises(ExportMismatchError, match="of 32 samples went another way"):
-        check_parity(Session(bundle), other, HaltingPolicy(0.7), IMAGES)
+    assert compare(session.run(IMAGES), _all_steps(session, IMAGES)).holds
 
 
 def test_what_is_of_other_families_is_refused(exported, tmp_path):
@@ -295,7 +260,7 @@ def test_texts_of_unequal_length_are_answered_as_in_torch(reader, batch_size):
     ids = texts()
     found = answer_in_batches(Session(bundle, threads=1), ids, batch_size=batch_size)
     assert found.tokens[:, 0].tolist() == LENGTHS
-    agreement = compare_with_masked(found, network, 0.7, ids)
+    agreement = compare(found, masked_pass(network, 0.7, (ids,)))
     assert agreement.holds
     assert max(agreement.differences) < 1e-4
     assert torch.equal(found.macs, network.costs(ids).macs(found.tokens))

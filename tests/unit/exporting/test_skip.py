@@ -9,18 +9,17 @@ import torch
 from torch import nn
 
 import offramp.exporting.skip as skip_module
-from offramp.calibration.collect import collect, collect_from_session
-from offramp.errors import DataError, ExportMismatchError, InvalidArgumentError
-from offramp.exporting.bundle import check_parity, export
+from offramp.errors import ExportMismatchError, InvalidArgumentError
+from offramp.exporting.bundle import export
 from offramp.exporting.quantize import quantize
 from offramp.exporting.skip_single import write_skip_single
-from offramp.inference.agreement import answer_in_batches, compare_with_gated_sum
-from offramp.inference.skipping import SkipRunner
+from offramp.families.agreement import answer_in_batches, compare
+from offramp.families.skip import SkipRunner, gated_sum
 from offramp.policy.policies import never_leave
 from offramp.policy.routing_policy import GatePolicy
 from offramp.routing.gates import Gates
 from offramp.routing.skip import SkipNetwork, add_gates
-from offramp.runtime import PlainSession, Session, read_bundle, with_routing_threshold
+from offramp.runtime import Session, read_bundle, with_routing_threshold
 from offramp.zoo.resnet import resnet
 
 IMAGES = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -70,7 +69,7 @@ def test_session_answers_as_the_runner_and_the_gated_sum(exported, where, batch_
     policy = GatePolicy(threshold)
     session = Session(with_routing_threshold(bundle, threshold), threads=1)
     found = answer_in_batches(session, IMAGES, batch_size=batch_size)
-    agreement = compare_with_gated_sum(found, network, threshold, IMAGES)
+    agreement = compare(found, gated_sum(network, threshold, (IMAGES,)))
     assert agreement.holds
     assert max(agreement.differences) < 1e-4
     expected = SkipRunner(network, policy).run(IMAGES)
@@ -133,42 +132,6 @@ def test_a_block_is_in_its_own_file_and_behind_an_if(exported):
     for step in bundle.skip.steps:
         block = [node.op_type for node in onnx.load(bundle.folder / step.block.name).graph.node]
         assert block.count("Conv") == (2 if step.around is None else 3)
-
-
-def test_files_say_nothing_of_the_machine_that_wrote_them(exported):
-    _, bundle = exported
-    for file in bundle.files:
-        assert b"site-packages" not in (bundle.folder / file.name).read_bytes()
-
-
-def test_plain_network_is_in_it(exported):
-    network, bundle = exported
-    with torch.no_grad():
-        expected = network.plain()(IMAGES)
-    np.testing.assert_allclose(PlainSession(bundle).run(IMAGES), expected, atol=1e-5)
-
-
-def test_calibrating_on_a_bundle_sees_every_block_run(exported):
-    network, bundle = exported
-    labels = torch.arange(len(IMAGES)) % 5
-    batches = list(zip(IMAGES.split(10), labels.split(10), strict=True))
-    found, expected = collect_from_session(Session(bundle), batches), collect(network, batches)
-    torch.testing.assert_close(found.logits_KNC, expected.logits_KNC, rtol=1e-4, atol=1e-4)
-    assert torch.equal(found.labels_N, labels)
-    assert found.numbers == (0,)
-    assert found.costs.exit_macs() == (bundle.plain_macs,)
-    with pytest.raises(DataError, match="at least one sample"):
-        collect_from_session(Session(bundle), [])
-
-
-def test_another_network_is_told_apart(exported):
-    _, bundle = exported
-    other = small_network("recurrent")
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(0.05)
-    with pytest.raises(ExportMismatchError, match="of 32 samples went another way"):
-        check_parity(Session(bundle), other, GatePolicy(bundle.skip.threshold), IMAGES)
 
 
 def test_int8_is_refused(exported, tmp_path):

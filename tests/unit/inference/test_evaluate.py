@@ -12,6 +12,7 @@ from offramp.calibration.collect import ExitLogits, collect
 from offramp.calibration.evidence import calibrate
 from offramp.calibration.guarantee import calibrate_with_guarantee
 from offramp.errors import DataError, InvalidArgumentError, NotCalibratedError, ShapeError
+from offramp.families.exits import AdaptiveRunner
 from offramp.inference.evaluate import (
     BlocksEvaluation,
     ExitEvaluation,
@@ -19,7 +20,6 @@ from offramp.inference.evaluate import (
     TokensEvaluation,
     evaluate,
 )
-from offramp.inference.runner import AdaptiveRunner
 from offramp.measure.cost import ExitCosts
 from offramp.measure.intervals import difference_interval
 from offramp.policy.policies import ThresholdPolicy, always_leave_at

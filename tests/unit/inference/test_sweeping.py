@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from offramp.errors import DataError, InvalidArgumentError
-from offramp.inference.sweeping import GATE_THRESHOLDS, HALTING_THRESHOLDS, collect_sweep
+from offramp.families.halting import HALTING
+from offramp.families.skip import SKIP
+from offramp.inference.sweeping import collect_sweep
 from offramp.routing.skip import at_threshold
 
 
@@ -35,10 +37,10 @@ def test_every_threshold_says_and_costs_what_the_gated_sum_does(skip_network, ba
 
 def test_thresholds_are_few_even_in_score_and_include_both_ends(skip_network, batches):
     found = collect_sweep(skip_network, batches[:1])
-    assert found.thresholds == tuple(reversed(GATE_THRESHOLDS))
+    assert found.thresholds == SKIP.thresholds
     assert (len(found.thresholds), found.thresholds[0], found.thresholds[-1]) == (21, 1, 0)
     assert 0.5 in found.thresholds  # at which gates are trained
-    scores = torch.logit(torch.tensor(GATE_THRESHOLDS[1:-1], dtype=torch.float64))
+    scores = torch.logit(torch.tensor(SKIP.thresholds[-2:0:-1], dtype=torch.float64))
     steps = [float(after - before) for before, after in pairwise(scores)]
     assert steps == pytest.approx([2 / 3] * 18)
 
@@ -66,7 +68,7 @@ def test_every_threshold_says_and_costs_what_the_masked_pass_does(halting_networ
 
 def test_thresholds_of_tokens_are_as_many_and_hold_that_of_training(halting_network, small_batches):
     found = collect_sweep(halting_network, small_batches[:1])
-    assert found.thresholds == HALTING_THRESHOLDS
+    assert found.thresholds == HALTING.thresholds
     assert (len(found.thresholds), found.thresholds[-1]) == (21, 1.0)
     assert 0.99 in found.thresholds
     assert list(found.thresholds) == sorted(set(found.thresholds))
@@ -78,3 +80,8 @@ def test_wrong_input_is_refused(skip_network, batches):
         collect_sweep(skip_network, [])
     with pytest.raises(InvalidArgumentError, match=r"in \[0, 1\]"):
         collect_sweep(skip_network, batches, [1.5])
+
+
+def test_a_network_of_exits_is_refused(network):
+    with pytest.raises(InvalidArgumentError, match="one threshold steers"):
+        collect_sweep(network, [(torch.randn(3, 6), torch.arange(3))])

@@ -4,14 +4,11 @@ import pytest
 import torch
 
 from offramp.errors import InvalidArgumentError
-from offramp.inference.halting import HaltingRunner
-from offramp.inference.runner import AdaptiveRunner
-from offramp.inference.skipping import SkipRunner
+from offramp.families.exits import AdaptiveRunner
 from offramp.inference.stopwatch import representative_rows
 from offramp.inference.timing import time_runner
 from offramp.policy.confidence import max_probability_confidence
 from offramp.policy.policies import ThresholdPolicy, never_leave
-from offramp.policy.routing_policy import HaltingPolicy
 from offramp.zoo.mlp import mlp
 
 
@@ -72,33 +69,6 @@ def test_what_a_number_must_carry_is_there_and_json_can_hold_it(timed):
     assert content["threads"] == torch.get_num_threads()
     assert content["versions"]["torch"] == torch.__version__
     assert [row["batch_size"] for row in content["results"]] == [1, 32]
-
-
-def test_skipping_is_timed_against_plain_and_has_no_stages(skip_network):
-    images = torch.randn(8, 3, 16, 16)
-    runner = SkipRunner(skip_network)
-    timing = time_runner(runner, images, batch_sizes=(4,), rounds=2)
-    (row,) = timing.results
-    assert min(row.plain_ms, row.all_exits_ms, row.adaptive_ms, row.never_exit_ms) > 0
-    assert (row.stage_bound, row.stage_ms, timing.stage_ms) == (None, None, {})
-    assert timing.shares == (1.0,)
-    mean = runner.run(images).macs.double().mean()
-    assert timing.mean_macs == pytest.approx(float(mean))
-    plain_macs = skip_network.costs(images).plain_macs
-    assert row.ideal_speedup == pytest.approx(plain_macs / float(mean))
-    assert json.loads(json.dumps(timing.to_dict()))["results"][0]["stage_ms"] is None
-
-
-def test_dropping_is_timed_against_plain_and_has_no_stages(halting_network):
-    images = torch.randn(8, 3, 12, 12)
-    runner = HaltingRunner(halting_network, HaltingPolicy(0.7))
-    timing = time_runner(runner, images, batch_sizes=(4,), rounds=2)
-    (row,) = timing.results
-    assert min(row.plain_ms, row.all_exits_ms, row.adaptive_ms, row.never_exit_ms) > 0
-    assert (row.stage_bound, row.stage_ms, timing.stage_ms) == (None, None, {})
-    mean = runner.run(images).macs.double().mean()
-    plain_macs = halting_network.costs(images).plain_macs
-    assert row.ideal_speedup == pytest.approx(plain_macs / float(mean))
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 8])

@@ -12,7 +12,7 @@ from transformers import (
 
 from offramp.calibration.collect import collect
 from offramp.errors import BackboneCutError, DataError, InvalidArgumentError, ShapeError
-from offramp.inference.runner import AdaptiveRunner
+from offramp.families.exits import AdaptiveRunner
 from offramp.model.cut import add_exits
 from offramp.model.inputs import as_inputs
 from offramp.model.ragged import Ragged

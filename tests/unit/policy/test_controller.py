@@ -11,7 +11,7 @@ from offramp.calibration.controller import fit_controller
 from offramp.calibration.thresholds import confidences
 from offramp.errors import ArtifactError, InvalidArgumentError, ShapeError
 from offramp.exporting.bundle import export
-from offramp.inference.runner import AdaptiveRunner
+from offramp.families.exits import AdaptiveRunner
 from offramp.policy.as_dict import policy_from_dict, policy_to_dict
 from offramp.policy.controller import ControllerPolicy, ExitScorer, count_inputs, scorer_inputs
 from offramp.policy.policies import Setting

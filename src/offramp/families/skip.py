@@ -1,27 +1,30 @@
-"""Running a network that skips blocks so that what is skipped does not run.
+"""The family of networks that skip blocks: a block runs on the samples whose gate wants it.
 
 Shapes: ``B`` batch, ``C`` classes, ``G`` gates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from offramp.calibration.sweep import ChosenThreshold
-from offramp.errors import InvalidArgumentError
+from offramp.families.agreement import DECISION_TOLERANCE, Reference
+from offramp.families.family import EVEN_SCORES, Family, TorchRunner, Words, settled
 from offramp.model.inputs import Given, as_inputs, explained
-from offramp.model.multi_exit import take_samples
+from offramp.model.multi_exit import Features, MultiExitNetwork, take_samples
+from offramp.policy.choice import Choice
 from offramp.policy.confidence import max_probability_confidence
 from offramp.policy.routing_policy import GatePolicy
 from offramp.results import AdaptiveResult
 from offramp.routing.gates import GateState
-from offramp.routing.skip import SkipCosts, SkipNetwork, runs_block
+from offramp.routing.skip import SkipCosts, SkipNetwork, at_threshold, runs_block
+from offramp.tables import percent
 
 
-class SkipRunner:
+class SkipRunner(TorchRunner[SkipNetwork, GatePolicy]):
     """Runs each block on the samples whose gate wants it; the others go around.
 
     Args:
@@ -32,21 +35,8 @@ class SkipRunner:
         InvalidArgumentError: If the network or the policy is of another kind.
     """
 
-    def __init__(
-        self, network: SkipNetwork, policy: GatePolicy | ChosenThreshold | None = None
-    ) -> None:
-        if not isinstance(network, SkipNetwork):
-            raise InvalidArgumentError(
-                f"Expected a SkipNetwork, as add_gates makes. Got a {type(network).__name__}."
-            )
-        if isinstance(policy, ChosenThreshold):
-            policy = GatePolicy(policy.threshold)
-        if not isinstance(policy, GatePolicy | None):
-            raise InvalidArgumentError(
-                f"Expected a GatePolicy, or what calibrate chose. Got a {type(policy).__name__}."
-            )
-        self.network = network.eval()
-        self.policy = policy or GatePolicy()
+    def __init__(self, network: SkipNetwork, policy: GatePolicy | Choice | None = None) -> None:
+        self.network, self.policy = settled(network, policy, SkipNetwork, GatePolicy(), "add_gates")
         self._costs_by_size: dict[Hashable, SkipCosts] = {}
 
     @torch.no_grad()
@@ -121,3 +111,67 @@ class SkipRunner:
         if size not in self._costs_by_size:
             self._costs_by_size[size] = self.network.costs(images)
         return self._costs_by_size[size]
+
+
+@torch.no_grad()
+def gated_sum(network: SkipNetwork, threshold: float, inputs: Features) -> Reference:
+    """Run every block, and mask those whose gate's probability is below a threshold."""
+    expected = network(*inputs, at_threshold(threshold))
+    return Reference(
+        output=expected.logits,
+        exit_index=torch.zeros_like(expected.action[:, 0], dtype=torch.int64),
+        num_exits=1,
+        work=expected.action.bool(),
+        is_near=lambda: (expected.probability - threshold).abs() < DECISION_TOLERANCE,
+    )
+
+
+def _whole(network: SkipNetwork) -> tuple[MultiExitNetwork, MultiExitNetwork]:
+    every_block = network.without_gates()
+    return every_block, every_block
+
+
+def _figures(evaluation: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    return [evaluation["blocks"]["saved"], *evaluation["blocks"]["run_rates"]], []
+
+
+def _parts_table(evaluation: Mapping[str, Any]) -> list[str]:
+    rates = enumerate(evaluation["blocks"]["run_rates"])
+    rows = [f"| {index} | {percent(rate)} |" for index, rate in rates]
+    return ["| gated block | samples that run it |", "|---|---|", *rows]
+
+
+SKIP = Family(
+    name="skip",
+    words=Words(
+        kind="networks that skip blocks",
+        maker="add_gates",
+        does="skips blocks",
+        ability="skips blocks input by input",
+        tag="skipnet",
+        heading="Which blocks run",
+        rule="A block runs where its gate's probability is at least {policy.threshold:.4f}.",
+        use=(
+            "print(result.output.argmax(-1), result.blocks.sum(1), result.macs)"
+            "  # class, blocks and MACs run"
+        ),
+        share="gates",
+        way="skipping",
+        whole_network="the whole network",
+        less="skipping blocks",
+        less_metric="with blocks skipped",
+        whole="every block run",
+        whole_metric="with every block run",
+    ),
+    network=SkipNetwork,
+    policy=GatePolicy,
+    as_trained=GatePolicy(),
+    runner=SkipRunner,
+    reference=lambda network, policy, inputs: gated_sum(network, policy.threshold, inputs),
+    whole=_whole,
+    never=lambda policy: GatePolicy(0.0),
+    thresholds=(1.0, *reversed(EVEN_SCORES), 0.0),
+    settings="gates",
+    figures=_figures,
+    parts_table=_parts_table,
+)

@@ -7,9 +7,10 @@ from torch import nn
 from offramp.calibration.sweep import ChosenThreshold
 from offramp.calibration.thresholds import Calibration
 from offramp.errors import InvalidArgumentError, NotCalibratedError, ShapeError
-from offramp.inference.halting import HaltingRunner
-from offramp.inference.runner import AdaptiveRunner, make_runner
-from offramp.inference.skipping import SkipRunner
+from offramp.families import make_runner
+from offramp.families.exits import AdaptiveRunner
+from offramp.families.halting import HaltingRunner
+from offramp.families.skip import SkipRunner
 from offramp.measure.cost import counting_macs
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.policies import (
@@ -217,13 +218,6 @@ def test_runner_without_a_policy_says_how_to_get_one(network):
 def test_policy_for_another_number_of_exits(network, policy):
     with pytest.raises(NotCalibratedError, match=f"3 exits. Got one for {policy.num_exits}"):
         AdaptiveRunner(network, policy)
-
-
-def test_network_that_was_trained_since_runs_in_evaluation_mode(network):
-    runner = AdaptiveRunner(network, never_leave(3))
-    network.train()
-    runner.run(torch.randn(4, 6))
-    assert not network.training
 
 
 # A runner for each family

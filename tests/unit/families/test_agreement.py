@@ -4,22 +4,11 @@ import pytest
 import torch
 
 from offramp.errors import OfframpError
-from offramp.inference.agreement import (
-    all_exits_loop,
-    answer_in_batches,
-    check_agreement,
-    compare_blocks,
-    compare_tokens,
-    compare_with_all_exits,
-    compare_with_gated_sum,
-    compare_with_masked,
-    is_near,
-)
-from offramp.inference.halting import HaltingRunner
-from offramp.inference.runner import AdaptiveRunner
-from offramp.inference.skipping import SkipRunner
+from offramp.families import check_agreement, reference_of
+from offramp.families.agreement import Reference, answer_in_batches, compare
+from offramp.families.exits import AdaptiveRunner, all_exits_loop, is_near
+from offramp.families.halting import token_reference
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, always_leave_at, never_leave
-from offramp.policy.routing_policy import GatePolicy, HaltingPolicy
 from offramp.results import AdaptiveResult
 
 
@@ -44,17 +33,6 @@ def test_all_exits_loop_keeps_the_state_of_every_sample(constant_network):
     network = constant_network([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [5.0, 0.0]])
     _, exit_index, _ = all_exits_loop(network, PatiencePolicy(2, 4), torch.zeros(2, 2))
     assert exit_index.tolist() == [2, 2]
-
-
-def test_early_answers_that_agree_pass(network):
-    x = torch.randn(300, 6)
-    runner = AdaptiveRunner(network, ThresholdPolicy((0.03, 0.02)))
-    result = runner.run(x)
-    assert result.exit_index.unique().tolist() == [0, 1, 2]
-    check_agreement(result, runner, x)
-    agreement = compare_with_all_exits(result, network, runner.policy, x)
-    assert (agreement.num_samples, agreement.moved, agreement.moved_far) == (300, 0, 0)
-    assert max(agreement.differences) < 1e-5
 
 
 class Wrong(AdaptiveRunner):
@@ -84,7 +62,7 @@ def test_the_exit_that_differs_is_told(network):
     x, runner = torch.randn(50, 6), AdaptiveRunner(network, always_leave_at(1, num_exits=3))
     result = runner.run(x)
     off = replace(result, output=result.output + 0.25)
-    agreement = compare_with_all_exits(off, network, runner.policy, x)
+    agreement = compare(off, reference_of(network, runner.policy, x))
     assert agreement.differences == pytest.approx((0, 0.25, 0), abs=1e-5)
     assert agreement.differs
     assert not agreement.holds
@@ -92,48 +70,17 @@ def test_the_exit_that_differs_is_told(network):
 
 def test_samples_near_a_threshold_by_hand():
     confidence_KB = torch.tensor([[0.5, 0.50005, 0.3, 0.8], [0.9, 0.1, 0.7, 0.1], [0.5] * 4])
-    assert is_near(confidence_KB, (0.5, 0.69995)).tolist() == [True, True, True, False]
-    assert is_near(confidence_KB, (float("inf"), 0.2)).tolist() == [False] * 4
-    assert is_near(confidence_KB, ()).tolist() == [False] * 4
+    assert is_near(confidence_KB, (0.5, 0.69995)).tolist() == [[True], [True], [True], [False]]
+    assert is_near(confidence_KB, (float("inf"), 0.2)).tolist() == [[False]] * 4
+    assert is_near(confidence_KB, ()).tolist() == [[False]] * 4
 
 
 # Blocks that are skipped
 
 
-@pytest.fixture
-def skipping(skip_network):
-    """A runner at a threshold that parts the gates' decisions, images, and its answers."""
-    images = torch.randn(40, 3, 16, 16)
-    with torch.no_grad():
-        probabilities = skip_network(images).probability.flatten().sort().values
-    middle = float(probabilities[59:61].mean())  # between the two in the middle
-    runner = SkipRunner(skip_network, GatePolicy(middle))
-    return runner, images, runner.run(images)
-
-
-def test_skipping_that_agrees_passes_in_batches_too(skipping):
-    runner, images, result = skipping
-    assert 0 < result.blocks.double().mean() < 1
-    check_agreement(result, runner, images)
-    ones = answer_in_batches(runner, images, batch_size=1)
-    agreement = compare_with_gated_sum(ones, runner.network, runner.policy.threshold, images)
-    assert agreement.holds
-    assert (agreement.num_samples, agreement.moved_far) == (40, 0)
-    assert max(agreement.differences) < 1e-4
-
-
 def test_answers_of_runs_without_blocks_have_none(network):
     runner = AdaptiveRunner(network, never_leave(3))
     assert answer_in_batches(runner, torch.randn(3, 6), batch_size=2).blocks is None
-
-
-@pytest.mark.parametrize("field", ["output", "blocks"])
-def test_wrong_skipping_is_refused_before_the_clock_starts(skipping, field):
-    runner, images, result = skipping
-    values = getattr(result, field).clone()
-    values[:3] = 1 - values[:3].float() if field == "blocks" else values[:3] + 1
-    with pytest.raises(OfframpError, match="Nothing was timed"):
-        check_agreement(replace(result, **{field: values}), runner, images)
 
 
 def blocks_compared(blocks, near):
@@ -146,7 +93,14 @@ def blocks_compared(blocks, near):
         blocks=torch.tensor([blocks]),
     )
     every = torch.ones(1, 3, dtype=torch.bool)
-    return compare_blocks(result, torch.zeros(1, 2), every, is_near_BG=torch.tensor([near]))
+    reference = Reference(
+        output=torch.zeros(1, 2),
+        exit_index=torch.zeros(1, dtype=torch.int64),
+        num_exits=1,
+        work=every,
+        is_near=lambda: torch.tensor([near]),
+    )
+    return compare(result, reference)
 
 
 @pytest.mark.parametrize(
@@ -167,32 +121,6 @@ def test_rounding_excuses_other_blocks_only_where_the_ways_part(blocks, near, mo
 # Tokens that are dropped
 
 
-@pytest.fixture
-def dropping(halting_network):
-    images = torch.randn(40, 3, 12, 12)
-    runner = HaltingRunner(halting_network, HaltingPolicy(0.7))
-    return runner, images, runner.run(images)
-
-
-def test_dropping_that_agrees_passes_in_batches_too(dropping):
-    runner, images, result = dropping
-    assert len(result.tokens.unique()) > 5
-    check_agreement(result, runner, images)
-    ones = answer_in_batches(runner, images, batch_size=1)
-    agreement = compare_with_masked(ones, runner.network, 0.7, images)
-    assert agreement.holds
-    assert (agreement.num_samples, agreement.moved_far) == (40, 0)
-    assert max(agreement.differences) < 1e-4
-
-
-@pytest.mark.parametrize("field", ["output", "tokens"])
-def test_wrong_dropping_is_refused_before_the_clock_starts(dropping, field):
-    runner, images, result = dropping
-    values = getattr(result, field) + 1
-    with pytest.raises(OfframpError, match="Nothing was timed"):
-        check_agreement(replace(result, **{field: values}), runner, images)
-
-
 def tokens_compared(tokens, near, first_layers=None):
     """One sample, two classes, four layers, ten tokens of which one halts behind each layer."""
     result = AdaptiveResult(
@@ -202,13 +130,13 @@ def tokens_compared(tokens, near, first_layers=None):
         macs=torch.zeros(1, dtype=torch.int64),
         tokens=torch.tensor([tokens]),
     )
-    return compare_tokens(
-        result,
+    reference = token_reference(
         torch.zeros(1, 2),
         torch.tensor([[10, 9, 8, 7]]),
-        is_near_BL=torch.tensor([near]),
-        first_layers=first_layers,
+        lambda: torch.tensor([near]),
+        first_layers,
     )
+    return compare(result, reference)
 
 
 NEVER, AT_0, AT_1, AT_2 = (

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from offramp.errors import InvalidArgumentError, ShapeError
-from offramp.inference.agreement import answer_in_batches, compare_with_masked
-from offramp.inference.halting import HaltingRunner
+from offramp.families.agreement import answer_in_batches, compare
+from offramp.families.halting import HaltingRunner, masked_pass
 from offramp.model.ragged import Ragged
 from offramp.policy.routing_policy import HaltingPolicy
 from offramp.routing.halting import HaltingNetwork
@@ -53,7 +53,7 @@ def test_dropping_equals_masking(halting_network, batch_size, threshold):
     before = IMAGES.clone()
     found = answer_in_batches(runner, IMAGES, batch_size=batch_size)
     assert torch.equal(IMAGES, before)
-    agreement = compare_with_masked(found, halting_network, threshold, IMAGES)
+    agreement = compare(found, masked_pass(halting_network, threshold, (IMAGES,)))
     assert agreement.holds
     assert max(agreement.differences) < 1e-4
     with torch.no_grad():
@@ -97,14 +97,6 @@ def test_every_sample_leaves_by_the_only_exit(halting_network):
     torch.testing.assert_close(result.confidence, result.output.softmax(-1).amax(-1))
 
 
-def test_a_sample_does_not_depend_on_its_batch(halting_network):
-    runner = HaltingRunner(halting_network, HaltingPolicy(0.8))
-    together, alone = runner.run(IMAGES), answer_in_batches(runner, IMAGES, batch_size=1)
-    alike = (together.tokens == alone.tokens).all(1)
-    assert alike.sum() >= len(IMAGES) - 1
-    torch.testing.assert_close(together.output[alike], alone.output[alike], rtol=1e-4, atol=1e-5)
-
-
 def test_nan_never_halts(halting_network):
     images = IMAGES[:4].clone()
     images[2] = float("nan")
@@ -112,13 +104,6 @@ def test_nan_never_halts(halting_network):
     assert result.tokens.tolist() == [[10, 0, 0, 0]] * 2 + [[10] * 4] + [[10, 0, 0, 0]]
     assert result.output[2].isnan().all()
     assert result.output[[0, 1, 3]].isfinite().all()
-
-
-def test_a_runner_goes_back_to_evaluation_mode(halting_network):
-    runner = HaltingRunner(halting_network)
-    first = runner.run(IMAGES).output
-    halting_network.train()
-    assert torch.equal(runner.run(IMAGES).output, first)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 9])
@@ -130,7 +115,7 @@ def test_padding_of_texts_is_never_a_token(text_network, batch_size):
     runner = HaltingRunner(text_network, HaltingPolicy(0.8))
     found = answer_in_batches(runner, ids, batch_size=batch_size)
     assert found.tokens[:, 0].tolist() == lengths
-    agreement = compare_with_masked(found, text_network, 0.8, ids)
+    agreement = compare(found, masked_pass(text_network, 0.8, (ids,)))
     assert agreement.holds
     assert max(agreement.differences) < 1e-4
     costs = text_network.costs(ids)

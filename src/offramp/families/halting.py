@@ -1,4 +1,4 @@
-"""Running a network whose tokens halt so that those that have halted are gone.
+"""The family of networks whose tokens halt: those that have halted are gone.
 
 Shapes: ``B`` batch, ``T`` tokens, ``N`` tokens of all samples together, ``D`` width of a token,
 ``L`` layers, ``C`` classes.
@@ -6,17 +6,18 @@ Shapes: ``B`` batch, ``T`` tokens, ``N`` tokens of all samples together, ``D`` w
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from offramp.calibration.sweep import ChosenThreshold
-from offramp.errors import InvalidArgumentError
-from offramp.inference.packing import Packing
+from offramp.families.agreement import DECISION_TOLERANCE, Reference
+from offramp.families.family import EVEN_SCORES, Family, TorchRunner, Words, settled
+from offramp.families.packing import Packing
 from offramp.model.inputs import Given, as_inputs, explained
-from offramp.model.multi_exit import Features
+from offramp.model.multi_exit import Features, MultiExitNetwork
+from offramp.policy.choice import Choice
 from offramp.policy.confidence import max_probability_confidence
 from offramp.policy.routing_policy import HaltingPolicy
 from offramp.results import AdaptiveResult
@@ -24,7 +25,7 @@ from offramp.routing.halting import HaltingCosts, HaltingNetwork, advance
 from offramp.runtime.padding import require_first_tokens
 
 
-class HaltingRunner:
+class HaltingRunner(TorchRunner[HaltingNetwork, HaltingPolicy]):
     """Runs each layer on the tokens that have not halted, and on no sample that is answered.
 
     The tokens of a batch lie one after the other, without padding; attention stays within each
@@ -39,20 +40,11 @@ class HaltingRunner:
     """
 
     def __init__(
-        self, network: HaltingNetwork, policy: HaltingPolicy | ChosenThreshold | None = None
+        self, network: HaltingNetwork, policy: HaltingPolicy | Choice | None = None
     ) -> None:
-        if not isinstance(network, HaltingNetwork):
-            raise InvalidArgumentError(
-                f"Expected a HaltingNetwork, as add_halting makes. Got a {type(network).__name__}."
-            )
-        if isinstance(policy, ChosenThreshold):
-            policy = HaltingPolicy(policy.threshold)
-        if not isinstance(policy, HaltingPolicy | None):
-            raise InvalidArgumentError(
-                f"Expected a HaltingPolicy, or what calibrate chose. Got a {type(policy).__name__}."
-            )
-        self.network = network.eval()
-        self.policy = policy or HaltingPolicy()
+        self.network, self.policy = settled(
+            network, policy, HaltingNetwork, HaltingPolicy(), "add_halting"
+        )
         self._costs_by_size: dict[Hashable, HaltingCosts] = {}
 
     @torch.no_grad()
@@ -164,3 +156,111 @@ def _packed(x_ND: Tensor, total_N: Tensor, rows_B: Tensor, lengths_B: Tensor) ->
         here = lengths_B.nonzero()[:, 0]
         rows_B, lengths = rows_B[here], [length for length in lengths if length]
     return _Running(x_ND, total_N, rows_B, Packing(lengths, x_ND.device))
+
+
+@torch.no_grad()
+def masked_pass(
+    network: HaltingNetwork,
+    threshold: float,
+    inputs: Features,
+    first_layers: Sequence[int] | None = None,
+) -> Reference:
+    """Run every layer on every token, and mask those that have halted."""
+    expected = network(*inputs, threshold=threshold)
+
+    def near_BL() -> Tensor:
+        is_near_BTL: Tensor = expected.runs & (
+            (expected.total - threshold).abs() < DECISION_TOLERANCE
+        )
+        return is_near_BTL.any(1)
+
+    return token_reference(expected.logits, expected.tokens, near_BL, first_layers)
+
+
+def token_reference(
+    output: Tensor,
+    tokens_BL: Tensor,
+    near_BL: Callable[[], Tensor],
+    first_layers: Sequence[int] | None = None,
+) -> Reference:
+    """Describe answers where tokens were masked, in any engine."""
+    steps = list(range(tokens_BL.shape[1]) if first_layers is None else first_layers)
+
+    def is_near_BS() -> Tensor:
+        # Rounding may decide in the step before the ways part; later scores are of other tokens.
+        in_step = [part_BS.any(1) for part_BS in near_BL().tensor_split(steps[1:], dim=1)]
+        return torch.stack([torch.zeros_like(in_step[0]), *in_step[:-1]], 1)
+
+    return Reference(
+        output=output,
+        exit_index=torch.zeros_like(tokens_BL[:, 0]),
+        num_exits=1,
+        work=tokens_BL,
+        columns=steps,
+        is_near=is_near_BS,
+    )
+
+
+def _whole(
+    network: HaltingNetwork,
+) -> tuple[Callable[..., tuple[Tensor]], MultiExitNetwork]:
+    """Its logits with a threshold of 1, at which tokens stay longest, and the plain network."""
+
+    def say(*inputs: Tensor) -> tuple[Tensor]:
+        return (network(*inputs, threshold=1.0).logits,)
+
+    return say, network.without_halting()
+
+
+def _figures(evaluation: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    every, *later = evaluation["tokens"]["per_layer"]
+    return [mean / every for mean in later], [every]
+
+
+def _parts_table(evaluation: Mapping[str, Any]) -> list[str]:
+    means = enumerate(evaluation["tokens"]["per_layer"], start=1)
+    rows = [f"| {number} | {mean:.1f} |" for number, mean in means]
+    return ["| layer | tokens in it |", "|---|---|", *rows]
+
+
+@torch.no_grad()
+def _depths(network: HaltingNetwork, policy: HaltingPolicy, images: Tensor) -> Tensor:
+    depth_BT: Tensor = network(images, threshold=policy.threshold).depth
+    return depth_BT
+
+
+HALTING = Family(
+    name="halting",
+    words=Words(
+        kind="networks whose tokens halt",
+        maker="add_halting",
+        does="drops tokens",
+        ability="drops each token of an input as soon as it is finished",
+        tag="a-vit",
+        heading="When a token halts",
+        rule="A token halts where its scores add up to at least {policy.threshold:.4f}.",
+        use=(
+            "print(result.output.argmax(-1), result.tokens.sum(1), result.macs)"
+            "  # class, tokens and MACs run"
+        ),
+        share="tokens",
+        way="dropping tokens",
+        whole_network="the network with a threshold of 1",
+        less="dropping tokens that have halted",
+        less_metric="with tokens dropped",
+        whole="with a threshold of 1, at which tokens stay longest",
+        whole_metric="with a threshold of 1",
+    ),
+    network=HaltingNetwork,
+    policy=HaltingPolicy,
+    as_trained=HaltingPolicy(),
+    runner=HaltingRunner,
+    reference=lambda network, policy, inputs: masked_pass(network, policy.threshold, inputs),
+    whole=_whole,
+    never=lambda policy: HaltingPolicy(1.0),
+    thresholds=(*sorted((*EVEN_SCORES, HaltingPolicy.threshold)), 1.0),
+    settings="halting",
+    figures=_figures,
+    parts_table=_parts_table,
+    depths=_depths,
+)

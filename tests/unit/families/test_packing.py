@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from offramp.inference.packing import Packing
+from offramp.families.packing import Packing
 from offramp.routing.layers import attend
 
 CPU = torch.device("cpu")
