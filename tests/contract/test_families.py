@@ -9,9 +9,6 @@ import pytest
 import torch
 
 import offramp
-from offramp.calibration.collect import collect
-from offramp.calibration.sweep import choose_threshold
-from offramp.calibration.thresholds import calibrate
 from offramp.errors import InvalidArgumentError, NotCalibratedError, OfframpError
 from offramp.families import (
     FAMILIES,
@@ -135,10 +132,9 @@ def test_a_run_folder_refuses_a_policy_of_another_family(example, tmp_path):
 
 
 def choose(example, **target):
-    """Whatever the evidence of the family is: logits of exits, or a sweep over thresholds."""
-    if example.family.thresholds is None:
-        return calibrate(collect(example.network, example.batches), **target)
-    return choose_threshold(collect_sweep(example.network, example.batches), **target)
+    thresholds = None if example.family.thresholds is None else "auto"
+    evidence = offramp.collect(example.network, example.batches, thresholds=thresholds)
+    return offramp.calibrate(evidence, **target)
 
 
 @pytest.mark.filterwarnings("ignore::offramp.FewSamplesWarning")
