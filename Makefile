@@ -37,7 +37,7 @@ BACKBONES = $(VENV)-backbones
 SITE = import site; print(site.getsitepackages()[0])
 
 test-backbones: $(BACKBONES)/.installed  ## torchvision's, timm's and transformers' models, cut; 8 minutes.
-	PYTHONPATH=src $(BACKBONES)/bin/python -m pytest -q tests/backbones tests/unit/training/test_recipes.py
+	PYTHONPATH=src $(BACKBONES)/bin/python -m pytest -q tests/backbones tests/unit/recipes/test_recipe.py
 
 $(BACKBONES)/.installed: $(READY)
 	$(PYTHON) -m venv $(BACKBONES)

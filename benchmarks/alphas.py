@@ -30,15 +30,14 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from offramp import fit, load
+from offramp.data.images import make_loader
+from offramp.evaluation.sweeping import collect_sweep
 from offramp.families.skip import SkipRunner
-from offramp.inference.sweeping import collect_sweep
 from offramp.model.checkpoint import save_weights
 from offramp.model.inputs import as_inputs
+from offramp.recipes.recipe import Recipe
 from offramp.routing.skip import SkipNetwork
-from offramp.training.config import FitConfig, GateConfig
-from offramp.training.data import make_loader
-from offramp.training.recipes import Recipe
-from offramp.training.run import (
+from offramp.runs.run import (
     WEIGHTS_FILE,
     Run,
     create_folder,
@@ -46,6 +45,7 @@ from offramp.training.run import (
     load_training_data,
     write_recipe,
 )
+from offramp.training.config import FitConfig, GateConfig
 from record import circumstances, read_rows, write_json
 
 THRESHOLDS = tuple(step / 10 for step in range(11))

@@ -22,9 +22,9 @@ import typer
 from torch import Tensor
 
 from offramp import load
-from offramp.routing.reinforce import reinforce_loss, returns_to_go, skip_rewards
 from offramp.routing.skip import GatedOutput, SkipNetwork, at_threshold, sampled
-from offramp.training.run import load_training_data
+from offramp.runs.run import load_training_data
+from offramp.training.tasks.reinforce import reinforce_loss, returns_to_go, skip_rewards
 from record import circumstances, write_json
 
 

@@ -21,8 +21,8 @@ import typer
 
 from offramp import collect, load
 from offramp.calibration.collect import write_logits
-from offramp.training.data import Batches, make_loader, split_off_calibration
-from offramp.training.run import load_batches
+from offramp.data.images import Batches, make_loader, split_off_calibration
+from offramp.runs.run import load_batches
 from pools import front_file, pool_file
 
 SEED = 0

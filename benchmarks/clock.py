@@ -33,17 +33,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from offramp.evaluation.stopwatch import ProcessStopwatch, time_in_turn
 from offramp.exporting.bundle import export
 from offramp.exporting.quantize import quantize
 from offramp.families import check_agreement
 from offramp.families.exits import AdaptiveRunner
-from offramp.inference.stopwatch import ProcessStopwatch, time_in_turn
 from offramp.model.checkpoint import save_weights
 from offramp.policy.confidence import max_probability_confidence
 from offramp.policy.policies import Policy, ThresholdPolicy
-from offramp.runtime import Session
-from offramp.training.catalogue import find_recipe
-from offramp.training.run import (
+from offramp.recipes.exits import find_recipe
+from offramp.runs.run import (
     WEIGHTS_FILE,
     create_folder,
     load,
@@ -51,6 +50,7 @@ from offramp.training.run import (
     write_policy,
     write_recipe,
 )
+from offramp.runtime import Session
 from record import circumstances, write_json
 
 TUTORIAL_NATS = (0.1, 0.5)
@@ -153,7 +153,7 @@ def start_engines(
 
     def of_bundle(folder: Path) -> ProcessStopwatch:
         spec = {**common, "backend": "onnxruntime", "folder": str(folder)}
-        module = "offramp.inference.timing_worker"
+        module = "offramp.evaluation.worker"
         return ProcessStopwatch([sys.executable, "-m", module, json.dumps(spec)], environment)
 
     def of_run(python: str, kind: str) -> ProcessStopwatch:

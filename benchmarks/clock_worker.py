@@ -17,13 +17,13 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from offramp.evaluation.contenders import torch_contenders
+from offramp.evaluation.stopwatch import LocalStopwatch, serve
 from offramp.families.agreement import DECISION_TOLERANCE
 from offramp.families.exits import AdaptiveRunner
-from offramp.inference.contenders import torch_contenders
-from offramp.inference.stopwatch import LocalStopwatch, serve
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.policies import ThresholdPolicy
-from offramp.training.run import load
+from offramp.runs.run import load
 
 
 def tutorial_answers(

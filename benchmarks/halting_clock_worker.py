@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from offramp.inference.stopwatch import LocalStopwatch, serve
+from offramp.evaluation.stopwatch import LocalStopwatch, serve
 from offramp.runtime import PlainSession, Session, read_bundle, with_routing_threshold
 from skip_clock_worker import Contenders, run_all, step_by_step
 

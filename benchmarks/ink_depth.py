@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from offramp import load
-from offramp.inference.depth_maps import patch_grid
+from offramp.drawing.token_depths import patch_grid
 from offramp.routing.halting import HaltingNetwork
-from offramp.training.run import load_batches
+from offramp.runs.run import load_batches
 from record import circumstances, write_json
 
 INK_EDGES = (0.0, 0.001, 0.1, 0.3, 0.6, 1.0)

@@ -20,13 +20,13 @@ import zstandard
 from rich.console import Console
 from rich.table import Table
 
+from offramp.data.images import make_loader
+from offramp.data.sources import SOURCES
 from offramp.offload.codec import CODECS, Codec, decode, encode
+from offramp.runs.run import load_batches
 from offramp.runtime import Bundle, read_bundle
 from offramp.runtime.part import PartSession, carried_specs, cuts
 from offramp.serving.http_client import write_request
-from offramp.training.data import make_loader
-from offramp.training.run import load_batches
-from offramp.training.sources import SOURCES
 from offramp.workflow.artifact import find_bundle, recipe_of
 from record import circumstances, write_json
 

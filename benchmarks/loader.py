@@ -30,8 +30,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from offramp.training.data import EpochSampler, ImageBatches, Normalisation, make_loader
-from offramp.training.sources import load_split
+from offramp.data.images import EpochSampler, ImageBatches, Normalisation, make_loader
+from offramp.data.sources import load_split
 from record import circumstances, write_json
 
 BATCH_SIZE = 256

@@ -35,11 +35,11 @@ from rich.table import Table
 from offramp import DenseLogits, calibrate, collect, load, mean_iou
 from offramp.calibration.search import exits_left_by
 from offramp.calibration.thresholds import confidences
+from offramp.data.images import make_loader
+from offramp.data.sources import SOURCES
 from offramp.policy.confidence import AGREEMENT, DENSE_RULES, PIXEL_SHARE
 from offramp.policy.policies import ThresholdedPolicy
-from offramp.training.data import make_loader
-from offramp.training.run import CALIBRATION_SPLIT, Run, load_batches
-from offramp.training.sources import SOURCES
+from offramp.runs.run import CALIBRATION_SPLIT, Run, load_batches
 from record import circumstances, write_json
 
 RULES = (*DENSE_RULES, AGREEMENT)

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from offramp.model.checkpoint import save_weights
 from offramp.model.multi_exit import MultiExitNetwork
+from offramp.recipes.recipe import Recipe
+from offramp.recipes.settings import override
 from offramp.routing.halting import HaltingNetwork
-from offramp.training import run as run_folder
+from offramp.runs import run as run_folder
 from offramp.training.fit import fit
-from offramp.training.recipes import Recipe
-from offramp.training.settings import override
 
 PLAIN = "plain"
 """Instead of a ponder weight: no halting."""

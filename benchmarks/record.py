@@ -15,7 +15,7 @@ import typer
 
 import offramp
 from offramp.artifacts import atomic_path
-from offramp.inference.timing import hardware_name
+from offramp.evaluation.timing import hardware_name
 
 
 def circumstances() -> dict[str, Any]:

@@ -42,10 +42,10 @@ from torch.utils.data import DataLoader
 
 from offramp import MultiExitNetwork, calibrate, collect, fit, load
 from offramp.calibration.thresholds import measure_policy
+from offramp.data.images import Batches, make_loader
+from offramp.recipes.recipe import Recipe
+from offramp.runs.run import WEIGHTS_FILE, load_batches, load_training_data
 from offramp.training.config import FitConfig
-from offramp.training.data import Batches, make_loader
-from offramp.training.recipes import Recipe
-from offramp.training.run import WEIGHTS_FILE, load_batches, load_training_data
 from record import circumstances, read_rows, write_json
 
 SUBSET_SEED = 0

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-from offramp.inference.stopwatch import LocalStopwatch, serve
+from offramp.evaluation.stopwatch import LocalStopwatch, serve
 from offramp.runtime import Bundle, PlainSession, Session, read_bundle, with_routing_threshold
 from offramp.runtime.loading import Loader
 

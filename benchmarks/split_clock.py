@@ -28,14 +28,14 @@ from rich.console import Console
 from rich.table import Table
 
 from offramp import EdgeConfig, EdgeRunner, HttpLink
+from offramp.data.sources import SOURCES
 from offramp.offload.calls import plan_bundle
 from offramp.offload.edge import Traffic
 from offramp.offload.plan import CutCost, LinkTerms, best_cut
+from offramp.runs.run import CALIBRATION_SPLIT, load_batches
 from offramp.runtime import Bundle, Session, read_bundle
 from offramp.runtime.part import PartSession, cuts
 from offramp.runtime.step_profile import profile_steps
-from offramp.training.run import CALIBRATION_SPLIT, load_batches
-from offramp.training.sources import SOURCES
 from offramp.workflow.artifact import find_bundle, recipe_of
 from record import circumstances, write_json
 

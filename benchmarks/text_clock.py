@@ -24,11 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from offramp.calibration.collect import collect_from_session
+from offramp.data.sources import TextSplit, load_split
+from offramp.data.texts import encode
+from offramp.recipes.recipe import Recipe
 from offramp.runtime import Session, read_bundle
 from offramp.runtime.session import PlainSession
-from offramp.training.recipes import Recipe
-from offramp.training.sources import TextSplit, load_split
-from offramp.training.text import encode
 from offramp.zoo.text import load_tokenizer
 from record import circumstances, write_json
 

@@ -37,7 +37,7 @@ from offramp import AdaptiveRunner, MultiExitNetwork, ThresholdPolicy, load
 from offramp.errors import OfframpError
 from offramp.families import check_agreement
 from offramp.families.agreement import DECISION_TOLERANCE
-from offramp.training.run import load_batches
+from offramp.runs.run import load_batches
 from record import circumstances, write_json
 
 THRESHOLDS_NATS = (0.1, 0.5)

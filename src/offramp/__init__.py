@@ -41,14 +41,15 @@ if TYPE_CHECKING:
     from offramp.calibration.logits import DenseLogits, ExitLogits
     from offramp.calibration.sweep import Sweep
     from offramp.calibration.temperature import fit_temperatures
+    from offramp.data.texts import encode_padded
+    from offramp.evaluation.evaluate import Evaluation, evaluate
+    from offramp.evaluation.placement import Placement, place
+    from offramp.evaluation.sweeping import collect
+    from offramp.evaluation.timing import time_runner
     from offramp.exporting.bundle import export
     from offramp.families.exits import AdaptiveRunner
     from offramp.families.halting import HaltingRunner
     from offramp.families.skip import SkipRunner
-    from offramp.inference.evaluate import Evaluation, evaluate
-    from offramp.inference.placement import Placement, place
-    from offramp.inference.sweeping import collect
-    from offramp.inference.timing import time_runner
     from offramp.measure.cost import ExitCosts, count_macs
     from offramp.measure.dense import label_maps, mean_iou
     from offramp.model.cut import add_exits
@@ -73,19 +74,18 @@ if TYPE_CHECKING:
     from offramp.policy.routing_policy import GatePolicy, HaltingPolicy
     from offramp.routing.halting import HaltingNetwork, add_halting
     from offramp.routing.skip import SkipNetwork, add_gates
+    from offramp.runs.data import load_data
+    from offramp.runs.hub import from_pretrained, push_to_hub, save_pretrained
+    from offramp.runs.run import Run, load, save
     from offramp.runtime import Session
     from offramp.training.config import FitConfig, GateConfig, HaltingConfig
-    from offramp.training.dense_task import DenseTask
-    from offramp.training.exits_task import MultiExitTask
     from offramp.training.fit import fit, make_task
-    from offramp.training.halting_task import HaltingTask
     from offramp.training.history import History
-    from offramp.training.hub import from_pretrained, push_to_hub, save_pretrained
     from offramp.training.losses import joint_loss
-    from offramp.training.run import Run, load, save
-    from offramp.training.run_data import load_data
-    from offramp.training.skip_task import SkipTask
-    from offramp.training.text import encode_padded
+    from offramp.training.tasks.exits import MultiExitTask
+    from offramp.training.tasks.halting import HaltingTask
+    from offramp.training.tasks.maps import DenseTask
+    from offramp.training.tasks.skip import SkipTask
     from offramp.zoo.text import load_tokenizer
 
 __version__ = "0.1.0"
@@ -93,7 +93,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "DenseLogits": "offramp.calibration.logits",
     "ExitLogits": "offramp.calibration.logits",
-    "collect": "offramp.inference.sweeping",
+    "collect": "offramp.evaluation.sweeping",
     "Frontier": "offramp.calibration.frontier",
     "frontier": "offramp.calibration.frontier",
     "Guarantee": "offramp.calibration.guarantee",
@@ -107,14 +107,14 @@ _HOMES = {
     "Calibration": "offramp.calibration.chosen",
     "calibrate": "offramp.calibration.evidence",
     "export": "offramp.exporting.bundle",
-    "Evaluation": "offramp.inference.evaluate",
-    "evaluate": "offramp.inference.evaluate",
-    "Placement": "offramp.inference.placement",
-    "place": "offramp.inference.placement",
+    "Evaluation": "offramp.evaluation.evaluate",
+    "evaluate": "offramp.evaluation.evaluate",
+    "Placement": "offramp.evaluation.placement",
+    "place": "offramp.evaluation.placement",
     "AdaptiveRunner": "offramp.families.exits",
     "SkipRunner": "offramp.families.skip",
     "HaltingRunner": "offramp.families.halting",
-    "time_runner": "offramp.inference.timing",
+    "time_runner": "offramp.evaluation.timing",
     "ExitCosts": "offramp.measure.cost",
     "count_macs": "offramp.measure.cost",
     "label_maps": "offramp.measure.dense",
@@ -142,20 +142,20 @@ _HOMES = {
     "Session": "offramp.runtime",
     "fit": "offramp.training.fit",
     "make_task": "offramp.training.fit",
-    "MultiExitTask": "offramp.training.exits_task",
-    "DenseTask": "offramp.training.dense_task",
-    "SkipTask": "offramp.training.skip_task",
-    "HaltingTask": "offramp.training.halting_task",
+    "MultiExitTask": "offramp.training.tasks.exits",
+    "DenseTask": "offramp.training.tasks.maps",
+    "SkipTask": "offramp.training.tasks.skip",
+    "HaltingTask": "offramp.training.tasks.halting",
     "History": "offramp.training.history",
     "joint_loss": "offramp.training.losses",
-    "from_pretrained": "offramp.training.hub",
-    "push_to_hub": "offramp.training.hub",
-    "save_pretrained": "offramp.training.hub",
-    "Run": "offramp.training.run",
-    "load": "offramp.training.run",
-    "save": "offramp.training.run",
-    "load_data": "offramp.training.run_data",
-    "encode_padded": "offramp.training.text",
+    "from_pretrained": "offramp.runs.hub",
+    "push_to_hub": "offramp.runs.hub",
+    "save_pretrained": "offramp.runs.hub",
+    "Run": "offramp.runs.run",
+    "load": "offramp.runs.run",
+    "save": "offramp.runs.run",
+    "load_data": "offramp.runs.data",
+    "encode_padded": "offramp.data.texts",
     "load_tokenizer": "offramp.zoo.text",
     "FitConfig": "offramp.training.config",
     "GateConfig": "offramp.training.config",
@@ -170,7 +170,7 @@ _RENAMED = {
         "calibrate_with_guarantee",
     ),
     "collect_sweep": (
-        "offramp.inference.sweeping",
+        "offramp.evaluation.sweeping",
         "collect_sweep",
         "collect(network, data, thresholds=...)",
     ),

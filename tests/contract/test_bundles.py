@@ -11,11 +11,11 @@ from served import serve_in_thread
 
 from offramp.calibration.collect import collect, collect_from_session
 from offramp.errors import DataError, ExportMismatchError
+from offramp.evaluation.evaluate import evaluate
+from offramp.evaluation.processes import _all_steps, time_bundle
 from offramp.exporting.bundle import check_parity
 from offramp.families import reference_of
 from offramp.families.agreement import answer_in_batches, compare
-from offramp.inference.evaluate import evaluate
-from offramp.inference.timing_processes import _all_steps, time_bundle
 from offramp.runtime import PlainSession, Session, read_bundle
 from offramp.serving import RunnerModel
 

@@ -10,6 +10,8 @@ import torch
 
 import offramp
 from offramp.errors import InvalidArgumentError, NotCalibratedError, OfframpError
+from offramp.evaluation.sweeping import collect_sweep
+from offramp.evaluation.timing import time_runner
 from offramp.families import (
     FAMILIES,
     check_agreement,
@@ -19,9 +21,7 @@ from offramp.families import (
     reference_of,
 )
 from offramp.families.agreement import answer_in_batches, compare
-from offramp.inference.sweeping import collect_sweep
-from offramp.inference.timing import time_runner
-from offramp.training.card import check_evaluation, model_card
+from offramp.runs.card import check_evaluation, model_card
 from offramp.training.fit import make_task
 
 

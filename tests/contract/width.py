@@ -14,7 +14,7 @@ from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.confidence import max_probability_confidence
 from offramp.policy.routing_policy import RoutingPolicy
 from offramp.results import AdaptiveResult
-from offramp.training.task import Task
+from offramp.training.tasks.task import Task
 
 
 @dataclass(frozen=True)

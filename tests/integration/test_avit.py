@@ -14,19 +14,19 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from offramp import HaltingPolicy, HaltingRunner, calibrate, collect, load
+from offramp.data.images import make_loader
 from offramp.model.checkpoint import save_weights
-from offramp.runtime import Session
-from offramp.training.catalogue import find_recipe
-from offramp.training.data import make_loader
-from offramp.training.hub import save_pretrained
-from offramp.training.recipes import Recipe
-from offramp.training.run import (
+from offramp.recipes.exits import find_recipe
+from offramp.recipes.recipe import Recipe
+from offramp.runs.hub import save_pretrained
+from offramp.runs.run import (
     WEIGHTS_FILE,
     create_folder,
     load_batches,
     write_policy,
     write_recipe,
 )
+from offramp.runtime import Session
 
 OPTIONS = {
     "in_channels": 1,

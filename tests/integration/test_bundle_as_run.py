@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from offramp.recipes.recipe import Recipe
 from offramp.runtime import Session, read_bundle
-from offramp.training.recipes import Recipe
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from offramp.data.images import make_loader
+from offramp.runs.run import load, load_batches
 from offramp.training.checkpoint_choice import note_choice, write_choice
-from offramp.training.data import make_loader
-from offramp.training.run import load, load_batches
 
 
 def policy_of(run) -> dict:

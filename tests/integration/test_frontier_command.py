@@ -10,8 +10,8 @@ import pytest
 
 from offramp import collect, frontier, load
 from offramp.calibration.temperature import describe_temperatures, fit_temperatures
-from offramp.training.data import make_loader
-from offramp.training.run import load_batches
+from offramp.data.images import make_loader
+from offramp.runs.run import load_batches
 
 RUN_KEYS = {
     "run",

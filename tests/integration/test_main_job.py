@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from offramp.training.catalogue import find_recipe
+from offramp.recipes.exits import find_recipe
 
 EVALUATION_KEYS = {
     "recipe",

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-import offramp.inference.placement as placement_module
+import offramp.evaluation.placement as placement_module
 from offramp import add_exits, load
-from offramp.training.catalogue import find_recipe
+from offramp.recipes.exits import find_recipe
 
 RECIPE = "digits-mlp"
 

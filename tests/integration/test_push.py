@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 import offramp as off
-from offramp.training import hub
+from offramp.runs import hub
 from offramp.zoo.mlp import mlp
 
 

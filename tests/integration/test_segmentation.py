@@ -11,7 +11,7 @@ from PIL import Image
 
 from offramp import Session, load
 from offramp.measure.dense import IGNORED_LABEL
-from offramp.training.run import load_batches
+from offramp.runs.run import load_batches
 
 SETTINGS = {
     "widths": "4,6",

@@ -14,16 +14,16 @@ from torch import nn
 
 from offramp import GatePolicy, SkipRunner, load
 from offramp.model.checkpoint import save_weights
-from offramp.runtime import Session, read_bundle
-from offramp.training.catalogue import find_recipe
-from offramp.training.recipes import Recipe
-from offramp.training.run import (
+from offramp.recipes.exits import find_recipe
+from offramp.recipes.recipe import Recipe
+from offramp.runs.run import (
     WEIGHTS_FILE,
     create_folder,
     load_batches,
     write_policy,
     write_recipe,
 )
+from offramp.runtime import Session, read_bundle
 
 
 def skipping_recipe():

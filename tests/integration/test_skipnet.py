@@ -14,10 +14,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from offramp import GatePolicy, add_gates, calibrate, collect, load
+from offramp.data.images import make_loader
 from offramp.model.checkpoint import save_weights
-from offramp.training.data import make_loader
-from offramp.training.hub import save_pretrained
-from offramp.training.run import load_batches, write_policy
+from offramp.runs.hub import save_pretrained
+from offramp.runs.run import load_batches, write_policy
 
 SETTINGS = {
     "num_classes": 10,

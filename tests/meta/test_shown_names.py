@@ -88,11 +88,11 @@ from offramp import (
     fitt as f,
 )
 from offramp.runtime import Session
-offramp.FitConfig.epochs; `offramp.training.data` and offramp.collectt(network)
+offramp.FitConfig.epochs; `offramp.data.images` and offramp.collectt(network)
 """
     assert private_names(shown) == [
         "offramp.zoo.mlp",
-        "offramp.training.data",
+        "offramp.data.images",
         "offramp.collectt",
         "offramp.calibration.search.evaluate_thresholds",
         "offramp.fitt",

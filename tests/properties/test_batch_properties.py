@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from offramp.data.batches import read_batch
+from offramp.data.labels import read_labels
 from offramp.errors import DataError
-from offramp.training.labels import read_labels
-from offramp.training.samples import read_batch
 
 TYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

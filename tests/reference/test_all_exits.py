@@ -9,9 +9,9 @@ import torch
 from all_exits import Chosen, choose_afterwards
 
 import offramp
-from offramp.training.catalogue import find_recipe
-from offramp.training.run import load_batches
-from offramp.training.sources import load_split
+from offramp.data.sources import load_split
+from offramp.recipes.exits import find_recipe
+from offramp.runs.run import load_batches
 from offramp.zoo.mlp import mlp
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import pytest
 import offramp
 from offramp.families import reference_of
 from offramp.families.agreement import answer_in_batches, compare
-from offramp.training.run import load_batches
+from offramp.runs.run import load_batches
 
 RUNS = Path(__file__).parents[2] / "benchmarks" / "runs"
 LOGIT_TOLERANCE = 1e-4

@@ -12,7 +12,7 @@ import torch
 import offramp
 from offramp.families import make_runner, reference_of
 from offramp.families.agreement import answer_in_batches, compare
-from offramp.training.run import load_batches
+from offramp.runs.run import load_batches
 
 RUNS = Path(__file__).parents[2] / "benchmarks" / "runs"
 RUNS_INSIDE = ("emnist-skipnet", "emnist-avit")

@@ -16,16 +16,16 @@ import torch
 
 import offramp
 from offramp import DensePolicy, ThresholdPolicy
+from offramp.data.sources import SOURCES
 from offramp.families import reference_of
 from offramp.families.agreement import answer_in_batches, compare
 from offramp.policy.confidence import (
     max_probability_confidence,
     mean_max_probability_confidence,
 )
+from offramp.recipes.exits import find_recipe
+from offramp.runs.run import load_batches
 from offramp.runtime.part import cuts
-from offramp.training.catalogue import find_recipe
-from offramp.training.run import load_batches
-from offramp.training.sources import SOURCES
 
 RUNS = Path(__file__).parents[2] / "benchmarks" / "runs"
 

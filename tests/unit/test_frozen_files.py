@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from offramp.policy.as_dict import policy_to_dict
+from offramp.recipes.recipe import Recipe
+from offramp.runs.run import read_policy, read_recipe
 from offramp.runtime import read_bundle
 from offramp.runtime.bundle import NOBODY_LEAVES, write_bundle
-from offramp.training.recipes import Recipe
-from offramp.training.run import read_policy, read_recipe
 
 FROZEN = Path(__file__).parents[1] / "frozen"
 

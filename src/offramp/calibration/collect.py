@@ -19,6 +19,8 @@ from torch import Tensor
 
 from offramp.artifacts import atomic_path
 from offramp.calibration.logits import DenseLogits, ExitLogits
+from offramp.data.batches import batches_of, explained_data, read_batch
+from offramp.data.labels import check_labels
 from offramp.decoding import Count, decode, parse_json
 from offramp.errors import ArtifactError, DataError, InvalidArgumentError
 from offramp.families import FAMILIES, family_of
@@ -31,8 +33,6 @@ from offramp.runtime import Session, with_routing_threshold
 from offramp.runtime.session import check_inputs
 from offramp.runtime.step_macs import Measured, StepMacs
 from offramp.training.checkpoint_choice import who_chose_by
-from offramp.training.labels import check_labels
-from offramp.training.samples import batches_of, explained_data, read_batch
 from offramp.zoo import Network
 
 _ABOUT = "exits"

@@ -147,7 +147,7 @@ def calibrate(
     if by_hand and prior is not None:
         raise InvalidArgumentError("--prior weights calibration data, which --thresholds need not.")
     from offramp.families import family_of
-    from offramp.training.run import load
+    from offramp.runs.run import load
     from offramp.workflow import calibrate as workflow
 
     if thresholds is not None:

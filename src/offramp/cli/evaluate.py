@@ -20,7 +20,7 @@ from offramp.workflow.artifact import Artifact, open_artifact
 
 if TYPE_CHECKING:
     from offramp.calibration.asked import Asked
-    from offramp.inference.evaluation import Evaluation
+    from offramp.evaluation.figures import Evaluation
 
 
 def evaluate(
@@ -79,10 +79,10 @@ def measure(
     Raises:
         InSampleError: If the data were seen, and that will not do.
     """
-    from offramp.inference.evaluate import evaluate as evaluate_runner
-    from offramp.training.data import make_loader
-    from offramp.training.run import load_batches
-    from offramp.training.sources import SOURCES
+    from offramp.data.images import make_loader
+    from offramp.data.sources import SOURCES
+    from offramp.evaluation.evaluate import evaluate as evaluate_runner
+    from offramp.runs.run import load_batches
 
     asked = open_artifact(run, device)
     recipe = asked.recipe
@@ -113,7 +113,7 @@ def measure(
 
 def _beside(run: Path, rival: Evaluation) -> dict[str, Any]:
     """What the figures say of a rival, under its own name."""
-    from offramp.inference.evaluation import Rival
+    from offramp.evaluation.figures import Rival
 
     return {
         "plain_accuracy": rival.final_exit_accuracy,

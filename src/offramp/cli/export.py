@@ -12,7 +12,7 @@ from offramp.errors import InvalidArgumentError
 from offramp.tables import percent
 
 if TYPE_CHECKING:
-    from offramp.inference.evaluate import Answers
+    from offramp.evaluation.evaluate import Answers
     from offramp.workflow.export import Exported
 
 

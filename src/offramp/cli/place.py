@@ -15,8 +15,8 @@ from offramp.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from torch import nn
 
-    from offramp.inference.placement import Placement
-    from offramp.training.recipes import Recipe
+    from offramp.evaluation.placement import Placement
+    from offramp.recipes.recipe import Recipe
 
 _MAX_BATCH_SIZE = 4096
 _ROUNDS = 50
@@ -34,9 +34,9 @@ def place(
     """Propose where to put exits: cuts that share the backbone's time out evenly."""
     import torch
 
-    from offramp.inference import placement as measured
-    from offramp.inference.timing import hardware_name
-    from offramp.training.sources import SOURCES
+    from offramp.data.sources import SOURCES
+    from offramp.evaluation import placement as measured
+    from offramp.evaluation.timing import hardware_name
 
     if not 1 <= batch_size <= _MAX_BATCH_SIZE:
         raise InvalidArgumentError(
@@ -78,8 +78,8 @@ def _find_backbone(name: str) -> tuple[nn.Module, Recipe]:
     from torch import nn
 
     from offramp.families import family_of
-    from offramp.training.catalogue import RECIPES, find_recipe
-    from offramp.training.run import load
+    from offramp.recipes.exits import RECIPES, find_recipe
+    from offramp.runs.run import load
 
     if name not in RECIPES and Path(name).is_dir():
         run = load(name)

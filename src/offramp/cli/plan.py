@@ -70,7 +70,7 @@ def plan(
     if json_file != "-":
         _print_table(cuts, f"{mbit:g} Mbit/s, {rtt_ms:g} ms there and back, {codec}")
     if picture is not None:
-        from offramp.inference.bars import draw_bars
+        from offramp.drawing.cut_costs import draw_bars
 
         if picture.suffix.lower() != ".png":
             raise InvalidArgumentError(f"--picture must be a PNG file. Got {picture}.")
@@ -83,7 +83,7 @@ def plan(
 
 def _calibration_samples(bundle: Bundle, data: str | None) -> Array:
     """The samples that chose the thresholds, or that might have: exit shares come from them."""
-    from offramp.training.run import CALIBRATION_SPLIT, load_batches
+    from offramp.runs.run import CALIBRATION_SPLIT, load_batches
     from offramp.workflow.artifact import recipe_of
 
     recipe = recipe_of(bundle)

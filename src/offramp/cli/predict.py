@@ -12,7 +12,7 @@ from offramp.workflow.artifact import open_artifact
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from offramp.training.recipes import Recipe
+    from offramp.recipes.recipe import Recipe
 
 
 def predict(
@@ -33,9 +33,9 @@ def _read_samples(samples: list[str], recipe: Recipe) -> Tensor:
     """Bring image files, or sentences, into the form that the recipe's network takes."""
     import torch
 
-    from offramp.inference.pictures import read_picture
-    from offramp.training.sources import SOURCES
-    from offramp.training.text import encode_padded
+    from offramp.data.fitted_pictures import read_picture
+    from offramp.data.sources import SOURCES
+    from offramp.data.texts import encode_padded
     from offramp.zoo.text import load_tokenizer
 
     source = SOURCES[recipe.data]

@@ -31,8 +31,8 @@ def push(
     ] = None,
 ) -> None:
     """Evaluate a run on test and send it to the hub, with a model card that says what came out."""
-    from offramp.training.hub import push_to_hub
-    from offramp.training.run import read_recipe
+    from offramp.runs.hub import push_to_hub
+    from offramp.runs.run import read_recipe
 
     if read_recipe(run)[0] is None and evaluates:
         raise InvalidArgumentError(
@@ -54,7 +54,7 @@ def pull(
     ] = None,
 ) -> None:
     """Fetch a run from the hub into a run folder."""
-    from offramp.training.hub import pull as fetch
+    from offramp.runs.hub import pull as fetch
 
     folder = fetch(repo_id, out or Path("runs") / Path(repo_id).name, revision=revision)
     print(f"pulled {repo_id}: {folder}")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from offramp.training.run import Run
+    from offramp.runs.run import Run
 
 
 def show(
@@ -37,7 +37,7 @@ def show(
             f"{run} is a bundle, which answers and keeps the rest to itself. Give the run that it "
             "was exported from."
         )
-    from offramp.training.run import load
+    from offramp.runs.run import load
 
     loaded = load(run)
     if loaded.network.is_dense:
@@ -51,8 +51,8 @@ def show(
 
 def _require_depths(loaded: Run) -> Callable[..., Tensor]:
     """The depths of tokens, where they halt on images."""
+    from offramp.data.sources import SOURCES
     from offramp.families import family_of
-    from offramp.training.sources import SOURCES
 
     recipe, depths = loaded.require_recipe(), family_of(loaded.network).depths
     if depths is None:
@@ -71,10 +71,10 @@ def _require_depths(loaded: Run) -> Callable[..., Tensor]:
 def _draw_depths(loaded: Run, image: Path, path: Path, device: str | None) -> None:
     from PIL import Image
 
+    from offramp.data.fitted_pictures import read_picture
+    from offramp.data.sources import SOURCES
+    from offramp.drawing.token_depths import draw_depths, patch_grid
     from offramp.families import make_runner
-    from offramp.inference.depth_maps import draw_depths, patch_grid
-    from offramp.inference.pictures import read_picture
-    from offramp.training.sources import SOURCES
 
     recipe, depths = loaded.require_recipe(), _require_depths(loaded)
     source, where = SOURCES[recipe.data], pick_device(device)
@@ -100,11 +100,11 @@ def _draw_depths(loaded: Run, image: Path, path: Path, device: str | None) -> No
 def _draw_exits(loaded: Run, image: Path, path: Path, device: str | None) -> None:
     import torch
 
+    from offramp.data.fitted_pictures import read_picture
+    from offramp.data.sources import SOURCES
+    from offramp.drawing.exit_maps import draw_sheet, exit_maps
     from offramp.families import make_runner
     from offramp.families.exits import all_exits_loop
-    from offramp.inference.pictures import read_picture
-    from offramp.inference.sheets import draw_sheet, exit_maps
-    from offramp.training.sources import SOURCES
 
     recipe = loaded.require_recipe()
     network = loaded.multi_exit.to(pick_device(device))

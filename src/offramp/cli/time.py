@@ -22,7 +22,7 @@ from offramp.workflow.artifact import Artifact, find_bundle, is_bundle, open_art
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from offramp.inference.timing import Timing
+    from offramp.evaluation.timing import Timing
 
 _SIZES = (1, 32, 256)
 _SAMPLES = 2048
@@ -83,18 +83,18 @@ def _time_backends(
     asked: Artifact, inputs: Tensor, folders: dict[str, Path], wanted: list[int] | None
 ) -> Timing:
     """Time each backend on its folder; a lone one in this process."""
-    from offramp.inference.timing import time_runner
+    from offramp.evaluation.timing import time_runner
     from offramp.runtime import Session
 
     runner = asked.runner
     sizes = wanted or [size for size in _SIZES if size <= len(inputs)]
     if isinstance(runner, Session):
-        from offramp.inference.timing_processes import time_bundle
+        from offramp.evaluation.processes import time_bundle
 
         return time_bundle(runner, inputs, batch_sizes=sizes)
     if list(folders) == ["torch"]:
         return time_runner(runner, inputs.to(asked.device), batch_sizes=sizes)
-    from offramp.inference.timing_processes import time_in_processes
+    from offramp.evaluation.processes import time_in_processes
 
     runner.network.cpu()
     return time_in_processes(runner, inputs, folders, batch_sizes=sizes)
@@ -115,9 +115,9 @@ def _time_steps(run: Path, threads: int | None) -> None:
 def _real_samples(asked: Artifact, data: str | None) -> Tensor:
     import torch
 
-    from offramp.inference.stopwatch import LEAST_SAMPLES
-    from offramp.training.run import load_batches
-    from offramp.training.sources import SOURCES
+    from offramp.data.sources import SOURCES
+    from offramp.evaluation.stopwatch import LEAST_SAMPLES
+    from offramp.runs.run import load_batches
 
     split = SOURCES[asked.recipe.data].judging_split
     batches, _, _ = load_batches(asked.recipe, split, data or asked.data)

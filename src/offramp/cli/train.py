@@ -15,13 +15,13 @@ from offramp.workflow.artifact import pick_device
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from offramp.training.recipes import Recipe
+    from offramp.recipes.recipe import Recipe
     from offramp.zoo import Network
 
 
 def recipes() -> None:
     """List the recipes: network, data, what each shows, figures to expect."""
-    from offramp.training.catalogue import RECIPES
+    from offramp.recipes.exits import RECIPES
 
     for recipe in RECIPES.values():
         print(f"{recipe.name}\n  {recipe.summary}")
@@ -46,12 +46,12 @@ def train(
 ) -> None:
     """Train a recipe and leave a run folder."""
     from offramp.model.checkpoint import save_weights
-    from offramp.training import run as run_folder
+    from offramp.recipes.exits import find_recipe
+    from offramp.recipes.settings import override
+    from offramp.runs import run as run_folder
     from offramp.training.allocator import keep_freed_memory
-    from offramp.training.catalogue import find_recipe
     from offramp.training.config_checks import check_class_weights, check_config
     from offramp.training.fit import fit
-    from offramp.training.settings import override
 
     keep_freed_memory()
     flags = {"epochs": epochs, "seed": seed}
@@ -86,7 +86,7 @@ def train(
 
 def _check_begun(folder: Path, recipe: Recipe, network: Network) -> str | None:
     """Make sure that a run can go on; the data that it was started with."""
-    from offramp.training import run as run_folder
+    from offramp.runs import run as run_folder
     from offramp.training.last_checkpoint import LAST_CHECKPOINT, check_checkpoint
 
     begun, _, data = run_folder.read_recipe(folder)

@@ -14,8 +14,8 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from offramp.evaluation.profiling import Parts, make_profile, profile_sizes, time_parts
 from offramp.exporting.onnx import write_onnx
-from offramp.inference.profiling import Parts, make_profile, profile_sizes, time_parts
 from offramp.measure.profile import Profile
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
 from offramp.policy.policies import Policy, Setting, State

@@ -1,4 +1,4 @@
-"""Training: data, losses, tasks, recipes, the run folder."""
+"""Training: fit, its settings, losses and tasks."""
 
 from offramp.model.torchvision_ops import define_missing_ops
 

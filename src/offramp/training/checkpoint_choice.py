@@ -16,10 +16,10 @@ import numpy as np
 from torch import nn
 
 from offramp.artifacts import read_json, write_json
+from offramp.data.batches import read_batch
 from offramp.decoding import decode
 from offramp.errors import ArtifactError
 from offramp.model.multi_exit import Features
-from offramp.training.samples import read_batch
 from offramp.zoo import Network
 
 CHOICE_FILE = "checkpoint_choice.json"

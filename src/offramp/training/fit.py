@@ -19,14 +19,12 @@ from lightning.pytorch.profilers import SimpleProfiler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from offramp.data.batches import batches_of, checked_loader, dataset_of, read_batch
+from offramp.data.images import Batches, EpochSampler, make_loader, split_off_calibration
 from offramp.errors import InvalidArgumentError
 from offramp.families import family_of
 from offramp.training.checkpoint_choice import note_choice, read_choice, write_choice
 from offramp.training.config import FitConfig
-from offramp.training.data import Batches, EpochSampler, make_loader, split_off_calibration
-from offramp.training.dense_task import DenseTask
-from offramp.training.exits_task import MultiExitTask
-from offramp.training.halting_task import HaltingTask
 from offramp.training.history import METRICS_FILE, EpochReport, History
 from offramp.training.last_checkpoint import LAST_CHECKPOINT, LastCheckpoint, check_checkpoint
 from offramp.training.processes import (
@@ -36,9 +34,11 @@ from offramp.training.processes import (
     quiet_lightning,
     quiet_torch,
 )
-from offramp.training.samples import batches_of, checked_loader, dataset_of, read_batch
-from offramp.training.skip_task import SkipTask
-from offramp.training.task import VAL_LOSS, Loss, MakeOptimizer, Metrics, Task
+from offramp.training.tasks.exits import MultiExitTask
+from offramp.training.tasks.halting import HaltingTask
+from offramp.training.tasks.maps import DenseTask
+from offramp.training.tasks.skip import SkipTask
+from offramp.training.tasks.task import VAL_LOSS, Loss, MakeOptimizer, Metrics, Task
 from offramp.zoo import Network
 
 Data = Dataset[Any] | DataLoader[Any]

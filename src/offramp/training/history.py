@@ -14,10 +14,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from offramp.artifacts import atomic_path
 from offramp.errors import ArtifactError, DataError, MissingExtraError
-from offramp.training.dense_task import MEAN_IOU_METRIC
-from offramp.training.halting_task import TOKENS_METRIC
-from offramp.training.skip_task import BLOCKS_METRIC
-from offramp.training.task import ACCURACY_METRIC, VAL_LOSS
+from offramp.training.tasks.halting import TOKENS_METRIC
+from offramp.training.tasks.maps import MEAN_IOU_METRIC
+from offramp.training.tasks.skip import BLOCKS_METRIC
+from offramp.training.tasks.task import ACCURACY_METRIC, VAL_LOSS
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from offramp.artifacts import SCHEMA_VERSION
 from offramp.errors import ArtifactError, reason
 from offramp.training.config import FitConfig
-from offramp.training.task import Task
+from offramp.training.tasks.task import Task
 
 LAST_CHECKPOINT = "last.ckpt"
 

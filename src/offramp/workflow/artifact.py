@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from offramp.families.family import Family, TorchRunner
     from offramp.policy.policies import Policy
     from offramp.policy.routing_policy import RoutingPolicy
+    from offramp.recipes.recipe import Recipe
     from offramp.runtime import Bundle, Session
     from offramp.runtime.answers import SampleAnswer
-    from offramp.training.recipes import Recipe
     from offramp.zoo import Network
 
     Loader = DataLoader[tuple[Tensor, Tensor]]
@@ -139,7 +139,7 @@ def _open_run(folder: Path, device: str | None) -> Artifact:
     from offramp.calibration.asked import Asked
     from offramp.calibration.collect import collect
     from offramp.families import family_of, make_runner
-    from offramp.training.run import is_in_sample, load
+    from offramp.runs.run import is_in_sample, load
 
     loaded = load(folder)
     recipe = loaded.require_recipe()
@@ -212,8 +212,8 @@ def _answer_bundle(session: Session, inputs: Tensor) -> list[SampleAnswer]:
 def _open_bundle(folder: Path, device: str | None) -> Artifact:
     from offramp.calibration.collect import collect_from_session
     from offramp.families import FAMILIES
+    from offramp.runs.run import CALIBRATION_SPLIT
     from offramp.runtime import Session, read_bundle
-    from offramp.training.run import CALIBRATION_SPLIT
 
     if pick_device(device or "cpu") != "cpu":
         raise InvalidArgumentError(
@@ -248,8 +248,8 @@ def recipe_of(bundle: Bundle) -> Recipe:
     Raises:
         ArtifactError: If it has none, or one that cannot be read.
     """
+    from offramp.recipes.recipe import Recipe
     from offramp.runtime.bundle import BUNDLE_FILE
-    from offramp.training.recipes import Recipe
 
     if bundle.recipe is None:
         raise ArtifactError(

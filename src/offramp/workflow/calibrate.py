@@ -28,10 +28,10 @@ from offramp.calibration.temperature import (
 )
 from offramp.calibration.thresholds import reached_under
 from offramp.errors import InvalidArgumentError
+from offramp.evaluation.profiling import profile_network
+from offramp.evaluation.timing import check_batch_sizes
 from offramp.exporting.profiling import profile_exported
 from offramp.families import family_of
-from offramp.inference.profiling import profile_network
-from offramp.inference.timing import check_batch_sizes
 from offramp.measure.profile import Profile
 from offramp.policy.confidence import (
     AGREEMENT,
@@ -43,7 +43,7 @@ from offramp.policy.confidence import (
 from offramp.policy.dense_policies import DensePolicy, dense_policy
 from offramp.policy.policies import PatiencePolicy, ThresholdedPolicy, ThresholdPolicy
 from offramp.policy.routing_policy import RoutingPolicy
-from offramp.training.run import CALIBRATION_SPLIT, Run, write_policy
+from offramp.runs.run import CALIBRATION_SPLIT, Run, write_policy
 from offramp.workflow.held_out import HeldOut, find_on_train, hold_out
 from offramp.workflow.wanted import LEARNED, Timing, Wanted
 

@@ -13,18 +13,18 @@ from torch.utils.data import DataLoader
 from offramp.artifacts import BUNDLE_FOLDER
 from offramp.calibration.collect import collect_from_session
 from offramp.calibration.evidence import choose_policy
+from offramp.data.images import make_loader
 from offramp.errors import InvalidArgumentError, NotCalibratedError
+from offramp.evaluation.evaluate import Answers, answer
 from offramp.exporting.bundle import check_parity
 from offramp.exporting.bundle import export as write
 from offramp.exporting.quantize import quantize
 from offramp.families import family_of
 from offramp.families.agreement import Agreement
-from offramp.inference.evaluate import Answers, answer
 from offramp.policy.confidence import PIXEL_SHARE
+from offramp.runs.run import CALIBRATION_SPLIT, Run, load, load_batches
 from offramp.runtime import Session, with_thresholds
 from offramp.runtime.bundle import write_bundle
-from offramp.training.data import make_loader
-from offramp.training.run import CALIBRATION_SPLIT, Run, load, load_batches
 from offramp.workflow.wanted import LEARNED, TARGETS
 
 SHARE_TOLERANCE = 0.01

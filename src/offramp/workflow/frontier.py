@@ -15,12 +15,12 @@ from offramp.calibration.temperature import (
     describe_temperatures,
     fit_temperatures,
 )
+from offramp.data.images import make_loader
+from offramp.data.sources import SOURCES
 from offramp.errors import InSampleError, InvalidArgumentError
 from offramp.families import family_of
-from offramp.training.data import make_loader
-from offramp.training.recipes import Recipe
-from offramp.training.run import CALIBRATION_SPLIT, load, load_batches
-from offramp.training.sources import SOURCES
+from offramp.recipes.recipe import Recipe
+from offramp.runs.run import CALIBRATION_SPLIT, load, load_batches
 from offramp.workflow.artifact import is_bundle, open_artifact, pick_device
 from offramp.workflow.calibrate import default_rule, rule_named
 from offramp.workflow.held_out import Loader, evidence_by

@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader
 
 from offramp.calibration.collect import collect
 from offramp.calibration.evidence import Evidence
+from offramp.data.images import Batches, make_loader
 from offramp.decoding import parse_json
 from offramp.errors import DataError, InvalidArgumentError
+from offramp.evaluation.sweeping import collect_sweep
 from offramp.families import family_of
-from offramp.inference.sweeping import collect_sweep
-from offramp.training.data import Batches, make_loader
-from offramp.training.run import CALIBRATION_SPLIT, Run, load_batches
+from offramp.runs.run import CALIBRATION_SPLIT, Run, load_batches
 from offramp.workflow.artifact import pick_device
 from offramp.zoo import Network
 

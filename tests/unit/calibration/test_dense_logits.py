@@ -22,12 +22,12 @@ from offramp import (
 )
 from offramp.calibration.collect import write_logits
 from offramp.calibration.thresholds import confidences, measure_policy
+from offramp.data.images import Normalisation, make_loader
+from offramp.data.masks import MaskBatches
 from offramp.errors import ShapeError
 from offramp.families.exits import AdaptiveRunner
 from offramp.measure.dense import IGNORED_LABEL, confusion_matrices, label_maps, mean_iou
 from offramp.policy.confidence import DENSE_RULES
-from offramp.training.data import Normalisation, make_loader
-from offramp.training.masks import MaskBatches
 from offramp.zoo.segmentation import segmentation
 
 INF = math.inf

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from offramp import AgreementPolicy, DensePolicy, Session, ThresholdPolicy, export
+from offramp.data.texts import encode_padded
 from offramp.offload.cloud import cloud_models
 from offramp.offload.edge import EdgeRunner
 from offramp.offload.link import InProcessLink
 from offramp.policy.confidence import pixel_share_confidence, top_probability
 from offramp.runtime import read_bundle
 from offramp.runtime.part import PartSession
-from offramp.training.text import encode_padded
 from offramp.zoo.segmentation import segmentation
 
 MAPS = torch.randn(8, 3, 20, 24, generator=torch.Generator().manual_seed(0))

@@ -16,7 +16,6 @@ from torch import nn
 from offramp.errors import InvalidArgumentError, TrainingDivergedError
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.training.config import FitConfig
-from offramp.training.exits_task import MultiExitTask
 from offramp.training.fit import fit
 from offramp.training.regimes import (
     balanced_outputs,
@@ -25,6 +24,7 @@ from offramp.training.regimes import (
     scale_gradient,
     set_training_mode,
 )
+from offramp.training.tasks.exits import MultiExitTask
 
 INPUTS = torch.randn(9, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 3, 1, 1, 2, 0, 2, 3, 1])

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from offramp.errors import InvalidArgumentError
-from offramp.training.catalogue import find_recipe
+from offramp.recipes.exits import find_recipe
 from offramp.zoo.segmentation import segmentation
 
 X = torch.randn(2, 3, 36, 52)

@@ -1,0 +1,1 @@
+"""Pictures of exits, tokens and cuts."""

@@ -1,0 +1,1 @@
+"""Evaluating and timing what runs early."""

@@ -1,0 +1,98 @@
+"""What early exit reached on a data set, with the interval that the samples allow.
+
+Shapes: ``N`` samples, ``C`` classes, ``R`` resamples.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from offramp.calibration.asked import Asked
+from offramp.calibration.labelled import LabelledLogits
+from offramp.calibration.logits import DenseLogits, ExitLogits
+from offramp.calibration.risk import PIXEL_ERROR_GAP, RISKS
+from offramp.measure.dense import mean_iou, pixel_accuracy
+from offramp.measure.intervals import (
+    Interval,
+    difference_interval,
+    interval_of,
+    mean_interval,
+    resampled_means,
+    share_interval,
+)
+
+if TYPE_CHECKING:
+    from offramp.evaluation.evaluate import Answers
+
+
+def paired_drop(answers: Answers, logits: ExitLogits) -> Interval:
+    """Measure what is lost against the final exit on the same samples.
+
+    Args:
+        answers: What a runner said.
+        logits: Every exit's logits.
+    Returns:
+        Of accuracy, by its score interval; of mean IoU where pixels have classes, by drawing the
+        images anew.
+    """
+    if isinstance(logits, DenseLogits):
+        both_N2CC = torch.stack([logits.confusion_KNCC[-1], answers.confusion_NCC], 1)
+        size = both_N2CC.shape[1:]
+        drops = [
+            _lost(torch.from_numpy(means_RD).reshape(-1, *size))
+            for means_RD in resampled_means(both_N2CC.flatten(1).numpy())
+        ]
+        value = _lost(both_N2CC.double().mean(0, keepdim=True))
+        return interval_of(float(value[0]), torch.cat(drops).numpy())
+    right_N, final_N = answers.predictions_N == answers.labels_N, logits.correct_KN[-1]
+    more, less = int((final_N & ~right_N).sum()), int((right_N & ~final_N).sum())
+    return difference_interval(more, less, len(right_N))
+
+
+def _lost(confusion_R2CC: torch.Tensor) -> torch.Tensor:
+    final_R, adaptive_R = mean_iou(confusion_R2CC).unbind(1)
+    return final_R - adaptive_R
+
+
+def reached(
+    asked: Asked, answers: Answers, logits: ExitLogits, *, drop: Interval
+) -> Interval | None:
+    """Measure what a policy was asked for.
+
+    Args:
+        asked: The target.
+        answers: What a runner said.
+        logits: Every exit's logits.
+        drop: What :func:`paired_drop` says.
+    Returns:
+        The figure that the target bounds; of a budget, mean MACs as a share of the plain
+        network's. None for milliseconds, and for a risk that is not known here.
+    """
+    if asked.target == "max_drop":
+        return drop
+    if asked.target in ("budget_macs", "budget_share"):
+        return mean_interval(answers.macs_N.double().numpy() / logits.costs.plain_macs)
+    if asked.target == "max_risk" and asked.risk in RISKS:
+        return _risk(asked.risk, answers, logits, drop=drop)
+    return None
+
+
+def _risk(risk: str, answers: Answers, logits: ExitLogits, *, drop: Interval) -> Interval | None:
+    if risk == PIXEL_ERROR_GAP:
+        right_N = pixel_accuracy(answers.confusion_NCC)
+        return mean_interval((logits.correct_KN[-1] - right_N).numpy())
+    if answers.output_NC is None:
+        return None
+    if risk == "accuracy_gap":
+        return drop
+    both = LabelledLogits(
+        logits_KNC=torch.stack([answers.output_NC.float(), logits.logits_KNC[-1].float()]),
+        labels_N=logits.labels_N,
+    )
+    losses_N = RISKS[risk].losses(both)[0]
+    if RISKS[risk].is_binary:
+        return share_interval(int(np.rint(losses_N.sum())), len(losses_N))
+    return mean_interval(losses_N)

@@ -1,0 +1,56 @@
+"""A process that times one engine: ``python -m offramp.evaluation.worker SPEC``.
+
+SPEC is JSON: the engine (``backend``), the run or bundle (``folder``), a ``.npy`` file of real
+samples (``inputs``), one of the MACs of each over its own plain ones (``shares``; where it is left
+out, the first samples are timed), and ``threads``.
+:class:`~offramp.evaluation.stopwatch.ProcessStopwatch` asks.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import numpy as np
+
+from offramp.evaluation.stopwatch import LocalStopwatch, Stopwatch, representative_rows, serve
+
+
+def make_stopwatch(spec: dict[str, Any]) -> Stopwatch:
+    """Load what is to be timed.
+
+    Args:
+        spec: As above.
+    Returns:
+        The stopwatch of that engine.
+    """
+    inputs = np.load(spec["inputs"])
+    shares = np.load(spec["shares"]).tolist() if "shares" in spec else None
+    if spec["backend"] == "torch":
+        import torch
+
+        from offramp.evaluation.timing import torch_stopwatch
+        from offramp.families import make_runner
+        from offramp.runs.run import load
+
+        torch.set_num_threads(spec["threads"])
+        run = load(spec["folder"])
+        runner = make_runner(run.network, run.policy)
+        return torch_stopwatch(runner, torch.from_numpy(inputs), shares)
+    from offramp.evaluation.bundle_contenders import bundle_contenders
+    from offramp.runtime import Session
+
+    session = Session(spec["folder"], threads=spec["threads"])
+    return LocalStopwatch(
+        lambda size, count: bundle_contenders(
+            session,
+            np.split(inputs[representative_rows(shares, size * count)], count),
+            threads=spec["threads"],
+        ),
+        num_samples=len(inputs),
+    )
+
+
+if __name__ == "__main__":
+    serve(make_stopwatch(json.loads(sys.argv[1])))

@@ -1,0 +1,1 @@
+"""Recipes: networks, data and settings whose figures are known."""

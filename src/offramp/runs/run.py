@@ -1,0 +1,436 @@
+"""The run folder: a recipe, the weights it led to, and the policy chosen for them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from offramp.artifacts import read_json, write_json
+from offramp.decoding import Count, Share, decode
+from offramp.errors import ArtifactError, InvalidArgumentError
+from offramp.families import family_of
+from offramp.model.checkpoint import load_weights, save_weights
+from offramp.model.multi_exit import MultiExitNetwork
+from offramp.policy.as_dict import policy_from_dict, policy_to_dict
+from offramp.policy.dense_policies import DensePolicy
+from offramp.policy.policies import Policy, never_leave
+from offramp.policy.routing_policy import RoutingPolicy
+from offramp.training.checkpoint_choice import read_choice, write_choice
+from offramp.data.images import Batches, ImageBatches, split_off_calibration
+from offramp.data.labels import check_labels
+from offramp.data.masks import MaskBatches
+from offramp.data.parquet import Split, TextSplit, known_labels
+from offramp.recipes.recipe import Recipe
+from offramp.data.sources import load_split
+from offramp.data.texts import TextBatches, encode
+from offramp.zoo import Network
+from offramp.zoo.text import load_tokenizer
+
+RECIPE_FILE = "recipe.json"
+WEIGHTS_FILE = "model.safetensors"
+POLICY_FILE = "policy.json"
+CALIBRATION_SPLIT = "calibration"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RecipeFile:
+    """All that ``recipe.json`` says."""
+
+    recipe: Mapping[str, Any] | None
+    class_names: tuple[str, ...]
+    data: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ChosenOn:
+    """The samples that chose a policy, as ``policy.json`` has them."""
+
+    name: str
+    split: str
+    num_samples: Count
+    class_prior: str | Mapping[str, Share]
+    sha256: str
+    weighted: bool = False
+    effective_num_samples: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PolicyFile:
+    """All that ``policy.json`` may say; what is beside the policy tells how it was chosen."""
+
+    policy: Mapping[str, Any]
+    asked: Mapping[str, Any] | None = None
+    data: _ChosenOn | None = None
+    reached: Mapping[str, float] | None = None
+    guarantee: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A trained network as a run folder holds it.
+
+    Attributes:
+        folder: The run folder, as an absolute path.
+        network: The network in evaluation mode, on the CPU.
+        class_names: Name of each class; empty where none were saved.
+        policy: Who leaves where, which blocks run, or when a token halts; None before
+            calibration, where there is anything to choose: gates and tokens as they were trained.
+        calibration: What was asked of the policy, on which data, and what it reached there.
+        recipe: How it was trained; None for a network of the user's own.
+        data: What ``--data`` was when it was trained; None if the default was taken.
+    """
+
+    folder: Path
+    network: Network
+    class_names: tuple[str, ...]
+    policy: Policy | RoutingPolicy | None
+    calibration: dict[str, Any] | None
+    recipe: Recipe | None
+    data: str | None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", self.folder.absolute())
+
+    @property
+    def multi_exit(self) -> MultiExitNetwork:
+        """The network, where a command is about exits.
+
+        Raises:
+            InvalidArgumentError: If it is one that skips blocks, or whose tokens halt.
+        """
+        if not isinstance(self.network, MultiExitNetwork):
+            raise InvalidArgumentError(
+                "Expected a run of a network with exits. "
+                f"{self.folder} {family_of(self.network).words.does} inside and has one exit: this "
+                "is not for it."
+            )
+        return self.network
+
+    def require_recipe(self) -> Recipe:
+        """The recipe, where a command cannot do without.
+
+        Raises:
+            ArtifactError: If the run holds a network of the user's own.
+        """
+        if self.recipe is None:
+            raise ArtifactError(
+                f"The run {self.folder} holds a network of your own, without a recipe that names "
+                "its data. Use evaluate() and time_runner() from Python."
+            )
+        return self.recipe
+
+
+def save(
+    folder: Path | str,
+    network: Network,
+    *,
+    policy: Policy | RoutingPolicy | None = None,
+    class_names: tuple[str, ...] = (),
+) -> None:
+    """Save a network of your own, and its policy, as a run folder.
+
+    Args:
+        folder: Folder to make; it must not hold a run yet.
+        network: The network.
+        policy: Its policy, if it has one; gates and tokens as they were trained if None.
+        class_names: Name of each class.
+    Raises:
+        ArtifactError: If the folder holds a run or cannot be written.
+    """
+    if policy is None:
+        policy = family_of(network).as_trained
+    if policy is not None:
+        policy_to_dict(policy)  # refuses one that cannot be written, before anything is
+    folder = create_folder(folder)
+    write_recipe(folder, recipe=None, class_names=class_names, data=None)
+    write_choice(folder, network)
+    save_weights(network, folder / WEIGHTS_FILE)
+    if policy is not None:
+        write_policy(folder, policy)
+
+
+def load(folder: Path | str, network: Network | None = None) -> Run:
+    """Load a run folder.
+
+    Args:
+        folder: The run folder.
+        network: The network to fill, for a run that :func:`save` wrote; a run of a recipe builds
+            its own.
+    Returns:
+        The run, its network in evaluation mode.
+    Raises:
+        ArtifactError: If the folder is no run, not trained to the end, damaged, or too new.
+        InvalidArgumentError: If the network has to be given and was not.
+    """
+    folder = Path(folder)
+    recipe, class_names, data = read_recipe(folder)
+    if not (folder / WEIGHTS_FILE).exists():
+        resume = f"offramp train {recipe.name} --out {folder} --resume" if recipe else ""
+        raise ArtifactError(
+            f"The run {folder} is not trained to the end: {WEIGHTS_FILE} is missing. Finish it: "
+            f"{resume or 'save it anew.'}"
+        )
+    if network is None:
+        if recipe is None:
+            raise InvalidArgumentError(
+                f"The run {folder} holds a network of your own. "
+                "Build it and give it: load(folder, network=...)."
+            )
+        network = recipe.build_network()
+    load_weights(network, folder / WEIGHTS_FILE)
+    read_choice(folder, network)
+    policy, calibration = _read_policy(folder / POLICY_FILE, network)
+    return Run(
+        folder=folder,
+        network=network.eval(),
+        class_names=class_names,
+        policy=policy,
+        calibration=calibration,
+        recipe=recipe,
+        data=data,
+    )
+
+
+def require_new(folder: Path) -> None:
+    """Refuse a folder that holds something already.
+
+    Args:
+        folder: The folder of a run to be made; it may exist if it is empty.
+    Raises:
+        ArtifactError: If it holds something.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ArtifactError(
+            f"The folder {folder} exists already. Choose another folder, or go on with what was "
+            "begun there: resume=True."
+        )
+
+
+def read_policy(path: Path) -> tuple[Policy | RoutingPolicy, dict[str, Any]]:
+    """Read a ``policy.json``.
+
+    Args:
+        path: The file.
+    Returns:
+        The policy, and all that the file says.
+    Raises:
+        ArtifactError: If it is missing, damaged or too new.
+    """
+    content = read_json(path)
+    try:
+        return policy_from_dict(decode(content, _PolicyFile).policy), content
+    except ArtifactError as error:
+        what = str(error).removesuffix(".")
+        raise ArtifactError(f"{path} is damaged: {what}. Calibrate the run again.") from error
+
+
+def _read_policy(
+    path: Path, network: Network
+) -> tuple[Policy | RoutingPolicy | None, dict[str, Any] | None]:
+    family = family_of(network)
+    trained = family.as_trained
+    if not path.exists():
+        return trained or _only_choice(network), None
+    policy, content = read_policy(path)
+    if not isinstance(policy, family.policy):
+        raise ArtifactError(
+            f"Expected a policy for {'exits' if trained is None else trained.kind} in {path}, "
+            f"which the network has. Got one of the kind {content['policy']['kind']!r}. "
+            "Calibrate the run again."
+        )
+    if policy.num_exits != network.num_exits:
+        raise ArtifactError(
+            f"Expected a policy for {network.num_exits} exits in {path}. Got one for "
+            f"{policy.num_exits}. Calibrate the run again."
+        )
+    return policy, content
+
+
+def _only_choice(network: Network) -> Policy | None:
+    """With one exit there is nothing to choose; with more, no policy until it is."""
+    if network.num_exits > 1:
+        return None
+    return DensePolicy(()) if network.is_dense else never_leave(1)
+
+
+def create_folder(folder: Path | str) -> Path:
+    """Make the folder of a new run.
+
+    Args:
+        folder: The folder; it may exist if it is empty.
+    Returns:
+        Its path.
+    Raises:
+        ArtifactError: If it holds something already or cannot be made.
+    """
+    folder = Path(folder)
+    require_new(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(
+            f"Cannot make the folder {folder}: {error.strerror}. Choose another folder."
+        ) from error
+    return folder
+
+
+def write_recipe(
+    folder: Path, *, recipe: Recipe | None, class_names: tuple[str, ...], data: str | None
+) -> None:
+    """Write ``recipe.json``.
+
+    Args:
+        folder: The run folder.
+        recipe: How the run is trained; None for a network of the user's own.
+        class_names: Name of each class.
+        data: What ``--data`` was.
+    """
+    content = {
+        "recipe": None if recipe is None else recipe.to_dict(),
+        "class_names": list(class_names),
+        "data": data,
+    }
+    write_json(folder / RECIPE_FILE, content)
+
+
+def read_recipe(folder: Path) -> tuple[Recipe | None, tuple[str, ...], str | None]:
+    """Read ``recipe.json``.
+
+    Args:
+        folder: The run folder.
+    Returns:
+        What :func:`write_recipe` was given: recipe, class names, data.
+    Raises:
+        ArtifactError: If the folder is no run, or the file is damaged or too new.
+    """
+    if not (folder / RECIPE_FILE).is_file():
+        raise ArtifactError(
+            f"Expected a run folder with a {RECIPE_FILE} in it. {folder} has none. "
+            "Make one: offramp train RECIPE --out RUN"
+        )
+    content = read_json(folder / RECIPE_FILE)
+    try:
+        said = decode(content, _RecipeFile)
+        recipe = None if said.recipe is None else Recipe.from_dict(said.recipe)
+    except ArtifactError as error:
+        raise ArtifactError(f"{folder / RECIPE_FILE} is damaged: {error}") from error
+    return recipe, said.class_names, said.data
+
+
+def write_policy(
+    folder: Path, policy: Policy | RoutingPolicy, *, calibration: dict[str, Any] | None = None
+) -> None:
+    """Write ``policy.json``.
+
+    Args:
+        folder: The run folder.
+        policy: The policy.
+        calibration: What was asked, the data it was chosen on, and what it reached there.
+    """
+    write_json(folder / POLICY_FILE, {"policy": policy_to_dict(policy), **(calibration or {})})
+
+
+def load_batches(
+    recipe: Recipe, split: str, data: str | None = None
+) -> tuple[Batches, tuple[str, ...], str]:
+    """Load a split of a recipe's data.
+
+    Args:
+        recipe: The recipe.
+        split: A split of the data set, or "calibration", which is cut from train.
+        data: A folder, or the word that downloads the data set; the default places if None.
+    Returns:
+        batches: The samples, not augmented unless the split is train.
+        class_names: Name of each class.
+        fingerprint: Identifies these samples.
+    Raises:
+        InvalidArgumentError: If there is no such split, or the recipe sets no calibration data
+            aside.
+        DataError: If the data is missing or damaged.
+    """
+    if split == CALIBRATION_SPLIT and recipe.calibration_share == 0:
+        raise InvalidArgumentError(
+            f"The recipe {recipe.name!r} was trained with calibration_share=0: no data was set "
+            "aside. Give thresholds by hand, or train with calibration_share=0.1."
+        )
+    whole = _load_checked(recipe, "train" if split == CALIBRATION_SPLIT else split, data)
+    if split in ("train", CALIBRATION_SPLIT):
+        train, calibration = _cut_train(recipe, whole)
+        batches = train if calibration is None or split == "train" else calibration
+    else:
+        batches = _as_batches(recipe, whole).unaugmented()
+    return batches, whole.class_names, _fingerprint(whole.fingerprint(), batches)
+
+
+def load_training_data(
+    recipe: Recipe, data: str | None = None
+) -> tuple[Batches, Batches | None, tuple[str, ...]]:
+    """Load the train split once and cut the calibration set from it.
+
+    Args:
+        recipe: The recipe.
+        data: As for :func:`load_batches`.
+    Returns:
+        train: The samples to train on, augmented as the recipe says.
+        calibration: The samples set aside, not augmented; None where the recipe sets none aside.
+        class_names: Name of each class.
+    Raises:
+        DataError: If the data is missing or damaged.
+        InvalidArgumentError: If a class is too small for its share of calibration data.
+    """
+    whole = _load_checked(recipe, "train", data)
+    return *_cut_train(recipe, whole), whole.class_names
+
+
+def _load_checked(recipe: Recipe, split: str, data: str | None) -> Split | TextSplit:
+    whole = load_split(recipe.data, split, data)
+    check_labels(known_labels(whole.labels_N), num_classes=recipe.network_options["num_classes"])
+    return whole
+
+
+def _as_batches(recipe: Recipe, whole: Split | TextSplit) -> Batches:
+    """All samples of a split, as the recipe's network takes them, augmented as it says."""
+    if isinstance(whole, TextSplit):
+        return TextBatches(encode(load_tokenizer(), whole.texts), whole.labels_N)
+    kind = ImageBatches if whole.labels_N.ndim == 1 else MaskBatches
+    return kind(
+        whole.store,
+        whole.labels_N,
+        normalise=recipe.require_normalisation(),
+        augment=recipe.augment,
+    )
+
+
+def _cut_train(recipe: Recipe, whole: Split | TextSplit) -> tuple[Batches, Batches | None]:
+    batches = _as_batches(recipe, whole)
+    if recipe.calibration_share == 0:
+        return batches, None
+    return split_off_calibration(
+        batches,
+        share=recipe.calibration_share,
+        seed=recipe.fit.seed,
+        uniform_prior=recipe.uniform_prior,
+    )
+
+
+def is_in_sample(run: Run, split: str, fingerprint: str) -> bool:
+    """Whether figures on these samples would be too good.
+
+    Args:
+        run: The run.
+        split: The split that the samples are of.
+        fingerprint: Of the samples.
+    Returns:
+        Whether they trained the network or chose its thresholds.
+    """
+    chosen_on = ((run.calibration or {}).get("data") or {}).get("sha256")
+    return split == "train" or chosen_on == fingerprint
+
+
+def _fingerprint(whole: str, batches: Batches) -> str:
+    rows = hashlib.sha256(batches.rows_N.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(json.dumps([whole, rows]).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""The Lightning tasks, one a family and output."""
