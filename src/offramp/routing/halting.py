@@ -332,7 +332,7 @@ def add_halting(
         InvalidArgumentError: If a gate's number is none.
         ShapeError: If the example has no sample in it.
     Reference: Yin et al. (2022), A-ViT: Adaptive tokens for efficient vision transformer. What
-        differs from its code is in docs/decisions.md.
+        differs from its code is in docs/decisions/0000-before-the-records.md.
     """
     for name, number in (("gate_scale", gate_scale), ("gate_center", gate_center)):
         if not isinstance(number, int | float) or not math.isfinite(number):
