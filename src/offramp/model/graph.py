@@ -143,7 +143,7 @@ class TracedStage(nn.Module):
 def _function(graph: fx.Graph) -> Callable[..., Any]:
     """A graph as a function of the module that holds its objects.
 
-    A ``GraphModule`` has attributes of its own, such as ``meta``, that a backbone's may be named as.
+    A ``GraphModule`` has attributes of its own, such as ``meta``, which a backbone's may be called.
     """
     code = graph.python_code("self")
     return _forward_from_src(code.src, code.globals)
@@ -173,6 +173,10 @@ class _Mode:
         # Where a function normalises over the batch, in training one sample is not enough.
         sizes = (2, 3) if is_training else (1, 2)
         self._found = _record(backbone, tracer, inputs, sizes)
+        if self._shapes(self._final) is None:
+            raise NotTraceableError(
+                "it returns something else than a tensor of logits: return the logits alone"
+            )
         self._repeated = tracer.repeated
         self.ends = {path: (index[n] + 1, out) for path, (n, out) in tracer.ends.items()}
 
