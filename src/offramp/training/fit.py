@@ -43,7 +43,7 @@ from offramp.training.processes import (
     quiet_lightning,
     quiet_torch,
 )
-from offramp.training.samples import batches_of, checked_loader, dataset_of, read_batch
+from offramp.training.samples import batches_of, checked_loader, read_batch, samples_of
 from offramp.training.skip_task import SkipTask
 from offramp.training.task import VAL_LOSS, Loss, MakeOptimizer, Metrics, Task
 from offramp.zoo import Network
@@ -344,7 +344,7 @@ def _cut(train: Dataset[Any], config: FitConfig) -> tuple[Dataset[Any], Dataset[
     share, seed = config.validation_share, config.seed
     if isinstance(train, Batches):
         return split_off_calibration(train, share=share, seed=seed, uniform_prior=False)
-    dataset = dataset_of(train)
+    dataset = samples_of(train)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
     count = round(share * len(order))
     if count == 0:
@@ -359,7 +359,7 @@ def _cut(train: Dataset[Any], config: FitConfig) -> tuple[Dataset[Any], Dataset[
 def _train_loader(train: Data, config: FitConfig) -> DataLoader[Any]:
     if isinstance(train, DataLoader):
         return checked_loader(train)
-    dataset = dataset_of(train)
+    dataset = samples_of(train)
     class_balanced = config.class_balance == "sampling"
     labels_N = _labels(dataset) if class_balanced else torch.zeros(len(dataset), dtype=torch.int64)
     sampler = EpochSampler(labels_N, seed=config.seed, class_balanced=class_balanced)
@@ -375,4 +375,4 @@ def _labels(train: Dataset[Any]) -> Tensor:
 def _loader(data: Data, config: FitConfig) -> DataLoader[Any]:
     if isinstance(data, DataLoader):
         return checked_loader(data)
-    return make_loader(dataset_of(data), batch_size=config.batch_size)
+    return make_loader(samples_of(data), batch_size=config.batch_size)
