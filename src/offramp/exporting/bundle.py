@@ -20,6 +20,7 @@ from offramp.exporting.exits import ExitsExport
 from offramp.exporting.halting import HaltingExport
 from offramp.exporting.skip import SkipExport
 from offramp.inference.agreement import SINGLE_SAMPLES, Agreement, answer_in_batches
+from offramp.inference.evaluate import Chosen, policy_of
 from offramp.model.inputs import Given, as_inputs
 from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.policy.as_dict import policy_to_dict
@@ -44,7 +45,7 @@ _PRECISIONS: tuple[set[str], ...] = (set(), {_USUAL}, {"torch.float64"})
 @torch.no_grad()
 def export(
     network: Network,
-    policy: Policy | RoutingPolicy,
+    policy: Chosen,
     folder: Path | str,
     samples: Given,
     *,
@@ -63,7 +64,8 @@ def export(
 
     Args:
         network: The network, on the CPU.
-        policy: Who leaves where, which blocks run, or when a token halts.
+        policy: Who leaves where, which blocks run, or when a token halts; or a calibration that
+            chose it.
         folder: Folder to make; a bundle that is there already is replaced.
         samples: Real inputs, shape (N, ...), to compare on; 100 at least say something. A tuple
             or a dict where the network takes several inputs.
@@ -83,6 +85,7 @@ def export(
     """
     inputs = as_inputs(samples, network)
     _check_precision(network)
+    policy = policy_of(network, policy)
     family = _family_of(network.eval(), policy, layers_per_step)
     described = policy_to_dict(policy)
     with new_bundle_folder(Path(folder)) as making:

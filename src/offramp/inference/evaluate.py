@@ -268,7 +268,7 @@ def evaluate(
             )
         network, chosen = cast(Network, runner), loader
         asked = asked or _asked_of(chosen)
-        runner, loader, logits = make_runner(network, _policy(network, chosen)), logits, None
+        runner, loader, logits = make_runner(network, policy_of(network, chosen)), logits, None
     if logits is None:
         gathered = _Gathered()
         batches = gathered.answering(runner, loader)
@@ -313,7 +313,15 @@ def _asked_of(chosen: Any) -> Asked | None:
     )
 
 
-def _policy(network: Network, chosen: Any) -> Any:
+def policy_of(network: Network, chosen: Any) -> Any:
+    """Find the policy for a network in what chose one.
+
+    Args:
+        network: The network.
+        chosen: A calibration, a threshold for gates or halting; anything else is left as it is.
+    Returns:
+        The policy.
+    """
     chosen = _calibration(chosen)
     if isinstance(chosen, Calibration):
         return chosen.policy

@@ -60,10 +60,11 @@ def policy_to_dict(policy: Policy | RoutingPolicy) -> dict[str, Any]:
         return {"kind": "agreement", "thresholds": without_inf(policy.thresholds)}
     if isinstance(policy, RoutingPolicy):
         return {"kind": policy.kind, "threshold": policy.threshold}
+    advice = ": take its .policy" if hasattr(policy, "policy") else ""  # of a calibration
     raise InvalidArgumentError(
         "Expected a ThresholdPolicy, a PatiencePolicy, a ControllerPolicy, a DensePolicy, an "
         "AgreementPolicy, a GatePolicy or a HaltingPolicy. "
-        f"Got {type(policy).__name__}."
+        f"Got {type(policy).__name__}{advice}."
     )
 
 

@@ -28,6 +28,10 @@ def check_config(network: Network, config: FitConfig) -> None:
             can be trained, or a setting is for another kind of network, or cuda was asked for and
             there is none.
     """
+    if not isinstance(config, FitConfig):
+        raise InvalidArgumentError(
+            f"Expected a FitConfig, such as FitConfig(epochs=5). Got {type(config).__name__}."
+        )
     if not isinstance(network, get_args(Network)):
         raise InvalidArgumentError(
             "Expected a network with exits, gates or halting tokens to train. Got "

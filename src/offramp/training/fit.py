@@ -233,6 +233,8 @@ def _fit(
     with ExitStack() as stack:
         private = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="offramp-fit-")))
         place = private if folder is None else Path(folder).absolute()
+        if place.exists() and not place.is_dir():
+            raise InvalidArgumentError(f"Expected a folder to write to. Got the file {place}.")
         last = place / LAST_CHECKPOINT
         checkpoint = check_checkpoint(last, network, task) if resume and last.exists() else None
         _note_choosers(task, sets, reports.callbacks)

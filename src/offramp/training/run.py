@@ -115,6 +115,10 @@ def save(
     Raises:
         ArtifactError: If the folder holds a run or cannot be written.
     """
+    if isinstance(folder, nn.Module):
+        raise InvalidArgumentError(
+            f"Expected save(folder, network). Got a {type(folder).__name__} as the folder."
+        )
     if policy is None and type(network) in _TRAINED_POLICIES:
         policy = _TRAINED_POLICIES[type(network)]
     if policy is not None:
