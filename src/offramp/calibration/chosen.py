@@ -160,7 +160,7 @@ class Calibration(Printed, Choice, Generic[P]):
     asked: Asked | None = field(default=None, compare=False)
     guarantee: Guarantee | None = None
 
-    def policy_of(self, kind: type[Any]) -> Any:
+    def as_policy(self) -> Any:
         """The policy."""
         return self.policy
 

@@ -75,7 +75,7 @@ class LatencyCalibration(Choice):
     batch_ms: float
     plain_ms: float
 
-    def policy_of(self, kind: type[Any]) -> Any:
+    def as_policy(self) -> Any:
         """The policy."""
         return self.chosen.policy
 

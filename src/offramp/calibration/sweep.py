@@ -183,10 +183,6 @@ class ChosenThreshold(Calibration[RoutingPolicy]):
         """Accuracy where most runs, on the calibration data."""
         return None if self.final_exit is None else self.final_exit.accuracy
 
-    def policy_of(self, kind: type[Any]) -> Any:
-        """The policy of this threshold; itself, for a kind that is not made of one."""
-        return kind(self.threshold) if issubclass(kind, RoutingPolicy) else self
-
     def _title(self) -> str:
         on = "" if self.num_samples is None else f", on {self.num_samples:,} calibration samples"
         return f"threshold {self.threshold:.4f}{on}"

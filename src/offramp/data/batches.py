@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from offramp.data.collate import collate
 from offramp.data.images import Batches, make_loader
 from offramp.data.labels import read_labels
-from offramp.errors import DataError, InvalidArgumentError, ShapeError
+from offramp.errors import DataError, InvalidArgumentError, ShapeError, reason
 from offramp.model.inputs import LABEL_NAMES, TakesInputs, Tensors, as_inputs, explained
 
 _MASK_NAMES = ("mask", "masks", "annotation", "segmentation")
@@ -169,7 +169,7 @@ def _may_matter(part: object, given: object, num_classes: int | None) -> bool:
     """Whether a part could be inputs, labels or weights; not so names and numbers of samples."""
     if isinstance(part, list | tuple) and part and isinstance(part[0], int | float):
         part = np.asarray(part)
-    if not isinstance(part, Tensor | np.ndarray) or not len(part):
+    if not isinstance(part, Tensor | np.ndarray) or part.ndim == 0 or not len(part):
         return False
     values = torch.as_tensor(part)
     if values.is_floating_point():
@@ -234,9 +234,36 @@ def dataset_of(data: object) -> Any:
             "Expected a DataLoader, a data set of (input, label) samples with a length, or tensors "
             f"(inputs, labels). Got {type(data).__name__}{advice}."
         )
-    if len(data) == 0:
+    try:
+        is_empty = len(data) == 0
+    except (TypeError, NotImplementedError) as error:  # a chain of streams has none after all
+        raise DataError(
+            f"Expected a data set with a length. Got a {type(data).__name__} without one "
+            f"({reason(error)}): wrap it in a DataLoader."
+        ) from error
+    if is_empty:
         raise DataError("Expected at least one sample. Got an empty data set.")
     return data
+
+
+def samples_of(data: object) -> Any:
+    """Bring labelled data into the form of a data set, as :func:`dataset_of`, of samples alone.
+
+    Args:
+        data: As for :func:`dataset_of`.
+    Returns:
+        A data set.
+    Raises:
+        DataError: If it is none, holds nothing, or holds batches.
+    """
+    dataset = dataset_of(data)
+    if isinstance(dataset, list | tuple) and not _are_samples(dataset[:1]):
+        read_batch(dataset[0])  # says what is wrong with it, if it is no batch
+        raise DataError(
+            f"Expected samples, or a DataLoader. Got a {type(dataset).__name__} of batches: make "
+            "one of samples, or wrap it in DataLoader(batches, batch_size=None)."
+        )
+    return dataset
 
 
 class Rows(Dataset[Any]):
@@ -272,10 +299,10 @@ def _lengths(columns: object) -> Iterator[int]:
     if isinstance(columns, Mapping):
         for column in columns.values():
             yield from _lengths(column)
-    elif isinstance(columns, tuple | list) and not _is_column(columns):
+    elif isinstance(columns, tuple | list) and not _has_rows(columns):
         for column in columns:
             yield from _lengths(column)
-    elif _is_column(columns):
+    elif _has_rows(columns):
         yield len(columns)  # type: ignore[arg-type]
     else:
         raise DataError(
@@ -287,9 +314,16 @@ def _lengths(columns: object) -> Iterator[int]:
 def _row(columns: Any, index: int) -> Any:
     if isinstance(columns, Mapping):
         return {key: _row(column, index) for key, column in columns.items()}
-    if isinstance(columns, tuple | list) and not _is_column(columns):
+    if isinstance(columns, tuple | list) and not _has_rows(columns):
         return tuple(_row(column, index) for column in columns)
     return columns[index]
+
+
+def _has_rows(values: object) -> bool:
+    """Whether something is a column, or lists of numbers for each of several samples."""
+    if _is_column(values):
+        return True
+    return isinstance(values, list) and all(isinstance(v, list) and _has_rows(v) for v in values)
 
 
 def _is_column(values: object) -> bool:
@@ -353,6 +387,8 @@ def _are_samples(items: Sequence[Any]) -> bool:
 def _is_sample(item: object) -> bool:
     if not isinstance(item, Mapping | tuple | list):
         return False
+    if not isinstance(item, Mapping) and any(map(_is_number, item[1:])):
+        return True
     try:
         given, label = _split(tuple(item) if isinstance(item, list) else item, None)
     except DataError:
@@ -361,6 +397,10 @@ def _is_sample(item: object) -> bool:
         shape = np.shape(label)
         return not shape or shape[0] != _first_size(given)
     return True
+
+
+def _is_number(part: object) -> bool:
+    return isinstance(part, int | float | Tensor | np.ndarray | np.generic) and np.ndim(part) == 0
 
 
 def _first_size(given: object) -> int | None:

@@ -48,7 +48,6 @@ def collate(samples: Sequence[Any]) -> Any:
 
 def _holds_parts(sample: Sequence[Any]) -> bool:
     """Whether a list is a sample of several parts; one of numbers alone is a part itself."""
-    return not all(
-        isinstance(value, int | float) or (isinstance(value, list) and not _holds_parts(value))
-        for value in sample
-    )
+    if all(isinstance(value, list) for value in sample):
+        return any(map(_holds_parts, sample))
+    return not all(isinstance(value, int | float) for value in sample)

@@ -39,12 +39,16 @@ def read_labels(
         tensor([1, 0])
     """
     values = _label_tensor(labels)
+    if values.layout != torch.strided:
+        values = values.to_dense()
     if values.ndim == 0 or values.shape[0] != num_samples:
         raise DataError(
             f"Expected a label for each of the {num_samples} samples of the batch, batch axis "
             f"first. Got labels of shape {tuple(values.shape)}."
         )
-    if values.is_complex() or not bool(values.isfinite().all()):
+    if values.is_complex():
+        raise DataError(f"Expected classes as whole numbers. Got labels of {values.dtype}.")
+    if not bool(values.isfinite().all()):
         raise DataError("Expected classes as whole numbers. Got labels with NaN or infinity.")
     if values.ndim in (2, 4):
         values = _without_class_axis(values, num_classes)

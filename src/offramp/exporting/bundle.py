@@ -25,6 +25,7 @@ from offramp.families.agreement import SINGLE_SAMPLES, Agreement, answer_in_batc
 from offramp.model.inputs import Given, as_inputs
 from offramp.model.multi_exit import Features
 from offramp.policy.as_dict import policy_to_dict
+from offramp.policy.choice import Choice
 from offramp.policy.policies import Policy
 from offramp.policy.routing_policy import RoutingPolicy
 from offramp.runtime import Bundle, Session
@@ -51,7 +52,7 @@ _PRECISIONS: tuple[set[str], ...] = (set(), {_USUAL}, {"torch.float64"})
 @torch.no_grad()
 def export(
     network: Network,
-    policy: Policy | RoutingPolicy,
+    policy: Policy | RoutingPolicy | Choice,
     folder: Path | str,
     samples: Given,
     *,
@@ -70,7 +71,8 @@ def export(
 
     Args:
         network: The network, on the CPU.
-        policy: Who leaves where, which blocks run, or when a token halts.
+        policy: Who leaves where, which blocks run, or when a token halts; or a calibration that
+            chose it.
         folder: Folder to make; a bundle that is there already is replaced.
         samples: Real inputs, shape (N, ...), to compare on; 100 at least say something. A tuple
             or a dict where the network takes several inputs.
@@ -90,8 +92,9 @@ def export(
     """
     inputs = as_inputs(samples, network)
     _check_precision(network)
-    exporter = _exporter_of(network.eval(), policy, layers_per_step)
-    described = policy_to_dict(policy)
+    chosen = policy.as_policy() if isinstance(policy, Choice) else policy
+    exporter = _exporter_of(network.eval(), chosen, layers_per_step)
+    described = policy_to_dict(chosen)
     with new_bundle_folder(Path(folder)) as making:
         files = exporter.write_files(inputs, making, plain=plain)
         bundle = Bundle(

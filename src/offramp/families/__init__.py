@@ -47,7 +47,7 @@ def make_runner(
     """Make the runner that fits a network and its policy, or what chose one."""
     family = family_of(network)
     if isinstance(policy, Choice):
-        policy = policy.policy_of(family.policy)
+        policy = policy.as_policy()
     is_missing = policy is None and family.as_trained is None  # which the runner refuses
     if not is_missing and not isinstance(policy, family.policy):
         raise NotCalibratedError(

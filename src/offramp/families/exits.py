@@ -47,7 +47,7 @@ class AdaptiveRunner(ExitRunner):
                 f"Got a {type(network).__name__}."
             )
         if isinstance(policy, Choice):
-            policy = policy.policy_of(Policy)
+            policy = policy.as_policy()
         if policy is None:
             raise NotCalibratedError(
                 "Running early needs a policy and none was set. Choose one: offramp calibrate RUN, "

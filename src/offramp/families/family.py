@@ -58,7 +58,7 @@ def settled(
             f"Expected a {kind.__name__}, as {maker} makes. Got a {type(network).__name__}."
         )
     if isinstance(policy, Choice):
-        policy = policy.policy_of(type(as_trained))
+        policy = policy.as_policy()
     if not isinstance(policy, type(as_trained) | None):
         raise InvalidArgumentError(
             f"Expected a {type(as_trained).__name__}, or what calibrate chose. "

@@ -103,7 +103,7 @@ def _require_batch_first(one: Tensor, two: Tensor, path: str) -> None:
             f"{tuple(one.shape)} for one sample and {tuple(two.shape)} for two. Cut where samples "
             "come first, or set the batch_first of the layers around the cut."
         )
-    if one.is_floating_point():
+    if one.is_floating_point() or one.is_complex():
         precision = max(0.01, torch.finfo(one.dtype).eps ** 0.5)
         size = float(one.abs().nan_to_num(posinf=0).amax()) if one.numel() else 0.0
         is_own = torch.allclose(two[1:], one, rtol=0, atol=precision * size, equal_nan=True)

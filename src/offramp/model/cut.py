@@ -9,7 +9,7 @@ proves that the stages do what the backbone does (``proof``).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate
 from typing import Protocol
@@ -172,6 +172,9 @@ def _cut(
 
 def _uncompiled(backbone: nn.Module) -> nn.Module:
     """The module that ``torch.compile`` was given, whose parts are not compiled one by one."""
+    if not isinstance(backbone, nn.Module):
+        came = f"the class {backbone.__name__}" if isinstance(backbone, type) else repr(backbone)
+        raise InvalidArgumentError(f"Expected an nn.Module as the backbone. Got {came}.")
     original = getattr(backbone, "_orig_mod", backbone)
     return original if isinstance(original, nn.Module) else backbone
 
@@ -184,7 +187,7 @@ def _paths(at: Sequence[str] | str, num_exits: int | None) -> list[str] | None:
         raise InvalidArgumentError(
             "The 'num_exits' parameter goes with at=\"auto\"; paths say it themselves."
         )
-    paths = [at] if isinstance(at, str) else list(at)
+    paths = [at] if isinstance(at, str) or not isinstance(at, Iterable) else list(at)
     if not all(isinstance(path, str) for path in paths):
         raise InvalidArgumentError(
             f"The 'at' parameter must hold paths of modules, as in named_modules(). Got {at!r}."

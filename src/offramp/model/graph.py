@@ -10,12 +10,13 @@ the same modules; each of its stages runs the graph of the mode that it is in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.graph_module import _forward_from_src
 
 from offramp.errors import BackboneCutError, reason
 from offramp.measure.cost import evaluation_mode
@@ -126,7 +127,7 @@ class TracedStage(nn.Module):
             setattr(module, name, value)
 
     def _compile(self) -> None:
-        forwards = {id(g): type(fx.GraphModule(self, g)).forward for g in self._graphs}
+        forwards = {id(graph): _function(graph) for graph in self._graphs}
         self._forwards = tuple(forwards[id(graph)] for graph in self._graphs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -137,6 +138,15 @@ class TracedStage(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._compile()
+
+
+def _function(graph: fx.Graph) -> Callable[..., Any]:
+    """A graph as a function of the module that holds its objects.
+
+    A ``GraphModule`` has attributes of its own, such as ``meta``, which a backbone's may be called.
+    """
+    code = graph.python_code("self")
+    return _forward_from_src(code.src, code.globals)
 
 
 class _Mode:
@@ -163,6 +173,10 @@ class _Mode:
         # Where a function normalises over the batch, in training one sample is not enough.
         sizes = (2, 3) if is_training else (1, 2)
         self._found = _record(backbone, tracer, inputs, sizes)
+        if self._shapes(self._final) is None:
+            raise NotTraceableError(
+                "it returns something else than a tensor of logits: return the logits alone"
+            )
         self._repeated = tracer.repeated
         self.ends = {path: (index[n] + 1, out) for path, (n, out) in tracer.ends.items()}
 
@@ -250,7 +264,7 @@ def _record(
     statistics = [(buffer, buffer.clone()) for buffer in backbone.buffers()]
     with evaluation_mode(backbone), torch.no_grad(), torch.random.fork_rng(devices=[]):
         for batch_size in batch_sizes:
-            recorder = _Recorder(fx.GraphModule(tracer.objects, tracer.graph))
+            recorder = _Recorder(backbone, tracer)
             try:
                 recorder.run(*(t[:1].repeat(batch_size, *(1,) * (t.ndim - 1)) for t in inputs))
             except Exception as error:  # whatever its modules raise
@@ -275,9 +289,13 @@ def _are_equal(first: Tracer, second: Tracer) -> bool:
 
 
 class _Recorder(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
+    def __init__(self, backbone: nn.Module, tracer: Tracer) -> None:
+        super().__init__(backbone, graph=tracer.graph)
+        self._objects = tracer.objects
         self.shapes: dict[str, torch.Size | None] = {}
+
+    def fetch_attr(self, target: str) -> Any:
+        return self._objects[target]
 
     def run_node(self, n: fx.Node) -> Any:
         try:

@@ -225,10 +225,16 @@ def _fitting(tensor: Tensor, spec: InputSpec | None, network: TakesInputs) -> Te
     """A tensor of the type that the network computes in."""
     is_float = tensor.is_floating_point()
     if spec is not None:
-        if tensor.ndim == len(spec.sample_shape) and tensor.ndim:
+        num_axes = 1 + len(spec.sample_shape)
+        if tensor.ndim == num_axes - 1 and tensor.ndim:
             raise ShapeError(
                 f"Expected {spec.name} with a batch axis first, {spec}. "
                 f"Got {tuple(tensor.shape)}: for one sample, add it with {spec.name}[None]."
+            )
+        if tensor.ndim != num_axes:
+            raise ShapeError(
+                f"Expected {spec.name} of {num_axes} axes, {spec}, as in the example. "
+                f"Got {tuple(tensor.shape)}."
             )
         if is_float != spec.dtype.is_floating_point:
             advice = "scale it to floats as in training, as images.float() / 255"

@@ -8,6 +8,7 @@ off) would be done once, now, and never again, so that it is refused too.
 from __future__ import annotations
 
 import inspect
+import keyword
 import random
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -123,6 +124,10 @@ def trace(
             raise
         except Exception as error:  # whatever the backbone's own code raises on a stand-in
             raise NotTraceableError(_what_stopped(error)) from error
+    for path in tracer.objects:
+        word = next(filter(keyword.iskeyword, path.split(".")), None)
+        if word is not None:  # torch.fx writes code with these names
+            raise NotTraceableError(f"{path!r} is named by a word of Python's, {word!r}: rename it")
     return tracer
 
 

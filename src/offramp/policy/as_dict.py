@@ -12,6 +12,7 @@ from torch import Tensor
 
 from offramp.decoding import decode, decode_tagged
 from offramp.errors import ArtifactError, InvalidArgumentError
+from offramp.policy.choice import Choice
 from offramp.policy.controller import ControllerPolicy, ExitScorer
 from offramp.policy.dense_policies import AgreementPolicy, DensePolicy
 from offramp.policy.policies import PatiencePolicy, Policy, ThresholdPolicy
@@ -49,7 +50,10 @@ def policy_to_dict(policy: Policy | RoutingPolicy) -> dict[str, Any]:
                 **{field.name: _plain(getattr(policy, field.name)) for field in fields(known)},
             }
     names = [known.__name__ for known in _KINDS.values()]
-    raise InvalidArgumentError(f"Expected one of {', '.join(names)}. Got {type(policy).__name__}.")
+    advice = ": take its .policy" if isinstance(policy, Choice) else ""
+    raise InvalidArgumentError(
+        f"Expected one of {', '.join(names)}. Got {type(policy).__name__}{advice}."
+    )
 
 
 def policy_from_dict(content: Any) -> Policy | RoutingPolicy:

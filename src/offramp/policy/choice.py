@@ -10,5 +10,5 @@ class Choice(ABC):
     """The outcome of a calibration: a policy, and what it reached."""
 
     @abstractmethod
-    def policy_of(self, kind: type[Any]) -> Any:
-        """The policy, where a network takes one of this kind."""
+    def as_policy(self) -> Any:
+        """The policy."""

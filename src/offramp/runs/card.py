@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from offramp.data.sources import SOURCES
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.families import family_for
 from offramp.families.family import Family
@@ -16,7 +17,6 @@ from offramp.policy.as_dict import policy_to_dict
 from offramp.policy.policies import Policy
 from offramp.policy.routing_policy import RoutingPolicy
 from offramp.recipes.recipe import Recipe
-from offramp.data.sources import SOURCES
 
 _LOAD_IMAGES = """\
 ```python

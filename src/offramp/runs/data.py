@@ -7,8 +7,8 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from offramp.data.images import make_loader
-from offramp.runs.run import Run, load_batches
 from offramp.data.sources import SOURCES
+from offramp.runs.run import Run, load_batches
 
 
 def load_data(run: Run, split: str | None = None, *, data: str | None = None) -> DataLoader[Any]:

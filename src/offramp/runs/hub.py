@@ -19,12 +19,12 @@ from huggingface_hub import HfApi, constants, errors
 from safetensors import SafetensorError, safe_open
 
 from offramp.artifacts import atomic_folder
+from offramp.data.sources import SOURCES
 from offramp.errors import ArtifactError, InvalidArgumentError, reason
 from offramp.policy.policies import Policy
 from offramp.policy.routing_policy import RoutingPolicy
-from offramp.runs.card import check_evaluation, model_card
-from offramp.training.checkpoint_choice import CHOICE_FILE
 from offramp.recipes.recipe import Recipe
+from offramp.runs.card import check_evaluation, model_card
 from offramp.runs.run import (
     POLICY_FILE,
     RECIPE_FILE,
@@ -35,7 +35,7 @@ from offramp.runs.run import (
     read_recipe,
     write_recipe,
 )
-from offramp.data.sources import SOURCES
+from offramp.training.checkpoint_choice import CHOICE_FILE
 from offramp.zoo import Network
 
 CARD_FILE = "README.md"

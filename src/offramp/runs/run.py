@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from offramp.artifacts import read_json, write_json
+from offramp.data.images import Batches, ImageBatches, split_off_calibration
+from offramp.data.labels import check_labels
+from offramp.data.masks import MaskBatches
+from offramp.data.parquet import Split, TextSplit, known_labels
+from offramp.data.sources import load_split
+from offramp.data.texts import TextBatches, encode
 from offramp.decoding import Count, Share, decode
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.families import family_of
@@ -19,14 +27,8 @@ from offramp.policy.as_dict import policy_from_dict, policy_to_dict
 from offramp.policy.dense_policies import DensePolicy
 from offramp.policy.policies import Policy, never_leave
 from offramp.policy.routing_policy import RoutingPolicy
-from offramp.training.checkpoint_choice import read_choice, write_choice
-from offramp.data.images import Batches, ImageBatches, split_off_calibration
-from offramp.data.labels import check_labels
-from offramp.data.masks import MaskBatches
-from offramp.data.parquet import Split, TextSplit, known_labels
 from offramp.recipes.recipe import Recipe
-from offramp.data.sources import load_split
-from offramp.data.texts import TextBatches, encode
+from offramp.training.checkpoint_choice import read_choice, write_choice
 from offramp.zoo import Network
 from offramp.zoo.text import load_tokenizer
 
@@ -141,6 +143,10 @@ def save(
     Raises:
         ArtifactError: If the folder holds a run or cannot be written.
     """
+    if isinstance(folder, nn.Module):
+        raise InvalidArgumentError(
+            f"Expected save(folder, network). Got a {type(folder).__name__} as the folder."
+        )
     if policy is None:
         policy = family_of(network).as_trained
     if policy is not None:

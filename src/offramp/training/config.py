@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Literal
 
 from offramp.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,7 @@ class GateConfig:
     supervised: bool = True
 
     def __post_init__(self) -> None:
+        _check_types(self)
         rate = self.reward_learning_rate
         _check(
             self,
@@ -85,6 +90,7 @@ class HaltingConfig:
     target_depth: float | None = None
 
     def __post_init__(self) -> None:
+        _check_types(self)
         target = self.target_depth
         _check(
             self,
@@ -165,6 +171,7 @@ class FitConfig:
     halting: HaltingConfig | None = None
 
     def __post_init__(self) -> None:
+        _check_types(self)
         clip = self.gradient_clip_val
         epochs_left = self.epochs - self.backbone_epochs
         num_first = self.epochs - self._last_phase()
@@ -231,6 +238,33 @@ class FitConfig:
             for kind, name in names.items()
             if getattr(self, kind) is not None
         }
+
+
+def _check_types(config: DataclassInstance) -> None:
+    """Refuse what cannot be compared with a number, before it is."""
+    for field in fields(config):
+        kind, expected = _KINDS.get(str(field.type).removesuffix(" | None"), (object, ""))
+        value = getattr(config, field.name)
+        if value is None and str(field.type).endswith("None"):
+            continue
+        if kind is tuple:
+            is_valid = isinstance(value, tuple | list) and all(isinstance(v, Real) for v in value)
+        else:
+            is_valid = isinstance(value, kind)
+        if not is_valid:
+            raise InvalidArgumentError(
+                f"The {field.name!r} parameter must be {expected}. Got {value!r}."
+            )
+
+
+_KINDS: Mapping[str, tuple[type, str]] = {
+    "int": (Integral, "an int"),
+    "float": (Real, "a number"),
+    "tuple[float, ...]": (tuple, "a tuple of numbers"),
+    "GateConfig": (GateConfig, "a GateConfig"),
+    "HaltingConfig": (HaltingConfig, "a HaltingConfig"),
+}
+"""Of what class values are, by the type of a field, and how a message calls it."""
 
 
 def _check(config: object, checks: Mapping[str, tuple[bool, str]]) -> None:

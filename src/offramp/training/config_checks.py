@@ -23,6 +23,10 @@ def check_config(network: Network, config: FitConfig) -> None:
             there is not one loss weight per exit, or a setting is for another family, or cuda was
             asked for and there is none.
     """
+    if not isinstance(config, FitConfig):
+        raise InvalidArgumentError(
+            f"Expected a FitConfig, such as FitConfig(epochs=5). Got {type(config).__name__}."
+        )
     own = family_of(network)
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise InvalidArgumentError(

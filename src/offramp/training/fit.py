@@ -19,7 +19,7 @@ from lightning.pytorch.profilers import SimpleProfiler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from offramp.data.batches import batches_of, checked_loader, dataset_of, read_batch
+from offramp.data.batches import batches_of, checked_loader, read_batch, samples_of
 from offramp.data.images import Batches, EpochSampler, make_loader, split_off_calibration
 from offramp.errors import InvalidArgumentError
 from offramp.families import family_of
@@ -234,6 +234,8 @@ def _fit(
     with ExitStack() as stack:
         private = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="offramp-fit-")))
         place = private if folder is None else Path(folder).absolute()
+        if place.exists() and not place.is_dir():
+            raise InvalidArgumentError(f"Expected a folder to write to. Got the file {place}.")
         last = place / LAST_CHECKPOINT
         checkpoint = check_checkpoint(last, network, task) if resume and last.exists() else None
         _note_choosers(task, sets, reports.callbacks)
@@ -345,7 +347,7 @@ def _cut(train: Dataset[Any], config: FitConfig) -> tuple[Dataset[Any], Dataset[
     share, seed = config.validation_share, config.seed
     if isinstance(train, Batches):
         return split_off_calibration(train, share=share, seed=seed, uniform_prior=False)
-    dataset = dataset_of(train)
+    dataset = samples_of(train)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
     count = round(share * len(order))
     if count == 0:
@@ -360,7 +362,7 @@ def _cut(train: Dataset[Any], config: FitConfig) -> tuple[Dataset[Any], Dataset[
 def _train_loader(train: Data, config: FitConfig) -> DataLoader[Any]:
     if isinstance(train, DataLoader):
         return checked_loader(train)
-    dataset = dataset_of(train)
+    dataset = samples_of(train)
     class_balanced = config.class_balance == "sampling"
     labels_N = _labels(dataset) if class_balanced else torch.zeros(len(dataset), dtype=torch.int64)
     sampler = EpochSampler(labels_N, seed=config.seed, class_balanced=class_balanced)
@@ -376,4 +378,4 @@ def _labels(train: Dataset[Any]) -> Tensor:
 def _loader(data: Data, config: FitConfig) -> DataLoader[Any]:
     if isinstance(data, DataLoader):
         return checked_loader(data)
-    return make_loader(dataset_of(data), batch_size=config.batch_size)
+    return make_loader(samples_of(data), batch_size=config.batch_size)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import ChainDataset, DataLoader, IterableDataset, TensorDataset
 
 from offramp.calibration.collect import collect
 from offramp.data.batches import batches_of, read_batch
@@ -45,6 +45,7 @@ class Streamed(IterableDataset):
         torch.tensor([2, 0, 1], dtype=torch.uint8),
         torch.tensor([2.0, 0.0, 1.0]),
         torch.tensor([[2], [0], [1]]),
+        torch.tensor([[0, 0, 1], [1, 0, 0], [0, 1, 0]]).to_sparse(),
         torch.tensor([[0, 0, 1], [1, 0, 0], [0, 1, 0]]),
         torch.tensor([[0, 0, 1], [1, 0, 0], [0, 1, 0]], dtype=torch.bool),
         np.array([2, 0, 1], dtype=np.uint64),
@@ -67,6 +68,7 @@ def test_labels_of_one_meaning_become_classes(labels):
         ([None, None], "samples without labels"),
         (torch.tensor([0.5, 1.0]), "Got a label of 0.5: regression"),
         (torch.tensor([float("nan"), 1.0]), "NaN"),
+        (torch.tensor([1j, 1.0]), "complex64"),
         (torch.tensor([[1, 1, 0], [0, 0, 1]]), r"Got shape \(2, 3\): several classes"),
         (torch.tensor([[0.9, 0.1, 0.0], [0, 0, 1]]), "mixup"),
         (torch.eye(4)[:2], "one-hot of 3 columns"),
@@ -111,6 +113,9 @@ FORMS = {
     "tensors in a list": [X, Y],
     "arrays": (X.numpy(), Y.tolist()),
     "columns": {"pixel_values": X, "labels": Y},
+    "columns of lists": {"pixel_values": X.tolist(), "labels": Y.tolist()},
+    "lists of lists": (X.tolist(), Y.tolist()),
+    "lists in lists": rows(lambda i, x, y: [x.tolist(), y]),
     "data set": TensorDataset(X, Y),
 }
 
@@ -162,6 +167,8 @@ def test_whatever_yields_samples_or_batches_is_collected(data, network):
         (rows(lambda i, x, y: {"a": x, "b": x, "label": y}), "Got the keys 'a', 'b'"),
         (rows(lambda i, x, y: (x, y, y)), "part 3 may be inputs, labels or weights"),
         (rows(lambda i, x, y: (x, i, y)), "part 3 may be inputs, labels or weights"),
+        (rows(lambda i, x, y: (x, torch.tensor(i), Y[i])), "part 3 may be inputs, labels"),
+        (rows(lambda i, x, y: (x, x, y)), "part 3 may be inputs, labels or weights"),
         (rows(lambda i, x, y: (x, y, 0.5)), "part 3 may be inputs, labels or weights"),
         (rows(lambda i, x, y: (x, -1)), r"in \[0, 2\].*Got -1. Where that stands"),
         (rows(lambda i, x, y: (x, 3)), r"in \[0, 2\].*Got 3"),
@@ -169,6 +176,7 @@ def test_whatever_yields_samples_or_batches_is_collected(data, network):
         (rows(lambda i, x, y: ("a film", y)), "'a film': turn it into token ids"),
         (rows(lambda i, x, y: (Image.new("L", (2, 2)), y)), "a PIL image"),
         ((torch.zeros(6, 3), Y), r"does not take inputs.*Its example was \(B, 2\) of float32"),
+        ((X[:, None], Y), r"input of 2 axes.*Got \(6, 1, 2\)"),
         ((X.to(torch.uint8), Y), "Got uint8: scale it to floats"),
         ((X * float("nan"), Y), "says NaN"),
     ],
@@ -195,6 +203,17 @@ def test_loaders_without_a_batch_are_refused(network):
             read()
     with pytest.raises(DataError, match="The loader gave none"):
         fit(network, DataLoader(Streamed([]), 8), config=config)
+
+
+def test_what_fit_cannot_shuffle_says_what_would_do(network):
+    batches = [(X[:3], Y[:3]), (X[3:], Y[3:])]
+    chain = ChainDataset([Streamed(FORMS["pairs"])])
+    for data, says in ((batches, "batch_size=None"), (chain, "wrap it in a DataLoader")):
+        with pytest.raises(DataError, match=says) as caught:
+            fit(network, data, config=FitConfig(epochs=1, device="cpu"))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match="without labels"):
+        fit(network, [(X,), (X,)], config=FitConfig(epochs=1, device="cpu"))
 
 
 def test_a_loader_of_the_users_stays_as_it_is():

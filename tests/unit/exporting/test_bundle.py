@@ -10,12 +10,14 @@ from torch import nn
 
 import offramp.exporting.bundle as export_module
 import offramp.exporting.exits as exits_module
+from offramp.calibration.chosen import Calibration
 from offramp.errors import ArtifactError, ExportMismatchError, InvalidArgumentError
 from offramp.exporting.bundle import check_parity, export
 from offramp.exporting.onnx import plan_steps
 from offramp.exporting.single import write_single
 from offramp.families.exits import AdaptiveRunner
 from offramp.model.multi_exit import MultiExitNetwork
+from offramp.policy.as_dict import policy_to_dict
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, never_leave
 from offramp.runtime import PlainSession, Session, read_bundle
 from offramp.zoo.mlp import mlp
@@ -201,6 +203,13 @@ def test_policy_for_another_network_is_refused(tmp_path, network):
     with pytest.raises(InvalidArgumentError, match=r"3 exits. Got one for 2"):
         export(network, never_leave(2), tmp_path / "bundle", X)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_calibration_stands_for_its_policy(tmp_path, network):
+    policy = ThresholdPolicy((0.03, 0.02))
+    chosen = Calibration(policy=policy, accuracy=0.5, mean_macs=10.0)
+    bundle = export(network, chosen, tmp_path / "bundle", X, plain=False)
+    assert bundle.policy == policy_to_dict(policy)
 
 
 class Branching(nn.Module):

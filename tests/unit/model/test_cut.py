@@ -1,14 +1,16 @@
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from small_backbones import BackboneOf
 from torch import nn
 
-from offramp.errors import ArtifactError, BackboneCutError, InvalidArgumentError
+from offramp.errors import ArtifactError, BackboneCutError, InvalidArgumentError, ShapeError
 from offramp.model.cut import add_exits
 
 CLASSES = 3
+Answer = namedtuple("Answer", "logits features")
 
 
 class InOrder(nn.Module):
@@ -118,8 +120,15 @@ def test_a_string_is_one_path():
     assert network.num_exits == 2
     with pytest.raises(BackboneCutError, match="cannot be cut after 'layer1'"):
         add_exits(nested(), at="layer1", num_classes=CLASSES, example=x)
-    with pytest.raises(InvalidArgumentError, match=r"paths of modules.*Got \[1\]"):
-        add_exits(nested(), at=[1], num_classes=CLASSES, example=x)
+    for at, came in (([1], r"\[1\]"), (1, "1"), (None, "None")):
+        with pytest.raises(InvalidArgumentError, match=rf"paths of modules.*Got {came}\."):
+            add_exits(nested(), at=at, num_classes=CLASSES, example=x)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", nn.Flatten, lambda x: x])
+def test_a_backbone_is_a_module(backbone):
+    with pytest.raises(InvalidArgumentError, match=r"Expected an nn\.Module as the backbone"):
+        add_exits(backbone, at=["0"], num_classes=CLASSES, example=torch.randn(VECTORS))
 
 
 def test_an_example_that_the_backbone_does_not_take():
@@ -190,6 +199,22 @@ def test_no_cut_after_the_end():
 def test_backbone_that_returns_no_tensor():
     with pytest.raises(BackboneCutError, match=r"tensor of logits\. LSTM returns tuple"):
         add_exits(nn.LSTM(6, 3), at=[], num_classes=CLASSES, example=torch.randn(VECTORS))
+    backbone = BackboneOf(
+        lambda m, x: Answer(m.b(m.a(x)), x), a=nn.Linear(6, 6), b=nn.Linear(6, CLASSES)
+    )
+    with pytest.raises(BackboneCutError, match="return the logits alone"):
+        add_exits(backbone, at=["a"], num_classes=CLASSES, example=torch.randn(VECTORS))
+
+
+def test_complex_features_want_a_head_of_the_callers():
+    backbone = BackboneOf(
+        lambda m, x: m.b(m.a(x).abs()),
+        a=nn.Linear(6, 6, dtype=torch.complex64),
+        b=nn.Linear(6, CLASSES),
+    )
+    x = torch.randn(2, 6, dtype=torch.complex64)
+    with pytest.raises(ShapeError, match=r"type torch\.complex64: cut elsewhere"):
+        add_exits(backbone, at=["a"], num_classes=CLASSES, example=x)
 
 
 def test_backbone_with_another_number_of_outputs():

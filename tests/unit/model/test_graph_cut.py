@@ -334,3 +334,37 @@ def test_of_a_compiled_module_the_one_that_was_compiled_is_cut():
     network = add_exits(compiled, at="1", num_classes=CLASSES, example=x)
     assert torch.equal(network(x)[-1], backbone(x))
     assert network.backbone_state_dict().keys() == backbone.state_dict().keys()
+
+
+class OddlyNamed(nn.Module):
+    """A backbone whose parts are called as attributes of torch.fx's own modules are."""
+
+    def __init__(self):
+        super().__init__()
+        self.meta, self.graph = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.code = nn.Parameter(torch.randn(8))
+        self.register_buffer("print_readable", torch.randn(8))
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        x = F.relu(self.meta(x)) * self.code + self.print_readable
+        return self.fc(F.relu(self.graph(x)))
+
+
+def test_parts_may_have_any_name():
+    backbone, x = OddlyNamed(), torch.randn(4, 8)
+    network = add_exits(backbone, at=["meta", "graph"], num_classes=CLASSES, example=x)
+    for copied in (network, pickle.loads(pickle.dumps(network))):
+        assert torch.equal(copied.eval()(x)[-1], backbone.eval()(x))
+
+
+def test_a_part_named_by_a_word_of_python_is_refused():
+    backbone = BackboneOf(
+        lambda m, x: m.fc(F.relu(m.attention["global"](x))),
+        attention=nn.ModuleDict({"global": nn.Linear(8, 8)}),
+        fc=nn.Linear(8, CLASSES),
+    )
+    with pytest.raises(
+        BackboneCutError, match=r"'attention\.global' is named by a word of Python's"
+    ):
+        add_exits(backbone, at=["fc"], num_classes=CLASSES, example=torch.randn(2, 8))

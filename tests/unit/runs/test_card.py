@@ -10,8 +10,8 @@ from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.model.checkpoint import save_weights
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, never_leave
 from offramp.policy.routing_policy import GatePolicy
-from offramp.runs.card import check_evaluation, model_card
 from offramp.recipes.exits import find_recipe
+from offramp.runs.card import check_evaluation, model_card
 from offramp.runs.hub import save_pretrained
 from offramp.runs.run import create_folder, load, save, write_policy, write_recipe
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from offramp.artifacts import SCHEMA_VERSION
+from offramp.calibration.chosen import Calibration
 from offramp.errors import ArtifactError, DataError, InvalidArgumentError
 from offramp.model.checkpoint import save_weights
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, never_leave
@@ -197,6 +198,17 @@ def test_folder_that_holds_something_is_kept(network, tmp_path):
     with pytest.raises(ArtifactError, match=r"Choose another folder, or go on .*resume=True"):
         save(tmp_path, network)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_folder_comes_first(network, tmp_path):
+    with pytest.raises(InvalidArgumentError, match=r"Expected save\(folder, network\)"):
+        save(network, tmp_path / "run")
+
+
+def test_a_calibration_is_no_policy_but_has_one(network, tmp_path):
+    chosen = Calibration(policy=never_leave(3), accuracy=0.5, mean_macs=10.0)
+    with pytest.raises(InvalidArgumentError, match=r"Got Calibration: take its \.policy"):
+        save(tmp_path / "run", network, policy=chosen)
 
 
 def test_folder_that_cannot_be_made(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 from functools import partial
 
@@ -370,6 +371,29 @@ def test_networks_that_cannot_be_trained(make_network):
         off.fit(nn.Linear(8, 3), TRAIN)
     with pytest.raises(InvalidArgumentError, match="All of this network's are frozen"):
         off.fit(make_network().requires_grad_(False), TRAIN)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"epochs": "3"}, "'epochs' parameter must be an int. Got '3'"),
+        ({"batch_size": 16.0}, "'batch_size' parameter must be an int. Got 16.0"),
+        ({"learning_rate": None}, "'learning_rate' parameter must be a number. Got None"),
+        ({"loss_weights": 1.0}, "'loss_weights' parameter must be a tuple of numbers"),
+        ({"gates": {"alpha": 0.1}}, "'gates' parameter must be a GateConfig"),
+    ],
+)
+def test_settings_are_of_their_kind(setting, said):
+    with pytest.raises(InvalidArgumentError, match=re.escape(said)):
+        off.FitConfig(**setting)
+
+
+def test_what_is_no_config_and_no_folder(make_network, tmp_path):
+    with pytest.raises(InvalidArgumentError, match=r"a FitConfig, such as .* Got dict"):
+        off.fit(make_network(), TRAIN, config={"epochs": 3})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidArgumentError, match="Expected a folder to write to"):
+        off.fit(make_network(), TRAIN, config=Config(), folder=tmp_path / "file")
 
 
 def test_errors_of_python_speak_python(make_network):

@@ -1,0 +1,1 @@
+"""Run folders: saved, loaded, described on a card and shared."""
