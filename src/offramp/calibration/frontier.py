@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from offramp.calibration.logits import ExitLogits, check_same_network
+from offramp.calibration.logits import ExitLogits, check_same_network, require_logits
 from offramp.calibration.rules import Rule, policies_like, policy_like
 from offramp.calibration.sweep import Sweep, best_threshold
 from offramp.calibration.thresholds import choose_policy, measure_policy
@@ -187,6 +187,7 @@ def frontier(
         ShapeError: If they differ in the number of exits or classes.
     """
     check_num_points(num_points)
+    require_logits(test, *([] if calibration is None else [calibration]))
     plain_macs = test.costs.plain_macs
     if calibration is None:
         points = [_only_point(test)]

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import numpy as np
 import torch
 
-from offramp.calibration.logits import ExitLogits, check_same_network
+from offramp.calibration.logits import ExitLogits, check_same_network, require_logits
 from offramp.calibration.risk import RISKS, cautious_losses, check_risk, check_risk_fits
 from offramp.calibration.rules import Rule, policies_like
 from offramp.calibration.search import Floats, exits_left_by
@@ -170,6 +171,7 @@ def calibrate_with_guarantee(
     """
     check_risk(risk, max_risk)
     check_guarantee(max_risk, guarantee)
+    require_logits(logits, *([] if finding is None else [finding]))
     check_risk_fits(risk, logits)
     logits.require_independent()
     if finding is None:
@@ -214,7 +216,7 @@ def check_guarantee(max_risk: float, guarantee: float | str) -> None:
         raise InvalidArgumentError(
             "A guarantee needs a target above 0: no number of samples shows that nothing is lost."
         )
-    if guarantee != "mean" and (isinstance(guarantee, str) or not 0 < guarantee < 1):
+    if guarantee != "mean" and not (isinstance(guarantee, Real) and 0 < guarantee < 1):
         raise InvalidArgumentError(
             "The 'guarantee' parameter must be a probability in (0, 1), e.g. 0.95, or 'mean'. "
             f"Got {guarantee!r}."

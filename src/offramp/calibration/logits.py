@@ -210,3 +210,19 @@ def check_same_network(one: ExitLogits, other: ExitLogits) -> None:
             f"{one.costs.exit_macs()} MACs against {other.numbers} that cost "
             f"{other.costs.exit_macs()}."
         )
+
+
+def require_logits(*given: object) -> None:
+    """Refuse networks, loaders and what else is no logits yet.
+
+    Args:
+        given: What shall be every exit's logits.
+    Raises:
+        InvalidArgumentError: If one is not.
+    """
+    for each in given:
+        if not isinstance(each, ExitLogits):
+            raise InvalidArgumentError(
+                "Expected every exit's logits on held-out samples, as collect(network, data) "
+                f"returns them. Got a {type(each).__name__}."
+            )

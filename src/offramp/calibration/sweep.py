@@ -183,6 +183,7 @@ def choose_threshold(
 
 def best_threshold(sweep: Sweep, *, risk: str = "accuracy_gap", **targets: Any) -> ChosenThreshold:
     """Choose a threshold as :func:`choose_threshold` does, without a word about few samples."""
+    _require_sweep(sweep)
     target = as_target(**targets, risk=risk, plain_macs=sweep.plain_macs)
     accuracy_K, mean_macs_K = sweep.accuracy_K, sweep.mean_macs_K
     if isinstance(target, RiskLimit):
@@ -199,6 +200,14 @@ def best_threshold(sweep: Sweep, *, risk: str = "accuracy_gap", **targets: Any) 
         score_K = accuracy_K - 1e-9 * mean_macs_K / sweep.plain_macs
     chosen = _chosen(sweep, int(np.where(is_allowed_K, score_K, -np.inf).argmax()))
     return replace(chosen, asked=Asked.of(len(sweep.labels_N), risk=risk, **targets))
+
+
+def _require_sweep(given: object) -> None:
+    if not isinstance(given, Sweep):
+        raise InvalidArgumentError(
+            "Expected what a network says at several thresholds, as collect_sweep(network, data) "
+            f"returns it. Got {type(given).__name__}: of exits, calibrate chooses the thresholds."
+        )
 
 
 def choose_threshold_with_guarantee(
@@ -239,6 +248,7 @@ def choose_threshold_with_guarantee(
     """
     check_risk(risk, max_risk)
     check_guarantee(max_risk, guarantee)
+    _require_sweep(sweep)
     sweep.require_independent()
     testing = sweep
     test = choose_test(risk, testing, guarantee=guarantee)

@@ -21,7 +21,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from offramp.calibration.logits import ExitLogits
+from offramp.calibration.logits import ExitLogits, require_logits
 from offramp.calibration.search import Floats, exits_left_by
 from offramp.errors import InvalidArgumentError, ShapeError
 from offramp.measure.metrics import Reliability, auroc, brier_score, reliability
@@ -190,6 +190,7 @@ def describe_temperatures(
 
 
 def _check_reached(logits: ExitLogits, reached_KN: BoolArray | None) -> None:
+    require_logits(logits)
     expected = tuple(logits.logits_KNC.shape[:2])
     if reached_KN is not None and reached_KN.shape != expected:
         raise ShapeError(

@@ -17,7 +17,7 @@ from torch import Tensor
 from offramp.calibration.asked import IN_PYTHON, Asked, cannot_tell
 from offramp.calibration.chosen import Calibration as Calibration
 from offramp.calibration.chosen import ExitOfCalibration
-from offramp.calibration.logits import ExitLogits
+from offramp.calibration.logits import ExitLogits, require_logits
 from offramp.calibration.risk import RISKS, check_risk_fits
 from offramp.calibration.rules import Rule, policies_like
 from offramp.calibration.search import Floats, Score, ThresholdSearch, exits_left_by
@@ -104,6 +104,7 @@ def choose_policy(
     **targets: Any,
 ) -> Calibration:
     """Choose thresholds as :func:`calibrate` does, without a word about few samples."""
+    require_logits(logits)
     target = as_target(
         **targets,
         risk=risk,

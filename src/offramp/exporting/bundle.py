@@ -85,9 +85,9 @@ def export(
     """
     inputs = as_inputs(samples, network)
     _check_precision(network)
-    policy = policy_of(network, policy)
-    family = _family_of(network.eval(), policy, layers_per_step)
-    described = policy_to_dict(policy)
+    decides: Policy | RoutingPolicy = policy_of(network, policy)
+    family = _family_of(network.eval(), decides, layers_per_step)
+    described = policy_to_dict(decides)
     with new_bundle_folder(Path(folder)) as making:
         files = family.write_files(inputs, making, plain=plain)
         bundle = Bundle(

@@ -123,6 +123,15 @@ def test_other_numbers_of_thresholds_are_refused(field):
         replace(SWEEP, **{field: getattr(SWEEP, field)[:2]})
 
 
+def test_logits_of_exits_are_no_sweep():
+    for choose in (
+        lambda: choose_threshold([SWEEP], max_drop=0.1),
+        lambda: choose_threshold_with_guarantee([SWEEP], max_risk=0.1),
+    ):
+        with pytest.raises(InvalidArgumentError, match=r"as collect_sweep\(.*Got list"):
+            choose()
+
+
 def test_samples_are_taken_with_what_they_cost():
     sweep = replace(SWEEP, macs_KN=torch.arange(18).reshape(3, 6))
     taken = sweep.take([5, 1])
