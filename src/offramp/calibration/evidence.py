@@ -152,6 +152,17 @@ def choose_policy(
     **targets: Any,
 ) -> Calibration[P]:
     """Choose a policy as :func:`calibrate` does, without a word about few samples."""
+    require_evidence(logits)
     target = as_target(**targets, risk=risk, plain_macs=logits.plain_macs, drop=logits.drop_risk)
     best = logits.best(target, logits.policies(rule), off=off)
     return replace(best, asked=Asked.of(len(logits.labels_N), risk=risk, **targets))
+
+
+def require_evidence(*given: object) -> None:
+    """Raise InvalidArgumentError if something has not been collected yet, such as a network."""
+    for each in given:
+        if not isinstance(each, Evidence):
+            raise InvalidArgumentError(
+                "Expected every exit's logits on held-out samples, as collect(network, data) "
+                f"returns them. Got a {type(each).__name__}."
+            )

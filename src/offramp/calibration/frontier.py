@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from offramp.calibration.chosen import ExitAlone, P
-from offramp.calibration.evidence import Evidence
+from offramp.calibration.evidence import Evidence, require_evidence
 from offramp.calibration.rules import Rule
 from offramp.calibration.targets import Budget
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError
@@ -165,6 +165,7 @@ def frontier(
         ShapeError: If they differ in the number of exits or classes.
     """
     check_num_points(num_points)
+    require_evidence(test, *([] if calibration is None else [calibration]))
     if calibration is None:
         points = [_only_point(test)]
     else:

@@ -18,12 +18,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import repeat
+from numbers import Real
 
 import numpy as np
 
 from offramp.calibration.chosen import Calibration, P
 from offramp.calibration.chosen import Guarantee as Guarantee
-from offramp.calibration.evidence import Evidence
+from offramp.calibration.evidence import Evidence, require_evidence
 from offramp.calibration.risk import check_risk, check_risk_fits
 from offramp.calibration.rules import Rule
 from offramp.calibration.search import Floats
@@ -96,6 +97,7 @@ def calibrate_with_guarantee(
     """
     check_risk(risk, max_risk)
     check_guarantee(max_risk, guarantee)
+    require_evidence(logits, *([] if finding is None else [finding]))
     check_risk_fits(risk, logits)
     logits.require_independent()
     if finding is not None:
@@ -147,7 +149,7 @@ def check_guarantee(max_risk: float, guarantee: float | str) -> None:
         raise InvalidArgumentError(
             "A guarantee needs a target above 0: no number of samples shows that nothing is lost."
         )
-    if guarantee != "mean" and (isinstance(guarantee, str) or not 0 < guarantee < 1):
+    if guarantee != "mean" and not (isinstance(guarantee, Real) and 0 < guarantee < 1):
         raise InvalidArgumentError(
             "The 'guarantee' parameter must be a probability in (0, 1), e.g. 0.95, or 'mean'. "
             f"Got {guarantee!r}."

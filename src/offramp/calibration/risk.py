@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from numbers import Real
 
 import numpy as np
 import torch
@@ -173,9 +174,9 @@ def check_risk(risk: str, max_risk: float, *, name: str = "max_risk") -> None:
     """
     if risk not in RISKS:
         raise InvalidArgumentError(f"The risk must be one of {', '.join(RISKS)}. Got {risk!r}.")
-    if not 0 <= max_risk < 1:
+    if not (isinstance(max_risk, Real) and 0 <= max_risk < 1):
         raise InvalidArgumentError(
-            f"The {name!r} parameter must be a fraction in [0, 1). Got {max_risk}."
+            f"The {name!r} parameter must be a fraction in [0, 1). Got {max_risk!r}."
         )
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import TypeVar
 
 import numpy as np
@@ -78,7 +79,13 @@ def in_random_order(logits: LabelledLogits, seed: int) -> npt.NDArray[np.int64]:
         seed: Of the draw.
     Returns:
         A permutation, shape (N,).
+    Raises:
+        InvalidArgumentError: If the seed is no int of at least 0.
     """
+    if not isinstance(seed, Integral) or seed < 0:
+        raise InvalidArgumentError(
+            f"The 'seed' parameter must be an int of at least 0. Got {seed!r}."
+        )
     labels = logits.labels_N.contiguous().numpy().tobytes()
     digest = np.frombuffer(hashlib.sha256(labels).digest(), dtype="<u4")
     return np.random.default_rng([seed, *digest.tolist()]).permutation(len(logits.labels_N))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TypeVar
 
 from offramp.calibration.risk import check_risk
@@ -71,6 +72,10 @@ def as_target(
             "Give exactly one target: 'max_drop', 'max_risk', 'budget_macs' or 'budget_share'."
         )
     if budget_macs is not None:
+        if not isinstance(budget_macs, Real):
+            raise InvalidArgumentError(
+                f"The 'budget_macs' parameter must be a number. Got {budget_macs!r}."
+            )
         if budget_macs == math.inf:
             raise InvalidArgumentError(
                 "The 'budget_macs' parameter must be finite. Got inf: for the most accurate "
@@ -78,10 +83,10 @@ def as_target(
             )
         return Budget(budget_macs)
     if budget_share is not None:
-        if not 0 < budget_share < math.inf:
+        if not (isinstance(budget_share, Real) and 0 < budget_share < math.inf):
             raise InvalidArgumentError(
                 "The 'budget_share' parameter must be a share of the plain network's MACs above "
-                f"0, e.g. 0.5. Got {budget_share}."
+                f"0, e.g. 0.5. Got {budget_share!r}."
             )
         return Budget(budget_share * plain_macs)
     if max_drop is not None:

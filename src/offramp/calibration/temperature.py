@@ -21,6 +21,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from offramp.calibration.evidence import require_evidence
 from offramp.calibration.search import Floats, exits_left_by
 from offramp.errors import InvalidArgumentError, ShapeError
 from offramp.measure.metrics import Reliability, auroc, brier_score, reliability
@@ -115,6 +116,7 @@ def fit_temperatures(
         >>> [round(temperature, 3) for temperature in fit_temperatures(logits)]
         [2.0]
     """
+    require_evidence(logits)
     _check_reached(logits, reached_KN)
     exits = range(logits.costs.num_exits)
     return tuple(fit_temperature(logits, k, reached_KN=reached_KN) for k in exits)

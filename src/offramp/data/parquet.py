@@ -273,8 +273,9 @@ def _check_values(name: str, column: _Column, values: Any) -> None:
 
 def _check_labels(labels_N: Tensor, num_classes: int, path: Path) -> None:
     if len(labels_N) == 0 or int(labels_N.min()) < 0 or int(labels_N.max()) >= num_classes:
+        allowed = f"in [0, {num_classes - 1}]" if num_classes > 0 else "of at least 0"
         raise DataError(
-            f"Expected labels in [0, {num_classes - 1}] in {path}, one per class name. "
+            f"Expected labels {allowed} in {path}, one per class name. "
             + (f"Got {labels_N.min()} to {labels_N.max()}." if len(labels_N) else "Got no rows.")
         )
 

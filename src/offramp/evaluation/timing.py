@@ -185,6 +185,15 @@ def time_runner(
         InvalidArgumentError: If a batch size is below 1 or above N, or there are no rounds.
         OfframpError: If running less gives other answers than choosing afterwards.
     """
+    if not isinstance(runner, TorchRunner):
+        raise InvalidArgumentError(
+            "Expected a runner to time, such as AdaptiveRunner(network, policy). "
+            f"Got a {type(runner).__name__}."
+        )
+    if not isinstance(inputs, Tensor):
+        raise InvalidArgumentError(
+            f"Expected the samples in a tensor, without labels. Got a {type(inputs).__name__}."
+        )
     check_batch_sizes(batch_sizes, num_samples=len(inputs))
     result = runner.run(inputs)
     check_agreement(result, runner, inputs)
@@ -320,8 +329,14 @@ def check_batch_sizes(batch_sizes: Sequence[int], *, num_samples: int) -> None:
     Raises:
         InvalidArgumentError: If a batch size is below 1 or above the samples.
     """
+    if not num_samples:
+        raise InvalidArgumentError("Expected at least one sample to time. Got none.")
+    if not isinstance(batch_sizes, Sequence):
+        raise InvalidArgumentError(
+            f"The 'batch_sizes' parameter must hold ints, such as (1, 32). Got {batch_sizes!r}."
+        )
     for batch_size in batch_sizes:
-        if not 1 <= batch_size <= num_samples:
+        if not isinstance(batch_size, int) or not 1 <= batch_size <= num_samples:
             raise InvalidArgumentError(
                 f"A batch size must be an int in [1, {num_samples}], the samples there are. "
                 f"Got {batch_size}."

@@ -5,7 +5,7 @@ Shapes: ``B`` batch, ``C`` classes, ``h w`` cells of logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -129,7 +129,8 @@ class ReadsFirst(nn.Module):
 
 def _listed(heads: Sequence[nn.Module], at: Sequence[str]) -> list[nn.Module]:
     """One module of its own for each cut, or an error."""
-    if isinstance(heads, nn.Module) and not isinstance(heads, nn.ModuleList):
+    is_one = isinstance(heads, nn.Module) and not isinstance(heads, nn.ModuleList)
+    if is_one or not isinstance(heads, Iterable):
         raise InvalidArgumentError(
             f"Expected a list of heads, one for each of the {len(at)} cuts. "
             f"Got one {type(heads).__name__}: put it in a list."

@@ -165,7 +165,9 @@ def explained(inputs: Tensors, specs: tuple[InputSpec, ...] = ()) -> Iterator[No
         shapes = " and ".join(f"{tuple(t.shape)} of {type_name(t.dtype)}" for t in inputs)
         expected = " and ".join(map(str, specs))
         advice = f" Its example was {expected}." if expected else ""
-        if not expected and any(not t.is_floating_point() for t in inputs):
+        if isinstance(error, IndexError) and "index out of range" in str(error):
+            advice = " An id is beyond an embedding: is it of another tokenizer's vocabulary?"
+        elif not expected and any(not t.is_floating_point() for t in inputs):
             advice = " If it takes floats, scale to them as in training: images.float() / 255."
         raise ShapeError(
             f"The network does not take inputs {shapes}: {reason(error).rstrip('.')}.{advice}"

@@ -318,7 +318,13 @@ def checked_thresholds(thresholds: Sequence[float]) -> tuple[float, ...]:
     Raises:
         InvalidArgumentError: If one is NaN or outside [0, 1] and not +inf.
     """
-    numbers = tuple(float(t) for t in thresholds)
+    try:
+        numbers = tuple(float(t) for t in thresholds)
+    except (TypeError, ValueError) as error:  # such as 0.9, or "0.9"
+        raise InvalidArgumentError(
+            "The 'thresholds' parameter must hold a number for each exit but the final one, such "
+            f"as (0.9, inf). Got {thresholds!r}."
+        ) from error
     for threshold in numbers:
         if not (0 <= threshold <= 1 or threshold == math.inf):
             raise InvalidArgumentError(

@@ -5,10 +5,14 @@ import numpy as np
 import pytest
 import torch
 from made_up_logits import TWO_COSTS, three_exits, two_exits
+from torch import nn
 
 from offramp.calibration.collect import ExitLogits
 from offramp.calibration.evidence import calibrate
+from offramp.calibration.frontier import frontier
+from offramp.calibration.guarantee import calibrate_with_guarantee
 from offramp.calibration.search import evaluate_thresholds, exits_left_by
+from offramp.calibration.temperature import fit_temperatures
 from offramp.calibration.thresholds import (
     expected_correctness,
 )
@@ -126,7 +130,30 @@ def test_exactly_one_target(targets):
         calibrate(FOUR, **targets)
 
 
-@pytest.mark.parametrize("max_drop", [-0.01, 1.0, NAN])
+@pytest.mark.parametrize("given", [nn.Linear(2, 2), [FOUR]])
+def test_what_was_not_collected_is_refused(given):
+    said = r"as collect\(network, data\) returns them\. Got a (Linear|list)"
+    for use in (
+        lambda: calibrate(given, max_drop=0.1),
+        lambda: calibrate_with_guarantee(given, max_risk=0.1),
+        lambda: calibrate_with_guarantee(FOUR, max_risk=0.1, finding=given),
+        lambda: fit_temperatures(given),
+        lambda: frontier(None, given),
+        lambda: frontier(given, FOUR),
+    ):
+        with pytest.raises(InvalidArgumentError, match=said):
+            use()
+
+
+@pytest.mark.parametrize(
+    "target", [{"budget_macs": "1M"}, {"budget_share": "50%"}, {"max_risk": [0.1]}]
+)
+def test_targets_are_numbers(target):
+    with pytest.raises(InvalidArgumentError, match=rf"'{next(iter(target))}' parameter must be a"):
+        calibrate(FOUR, **target)
+
+
+@pytest.mark.parametrize("max_drop", [-0.01, 1.0, NAN, "1%"])
 def test_drop_out_of_range_is_refused(max_drop):
     with pytest.raises(InvalidArgumentError, match=r"in \[0, 1\)"):
         calibrate(FOUR, max_drop=max_drop)

@@ -198,6 +198,13 @@ def test_labels_out_of_range_are_refused(path, labels):
         read_parquet(path, image_shape=GREY)
 
 
+@pytest.mark.parametrize("labels", [[-1], []])
+def test_labels_below_any_class_are_refused_without_names_too(path, labels):
+    write_parquet(path, map(encode, random_pixels(len(labels), GREY)), labels)
+    with pytest.raises(DataError, match=r"labels of at least 0 .* Got (-1|no rows)"):
+        read_parquet(path, image_shape=GREY)
+
+
 @pytest.mark.parametrize(
     ("labels", "kind"), [([0, None], pa.int64()), ([0, 0.5], pa.float64()), (["a", "b"], pa.utf8())]
 )

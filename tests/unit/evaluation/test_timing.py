@@ -78,6 +78,18 @@ def test_batch_size_out_of_range_is_refused(network, batch_size):
         time_runner(runner, torch.randn(7, 6), batch_sizes=(1, batch_size))
 
 
+def test_what_cannot_be_timed_is_refused(network):
+    runner, x = AdaptiveRunner(network, never_leave(3)), torch.randn(7, 6)
+    for arguments, options, said in (
+        ((network, x), {}, "Expected a runner to time.* Got a MultiExitNetwork"),
+        ((runner, (x, x)), {}, "samples in a tensor, without labels. Got a tuple"),
+        ((runner, x[:0]), {}, "at least one sample to time"),
+        ((runner, x), {"batch_sizes": 4}, "must hold ints, such as .* Got 4"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=said):
+            time_runner(*arguments, **options)
+
+
 @pytest.mark.parametrize("rounds", [1, 0])
 def test_too_few_rounds_are_refused(network, rounds):
     runner = AdaptiveRunner(network, never_leave(3))

@@ -131,6 +131,12 @@ def test_a_backbone_is_a_module(backbone):
         add_exits(backbone, at=["0"], num_classes=CLASSES, example=torch.randn(VECTORS))
 
 
+def test_ids_of_another_vocabulary():
+    backbone = nn.Sequential(nn.Embedding(5, 6), nn.Linear(6, 6), nn.Flatten(), nn.Linear(12, 3))
+    with pytest.raises(ShapeError, match="beyond an embedding: is it of another tokenizer's"):
+        add_exits(backbone, at=["0"], num_classes=3, example=torch.tensor([[1, 9]]))
+
+
 def test_an_example_that_the_backbone_does_not_take():
     with pytest.raises(InvalidArgumentError, match=r"does not take inputs \(2, 7\) of float32"):
         add_exits(perceptron(), at=["1"], num_classes=CLASSES, example=torch.randn(2, 7))

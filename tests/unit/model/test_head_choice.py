@@ -59,6 +59,7 @@ def test_a_head_that_does_not_fit_is_refused_at_once(head, message):
         pytest.param([lambda x: x, nn.Linear(16, 3)], r"heads\[0\].* function", id="function"),
         pytest.param([nn.Linear(16, 3)] * 2, r"heads\[1\].* copy\.deepcopy", id="same twice"),
         pytest.param(nn.Linear(16, 3), "Got one Linear: put it in a list", id="no list"),
+        pytest.param(3, "Got one int: put it in a list", id="number"),
         pytest.param(nn.Sequential(nn.ReLU(), nn.Linear(16, 3)), "Got one Sequential", id="one"),
         pytest.param([], r"2 cuts\. Got 0", id="none"),
     ],

@@ -73,6 +73,12 @@ def test_thresholds_from_entropy_are_the_flipped_and_divided_entropies():
     assert policy.rule == "entropy"
 
 
+@pytest.mark.parametrize("thresholds", [0.5, "0.5", (None,), None])
+def test_thresholds_are_numbers(thresholds):
+    with pytest.raises(InvalidArgumentError, match="a number for each exit but the final one"):
+        ThresholdPolicy(thresholds)
+
+
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, NAN, -INF])
 def test_thresholds_out_of_range_are_refused(threshold):
     with pytest.raises(InvalidArgumentError, match=r"in \[0, 1\], or inf"):

@@ -131,6 +131,8 @@ def test_labels_without_an_output_are_refused(labels, wrong):
 
 def test_labels_from_first_to_last_class_are_taken():
     check_labels(torch.tensor([3, 0]), num_classes=4)
+    with pytest.raises(DataError, match="pixels without a class, mark them 255"):
+        check_labels(torch.tensor([[[0, -100]]]), num_classes=4)
 
 
 # What fit refuses before it starts
