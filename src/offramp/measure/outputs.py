@@ -74,6 +74,11 @@ QUALITY_NAMES = {"mean_iou": "mean IoU", "accuracy": "accuracy"}
 """Figures that answers are judged by, in words."""
 
 
+def outputs_of(logits: Tensor) -> Outputs:
+    """Find the outputs that a batch of logits says."""
+    return next(each for each in OUTPUTS if 1 + len(each.logit_axes) == logits.ndim)
+
+
 def outputs_judged_by(figures: Mapping[str, Any]) -> Outputs:
     """Find the outputs whose most important figure is among these."""
     known = [each for each in (MAPS, LABELS) if figures.get(each.qualities[0]) is not None]
