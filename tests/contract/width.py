@@ -10,6 +10,7 @@ from torch import nn
 from offramp.families.agreement import DECISION_TOLERANCE, Reference
 from offramp.families.family import EVEN_SCORES, Family, TorchRunner, Words, settled
 from offramp.measure.cost import count_macs
+from offramp.measure.outputs import LABELS
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.confidence import max_probability_confidence
 from offramp.policy.routing_policy import RoutingPolicy
@@ -38,7 +39,7 @@ class WideLayer(nn.Module):
 class WidthNetwork(nn.Module):
     num_exits = 1
     num_classes = None
-    is_dense = False
+    outputs = LABELS
     input_specs = ()
     ragged = None
 

@@ -12,7 +12,7 @@ from offramp.calibration.evidence import calibrate
 from offramp.calibration.guarantee import calibrate_with_guarantee
 from offramp.calibration.risk import RISKS_OF_SAMPLES
 from offramp.calibration.search import evaluate_thresholds
-from offramp.calibration.thresholds import confidences, expected_correctness
+from offramp.calibration.thresholds import confidences
 from offramp.errors import InfeasibleTargetError
 from offramp.measure.cost import ExitCosts
 from offramp.policy.confidence import CONFIDENCE_RULES
@@ -75,7 +75,7 @@ def test_budget_is_kept_or_refused_with_nan_too(logits, share):
 def test_more_budget_than_the_plain_network_needs_loses_nothing(logits, factor):
     found = calibrate(logits, budget_macs=factor * logits.costs.plain_macs)
     # Candidates are compared by expected correctness: nothing of that is lost.
-    worth_KN = expected_correctness(logits)
+    worth_KN = logits.expected_scores_KN
     confidence_KN = confidences(logits, found.policy)
     reached, _ = evaluate_thresholds(confidence_KN, worth_KN, logits.costs, found.policy.thresholds)
     assert reached >= worth_KN[-1].mean() - 1e-9

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from offramp.calibration.logits import ExitLogits
-from offramp.calibration.thresholds import expected_correctness
 from offramp.errors import InvalidArgumentError
 from offramp.policy.controller import ControllerPolicy, ExitScorer, scorer_inputs
 from offramp.policy.policies import State
@@ -36,7 +35,7 @@ def fit_controller(logits: ExitLogits, *, price: float = 0.1, seed: int = 0) -> 
     """Learn at each exit what leaving there is worth, compared with going on.
 
     At a price for compute, the advantage of leaving is how likely the exit is right
-    (:func:`~offramp.calibration.thresholds.expected_correctness`) less how likely the exit is that
+    (``logits.expected_scores_KN``) less how likely the exit is that
     the sample would leave by under the later scorers, plus the price of the MACs that are saved.
     Each exit's scorer predicts it by least squares.
 
@@ -64,7 +63,7 @@ def fit_controller(logits: ExitLogits, *, price: float = 0.1, seed: int = 0) -> 
     generator = torch.Generator().manual_seed(seed)
     costs = logits.costs
     macs_K = torch.tensor(costs.exit_macs(), dtype=torch.float64) / costs.plain_macs
-    value_KN = torch.tensor(expected_correctness(logits)) - price * macs_K[:, None]
+    value_KN = torch.tensor(logits.expected_scores_KN) - price * macs_K[:, None]
     weights_N = torch.tensor(logits.weights_N, dtype=torch.float32)
     inputs_of_exits = list(_inputs(logits.logits_KNC, generator))
     going_on_N = value_KN[-1]

@@ -72,6 +72,10 @@ class Evidence(LabelledLogits, ABC, Generic[P]):
     def alone(self) -> tuple[ExitAlone, ...]:
         """Measure the network cut off at each exit."""
 
+    def doubt(self, asked: Asked | None) -> str | None:
+        """Say why so few samples cannot tell what was asked for; None where they can."""
+        return cannot_tell(asked, self.effective_num_samples)
+
     @abstractmethod
     def _check_same_network(self, other: Self) -> None: ...
 
@@ -138,7 +142,7 @@ def calibrate(
         budget_macs=budget_macs,
         budget_share=budget_share,
     )
-    if not logits.is_dense and (doubt := cannot_tell(chosen.asked, logits.effective_num_samples)):
+    if doubt := logits.doubt(chosen.asked):
         warnings.warn(f"{doubt}, or use {IN_PYTHON}.", FewSamplesWarning, stacklevel=2)
     return chosen
 

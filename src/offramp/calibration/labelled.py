@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from offramp.errors import DataError, InSampleError, InvalidArgumentError
+from offramp.measure.outputs import LABELS, Outputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +27,14 @@ class LabelledLogits:
         labels_N: Classes, shape (N,), int64, on the CPU.
         prior: Share of each class in the population that figures are about, C numbers that sum
             to 1, none negative; None where the samples are drawn from it as they are.
-        is_dense: Whether every pixel of a sample has a class of its own.
+        outputs: What each way says of a sample.
         is_ragged: Whether samples have lengths of their own, so that what they cost on average
             differs from data to data.
         checkpoint_chosen_by: The callback or scheduler of ``fit`` that went by some of these
             samples, so that the network depends on them; empty if none did.
     """
 
-    is_dense: ClassVar[bool] = False
+    outputs: ClassVar[Outputs] = LABELS
 
     logits_KNC: Tensor
     labels_N: Tensor

@@ -25,7 +25,6 @@ from offramp.calibration.targets import feasible
 from offramp.calibration.thresholds import (
     Calibration,
     calibrate_within,
-    expected_correctness,
     reached_under,
     search_thresholds,
 )
@@ -171,7 +170,7 @@ def calibrate_to_milliseconds(
     policy, *others = logits.policies(rule)
     if others:
         return _best_of((policy, *others), logits, profile, budget_ms, batch_size)
-    costs, worth_KN = _costs_in_ns(profile, batch_size), expected_correctness(logits)
+    costs, worth_KN = _costs_in_ns(profile, batch_size), logits.expected_scores_KN
 
     def within(allowed_ns: float) -> tuple[float, Calibration]:
         """Milliseconds of a batch, predicted, with the most accurate thresholds for a cost."""

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from offramp.calibration.asked import Asked
 from offramp.calibration.chosen import Calibration, ExitAlone, Figures
 from offramp.calibration.evidence import Evidence
 from offramp.calibration.rules import Rule, policies_named
 from offramp.calibration.search import Floats
 from offramp.calibration.targets import QUALITY_GAP, Budget, RiskLimit
+from offramp.calibration.temperature import fit_temperature
 from offramp.calibration.thresholds import (
     best_thresholds,
     candidates_on,
@@ -36,6 +38,7 @@ from offramp.measure.dense import (
     mean_iou,
     pixel_accuracy,
 )
+from offramp.measure.outputs import MAPS, Outputs, shape_in_words
 from offramp.policy.policies import ThresholdedPolicy
 
 
@@ -60,11 +63,11 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
         if not self.numbers:
             object.__setattr__(self, "numbers", tuple(range(self.costs.num_exits)))
         expected = (self.costs.num_exits, len(self.labels_N))
-        num_axes = 5 if self.is_dense else 3
-        if self.logits_KNC.ndim != num_axes or self.logits_KNC.shape[:2] != expected:
+        axes = ("K", "N", *self.outputs.logit_axes)
+        if self.logits_KNC.ndim != len(axes) or self.logits_KNC.shape[:2] != expected:
             raise ShapeError(
-                f"Expected logits of shape (K, N, C{', H, W' if self.is_dense else ''}) for "
-                f"K = {self.costs.num_exits} exits and N = {len(self.labels_N)} labels. "
+                f"Expected logits of shape {shape_in_words(axes)} for K = {self.costs.num_exits} "
+                f"exits and N = {len(self.labels_N)} labels. "
                 f"Got {tuple(self.logits_KNC.shape)}."
             )
         if len(self.numbers) != self.costs.num_exits:
@@ -90,6 +93,40 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
             Fractions, shape (J,).
         """
         return mean_J
+
+    @property
+    def expected_scores_KN(self) -> Floats:
+        """Scores with less noise than right or wrong, shape (K, N), about in [0, 1].
+
+        :attr:`plausibility_KN`, plus a constant per exit that makes its mean the exit's measured
+        accuracy, which may lead a little beyond. Thresholds that are compared by it differ by what
+        they do to all samples that change exits, not by the luck of the few whose answers change
+        from wrong to right.
+        """
+        correct_KN = self.correct_KN.numpy().astype(np.float64)
+        expected_KN = self.plausibility_KN
+        offset_K = np.average(correct_KN - expected_KN, axis=1, weights=self.weights_N)
+        shifted: Floats = expected_KN + offset_K[:, None]
+        return shifted
+
+    @property
+    def plausibility_KN(self) -> Floats:
+        """How likely the final exit finds what each exit says, shape (K, N), in [0, 1].
+
+        Its probability of the class that an exit predicts, at the temperature that fits the labels
+        best: no exit is more plausible than the final one. Right or wrong where its logits are NaN.
+        """
+        final_NC = self.logits_KNC[-1].double()
+        p_NC = (final_NC / fit_temperature(self, -1)).softmax(-1)
+        p_KN = p_NC.gather(1, self.logits_KNC.argmax(-1).T).T.numpy()
+        filled: Floats = np.where(np.isnan(p_KN), self.correct_KN.numpy(), p_KN)
+        return filled
+
+    def rounded(self) -> Self:
+        """Leave out the last bits of logits, which differ between processors: ties break alike."""
+        largest = torch.finfo(torch.float16).max
+        logits_KNC = self.logits_KNC.clamp(-largest, largest).half().float()
+        return replace(self, logits_KNC=logits_KNC)
 
     @property
     def quality_K(self) -> Floats:
@@ -124,7 +161,7 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
         """Policies of a rule's name, of a function or as they are, on which thresholds are set."""
         num_exits = self.costs.num_exits
         if rule is None or isinstance(rule, str):
-            return policies_named(rule, num_exits, is_dense=self.is_dense)
+            return policies_named(rule, num_exits, self.outputs)
         made = rule if isinstance(rule, ThresholdedPolicy) else rule(self)
         policies = (made,) if isinstance(made, ThresholdedPolicy) else tuple(made)
         for policy in policies:
@@ -201,7 +238,7 @@ class DenseLogits(ExitLogits):
         confusion_KNCC: Pixels of each image by true and predicted class, shape (K, N, C, C), int64.
     """
 
-    is_dense: ClassVar[bool] = True
+    outputs: ClassVar[Outputs] = MAPS
     drop_risk: ClassVar[str] = QUALITY_GAP
 
     confusion_KNCC: Tensor
@@ -215,6 +252,24 @@ class DenseLogits(ExitLogits):
     def scores_KN(self) -> Floats:
         """Confusion matrices, shape (K, N, C * C)."""
         return self.confusion_KNCC.flatten(2).double().numpy()
+
+    @property
+    def expected_scores_KN(self) -> Floats:
+        """The scores as they are: an image's many pixels are no luck."""
+        return self.scores_KN
+
+    @property
+    def plausibility_KN(self) -> Floats:
+        """Share of right pixels."""
+        return self.correct_KN.numpy()
+
+    def rounded(self) -> Self:
+        """Keep the logits, which are at half precision already."""
+        return self
+
+    def doubt(self, asked: Asked | None) -> str | None:
+        """Say nothing: how few images tell too little is not known."""
+        return None
 
     def quality(self, mean_J: Floats) -> Floats:
         """Mean IoU, by mean confusion matrices of shape (J, C * C)."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from offramp.calibration.labelled import LabelledLogits
 from offramp.calibration.search import Floats
 from offramp.errors import InvalidArgumentError
+from offramp.measure.outputs import LABELS, MAPS, Outputs
 
 PIXEL_ERROR_GAP = "pixel_error_gap"
 """The only risk of images with a class for every pixel: mean IoU is no mean over images."""
@@ -44,6 +45,7 @@ class Risk:
             leaves by each exit is, shape (K, N).
         is_binary: Whether every loss is 0 or 1.
         is_ternary: Whether every loss is -1, 0 or 1.
+        outputs: What it is a risk of.
         counts_errors: Whether it differs between ways by right and wrong answers only.
         in_words: From a target, the cheap way and the last one, by name, to what is promised.
     """
@@ -53,6 +55,7 @@ class Risk:
     counts_errors: bool
     in_words: Callable[[float, str, str], str]
     is_ternary: bool = False
+    outputs: Outputs = LABELS
 
 
 def _accuracy_gap(logits: LabelledLogits) -> Floats:
@@ -128,12 +131,27 @@ RISKS = {
             f"{way} gets at most {100 * target:g} % more of an image's pixels wrong than {last}, "
             "on average over images"
         ),
+        outputs=MAPS,
     ),
 }
 """The risks by the name that files and the command line use; no loss is above 1."""
 
-RISKS_OF_SAMPLES = tuple(name for name in RISKS if name != PIXEL_ERROR_GAP)
+RISKS_OF_SAMPLES = tuple(name for name in RISKS if RISKS[name].outputs is LABELS)
 """Those where a sample has one class."""
+
+
+_OTHERS_RISK = {
+    LABELS.name: (
+        "The risk {risk} is for networks that say a class for every pixel. "
+        f"This one says one for a sample: use one of {', '.join(RISKS_OF_SAMPLES)}."
+    ),
+    MAPS.name: (
+        f"Where every pixel has a class, the risk must be {PIXEL_ERROR_GAP}, the mean over "
+        "images of their wrong pixels: mean IoU is no mean over images, and nothing is "
+        f"promised of it. Got {{risk!r}}: give max_risk=... and risk={PIXEL_ERROR_GAP!r}."
+    ),
+}
+"""Why a risk is refused, by the outputs of those who asked for it."""
 
 
 def cautious_losses(risk: str, logits: LabelledLogits) -> Floats:
@@ -149,7 +167,7 @@ def cautious_losses(risk: str, logits: LabelledLogits) -> Floats:
         Shape (K, N).
     """
     counted = RISKS[risk]
-    if not logits.is_dense and (counted.is_binary or counted.is_ternary):
+    if counted.is_binary or counted.is_ternary:
         of_last_N = logits.logits_KNC[-1].argmax(-1)
         named_N = logits.labels_N.long() if counted.counts_errors else of_last_N
         shape_K11 = (len(logits.logits_KNC), 1, 1)
@@ -190,17 +208,8 @@ def check_risk_fits(risk: str, logits: LabelledLogits) -> None:
         InvalidArgumentError: If it is about one class a sample and these have one for every
             pixel, or the other way round.
     """
-    if logits.is_dense and risk != PIXEL_ERROR_GAP:
-        raise InvalidArgumentError(
-            f"Where every pixel has a class, the risk must be {PIXEL_ERROR_GAP}, the mean over "
-            "images of their wrong pixels: mean IoU is no mean over images, and nothing is "
-            f"promised of it. Got {risk!r}: give max_risk=... and risk={PIXEL_ERROR_GAP!r}."
-        )
-    if not logits.is_dense and risk == PIXEL_ERROR_GAP:
-        raise InvalidArgumentError(
-            f"The risk {PIXEL_ERROR_GAP} is for networks that say a class for every pixel. "
-            f"This one says one for a sample: use one of {', '.join(RISKS_OF_SAMPLES)}."
-        )
+    if RISKS[risk].outputs is not logits.outputs:
+        raise InvalidArgumentError(_OTHERS_RISK[logits.outputs.name].format(risk=risk))
 
 
 def binomial_p_value(losses_N: Floats, max_risk: float) -> float:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +25,7 @@ from offramp.calibration.targets import (
     feasible,
     risk_too_low,
 )
-from offramp.calibration.temperature import BoolArray, fit_temperature, reached
+from offramp.calibration.temperature import BoolArray, reached
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError
 from offramp.measure.cost import ExitCosts
 from offramp.policy.policies import State, ThresholdedPolicy
@@ -252,7 +251,7 @@ def _within_budget(
     *,
     off: frozenset[int] = frozenset(),
 ) -> Calibration:
-    worth_KN, costs = expected_correctness(logits), costs_under(logits, policy)
+    worth_KN, costs = logits.expected_scores_KN, costs_under(logits, policy)
     return calibrate_within(logits, policy, macs, worth_KN=worth_KN, costs=costs, off=off)
 
 
@@ -271,7 +270,7 @@ def calibrate_within(
         logits: Every exit's logits on held-out data.
         policy: The policy; its thresholds do not matter.
         budget: Mean cost per sample.
-        worth_KN: What :func:`expected_correctness` says.
+        worth_KN: What ``logits.expected_scores_KN`` says.
         costs: Of each stage, and of each exit with its decision: MACs, or something else.
         off: Exits that stay off.
     Returns:
@@ -293,49 +292,6 @@ def calibrate_within(
     return measure_policy(logits, found)
 
 
-def expected_correctness(logits: ExitLogits) -> Floats:
-    """How likely each exit is right about each sample, with less noise than right or wrong.
-
-    :func:`plausibility`, plus a constant per exit that makes its mean the exit's measured accuracy.
-    Thresholds that are compared by it differ by what they do to all samples that change exits,
-    not by the luck of the few whose answers change from wrong to right.
-
-    Args:
-        logits: Every exit's logits on held-out data.
-    Returns:
-        Shape (K, N); about in [0, 1], since the constants may lead a little beyond. Where every
-        pixel has a class, the confusion matrices as they are: an image's many pixels are no luck.
-    """
-    if logits.is_dense:
-        return logits.scores_KN
-    correct_KN = logits.correct_KN.numpy().astype(np.float64)
-    expected_KN = plausibility(logits)
-    offset_K = np.average(correct_KN - expected_KN, axis=1, weights=logits.weights_N)
-    shifted: Floats = expected_KN + offset_K[:, None]
-    return shifted
-
-
-def plausibility(logits: ExitLogits) -> Floats:
-    """How likely the final exit finds what each exit says of each sample.
-
-    Its probability of the class that an exit predicts, at the temperature that fits the labels
-    best. No exit is more plausible than the final one.
-
-    Args:
-        logits: Every exit's logits on held-out data.
-    Returns:
-        Shape (K, N), in [0, 1]. Right or wrong stands in where the final exit's logits are NaN,
-        and the share of right pixels where every pixel has a class.
-    """
-    if logits.is_dense:
-        return logits.correct_KN.numpy()
-    final_NC = logits.logits_KNC[-1].double()
-    p_NC = (final_NC / fit_temperature(logits, -1)).softmax(-1)
-    p_KN = p_NC.gather(1, logits.logits_KNC.argmax(-1).T).T.numpy()
-    filled: Floats = np.where(np.isnan(p_KN), logits.correct_KN.numpy(), p_KN)
-    return filled
-
-
 def candidates_on(
     finding: ExitLogits, policy: ThresholdedPolicy, risk: str
 ) -> list[ThresholdedPolicy]:
@@ -351,8 +307,8 @@ def candidates_on(
     Returns:
         The policies, in the order in which they are tested.
     """
-    finding, counted = _rounded(finding), RISKS[risk]
-    worth_KN = plausibility(finding) if counted.counts_errors else -counted.losses(finding)
+    finding, counted = finding.rounded(), RISKS[risk]
+    worth_KN = finding.plausibility_KN if counted.counts_errors else -counted.losses(finding)
     search = search_for(
         finding,
         policy,
@@ -361,15 +317,6 @@ def candidates_on(
         costs=costs_under(finding, policy),
     )
     return [policy.with_thresholds(thresholds) for thresholds in search.front()]
-
-
-def _rounded(finding: ExitLogits) -> ExitLogits:
-    """Logits without their last bits, which differ between processors: ties then break alike."""
-    if finding.is_dense:
-        return finding  # at half precision already
-    largest = torch.finfo(torch.float16).max
-    logits_KNC = finding.logits_KNC.clamp(-largest, largest).half().float()
-    return replace(finding, logits_KNC=logits_KNC)
 
 
 def losses_under(

@@ -125,9 +125,9 @@ def _beside(run: Path, rival: Evaluation) -> dict[str, Any]:
 def _open_rival(folder: Path, device: str | None, asked: Artifact) -> Artifact:
     """The plain network to stand beside: one exit, no gates, no halting, same data."""
     rival, recipe = open_artifact(folder, device), asked.recipe
-    is_steered = rival.family.thresholds is not None
-    if rival.num_exits != 1 or is_steered or rival.recipe.data != recipe.data:
-        routed = " and gates or halting tokens" if is_steered else ""
+    thresholds = rival.family.thresholds
+    if rival.num_exits != 1 or thresholds is not None or rival.recipe.data != recipe.data:
+        routed = "" if thresholds is None else " and gates or halting tokens"
         raise InvalidArgumentError(
             f"--plain must name a run with one exit, no gates and no halting on {recipe.data}. "
             f"{folder} has {rival.num_exits}{routed} on {rival.recipe.data}: train one with "

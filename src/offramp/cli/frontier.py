@@ -62,7 +62,7 @@ def frontier(
 def _print_curve(curve: Curve, split: str) -> None:
     found = curve.frontier
     print(found.to_text(f"{curve.run.name}, {split}, {curve.num_samples:,} samples"))
-    if len(found.exits) > 1 or curve.run.is_steered:
+    if len(found.exits) > 1 or curve.run.family.thresholds is not None:
         print(
             f"thresholds chosen on {curve.num_calibration_samples:,} calibration samples"
             + ("" if curve.rule is None else f", rule {curve.rule}")

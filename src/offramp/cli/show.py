@@ -40,12 +40,9 @@ def show(
     from offramp.runs.run import load
 
     loaded = load(run)
-    if loaded.network.is_dense:
-        path = out or Path(f"{image.stem}-exits.png")
-        _draw_exits(loaded, image, path, device)
-    else:
-        path = out or Path(f"{image.stem}-depth.png")
-        _draw_depths(loaded, image, path, device)
+    draw, what = _DRAWINGS[loaded.network.outputs.name]
+    path = out or Path(f"{image.stem}-{what}.png")
+    draw(loaded, image, path, device)
     print(f"drawn in {path}")
 
 
@@ -125,3 +122,7 @@ def _draw_exits(loaded: Run, image: Path, path: Path, device: str | None) -> Non
         sheet.save(temporary, format="PNG")
     (answer,) = answer_run(network, runner.policy, loaded.class_names, inputs)
     print(f"{image}: {answer}")
+
+
+_DRAWINGS = {"labels": (_draw_depths, "depth"), "maps": (_draw_exits, "exits")}
+"""By the name of a network's outputs, what is drawn of it, and how its file's name ends."""

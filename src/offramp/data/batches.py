@@ -20,10 +20,8 @@ from offramp.data.collate import collate
 from offramp.data.images import Batches, make_loader
 from offramp.data.labels import read_labels
 from offramp.errors import DataError, InvalidArgumentError, ShapeError, reason
+from offramp.measure.outputs import OUTPUTS, Outputs
 from offramp.model.inputs import LABEL_NAMES, TakesInputs, Tensors, as_inputs, explained
-
-_MASK_NAMES = ("mask", "masks", "annotation", "segmentation")
-"""Names under which a dict may hold a class for every pixel, too."""
 
 
 class Labelled(TakesInputs, Protocol):
@@ -35,8 +33,8 @@ class Labelled(TakesInputs, Protocol):
         ...
 
     @property
-    def is_dense(self) -> bool:
-        """Whether every pixel has a class."""
+    def outputs(self) -> Outputs:
+        """What it says of a sample."""
         ...
 
 
@@ -90,7 +88,7 @@ def read_batch(
         labels,
         num_samples=min(sizes),
         num_classes=None if network is None else network.num_classes,
-        is_dense=None if network is None else network.is_dense,
+        outputs=_outputs(network),
     )
     return inputs, labels_B if device is None else labels_B.to(device)
 
@@ -110,6 +108,10 @@ def explained_data(inputs: Tensors, network: TakesInputs) -> Iterator[None]:
             yield
     except ShapeError as error:
         raise DataError(str(error)) from error
+
+
+def _outputs(network: Labelled | None) -> tuple[Outputs, ...]:
+    return OUTPUTS if network is None else (network.outputs,)
 
 
 def _split(batch: object, network: Labelled | None) -> tuple[object, object]:
@@ -135,9 +137,8 @@ def _split(batch: object, network: Labelled | None) -> tuple[object, object]:
 
 def _split_dict(batch: Mapping[Any, Any], network: Labelled | None) -> tuple[object, object]:
     inputs = () if network is None else [spec.name for spec in network.input_specs]
-    is_sparse = network is not None and not network.is_dense
-    names = [name for name in (*LABEL_NAMES, *(() if is_sparse else _MASK_NAMES)) if name in batch]
-    names = [name for name in names if name not in inputs]
+    own = chain.from_iterable(outputs.label_names for outputs in _outputs(network))
+    names = [name for name in (*LABEL_NAMES, *own) if name in batch and name not in inputs]
     if len(names) != 1:
         raise DataError(
             f"Expected a dict with one entry of labels, such as 'labels' or 'label'. Got "

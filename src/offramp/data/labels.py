@@ -5,12 +5,15 @@ Shapes: ``B`` batch, ``C`` classes, ``H W`` pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from offramp.errors import DataError
 from offramp.measure.dense import IGNORED_LABEL
+from offramp.measure.outputs import OUTPUTS, Outputs, shape_in_words
 
 
 def read_labels(
@@ -18,7 +21,7 @@ def read_labels(
     *,
     num_samples: int,
     num_classes: int | None = None,
-    is_dense: bool | None = None,
+    outputs: Sequence[Outputs] = OUTPUTS,
 ) -> Tensor:
     """Read the labels of a batch as classes.
 
@@ -29,7 +32,7 @@ def read_labels(
         labels: What stands for the labels.
         num_samples: Samples B of the batch.
         num_classes: Classes C; unknown if None.
-        is_dense: Whether every pixel has a class; unknown if None.
+        outputs: What the network may say; one of the two where it is known.
     Returns:
         Classes, shape (B,), int64, or (B, H, W) where every pixel has one.
     Raises:
@@ -52,9 +55,12 @@ def read_labels(
         raise DataError("Expected classes as whole numbers. Got labels with NaN or infinity.")
     if values.ndim in (2, 4):
         values = _without_class_axis(values, num_classes)
-    if values.ndim not in {None: (1, 3), False: (1,), True: (3,)}[is_dense]:
-        wanted = "(B, H, W), one for each pixel" if is_dense else "(B,), one for each sample"
-        raise DataError(f"Expected labels of shape {wanted}. Got shape {tuple(values.shape)}.")
+    if values.ndim not in [len(each.label_axes) for each in outputs]:
+        wanted = outputs[0]
+        raise DataError(
+            f"Expected labels of shape {shape_in_words(wanted.label_axes)}, one for each "
+            f"{wanted.one_for_each}. Got shape {tuple(values.shape)}."
+        )
     if values.is_floating_point() and not torch.equal(values, values.round()):
         wrong = values[values != values.round()][0].item()
         raise DataError(

@@ -5,14 +5,14 @@ Shapes: ``N`` samples, ``C`` classes, ``R`` resamples.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from offramp.calibration.asked import Asked
 from offramp.calibration.labelled import LabelledLogits
-from offramp.calibration.logits import DenseLogits, ExitLogits
+from offramp.calibration.logits import ExitLogits
 from offramp.calibration.risk import PIXEL_ERROR_GAP, RISKS
 from offramp.measure.dense import mean_iou, pixel_accuracy
 from offramp.measure.intervals import (
@@ -23,6 +23,7 @@ from offramp.measure.intervals import (
     resampled_means,
     share_interval,
 )
+from offramp.measure.outputs import LABELS, MAPS
 
 if TYPE_CHECKING:
     from offramp.evaluation.evaluate import Answers
@@ -38,18 +39,27 @@ def paired_drop(answers: Answers, logits: ExitLogits) -> Interval:
         Of accuracy, by its score interval; of mean IoU where pixels have classes, by drawing the
         images anew.
     """
-    if isinstance(logits, DenseLogits):
-        both_N2CC = torch.stack([logits.confusion_KNCC[-1], answers.confusion_NCC], 1)
-        size = both_N2CC.shape[1:]
-        drops = [
-            _lost(torch.from_numpy(means_RD).reshape(-1, *size))
-            for means_RD in resampled_means(both_N2CC.flatten(1).numpy())
-        ]
-        value = _lost(both_N2CC.double().mean(0, keepdim=True))
-        return interval_of(float(value[0]), torch.cat(drops).numpy())
+    return _DROPS[logits.outputs.name](answers, logits)
+
+
+def _drop_of_maps(answers: Answers, logits: Any) -> Interval:
+    both_N2CC = torch.stack([logits.confusion_KNCC[-1], answers.confusion_NCC], 1)
+    size = both_N2CC.shape[1:]
+    drops = [
+        _lost(torch.from_numpy(means_RD).reshape(-1, *size))
+        for means_RD in resampled_means(both_N2CC.flatten(1).numpy())
+    ]
+    value = _lost(both_N2CC.double().mean(0, keepdim=True))
+    return interval_of(float(value[0]), torch.cat(drops).numpy())
+
+
+def _drop_of_labels(answers: Answers, logits: Any) -> Interval:
     right_N, final_N = answers.predictions_N == answers.labels_N, logits.correct_KN[-1]
     more, less = int((final_N & ~right_N).sum()), int((right_N & ~final_N).sum())
     return difference_interval(more, less, len(right_N))
+
+
+_DROPS = {LABELS.name: _drop_of_labels, MAPS.name: _drop_of_maps}
 
 
 def _lost(confusion_R2CC: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,8 @@ from offramp.evaluation.figures import (
 from offramp.families import make_runner
 from offramp.families.agreement import Runner
 from offramp.families.family import TorchRunner
-from offramp.measure.dense import confusion_matrices, label_maps, mean_iou, pixel_accuracy
+from offramp.measure.dense import confusion_matrices, mean_iou, pixel_accuracy
+from offramp.measure.outputs import outputs_of
 from offramp.policy.choice import Choice
 from offramp.policy.policies import Policy
 from offramp.policy.routing_policy import RoutingPolicy
@@ -196,9 +197,7 @@ def predicted(output: Tensor, labels_B: Tensor) -> Tensor:
     Returns:
         Classes, shape (B,), int64, or (B, H, W), uint8.
     """
-    if output.ndim == 2:
-        return output.argmax(-1)
-    return label_maps(output, (labels_B.shape[1], labels_B.shape[2]))
+    return outputs_of(output).predict(output, labels_B)
 
 
 @overload

@@ -20,6 +20,7 @@ from offramp.model.inputs import Given, as_inputs, explained
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
 from offramp.policy.choice import Choice
 from offramp.policy.policies import Decision, Policy, Setting, State, ThresholdedPolicy
+from offramp.policy.rules import RULES
 from offramp.results import AdaptiveResult
 from offramp.runtime.deadline import Deadline
 from offramp.runtime.loop import run_steps, time_steps
@@ -51,7 +52,7 @@ class AdaptiveRunner(ExitRunner):
         if policy is None:
             raise NotCalibratedError(
                 "Running early needs a policy and none was set. Choose one: offramp calibrate RUN, "
-                f"or {'DensePolicy' if network.is_dense else 'ThresholdPolicy'}((0.9, ...))."
+                f"or {RULES[network.outputs.name].kind.__name__}((0.9, ...))."
             )
         if not isinstance(policy, Policy):
             raise InvalidArgumentError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from offramp.errors import ArtifactError, InvalidArgumentError, ShapeError
 from offramp.measure.cost import ExitCosts, count_macs, evaluation_mode, mean_costs
+from offramp.measure.outputs import LABELS, MAPS, Outputs, SaysClasses
 from offramp.model.inputs import InputSpec, as_inputs
 from offramp.model.ragged import Ragged
 
@@ -19,7 +20,7 @@ Features = tuple[Tensor, ...]
 """What crosses from one stage to the next, each tensor with its batch axis first."""
 
 
-class MultiExitNetwork(nn.Module):
+class MultiExitNetwork(SaysClasses, nn.Module):
     """A backbone cut into stages, with an exit after each.
 
     Stage k maps the features of stage k - 1 to its own (a tensor, or a tuple of tensors when
@@ -65,9 +66,9 @@ class MultiExitNetwork(nn.Module):
         return len(self.exits)
 
     @property
-    def is_dense(self) -> bool:
-        """Whether an exit says a class for every pixel: logits of shape (B, C, h, w)."""
-        return self.pixel_multiple is not None
+    def outputs(self) -> Outputs:
+        """What an exit says of a sample: a class, or a map of classes."""
+        return LABELS if self.pixel_multiple is None else MAPS
 
     @property
     def input_names(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from offramp.errors import BackboneCutError, InvalidArgumentError
 from offramp.measure.cost import count_macs, evaluation_mode, require_samples
+from offramp.measure.outputs import SaysClasses
 from offramp.model.inputs import Given, InputSpec, as_inputs, example_inputs
 from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.model.proof import find_difference
@@ -106,7 +107,7 @@ class HaltingCosts:
         return self.macs(lengths_B[:, None].expand(-1, len(self.token_macs)))
 
 
-class HaltingNetwork(nn.Module):
+class HaltingNetwork(SaysClasses, nn.Module):
     """A transformer whose tokens halt.
 
     ``forward`` computes every token in every layer and masks those that have halted: for
@@ -126,7 +127,6 @@ class HaltingNetwork(nn.Module):
 
     num_exits = 1
     num_classes: int | None = None
-    is_dense = False
     input_specs: tuple[InputSpec, ...] = ()
 
     def __init__(

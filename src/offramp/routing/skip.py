@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from offramp.errors import BackboneCutError, reason
 from offramp.measure.cost import count_macs, evaluation_mode, require_samples
+from offramp.measure.outputs import SaysClasses
 from offramp.model.inputs import Given, InputSpec, example_inputs
 from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.model.proof import find_difference
@@ -71,7 +72,7 @@ class SkipCosts:
         return self.fixed_macs + sum(self.gate_macs) + (blocks_BG * block_macs_G).sum(1)
 
 
-class SkipNetwork(nn.Module):
+class SkipNetwork(SaysClasses, nn.Module):
     """A residual network with a gate in front of every block but the first.
 
     ``forward`` computes every block and weights it by its gate: for training, and to compare
@@ -88,7 +89,6 @@ class SkipNetwork(nn.Module):
 
     num_exits = 1
     num_classes: int | None = None
-    is_dense = False
     input_specs: tuple[InputSpec, ...] = ()
     ragged: Ragged | None = None
 

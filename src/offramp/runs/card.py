@@ -13,6 +13,7 @@ from offramp.data.sources import SOURCES
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.families import family_for
 from offramp.families.family import Family
+from offramp.measure.outputs import QUALITY_NAMES, outputs_judged_by
 from offramp.policy.as_dict import policy_to_dict
 from offramp.policy.policies import Policy
 from offramp.policy.routing_policy import RoutingPolicy
@@ -120,7 +121,7 @@ def check_evaluation(
     try:
         rows = [(int(row["index"]), row["accuracy"], row["share"]) for row in evaluation["exits"]]
         fractions = [x for row in rows for x in row[1:]]
-        for quality in _qualities(evaluation):
+        for quality in outputs_judged_by(evaluation).qualities:
             fractions += [evaluation[quality], evaluation[f"final_exit_{quality}"]]
             fractions.append(evaluation[f"plain_{quality}"] or 0)
             fractions += [row[quality] for row in evaluation["exits"]]
@@ -171,10 +172,10 @@ def _metadata(
                 dataset_name=recipe.data,
                 dataset_split=evaluation.get("split"),
                 metric_type=quality,
-                metric_name=f"{_QUALITY_NAMES[quality]} {metric_name}",
+                metric_name=f"{QUALITY_NAMES[quality]} {metric_name}",
                 metric_value=evaluation[key],
             )
-            for quality in _qualities(evaluation)
+            for quality in outputs_judged_by(evaluation).qualities
             for key, metric_name in (
                 (quality, words.less_metric),
                 (f"final_exit_{quality}", words.whole_metric),
@@ -197,15 +198,6 @@ def _task(recipe: Recipe) -> str:
     if source.image_shape is None:
         return "text-classification"
     return "image-classification" if source.ignored_label is None else "image-segmentation"
-
-
-_QUALITY_NAMES = {"mean_iou": "mean IoU", "accuracy": "accuracy"}
-
-
-def _qualities(evaluation: Mapping[str, Any]) -> list[str]:
-    """What answers are judged by, what counts most first: maps by mean IoU, then by pixels."""
-    is_dense = evaluation.get("mean_iou") is not None
-    return ["mean_iou", "accuracy"] if is_dense else ["accuracy"]
 
 
 def _loading(name: str, recipe: Recipe | None, policy: Policy | RoutingPolicy | None) -> str:
@@ -275,9 +267,9 @@ def _describe_choice(calibration: Mapping[str, Any]) -> str:
             f"`{data['name']}` (classes {_prior(data['class_prior'])})."
         )
         if reached is not None:
-            quality = _qualities(reached)[0]
+            quality = outputs_judged_by(reached).qualities[0]
             lines.append(
-                f"There, and so in sample: {_QUALITY_NAMES[quality]} "
+                f"There, and so in sample: {QUALITY_NAMES[quality]} "
                 f"{_percent(reached[quality])} at {reached['mean_macs']:,.0f} mean MACs."
             )
     if promise is not None:
@@ -302,8 +294,8 @@ def _describe_evaluation(
         where += "; which ones is not recorded"
     if evaluation.get("in_sample"):
         where += ". IN SAMPLE: training or thresholds saw them, the figures can be too good"
-    qualities = _qualities(evaluation)
-    names = [_QUALITY_NAMES[quality] for quality in qualities]
+    qualities = outputs_judged_by(evaluation).qualities
+    names = [QUALITY_NAMES[quality] for quality in qualities]
 
     def cells(whose: str) -> str:
         return " | ".join(_percent(evaluation[whose + quality]) for quality in qualities)
@@ -330,13 +322,13 @@ def _describe_evaluation(
 
 
 def _exits_table(evaluation: Mapping[str, Any]) -> list[str]:
-    quality = _qualities(evaluation)[0]
+    quality = outputs_judged_by(evaluation).qualities[0]
     rows = [
         f"| {row['index']} | {_percent(row[quality])} | {_percent(row['share'])} "
         f"| {row['macs']:,} |"
         for row in evaluation["exits"]
     ]
-    head = f"| exit | {_QUALITY_NAMES[quality]} alone | samples leaving | MACs |"
+    head = f"| exit | {QUALITY_NAMES[quality]} alone | samples leaving | MACs |"
     return [head, "|---|---|---|---|", *rows]
 
 

@@ -24,9 +24,9 @@ from offramp.families import family_of
 from offramp.model.checkpoint import load_weights, save_weights
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.as_dict import policy_from_dict, policy_to_dict
-from offramp.policy.dense_policies import DensePolicy
-from offramp.policy.policies import Policy, never_leave
+from offramp.policy.policies import Policy
 from offramp.policy.routing_policy import RoutingPolicy
+from offramp.policy.rules import RULES
 from offramp.recipes.recipe import Recipe
 from offramp.training.checkpoint_choice import read_choice, write_choice
 from offramp.zoo import Network
@@ -260,7 +260,8 @@ def _only_choice(network: Network) -> Policy | None:
     """With one exit there is nothing to choose; with more, no policy until it is."""
     if network.num_exits > 1:
         return None
-    return DensePolicy(()) if network.is_dense else never_leave(1)
+    rules = RULES[network.outputs.name]
+    return rules.make(rules.default, ())
 
 
 def create_folder(folder: Path | str) -> Path:

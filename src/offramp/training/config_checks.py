@@ -47,7 +47,7 @@ def check_config(network: Network, config: FitConfig) -> None:
                 f"The {family.settings!r} parameter is about {family.words.kind}. This one is "
                 f"none: leave it out, or make one with {family.words.maker}."
             )
-    if config.class_weights is not None and not network.is_dense:
+    if config.class_weights is not None and "class_weights" not in network.outputs.settings:
         raise InvalidArgumentError(
             "The 'class_weights' parameter is about networks that say a class for every pixel. "
             "This one says one for an image: leave it out, or balance with class_balance."

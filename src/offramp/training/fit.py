@@ -23,6 +23,7 @@ from offramp.data.batches import batches_of, checked_loader, read_batch, samples
 from offramp.data.images import Batches, EpochSampler, make_loader, split_off_calibration
 from offramp.errors import InvalidArgumentError
 from offramp.families import family_of
+from offramp.measure.outputs import LABELS, MAPS
 from offramp.training.checkpoint_choice import note_choice, read_choice, write_choice
 from offramp.training.config import FitConfig
 from offramp.training.history import METRICS_FILE, EpochReport, History
@@ -109,7 +110,12 @@ TASKS: dict[str, type[Task]] = {
     "skip": SkipTask,
     "halting": HaltingTask,
 }
-"""From a family's name to what trains its networks; see ``DenseTask`` for classes of pixels."""
+"""From a family's name to what trains its networks where a sample has a class."""
+
+_TASKS_BY_OUTPUTS: dict[str, dict[str, type[Task]]] = {
+    LABELS.name: TASKS,
+    MAPS.name: {"exits": DenseTask},
+}
 
 
 def make_task(
@@ -144,9 +150,8 @@ def make_task(
         >>> task = make_task(network, optimizer=partial(SGD, lr=0.1))  # doctest: +SKIP
         >>> Trainer(max_epochs=10).fit(task, train_loader, validation_loader)  # doctest: +SKIP
     """
-    task = TASKS[family_of(network).name]
-    if network.is_dense:
-        task = DenseTask
+    family = family_of(network)
+    task = _TASKS_BY_OUTPUTS[network.outputs.name][family.name]
     return task(network, config, optimizer=optimizer, loss=loss, metrics=metrics)
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from offramp.artifacts import write_json
-from offramp.calibration.asked import Asked, cannot_tell
+from offramp.calibration.asked import Asked
 from offramp.calibration.chosen import Calibration
 from offramp.calibration.controller import fit_controller
 from offramp.calibration.evidence import choose_policy
@@ -32,17 +32,13 @@ from offramp.evaluation.profiling import profile_network
 from offramp.evaluation.timing import check_batch_sizes
 from offramp.exporting.profiling import profile_exported
 from offramp.families import family_of
+from offramp.measure.outputs import LABELS, MAPS
 from offramp.measure.profile import Profile
-from offramp.policy.confidence import (
-    AGREEMENT,
-    CONFIDENCE_RULES,
-    DENSE_RULES,
-    PIXEL_SHARE,
-    confidence_from_entropy_nats,
-)
+from offramp.policy.confidence import confidence_from_entropy_nats
 from offramp.policy.dense_policies import DensePolicy, dense_policy
 from offramp.policy.policies import PatiencePolicy, ThresholdedPolicy, ThresholdPolicy
 from offramp.policy.routing_policy import RoutingPolicy
+from offramp.policy.rules import RULES
 from offramp.runs.run import CALIBRATION_SPLIT, Run, write_policy
 from offramp.workflow.held_out import HeldOut, find_on_train, hold_out
 from offramp.workflow.wanted import LEARNED, Timing, Wanted
@@ -77,16 +73,11 @@ class Chosen:
     profile: Profile | None
 
 
-def default_rule(is_dense: bool) -> str:
-    """Name of the rule where none is given."""
-    return PIXEL_SHARE if is_dense else "entropy"
-
-
 def rule_named(name: str) -> Rule:
     """Find the rule of a name, a confidence function or ``LEARNED``, as the library takes it."""
     if name == LEARNED:
         return fit_controller
-    of_samples, of_pixels = (*CONFIDENCE_RULES, LEARNED), (*DENSE_RULES, AGREEMENT)
+    of_samples, of_pixels = (*RULES[LABELS.name].names, LEARNED), RULES[MAPS.name].names
     if name not in (*of_samples, *of_pixels):
         raise InvalidArgumentError(
             f"The rule must be one of {', '.join(of_samples)}; of {', '.join(of_pixels)} where the "
@@ -113,9 +104,7 @@ def settle(wanted: Wanted, run: Run) -> Wanted:
     """Name the default rule of a network with exits; of any other, refuse what is about exits."""
     family = family_of(run.network)
     if family.thresholds is None:
-        return (
-            wanted if wanted.rule else replace(wanted, rule=default_rule(run.multi_exit.is_dense))
-        )
+        return replace(wanted, rule=wanted.rule or RULES[run.network.outputs.name].default)
     words = family.words
     given = {
         "--rule": wanted.rule,
@@ -167,15 +156,13 @@ def calibrate(
         "guarantee": promise,
     }
     write_policy(run.folder, chosen.policy, calibration=about)
-    known, doubt = held_out.evidence, None
-    if not known.is_dense:
-        doubt = cannot_tell(Asked.from_record(about), known.effective_num_samples)
+    known = held_out.evidence
     temperatures = getattr(chosen.policy, "temperatures", None)
     return Chosen(
         calibration=chosen,
         num_samples=len(held_out.batches),
         about=about,
-        doubt=doubt,
+        doubt=known.doubt(Asked.from_record(about)),
         temperatures=_described(known, chosen.policy, temperatures) if temperatures else None,
         timed=timed,
         profile=profile,
@@ -206,15 +193,9 @@ def make_policies(wanted: Wanted, logits: ExitLogits) -> tuple[ThresholdedPolicy
         InvalidArgumentError: If what is wanted is not for a network with such outputs.
     """
     assert wanted.rule is not None  # settled
-    if not logits.is_dense:
-        refuse_pixel_threshold(wanted.pixel_threshold)
-        if wanted.patience is not None:
-            return (_patient(wanted.patience, wanted.rule, logits),)
-    elif wanted.patience is not None or wanted.rule == LEARNED:
-        raise InvalidArgumentError(
-            "--patience and --rule learned are about one class a sample. This network says one "
-            "for every pixel: use --rule agreement for exits that agree."
-        )
+    _CHECK_RULE[logits.outputs.name](wanted)
+    if wanted.patience is not None:
+        return (_patient(wanted.patience, wanted.rule, logits),)
     policies = logits.policies(rule_named(wanted.rule))
     if wanted.pixel_threshold is not None:
         policies = (_with_pixel_threshold(policies[0], wanted.pixel_threshold),)
@@ -252,13 +233,24 @@ def _tempered(wanted: Wanted, logits: ExitLogits, policy: ThresholdedPolicy) -> 
     return replace(policy, temperatures=temperatures)
 
 
-def refuse_pixel_threshold(threshold: float | None) -> None:
-    """Raise InvalidArgumentError if one is given for a network of one class a sample."""
-    if threshold is not None:
+def _check_rule_of_labels(wanted: Wanted) -> None:
+    if wanted.pixel_threshold is not None:
         raise InvalidArgumentError(
             "--pixel-threshold is for networks that say a class for every pixel. This one "
             "says one for a sample: leave it out."
         )
+
+
+def _check_rule_of_maps(wanted: Wanted) -> None:
+    if wanted.patience is not None or wanted.rule == LEARNED:
+        raise InvalidArgumentError(
+            "--patience and --rule learned are about one class a sample. This network says one "
+            "for every pixel: use --rule agreement for exits that agree."
+        )
+
+
+_CHECK_RULE = {LABELS.name: _check_rule_of_labels, MAPS.name: _check_rule_of_maps}
+"""By outputs, what raises InvalidArgumentError if the rule is for others."""
 
 
 def _with_pixel_threshold(policy: ThresholdedPolicy, threshold: float) -> ThresholdedPolicy:
@@ -307,10 +299,10 @@ def set_by_hand(run: Run, thresholds: str, wanted: Wanted) -> ThresholdedPolicy 
     if wanted.rule is None:
         policy = _steered_by_hand(run, thresholds)
     else:
-        asked["rule"] = wanted.rule
-        if run.multi_exit.is_dense:
-            asked["pixel_threshold"] = wanted.pixel_threshold
-        policy = _exits_by_hand(run, thresholds, wanted.rule, wanted.pixel_threshold)
+        outputs = run.network.outputs
+        asked |= {name: getattr(wanted, name) for name in RULES[outputs.name].fields}
+        values = _read_thresholds(thresholds, run.network.num_exits)
+        policy = _BY_HAND[outputs.name](run, thresholds, values, wanted)
     write_policy(run.folder, policy, calibration={"asked": asked, "data": None, "reached": None})
     return policy
 
@@ -327,18 +319,13 @@ def _steered_by_hand(run: Run, threshold: str) -> RoutingPolicy:
     return policy
 
 
-def _exits_by_hand(
-    run: Run, text: str, rule: str, pixel_threshold: float | None
+def _labels_by_hand(
+    run: Run, text: str, values: tuple[float, ...], wanted: Wanted
 ) -> ThresholdedPolicy:
-    values = _read_thresholds(text, run.network.num_exits)
-    if run.multi_exit.is_dense:
-        policy = dense_policy(rule, values)
-        if pixel_threshold is None:
-            return policy
-        return _with_pixel_threshold(policy, pixel_threshold)
-    refuse_pixel_threshold(pixel_threshold)
-    if rule != "entropy_nats":
-        return ThresholdPolicy(values, rule=rule)
+    assert wanted.rule is not None  # settled
+    _check_rule_of_labels(wanted)
+    if wanted.rule != "entropy_nats":
+        return ThresholdPolicy(values, rule=wanted.rule)
     num_classes = run.require_recipe().network_options["num_classes"]
     return ThresholdPolicy(
         tuple(
@@ -346,6 +333,20 @@ def _exits_by_hand(
             for word, value in zip(text.split(","), values, strict=True)
         )
     )
+
+
+def _maps_by_hand(
+    run: Run, text: str, values: tuple[float, ...], wanted: Wanted
+) -> ThresholdedPolicy:
+    assert wanted.rule is not None  # settled
+    policy = dense_policy(wanted.rule, values)
+    if wanted.pixel_threshold is None:
+        return policy
+    return _with_pixel_threshold(policy, wanted.pixel_threshold)
+
+
+_BY_HAND = {LABELS.name: _labels_by_hand, MAPS.name: _maps_by_hand}
+"""By outputs, what makes a policy of thresholds, which are given as they were written too."""
 
 
 def _read_thresholds(text: str, num_exits: int) -> tuple[float, ...]:

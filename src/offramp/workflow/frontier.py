@@ -19,10 +19,12 @@ from offramp.data.images import make_loader
 from offramp.data.sources import SOURCES
 from offramp.errors import InSampleError, InvalidArgumentError
 from offramp.families import family_of
+from offramp.families.family import Family
+from offramp.policy.rules import RULES
 from offramp.recipes.recipe import Recipe
 from offramp.runs.run import CALIBRATION_SPLIT, load, load_batches
 from offramp.workflow.artifact import is_bundle, open_artifact, pick_device
-from offramp.workflow.calibrate import default_rule, rule_named
+from offramp.workflow.calibrate import rule_named
 from offramp.workflow.held_out import Loader, evidence_by
 
 
@@ -35,7 +37,7 @@ class Opened:
         recipe: How it was trained.
         data: What ``--data`` was then; None for the default.
         num_exits: Exits of the network, those that are off in a bundle counted.
-        is_steered: Whether it skips blocks or drops tokens, by one threshold.
+        family: Of the network; where one threshold steers it, no exits are to be chosen.
         collect: From a loader to what choosing needs; of a bundle, of the exits that are on.
     """
 
@@ -43,7 +45,7 @@ class Opened:
     recipe: Recipe
     data: str | None
     num_exits: int
-    is_steered: bool
+    family: Family[Any, Any]
     collect: Callable[[Loader], Evidence[Any]]
 
 
@@ -122,7 +124,7 @@ def _open(folder: Path, device: str | None) -> Opened:
             recipe=bundle.recipe,
             data=bundle.data,
             num_exits=bundle.num_exits,
-            is_steered=False,
+            family=bundle.family,
             collect=bundle.collect,
         )
     loaded = load(folder)
@@ -132,7 +134,7 @@ def _open(folder: Path, device: str | None) -> Opened:
         recipe=loaded.require_recipe(),
         data=loaded.data,
         num_exits=network.num_exits,
-        is_steered=family_of(network).thresholds is not None,
+        family=family_of(network),
         collect=evidence_by(network),
     )
 
@@ -153,14 +155,15 @@ def follow(
     """Collect what the network says on both splits, and choose on the one for the other."""
     calibration: Any = None
     reliability = None
-    if run.num_exits > 1 or run.is_steered or run.recipe.calibration_share > 0:
+    thresholds = run.family.thresholds
+    if run.num_exits > 1 or thresholds is not None or run.recipe.calibration_share > 0:
         calibration, _ = _collect(run, CALIBRATION_SPLIT, data)
     test, fingerprint = _collect(run, split, data)
-    rule = None if run.is_steered else rule or default_rule(test.is_dense)
+    rule = None if thresholds is not None else rule or RULES[test.outputs.name].default
     found = measure(
         calibration, test, num_points=num_points, rule=None if rule is None else rule_named(rule)
     )
-    if calibration is not None and not run.is_steered:
+    if calibration is not None and thresholds is None:
         reliability = describe_temperatures(test, fit_temperatures(calibration))
     return Curve(
         run=run,

@@ -19,6 +19,7 @@ from offramp.decoding import parse_json
 from offramp.errors import DataError, InvalidArgumentError
 from offramp.evaluation.sweeping import collect_sweep
 from offramp.families import family_of
+from offramp.measure.outputs import LABELS, MAPS
 from offramp.runs.run import CALIBRATION_SPLIT, Run, load_batches
 from offramp.workflow.artifact import pick_device
 from offramp.zoo import Network
@@ -87,14 +88,7 @@ def hold_out(
     shares = None if prior is None else _read_prior(prior, names)
     network = run.network.to(where)
     evidence = evidence_by(network)(make_loader(batches, batch_size=batches.run_batch_size))
-    if not evidence.is_dense:
-        # So many of each class were drawn: a promise is about a population of these shares.
-        drawn = tuple((evidence.class_counts / len(batches)).tolist())
-        evidence = replace(evidence, prior=shares or drawn)
-    elif shares is not None:
-        raise InvalidArgumentError(
-            "--prior weights samples by their class. Images with a class for every pixel have none."
-        )
+    evidence = _FOR_POPULATION[evidence.outputs.name](evidence, shares)
     named: str | dict[str, float] = "uniform" if recipe.uniform_prior else "as in train"
     if shares is not None:
         named = prior if prior == "uniform" else dict(zip(names, shares, strict=True))
@@ -108,6 +102,24 @@ def hold_out(
         "sha256": fingerprint,
     }
     return HeldOut(run=run, device=where, batches=batches, evidence=evidence, data=about)
+
+
+def _by_class(evidence: Evidence[Any], shares: tuple[float, ...] | None) -> Evidence[Any]:
+    # So many of each class were drawn: a promise is about a population of these shares.
+    drawn = tuple((evidence.class_counts / len(evidence.labels_N)).tolist())
+    return replace(evidence, prior=shares or drawn)
+
+
+def _as_drawn(evidence: Evidence[Any], shares: tuple[float, ...] | None) -> Evidence[Any]:
+    if shares is not None:
+        raise InvalidArgumentError(
+            "--prior weights samples by their class. Images with a class for every pixel have none."
+        )
+    return evidence
+
+
+_FOR_POPULATION = {LABELS.name: _by_class, MAPS.name: _as_drawn}
+"""By outputs, what lets evidence stand for a population of given shares of classes."""
 
 
 def find_on_train(held_out: HeldOut, *, data: str | None) -> Evidence[Any]:

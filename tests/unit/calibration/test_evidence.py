@@ -21,6 +21,7 @@ from offramp import (
 )
 from offramp.errors import DataError, FewSamplesWarning
 from offramp.measure.dense import confusion_matrices, label_maps
+from offramp.measure.outputs import MAPS
 
 THRESHOLDS = {GatePolicy: (0.9, 0.5, 0.0), HaltingPolicy: (0.2, 0.6, 1.0)}
 
@@ -88,7 +89,7 @@ def evidence(make):
 @pytest.fixture
 def risk(evidence):
     """The risk that can be promised."""
-    return "pixel_error_gap" if evidence.is_dense else "accuracy_gap"
+    return "pixel_error_gap" if evidence.outputs is MAPS else "accuracy_gap"
 
 
 @pytest.mark.parametrize("drop", [0.0, 0.05, 0.3])
@@ -135,7 +136,7 @@ def test_targets_are_checked(evidence, target, message):
 
 
 def test_a_risk_of_other_outputs_is_refused(evidence):
-    other = "error" if evidence.is_dense else "pixel_error_gap"
+    other = "error" if evidence.outputs is MAPS else "pixel_error_gap"
     with pytest.raises(InvalidArgumentError, match="every pixel"):
         calibrate(evidence, max_risk=0.1, risk=other)
     with pytest.raises(InvalidArgumentError, match="every pixel"):
@@ -228,7 +229,7 @@ def test_points_keep_their_budgets_and_are_judged_on_test(make, evidence):
 def test_evidence_of_another_kind_or_network_is_refused(evidence, kind):
     other = KINDS[kind](1)
     change = {"plain_macs": 99} if kind in ("gates", "tokens") else {"numbers": (0, 2, 3)}
-    risk = "pixel_error_gap" if evidence.is_dense else "accuracy_gap"
+    risk = "pixel_error_gap" if evidence.outputs is MAPS else "accuracy_gap"
     is_same = evidence.policies(None) == other.policies(None)
     for stranger in (replace(other, **change), *(() if is_same else (other,))):
         with pytest.raises(InvalidArgumentError, match=r"Expected (evidence|logits|sweeps) of"):

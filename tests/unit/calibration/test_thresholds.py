@@ -13,9 +13,6 @@ from offramp.calibration.frontier import frontier
 from offramp.calibration.guarantee import calibrate_with_guarantee
 from offramp.calibration.search import evaluate_thresholds, exits_left_by
 from offramp.calibration.temperature import fit_temperatures
-from offramp.calibration.thresholds import (
-    expected_correctness,
-)
 from offramp.errors import (
     DataError,
     FewSamplesWarning,
@@ -218,21 +215,21 @@ def all_threshold_pairs(logits: ExitLogits, correct) -> tuple[np.ndarray, np.nda
     return np.array(accuracy), np.array(mean_macs)
 
 
-def test_expected_correctness_has_each_exits_accuracy_as_its_mean():
+def test_expected_scores_has_each_exits_accuracy_as_its_mean():
     logits = three_exits(0, 24)
-    worth = expected_correctness(logits)
+    worth = logits.expected_scores_KN
     np.testing.assert_allclose(worth.mean(1), logits.correct_KN.double().mean(1))
     agree = logits.logits_KNC[0].argmax(-1) == logits.logits_KNC[2].argmax(-1)
     likely, unlikely = worth[0][agree.numpy()], worth[0][~agree.numpy()]
     assert likely.mean() > unlikely.mean()
     # Right or wrong itself where the final exit is sure and right.
-    np.testing.assert_allclose(expected_correctness(FOUR), FOUR.correct_KN.double(), atol=1e-12)
+    np.testing.assert_allclose(FOUR.expected_scores_KN, FOUR.correct_KN.double(), atol=1e-12)
 
 
-def test_expected_correctness_is_right_or_wrong_where_the_final_exit_is_nan():
+def test_expected_scores_is_right_or_wrong_where_the_final_exit_is_nan():
     logits = three_exits(1, 24)
     logits.logits_KNC[-1, 3] = NAN
-    worth = expected_correctness(logits)
+    worth = logits.expected_scores_KN
     assert np.isfinite(worth).all()
     assert worth.mean(1) == pytest.approx(logits.correct_KN.double().mean(1).numpy())
 
@@ -248,7 +245,7 @@ def test_search_comes_near_the_best_of_all_threshold_pairs():
             assert found.accuracy >= final - max_drop - 1e-9
             best = macs[accuracy >= final - max_drop - 1e-9].min()
             excess_macs.append(found.mean_macs / best - 1)
-        worth = expected_correctness(logits)
+        worth = logits.expected_scores_KN
         confidence = np.stack([CONFIDENCE_RULES["entropy"](k).numpy() for k in logits.logits_KNC])
         accuracy, macs = all_threshold_pairs(logits, worth.tolist())
         for budget in (150, 250, 350):

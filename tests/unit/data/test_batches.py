@@ -11,6 +11,7 @@ from offramp.calibration.collect import collect
 from offramp.data.batches import batches_of, read_batch
 from offramp.data.labels import read_labels
 from offramp.errors import DataError
+from offramp.measure.outputs import LABELS, MAPS
 from offramp.model.cut import add_exits
 from offramp.training.config import FitConfig
 from offramp.training.fit import fit
@@ -56,7 +57,7 @@ class Streamed(IterableDataset):
     ids=str,
 )
 def test_labels_of_one_meaning_become_classes(labels):
-    found = read_labels(labels, num_samples=3, num_classes=3, is_dense=False)
+    found = read_labels(labels, num_samples=3, num_classes=3, outputs=(LABELS,))
     assert found.dtype == torch.int64
     assert found.tolist() == [2, 0, 1]
 
@@ -82,19 +83,19 @@ def test_labels_of_one_meaning_become_classes(labels):
 )
 def test_labels_of_no_single_meaning_are_refused(labels, says):
     with pytest.raises(DataError, match=says) as caught:
-        read_labels(labels, num_samples=2, num_classes=3, is_dense=False)
+        read_labels(labels, num_samples=2, num_classes=3, outputs=(LABELS,))
     assert "\n" not in str(caught.value)
 
 
 def test_masks_are_read_with_and_without_an_axis_of_classes():
     masks = torch.tensor([[[0, 1], [255, 2]]])
     for given in (masks, masks[:, None], masks.to(torch.uint8), masks.numpy()):
-        assert torch.equal(read_labels(given, num_samples=1, is_dense=True), masks)
+        assert torch.equal(read_labels(given, num_samples=1, outputs=(MAPS,)), masks)
     one_hot = nn.functional.one_hot(torch.tensor([[[0, 1], [1, 2]]])).movedim(-1, 1)
-    found = read_labels(one_hot, num_samples=1, num_classes=3, is_dense=True)
+    found = read_labels(one_hot, num_samples=1, num_classes=3, outputs=(MAPS,))
     assert found.tolist() == [[[0, 1], [1, 2]]]
     with pytest.raises(DataError, match="one for each pixel"):
-        read_labels(torch.tensor([1]), num_samples=1, is_dense=True)
+        read_labels(torch.tensor([1]), num_samples=1, outputs=(MAPS,))
 
 
 FORMS = {

@@ -14,7 +14,7 @@ from torch import Tensor
 from offramp.data.batches import explained_data, read_batch
 from offramp.data.labels import check_labels
 from offramp.data.parquet import known_labels
-from offramp.errors import DataError
+from offramp.errors import DataError, InvalidArgumentError
 from offramp.measure.dense import (
     IGNORED_LABEL,
     confusion_matrices,
@@ -23,10 +23,11 @@ from offramp.measure.dense import (
     mean_iou,
     pixel_accuracy,
 )
+from offramp.measure.outputs import MAPS
 from offramp.model.multi_exit import Features
 from offramp.training.config_checks import check_class_weights
 from offramp.training.tasks.exits import MultiExitTask
-from offramp.training.tasks.task import ACCURACY_METRIC
+from offramp.training.tasks.task import ACCURACY_METRIC, Metrics
 
 MEAN_IOU_METRIC = "mean_iou_exit_{}"
 """Name of the logged mean IoU of an exit on calibration data."""
@@ -39,7 +40,15 @@ class DenseTask(MultiExitTask):
     (N, C) and classes (N,) of the pixels whose class is known. Metrics of your own are not taken.
     """
 
-    is_dense = True
+    outputs = MAPS
+
+    def check_metrics(self, metrics: Metrics | None) -> None:
+        """Raise if there are any: they would be about one class a sample."""
+        if metrics:
+            raise InvalidArgumentError(
+                "The 'metrics' parameter is about one class a sample. This network says one for "
+                "every pixel: override validation_step of DenseTask."
+            )
 
     def loss(self, inputs: Features, labels_B: Tensor) -> Tensor:
         """The joint loss over the pixels whose class is known, one a cell of the logits."""

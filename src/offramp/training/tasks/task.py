@@ -19,6 +19,7 @@ from offramp.data.batches import explained_data, read_batch
 from offramp.data.images import epoch_seed
 from offramp.data.labels import check_labels
 from offramp.errors import InvalidArgumentError, TrainingDivergedError, reason
+from offramp.measure.outputs import LABELS, Outputs
 from offramp.model.multi_exit import Features
 from offramp.training.config import FitConfig
 from offramp.training.config_checks import check_config
@@ -68,8 +69,8 @@ class Task(LightningModule):
     network: Network
     takes: type[nn.Module] = nn.Module
     """The networks that it trains."""
-    is_dense = False
-    """Whether those say a class for every pixel."""
+    outputs: Outputs = LABELS
+    """What those say of a sample."""
 
     def __init__(
         self,
@@ -84,16 +85,12 @@ class Task(LightningModule):
         config = config or FitConfig()
         check_config(network, config)
         _check_own(config, optimizer=optimizer, loss=loss)
-        if not isinstance(network, self.takes) or network.is_dense != self.is_dense:
+        if not isinstance(network, self.takes) or network.outputs is not self.outputs:
             raise InvalidArgumentError(
                 f"{type(self).__name__} does not train this {type(network).__name__}: let "
                 "make_task(network) choose the task."
             )
-        if metrics and network.is_dense:
-            raise InvalidArgumentError(
-                "The 'metrics' parameter is about one class a sample. This network says one for "
-                "every pixel: override validation_step of DenseTask."
-            )
+        self.check_metrics(metrics)
         self.network = network
         self.config = config
         self.check_regimes()
@@ -108,6 +105,9 @@ class Task(LightningModule):
                 for k in range(self.num_exits)
             }
         )
+
+    def check_metrics(self, metrics: Metrics | None) -> None:
+        """Raise if metrics of your own cannot be logged; where a sample has a class, all can."""
 
     def check_regimes(self) -> None:
         """Raise if the config trains several exits, where the network has one and saves inside."""
