@@ -26,13 +26,7 @@ BUNDLE_FOLDER = "bundle"
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that replaces it when the block ends without error.
-
-    Args:
-        path: The file to write; its folder must exist.
-    Raises:
-        ArtifactError: If the folder cannot be written.
-    """
+    """Yield a temporary path beside ``path`` that replaces it when the block ends without error."""
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
@@ -53,14 +47,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path, *, instead: str) -> Iterator[Path]:
-    """Yield an empty folder beside ``folder`` that takes its place when the block has ended well.
-
-    Args:
-        folder: The folder to make; what is there already is replaced.
-        instead: What to do if it cannot be made, for the message.
-    Raises:
-        ArtifactError: If it cannot be made.
-    """
+    """Yield an empty folder beside ``folder`` that takes its place where the block ends well."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         making = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -79,27 +66,14 @@ def atomic_folder(folder: Path, *, instead: str) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write ``content`` with the schema version, atomically.
-
-    Args:
-        path: The file to write.
-        content: JSON-serialisable values; infinities and NaN are not (use None).
-    """
+    """Write ``content`` with the schema version, atomically."""
     text = json.dumps({"schema_version": SCHEMA_VERSION, **content}, indent=2, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that :func:`write_json` wrote.
-
-    Args:
-        path: The file to read.
-    Returns:
-        Its content, without the schema version.
-    Raises:
-        ArtifactError: If the file is missing, damaged, not one of ours, or of a newer schema.
-    """
+    """Read a file that :func:`write_json` wrote."""
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -36,11 +36,7 @@ _LONGEST_VALUE = 60
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON as its standard has it, with each key once and finite numbers.
-
-    Raises:
-        ValueError: If it is something else, or more than 64 levels deep.
-    """
+    """Parse JSON as its standard has it, with each key once and finite numbers."""
     try:
         content = json.loads(
             text,
@@ -61,15 +57,7 @@ def parse_json(text: str) -> Any:
 def decode(
     content: Any, kind: type[Kind], *, hook: Callable[[type, Any], Any] | None = None
 ) -> Kind:
-    """Make a dataclass of parsed JSON.
-
-    Args:
-        content: What :func:`parse_json` made, or values of the same kinds.
-        kind: The dataclass; its fields may be dataclasses too.
-        hook: Makes a value of a type that JSON has not, and raises ValueError if it cannot.
-    Raises:
-        ArtifactError: If a field is missing, unknown, of another type, or out of its range.
-    """
+    """Make a dataclass of parsed JSON."""
     try:
         made = msgspec.convert(content, kind, dec_hook=hook)
     except msgspec.ValidationError as error:
@@ -84,11 +72,7 @@ def decode_tagged(
     *,
     hook: Callable[[type, Any], Any] | None = None,
 ) -> Any:
-    """Make the dataclass that the field ``kind`` names.
-
-    Raises:
-        ArtifactError: As :func:`decode`, or if there is no such kind.
-    """
+    """Make the dataclass that the field ``kind`` names."""
     named = content.get("kind") if isinstance(content, Mapping) else None
     if not isinstance(named, str) or named not in kinds:
         raise ArtifactError(f"kind: Expected one of {', '.join(kinds)}, got {_shown(named)}")

@@ -142,23 +142,13 @@ class Printed(Brief):
 
 
 def percent(fraction: float | None) -> str:
-    """Format a fraction as a percentage; a dash for None.
-
-    Args:
-        fraction: In [0, 1], or None.
-    Returns:
-        For example "82.65 %".
-    """
+    """Format a fraction as a percentage; a dash for None."""
     return "-" if fraction is None else f"{100 * fraction:.2f} %"
 
 
 def points(fraction: float) -> str:
     """Format a difference of fractions.
 
-    Args:
-        fraction: In [-1, 1].
-    Returns:
-        For example "0.14 points".
     Example:
         >>> points(0.01), points(0.0014)
         ('1 point', '0.14 points')
@@ -170,10 +160,6 @@ def points(fraction: float) -> str:
 def factor(times: float) -> str:
     """Format how many times as fast something is, to about three digits.
 
-    Args:
-        times: A ratio.
-    Returns:
-        For example "1.55", "29.3" or "169".
     Example:
         >>> factor(1.549), factor(29.34), factor(168.84)
         ('1.55', '29.3', '169')
@@ -185,10 +171,6 @@ def factor(times: float) -> str:
 def milliseconds(ms: float) -> str:
     """Format a time to about four digits.
 
-    Args:
-        ms: Milliseconds.
-    Returns:
-        For example "0.231", "12.53" or "1,204".
     Example:
         >>> milliseconds(0.2312), milliseconds(12.529), milliseconds(1203.7)
         ('0.231', '12.53', '1,204')
@@ -200,10 +182,6 @@ def milliseconds(ms: float) -> str:
 def thresholds_in_words(thresholds: Sequence[float]) -> str:
     """Name the thresholds of a policy.
 
-    Args:
-        thresholds: One per exit but the final one; +inf where an exit is off.
-    Returns:
-        For example "0.912, off"; empty for none. Many get fewer digits.
     Example:
         >>> thresholds_in_words((0.9123, float("inf")))
         '0.912, off'

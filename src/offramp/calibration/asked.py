@@ -40,28 +40,14 @@ class Asked(Brief):
 
     @classmethod
     def of(cls, num_samples: int, *, risk: str, **targets: float | None) -> Asked:
-        """Name the one target that is given.
-
-        Args:
-            num_samples: Calibration samples.
-            risk: What ``max_risk`` bounds.
-            targets: Values by name, one of them not None.
-        Returns:
-            What was asked.
-        """
+        """Name the one target that is given."""
         ((target, limit),) = ((name, x) for name, x in targets.items() if x is not None)
         named = risk if target == "max_risk" else None
         return cls(target=target, limit=float(limit), num_samples=num_samples, risk=named)
 
     @classmethod
     def from_record(cls, calibration: Mapping[str, Any] | None) -> Asked | None:
-        """Read what ``policy.json`` says of the choice.
-
-        Args:
-            calibration: What is beside the policy in that file; None without one.
-        Returns:
-            What was asked; None where thresholds were set by hand, or nothing is said.
-        """
+        """Read what ``policy.json`` says of the choice."""
         asked, data = ((calibration or {}).get(name) for name in ("asked", "data"))
         if not isinstance(asked, Mapping) or not isinstance(data, Mapping):
             return None
@@ -79,15 +65,7 @@ class Asked(Brief):
     def in_words(
         self, *, way: str = "early exit", last: str = "the final exit", of: str = "accuracy"
     ) -> str:
-        """Say the target, and on how many samples the policy was chosen for it.
-
-        Args:
-            way: What answers cheaply.
-            last: What it is compared with.
-            of: What a drop is of.
-        Returns:
-            Words without a full stop.
-        """
+        """Say the target, and on how many samples the policy was chosen for it."""
         promise = ""
         if self.guarantee is not None:
             often = "on average" if self.guarantee == "mean" else f"probability {self.guarantee}"
@@ -113,11 +91,6 @@ def cannot_tell(asked: Asked | None, num_samples: float) -> str | None:
     target over their number, is larger than the target itself: then a single answer is more than
     the target allows. For budgets, and for targets below one percent, one percent counts.
 
-    Args:
-        asked: The target; None for none.
-        num_samples: Samples of equal weight that would tell as much.
-    Returns:
-        Words without a full stop that end in what to do; None where they are enough.
     Example:
         >>> few = Asked(target="max_drop", limit=0.01, num_samples=9)
         >>> cannot_tell(few, 9).partition(":")[0]

@@ -83,22 +83,7 @@ def collect(
 
 
 def collect_from_session(session: Session, data: object, *, batch_size: int = 256) -> ExitLogits:
-    """Run every step of a bundle on every sample of a data set, letting nobody leave.
-
-    Args:
-        session: Runs the bundle.
-        data: As for :func:`collect`.
-        batch_size: As for :func:`collect`.
-    Returns:
-        The logits of every step's exit: exits that are off in the bundle have none, so that the
-        steps count as exits, numbered as in the network. Of a network that skips blocks, those of
-        its only exit, with every block run; gates are not counted. Of one whose tokens halt, those
-        with a threshold of 1, and the costs of the plain network.
-    Raises:
-        DataError: If there is no sample, or a sample has no label or one that the network has no
-            class for.
-        ShapeError: If the inputs are not of the shape that the bundle was exported for.
-    """
+    """Run every step of a bundle on every sample of a data set, letting nobody leave."""
     bundle = session.bundle
     thresholds = FAMILIES[bundle.family].thresholds
     if thresholds is None:
@@ -226,15 +211,7 @@ def _only_exit(session: Session, inputs: Features) -> Tensor:
 
 
 def write_logits(path: Path | str, logits: ExitLogits) -> None:
-    """Keep logits in a file, at half precision, so that choosing need not run the network again.
-
-    Args:
-        path: The file to write, a safetensors file.
-        logits: Every exit's logits; a prior is not kept.
-    Raises:
-        ArtifactError: If the file cannot be written.
-        InvalidArgumentError: If they are of every pixel.
-    """
+    """Keep logits in a file, at half precision, so that choosing need not run the network again."""
     if isinstance(logits, DenseLogits):
         raise InvalidArgumentError(
             "Expected logits of one class a sample. Got those of every pixel, which are not kept: "
@@ -253,15 +230,7 @@ def write_logits(path: Path | str, logits: ExitLogits) -> None:
 
 
 def read_logits(path: Path | str) -> ExitLogits:
-    """Read logits that :func:`write_logits` kept.
-
-    Args:
-        path: The file.
-    Returns:
-        The logits, as far as half precision holds them.
-    Raises:
-        ArtifactError: If the file is missing, damaged, or holds something else.
-    """
+    """Read logits that :func:`write_logits` kept."""
     try:
         with safe_open(path, framework="pt") as file:
             about = decode(parse_json(file.metadata()[_ABOUT]), _About)

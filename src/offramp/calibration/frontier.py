@@ -180,13 +180,7 @@ def frontier(
 
 
 def check_num_points(num_points: int) -> None:
-    """Refuse a curve without two ends, or an endless one.
-
-    Args:
-        num_points: How many budgets.
-    Raises:
-        InvalidArgumentError: If it is below 2 or above 1,000.
-    """
+    """Refuse a curve without two ends, or an endless one."""
     if not 2 <= num_points <= _MAX_NUM_POINTS:
         raise InvalidArgumentError(
             f"The 'num_points' parameter must be an int in [2, {_MAX_NUM_POINTS}]: the cheapest "

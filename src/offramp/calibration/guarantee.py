@@ -137,14 +137,7 @@ def calibrate_with_guarantee(
 
 
 def check_guarantee(max_risk: float, guarantee: float | str) -> None:
-    """Refuse a promise that cannot be meant.
-
-    Args:
-        max_risk: The target.
-        guarantee: As for :func:`calibrate_with_guarantee`.
-    Raises:
-        InvalidArgumentError: If the target is 0, or the guarantee no probability and not "mean".
-    """
+    """Refuse a promise that cannot be meant."""
     if max_risk == 0:
         raise InvalidArgumentError(
             "A guarantee needs a target above 0: no number of samples shows that nothing is lost."

@@ -87,21 +87,7 @@ def calibrate_for_latency(
     max_drop: float,
     rule: Rule | None = None,
 ) -> LatencyCalibration:
-    """Choose thresholds for an accuracy target, and switch off exits that do not pay.
-
-    Args:
-        logits: Every exit's logits on held-out data.
-        profile: Measured times of the same network's parts.
-        batch_size: Samples a batch, as the network will be used; at most the largest that was
-            timed.
-        max_drop: As for :func:`~offramp.calibrate`.
-        rule: As for :func:`~offramp.calibrate`; a policy that needs every exit keeps or loses all.
-    Returns:
-        The policy, with what was switched off and why.
-    Raises:
-        InvalidArgumentError: As for :func:`~offramp.calibrate`, or if the batch size was not timed.
-        ShapeError: If the profile is of a network with another number of exits.
-    """
+    """Choose thresholds for an accuracy target, and switch off exits that do not pay."""
     num_exits = logits.costs.num_exits
     _check_fits(profile, num_exits=num_exits, batch_size=batch_size)
     policy = _cheapest_of(logits.policies(rule), logits, max_drop)
@@ -147,23 +133,7 @@ def calibrate_to_milliseconds(
     batch_size: int,
     rule: Rule | None = None,
 ) -> LatencyCalibration:
-    """Choose thresholds for a mean time per sample, by measured times of the parts.
-
-    Args:
-        logits: Every exit's logits on held-out data.
-        profile: Measured times of the same network's parts.
-        budget_ms: Be most accurate at no more than so many mean milliseconds per sample, a batch's
-            time shared out evenly among its samples.
-        batch_size: As for :func:`calibrate_for_latency`.
-        rule: As for :func:`~offramp.calibrate`.
-    Returns:
-        The policy; exits that it switches off are not listed.
-    Raises:
-        InvalidArgumentError: If the budget is not above 0 and finite, or the batch size was not
-            timed.
-        InfeasibleTargetError: If no thresholds are predicted to be so fast on this data.
-        ShapeError: If the profile is of a network with another number of exits.
-    """
+    """Choose thresholds for a mean time per sample, by measured times of the parts."""
     _check_budget(budget_ms)
     num_exits = logits.costs.num_exits
     _check_fits(profile, num_exits=num_exits, batch_size=batch_size)

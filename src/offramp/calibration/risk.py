@@ -159,12 +159,6 @@ def cautious_losses(risk: str, logits: LabelledLogits) -> Floats:
 
     Where two classes are equally likely but for rounding, processors differ in which they answer.
     A promise holds on each of them if such answers count as wrong, or as different.
-
-    Args:
-        risk: Its name.
-        logits: What is said of the samples.
-    Returns:
-        Shape (K, N).
     """
     counted = RISKS[risk]
     if counted.is_binary or counted.is_ternary:
@@ -181,15 +175,7 @@ def cautious_losses(risk: str, logits: LabelledLogits) -> Floats:
 
 
 def check_risk(risk: str, max_risk: float, *, name: str = "max_risk") -> None:
-    """Refuse a risk that there is not, or a target that is no fraction.
-
-    Args:
-        risk: Its name.
-        max_risk: The target.
-        name: What the target is called.
-    Raises:
-        InvalidArgumentError: If there is none of that name, or the target is not in [0, 1).
-    """
+    """Refuse a risk that there is not, or a target that is no fraction."""
     if risk not in RISKS:
         raise InvalidArgumentError(f"The risk must be one of {', '.join(RISKS)}. Got {risk!r}.")
     if not (isinstance(max_risk, Real) and 0 <= max_risk < 1):
@@ -199,15 +185,7 @@ def check_risk(risk: str, max_risk: float, *, name: str = "max_risk") -> None:
 
 
 def check_risk_fits(risk: str, logits: LabelledLogits) -> None:
-    """Refuse a risk that these samples have not.
-
-    Args:
-        risk: Its name.
-        logits: What is said of them.
-    Raises:
-        InvalidArgumentError: If it is about one class a sample and these have one for every
-            pixel, or the other way round.
-    """
+    """Refuse a risk that these samples have not."""
     if RISKS[risk].outputs is not logits.outputs:
         raise InvalidArgumentError(_OTHERS_RISK[logits.outputs.name].format(risk=risk))
 
@@ -215,12 +193,6 @@ def check_risk_fits(risk: str, logits: LabelledLogits) -> None:
 def binomial_p_value(losses_N: Floats, max_risk: float) -> float:
     """Exact p-value of "the risk is above the target" for losses that are 0 or 1.
 
-    Args:
-        losses_N: Losses of N samples, drawn independently; from one population, or so many from
-            each class.
-        max_risk: The target, in (0, 1).
-    Returns:
-        The chance of so few losses at the target itself.
     Reference: the binomial distribution; for a set number from each class, and fewer losses than
         one below the target's, Hoeffding (1956), On the distribution of the number of successes in
         independent trials.
@@ -238,13 +210,6 @@ def trinomial_p_value(
     of 1s at which the risk is above the target. Neither the order of the samples nor chance plays
     a part.
 
-    Args:
-        losses_N: Losses of N samples, drawn independently from one population.
-        max_risk: The target, in (0, 1).
-        delta: The level that the p-value shall fall below.
-        num_samples: Samples of this kind that are asked about; N if None.
-    Returns:
-        At most 1.
     Reference: Berger and Boos (1994), P values maximized over a confidence set for the nuisance
         parameter: here the share of -1s, in an exact interval that misses it with a chance of a
         fiftieth of ``delta``. The interval is cut into cells. Within one, more -1s and fewer 1s
@@ -301,11 +266,6 @@ def _cells(low: float, high: float, num_samples: int, max_risk: float) -> Floats
 def hoeffding_bentkus_p_value(losses_N: Floats, max_risk: float) -> float:
     """P-value of "the risk is above the target" for losses in [0, 1].
 
-    Args:
-        losses_N: Losses of N samples, drawn independently.
-        max_risk: The target, in (0, 1).
-    Returns:
-        The smaller of Hoeffding's and Bentkus's bounds, at most 1.
     Reference: Bates et al. (2021), Distribution-free, risk-controlling prediction sets;
         Angelopoulos et al. (2021), Learn then Test.
     """
@@ -333,14 +293,6 @@ def betting_p_value(
     by the samples before it. Were the risk above the target, nobody could expect to gain, so that
     the inverse of the most that the capital ever was is a p-value.
 
-    Args:
-        losses_N: Losses of N samples, drawn independently from one population, in random order.
-        max_risk: The target.
-        delta: The level that the p-value shall fall below; bets are sized for it.
-        before: Losses of other samples of the population, at least one: the first bets go by them.
-        num_samples: Samples that bets are sized for; N if None.
-    Returns:
-        At most 1.
     Reference: Waudby-Smith and Ramdas (2024), Estimating means of bounded random variables by
         betting: predictable plug-in bets (their section 4), with Ville's inequality; the variance
             that sizes them is here the mean square less the squared mean of the samples so far.
@@ -368,16 +320,6 @@ def fixed_bet_p_value(
     The bet is the same for all samples, and only the final capital counts. So the order does not
     matter, and it is enough that the mean of what the samples lose on average is the risk: by the
     inequality of means, the capital then gains nothing on average.
-
-    Args:
-        losses_N: Losses of N samples, weights multiplied in, drawn independently.
-        max_risk: As for :func:`betting_p_value`.
-        delta: As for :func:`betting_p_value`.
-        before: As for :func:`betting_p_value`, weights multiplied in.
-        highest: The most that a sample can lose, weights multiplied in, at least 1.
-        num_samples: As for :func:`betting_p_value`.
-    Returns:
-        At most 1.
     """
     variance = np.array(max(float(np.var(before)), 1 / len(before)))
     stake = _stakes(variance, delta=delta, num_samples=num_samples or len(losses_N))

@@ -53,17 +53,7 @@ def evaluate_thresholds(
     thresholds: Sequence[float],
     weights_N: Floats | None = None,
 ) -> tuple[float, float]:
-    """Accuracy and mean MACs of given thresholds on collected samples.
-
-    Args:
-        confidence_KN: Confidence of each exit, shape (K, N).
-        correct_KN: Whether each exit is right, or how likely, shape (K, N).
-        costs: MACs of stages and heads.
-        thresholds: K - 1 thresholds; the head of an exit at +inf does not run.
-        weights_N: How much each sample counts, shape (N,); all alike if None.
-    Returns:
-        Adaptive accuracy and mean MACs per sample.
-    """
+    """Accuracy and mean MACs of given thresholds on collected samples."""
     off = frozenset(k for k, threshold in enumerate(thresholds) if threshold == math.inf)
     exit_N = exits_left_by(confidence_KN, thresholds)
     correct_N = correct_KN[exit_N, np.arange(len(exit_N))]
@@ -73,14 +63,7 @@ def evaluate_thresholds(
 
 
 def exits_left_by(confidence_KN: Floats, thresholds: Sequence[float]) -> npt.NDArray[np.int64]:
-    """The exit that each sample leaves by.
-
-    Args:
-        confidence_KN: Confidence of each exit, shape (K, N).
-        thresholds: K - 1 thresholds; +inf and NaN confidence let nobody go.
-    Returns:
-        Exit numbers, shape (N,), int64.
-    """
+    """The exit that each sample leaves by."""
     num_exits, num_samples = confidence_KN.shape
     exit_N = np.full(num_samples, num_exits - 1)
     for k in reversed(range(num_exits - 1)):
@@ -90,19 +73,7 @@ def exits_left_by(confidence_KN: Floats, thresholds: Sequence[float]) -> npt.NDA
 
 
 class ThresholdSearch:
-    """Coordinate search over one threshold per exit.
-
-    Args:
-        confidence_KN: Confidence of each exit, shape (K, N); NaN where a sample may not leave.
-        worth_KN: How good it is that a sample leaves by an exit, shape (K, N); vectors of shape
-            (K, N, D) where ``worth`` is given.
-        costs: MACs of stages and heads.
-        weights_N: How much each sample counts, shape (N,), 1 on average.
-        worth: What mean vectors are worth; None where worth is a mean.
-        off: Exits that stay off.
-        may_switch_off: Whether exits may be switched off one by one. If not, an exit that nobody
-            shall leave by gets a threshold of 1 and runs on.
-    """
+    """Coordinate search over one threshold per exit."""
 
     def __init__(
         self,
@@ -131,13 +102,7 @@ class ThresholdSearch:
         self.cheapest_macs = math.inf
 
     def best(self, score: Score) -> tuple[tuple[float, ...], float]:
-        """Sweep the prices both ways, then climb the target itself from the best point.
-
-        Args:
-            score: How good a point is.
-        Returns:
-            The thresholds, and their score: -inf where nothing that was seen is allowed.
-        """
+        """Sweep the prices both ways, then climb the target itself from the best point."""
         self._score, self._levels = score, None
         nobody = (math.inf,) * (self.num_exits - 1)
         off = frozenset(range(self.num_exits - 1))
@@ -153,11 +118,7 @@ class ThresholdSearch:
         return self._best[1], self._best[0]
 
     def front(self) -> list[tuple[float, ...]]:
-        """Walk along the trade-off of worth and cost, from where nobody leaves to the cheap end.
-
-        Returns:
-            Thresholds, each point once, with steps between neighbours so that little is skipped.
-        """
+        """Walk along the trade-off of worth and cost, from where nobody leaves to the cheap end."""
         self._score = None
         self._levels = [
             _levels(self.confidence_KN[k][self.order_KN[k]]) for k in range(self.num_exits - 1)

@@ -44,15 +44,6 @@ def part_samples(logits: Logits, seed: int) -> tuple[Logits, Logits]:
 
     With a prior, each class is parted for itself. See :func:`in_random_order` for what the draw
     depends on.
-
-    Args:
-        logits: The samples.
-        seed: Of the draw, together with the labels.
-    Returns:
-        finding: Three in ten.
-        testing: The others.
-    Raises:
-        InvalidArgumentError: If there are fewer than two samples, or two of a class of the prior.
     """
     drawn = in_random_order(logits, seed)
     if logits.prior is None:
@@ -73,14 +64,6 @@ def in_random_order(logits: LabelledLogits, seed: int) -> npt.NDArray[np.int64]:
     differ in their last bits between processors, and so would everything that is chosen. Since the
     order is random, samples may come sorted, by class or by how sure the exits are. Since the
     labels take part, two sets of samples of the same size are not drawn from at the same places.
-
-    Args:
-        logits: The samples.
-        seed: Of the draw.
-    Returns:
-        A permutation, shape (N,).
-    Raises:
-        InvalidArgumentError: If the seed is no int of at least 0.
     """
     if not isinstance(seed, Integral) or seed < 0:
         raise InvalidArgumentError(
@@ -96,12 +79,6 @@ def check_disjoint(finding: LabelledLogits, testing: LabelledLogits) -> None:
 
     Samples count as the same where every logit and the label are. Some may be so by chance: as
     many as repeat among the finding or the testing samples themselves, and one in a hundred.
-
-    Args:
-        finding: The samples that find the candidates.
-        testing: Those that test them.
-    Raises:
-        DataError: If samples are in both.
     """
     found, tested = (_fingerprints(each) for each in (finding, testing))
     known = Counter(found)
@@ -153,17 +130,7 @@ class SequenceTest:
 
 
 def choose_test(risk: str, testing: LabelledLogits, *, guarantee: float | str) -> SequenceTest:
-    """The test that fits a risk and the samples.
-
-    Args:
-        risk: What is bounded.
-        testing: The samples that test; only their labels and weights matter here.
-        guarantee: A probability, or "mean".
-    Returns:
-        The test.
-    Raises:
-        InvalidArgumentError: If a promise on average is asked of unevenly weighted samples.
-    """
+    """The test that fits a risk and the samples."""
     weights_N = testing.weights_N
     is_even = bool(np.allclose(weights_N, 1))
     if isinstance(guarantee, str):
@@ -205,19 +172,7 @@ def passing_values(
     *,
     num_samples: int,
 ) -> list[float]:
-    """Test one policy after the other until the first that fails (fixed sequence).
-
-    Args:
-        test: The test.
-        losses: Of each policy, from the safest on: loss of every finding sample, and of every
-            testing sample, weights multiplied in.
-        max_risk: The target.
-        num_samples: Calibration samples: those that test, and those that were parted from them.
-    Returns:
-        Values of those that pass before the first that does not; at least one.
-    Raises:
-        InfeasibleTargetError: If not even the first passes.
-    """
+    """Test one policy after the other until the first that fails (fixed sequence)."""
     passed: list[float] = []
     worst_N = np.array(-math.inf)
     for found_N, tested_N in losses:

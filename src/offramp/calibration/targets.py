@@ -52,21 +52,7 @@ def as_target(
     plain_macs: int,
     drop: str = "accuracy_gap",
 ) -> Budget | RiskLimit:
-    """Read the target from what ``calibrate`` was given.
-
-    Args:
-        max_drop: As for :func:`~offramp.calibrate`, as the next four.
-        max_risk: A limit of the risk that is named.
-        risk: Its name.
-        budget_macs: A budget.
-        budget_share: A budget as a share of the plain network's MACs.
-        plain_macs: MACs per sample of the plain network.
-        drop: Name of the risk that ``max_drop`` limits.
-    Returns:
-        The only target.
-    Raises:
-        InvalidArgumentError: If not exactly one target is given, or it is out of range.
-    """
+    """Read the target from what ``calibrate`` was given."""
     if sum(given is not None for given in (max_drop, max_risk, budget_macs, budget_share)) != 1:
         raise InvalidArgumentError(
             "Give exactly one target: 'max_drop', 'max_risk', 'budget_macs' or 'budget_share'."
@@ -98,14 +84,7 @@ def as_target(
 
 
 def budget_too_low(budget_macs: float, *, cheapest_macs: float) -> InfeasibleTargetError:
-    """Say what the least budget is.
-
-    Args:
-        budget_macs: The one that was asked for.
-        cheapest_macs: Mean MACs per sample of the cheapest that there is.
-    Returns:
-        The error to raise.
-    """
+    """Say what the least budget is."""
     return InfeasibleTargetError(
         f"The 'budget_macs' parameter must be at least {math.ceil(cheapest_macs):,}, the "
         f"cheapest there is on these samples. Got {budget_macs:,.0f}.",
@@ -114,15 +93,7 @@ def budget_too_low(budget_macs: float, *, cheapest_macs: float) -> InfeasibleTar
 
 
 def risk_too_low(limit: RiskLimit, *, lowest: float, where: str) -> InfeasibleTargetError:
-    """Say what the least risk is.
-
-    Args:
-        limit: The one that was asked for.
-        lowest: The risk that can be reached.
-        where: Of what it is the lowest, such as "any exit".
-    Returns:
-        The error to raise.
-    """
+    """Say what the least risk is."""
     return InfeasibleTargetError(
         f"The risk {limit.risk!r} must be allowed to reach {rounded_up(lowest)}, the lowest of "
         f"{where} on these samples. Got {limit.most}.",
@@ -131,29 +102,14 @@ def risk_too_low(limit: RiskLimit, *, lowest: float, where: str) -> InfeasibleTa
 
 
 def rounded_up(target: float) -> str:
-    """A target with four digits that is not below the given one, so that it can be asked for.
-
-    Args:
-        target: A fraction.
-    Returns:
-        For example "0.0257" for 0.02561.
-    """
+    """A target with four digits that is not below the given one, so that it can be asked for."""
     return f"{math.ceil(target * 1e4) / 1e4:.4f}"
 
 
 def feasible(
     policies: Sequence[ThresholdedPolicy], reach: Callable[[ThresholdedPolicy], _Reached]
 ) -> list[_Reached]:
-    """What those policies reach that can keep to a target.
-
-    Args:
-        policies: To be tried, at least one.
-        reach: Chooses a policy's thresholds for the target.
-    Returns:
-        At least one; policies that cannot are left out.
-    Raises:
-        InfeasibleTargetError: If none can; that of the policy which comes nearest.
-    """
+    """What those policies reach that can keep to a target."""
     reached, refusals = [], []
     for policy in policies:
         try:

@@ -125,28 +125,13 @@ def fit_temperatures(
 def fit_temperature(
     logits: ExitLogits, exit_index: int, *, reached_KN: BoolArray | None = None
 ) -> float:
-    """Choose the temperature of one exit, as :func:`fit_temperatures` does for all.
-
-    Args:
-        logits: Every exit's logits on held-out data.
-        exit_index: Which exit, counted in these logits; -1 is the final one.
-        reached_KN: As for :func:`fit_temperatures`.
-    Returns:
-        The temperature.
-    """
+    """Choose the temperature of one exit, as :func:`fit_temperatures` does for all."""
     return _fit(*_samples_of(logits, exit_index, reached_KN))
 
 
 def reached(confidence_KN: Floats, thresholds: Sequence[float]) -> BoolArray:
     """Which samples reach each exit: those that left by no exit before it.
 
-    Args:
-        confidence_KN: Confidence of each exit, shape (K, N).
-        thresholds: K - 1 thresholds; +inf and NaN confidence let nobody go.
-    Returns:
-        Shape (K, N), bool; all True at exit 0. Samples pass an exit that is off, and reach it.
-    Raises:
-        ShapeError: If there is not one threshold per exit but the final one.
     Example:
         >>> reached(np.array([[0.9, 0.4], [0.8, 0.8]]), (0.5,)).tolist()
         [[True, True], [False, True]]
@@ -169,16 +154,6 @@ def describe_temperatures(
 
     On the data that chose the temperatures, the figures are a little better than on new data.
     Samples whose logits hold NaN are left out.
-
-    Args:
-        logits: Every exit's logits.
-        temperatures: One per exit, positive.
-        reached_KN: Which samples reach each exit, shape (K, N), from :func:`reached`; all if None.
-    Returns:
-        The figures of each exit.
-    Raises:
-        InvalidArgumentError: If there is not one positive temperature per exit.
-        ShapeError: If ``reached_KN`` is not of shape (K, N).
     """
     num_exits = logits.costs.num_exits
     if len(temperatures) != num_exits or not all(0 < t < math.inf for t in temperatures):

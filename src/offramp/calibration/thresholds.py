@@ -65,16 +65,7 @@ def _check_off(off: frozenset[int], *, num_exits: int) -> None:
 def confidences(
     logits: ExitLogits, policy: ThresholdedPolicy, off: frozenset[int] = frozenset()
 ) -> Floats:
-    """Confidence of every exit about every sample, nobody leaving.
-
-    Args:
-        logits: Every exit's logits.
-        policy: Says how sure an exit is, and who may leave.
-        off: Exits whose heads do not run, so that the policy never hears of them.
-    Returns:
-        Shape (K, N), float64; NaN where a sample may not leave, where the logits are NaN and at
-        exits that are off.
-    """
+    """Confidence of every exit about every sample, nobody leaving."""
     per_sample = max(1, logits.logits_KNC[:, :1].numel())
     chunks = torch.split(logits.logits_KNC, max(1, _CHUNK // per_sample), dim=1)
     return np.concatenate([_confidences(chunk, policy, off) for chunk in chunks], axis=1)
@@ -92,26 +83,12 @@ def _confidences(logits_KNC: Tensor, policy: ThresholdedPolicy, off: frozenset[i
 
 
 def reached_under(logits: ExitLogits, policy: ThresholdedPolicy) -> BoolArray:
-    """Which samples reach each exit under a policy.
-
-    Args:
-        logits: Every exit's logits.
-        policy: The policy.
-    Returns:
-        Shape (K, N), bool.
-    """
+    """Which samples reach each exit under a policy."""
     return reached(confidences(logits, policy, policy.off_exits), policy.thresholds)
 
 
 def costs_under(logits: ExitLogits, policy: ThresholdedPolicy) -> ExitCosts:
-    """What stages and exits cost with the decisions of a policy.
-
-    Args:
-        logits: Every exit's logits.
-        policy: The policy; its thresholds do not matter.
-    Returns:
-        MACs, those of deciding counted to the heads.
-    """
+    """What stages and exits cost with the decisions of a policy."""
     return logits.costs.with_decisions(policy.decision_macs)
 
 
@@ -124,18 +101,7 @@ def search_for(
     costs: ExitCosts,
     off: frozenset[int] = frozenset(),
 ) -> ThresholdSearch:
-    """A search over thresholds that keeps to what a policy can do.
-
-    Args:
-        logits: Every exit's logits.
-        policy: The policy; its thresholds do not matter.
-        worth_KN: How good it is that a sample leaves by an exit, shape (K, N).
-        confidence_KN: What :func:`confidences` says with these exits off.
-        costs: Of each stage, and of each exit with its decision.
-        off: Exits that stay off.
-    Returns:
-        The search.
-    """
+    """A search over thresholds that keeps to what a policy can do."""
     return ThresholdSearch(
         confidence_KN,
         worth_KN,
@@ -160,17 +126,6 @@ def search_thresholds(
 
     What it remembers changes when an exit is switched off; so confidences are then taken anew, and
     that exit stays off.
-
-    Args:
-        logits: Every exit's logits.
-        policy: The policy; its thresholds do not matter.
-        worth_KN: How good it is that a sample leaves by an exit, shape (K, N).
-        score: How good a point is.
-        costs: Of each stage, and of each exit with its decision.
-        off: Exits that stay off.
-    Returns:
-        The policy with thresholds; their score, -inf where nothing is allowed; the least mean MACs
-        that were seen.
     """
     confidence_KN = confidences(logits, policy, off)
     cheapest_macs = math.inf
@@ -188,14 +143,7 @@ def search_thresholds(
 
 
 def measure_policy(logits: ExitLogits, policy: ThresholdedPolicy) -> Calibration:
-    """What a policy reaches on given samples.
-
-    Args:
-        logits: Every exit's logits.
-        policy: The policy.
-    Returns:
-        It, with its accuracy and mean MACs.
-    """
+    """What a policy reaches on given samples."""
     confidence_KN = confidences(logits, policy, policy.off_exits)
     exit_N = exits_left_by(confidence_KN, policy.thresholds)
     exit_macs = costs_under(logits, policy).exit_macs(policy.off_exits)
@@ -264,20 +212,7 @@ def calibrate_within(
     costs: ExitCosts,
     off: frozenset[int] = frozenset(),
 ) -> Calibration:
-    """The most accurate thresholds within a budget, in the unit of given costs.
-
-    Args:
-        logits: Every exit's logits on held-out data.
-        policy: The policy; its thresholds do not matter.
-        budget: Mean cost per sample.
-        worth_KN: What ``logits.expected_scores_KN`` says.
-        costs: Of each stage, and of each exit with its decision: MACs, or something else.
-        off: Exits that stay off.
-    Returns:
-        The policy with accuracy and mean MACs on this data.
-    Raises:
-        InfeasibleTargetError: If no thresholds cost so little on this data.
-    """
+    """The most accurate thresholds within a budget, in the unit of given costs."""
     allowed = budget * (1 + 1e-12)  # a weighted mean may be off by its rounding
 
     # A trace of cost in the score prefers the cheaper of equally accurate candidates.
@@ -299,13 +234,6 @@ def candidates_on(
 
     Of right and wrong, a few hundred samples tell little: there, answers are judged by how likely
     the final exit finds them.
-
-    Args:
-        finding: Every exit's logits on the samples that find them.
-        policy: Their kind; its thresholds do not matter.
-        risk: What is to be bounded.
-    Returns:
-        The policies, in the order in which they are tested.
     """
     finding, counted = finding.rounded(), RISKS[risk]
     worth_KN = finding.plausibility_KN if counted.counts_errors else -counted.losses(finding)

@@ -64,21 +64,7 @@ def measure(
     device: str | None = None,
     show: bool = True,
 ) -> dict[str, Any]:
-    """Evaluate a run or a bundle.
-
-    Args:
-        run: Its folder.
-        split: A split of the data, or calibration; the data's last if None.
-        data: Where the data is; where the run was trained on if None.
-        plain: A plain network trained as long, to stand beside.
-        in_sample: Whether data that training or thresholds saw will do.
-        device: Where to compute.
-        show: Whether to print a table.
-    Returns:
-        The figures, for JSON.
-    Raises:
-        InSampleError: If the data were seen, and that will not do.
-    """
+    """Evaluate a run or a bundle."""
     from offramp.data.images import make_loader
     from offramp.data.sources import SOURCES
     from offramp.evaluation.evaluate import evaluate as evaluate_runner

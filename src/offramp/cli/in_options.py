@@ -18,10 +18,6 @@ _WORDS = (
 def in_options(message: str) -> str:
     """Say a message of the library so that it names options.
 
-    Args:
-        message: What an error says to a Python caller.
-    Returns:
-        The same with options in place of parameters.
     Example:
         >>> in_options("Go on with resume=True. Choose another folder.")
         'Go on with --resume. Choose another folder with --out.'

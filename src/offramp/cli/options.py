@@ -32,12 +32,7 @@ JsonOption = Annotated[
 
 
 def write_figures(content: dict[str, Any], destination: str) -> None:
-    """Write figures as JSON.
-
-    Args:
-        content: The figures.
-        destination: A file, or - for stdout.
-    """
+    """Write figures as JSON."""
     text = json.dumps(content, indent=2)
     if destination == "-":
         sys.stdout.write(text + "\n")
@@ -47,15 +42,7 @@ def write_figures(content: dict[str, Any], destination: str) -> None:
 
 
 def parse_settings(settings: list[str]) -> dict[str, str]:
-    """Split ``key=value`` texts.
-
-    Args:
-        settings: What ``--set`` was given, in order.
-    Returns:
-        Value by key.
-    Raises:
-        InvalidArgumentError: If a text has no equals sign.
-    """
+    """Split ``key=value`` texts."""
     pairs = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
@@ -66,13 +53,7 @@ def parse_settings(settings: list[str]) -> dict[str, str]:
 
 
 def use_threads(threads: int | None) -> None:
-    """Let torch compute with so many threads.
-
-    Args:
-        threads: What ``--threads`` was given; None leaves torch's choice.
-    Raises:
-        InvalidArgumentError: If it is below 1.
-    """
+    """Let torch compute with so many threads."""
     import torch
 
     if threads is None:

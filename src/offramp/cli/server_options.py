@@ -50,14 +50,7 @@ GraceOption = Annotated[
 
 @contextmanager
 def needs_extra(command: str, extra: str) -> Iterator[None]:
-    """Say which extra to install where a package is missing.
-
-    Args:
-        command: The command that needs it.
-        extra: The extra that brings it.
-    Raises:
-        MissingExtraError: If a package that is not ours cannot be imported in the block.
-    """
+    """Say which extra to install where a package is missing."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -83,25 +76,7 @@ def server_config(
     max_delay_ms: float = 2.0,
     grace_s: float = 10.0,
 ) -> ServerConfig:
-    """The server's configuration.
-
-    Args:
-        host: As the option of that name, like all others.
-        http_port: See there.
-        grpc_port: See there.
-        token_file: See there.
-        tls_cert: See there.
-        tls_key: See there.
-        max_payload_mb: See there.
-        max_batch_rows: See there.
-        max_queue_rows: See there.
-        max_delay_ms: See there.
-        grace_s: See there.
-    Returns:
-        What a server takes.
-    Raises:
-        InvalidArgumentError: If a value cannot be, or the token cannot be read.
-    """
+    """The server's configuration."""
     from offramp.serving.server import ServerConfig
 
     return ServerConfig(
@@ -120,16 +95,7 @@ def server_config(
 
 
 def read_token(token_file: Path | None, variable: str = TOKEN_VARIABLE) -> str | None:
-    """Find a token.
-
-    Args:
-        token_file: A file that holds it; None for an environment variable.
-        variable: Which one.
-    Returns:
-        The token; None if neither is there.
-    Raises:
-        InvalidArgumentError: If the file cannot be read.
-    """
+    """Find a token."""
     if token_file is None:
         return os.environ.get(variable)
     try:
@@ -142,13 +108,7 @@ def read_token(token_file: Path | None, variable: str = TOKEN_VARIABLE) -> str |
 
 
 def default_name(folder: Path) -> str:
-    """What clients call a model that nobody named.
-
-    Args:
-        folder: The bundle's folder.
-    Returns:
-        The name of the run folder it is in, or its own.
-    """
+    """What clients call a model that nobody named."""
     folder = folder.resolve()
     name = folder.parent.name if folder.name == BUNDLE_FOLDER else folder.name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("._-")[:100] or "model"

@@ -61,17 +61,6 @@ def read_batch(
     anything else is refused. Of three parts or more, the first is the input and the second the
     label, if the network takes one input and the others can be neither inputs, labels nor weights:
     names, numbers of samples.
-
-    Args:
-        batch: What the loader gave.
-        network: What will run it; nothing is known of it if None.
-        device: Where the tensors shall be; where they are if None.
-    Returns:
-        inputs: As the network is called, each with the batch axis first.
-        labels: Classes, shape (B,), int64, or (B, H, W) where every pixel has one. Whether the
-            network has so many classes is for :func:`~offramp.data.labels.check_labels` to say.
-    Raises:
-        DataError: If there is no sample or no label in it, or it has no single meaning.
     """
     given, labels = _split(batch, network)
     try:
@@ -95,14 +84,7 @@ def read_batch(
 
 @contextmanager
 def explained_data(inputs: Tensors, network: TakesInputs) -> Iterator[None]:
-    """Say in one line what torch raises where a network cannot take the inputs of a batch.
-
-    Args:
-        inputs: What :func:`read_batch` made.
-        network: What runs them.
-    Raises:
-        DataError: In place of an error of torch's.
-    """
+    """Say in one line what torch raises where a network cannot take the inputs of a batch."""
     try:
         with explained(inputs, network.input_specs):
             yield
@@ -183,17 +165,7 @@ def _may_matter(part: object, given: object, num_classes: int | None) -> bool:
 
 
 def batches_of(data: object, *, batch_size: int = 256) -> Iterable[Any]:
-    """Go through data a batch at a time.
-
-    Args:
-        data: A DataLoader; a data set, also of Hugging Face's; a list of samples; tensors (inputs,
-            labels), or a dict of them; or anything that yields samples or batches.
-        batch_size: Samples a batch, where the data does not say it.
-    Returns:
-        Batches for :func:`read_batch`.
-    Raises:
-        DataError: If it is none of these, or holds nothing.
-    """
+    """Go through data a batch at a time."""
     if isinstance(data, DataLoader):
         return checked_loader(data)
     if isinstance(data, IterableDataset) or _is_iterator(data):
@@ -206,15 +178,7 @@ def batches_of(data: object, *, batch_size: int = 256) -> Iterable[Any]:
 
 
 def dataset_of(data: object) -> Any:
-    """Bring labelled data into the form of a data set, which gives samples by their number.
-
-    Args:
-        data: A data set, a list of samples, tensors (inputs, labels), or a dict of them.
-    Returns:
-        The data itself, or a data set of the tensors' rows.
-    Raises:
-        DataError: If it is none of these, or holds nothing.
-    """
+    """Bring labelled data into the form of a data set, which gives samples by their number."""
     if isinstance(data, Tensor | np.ndarray):
         raise DataError(
             f"Expected samples with labels. Got one {type(data).__name__} of shape "
@@ -248,15 +212,7 @@ def dataset_of(data: object) -> Any:
 
 
 def samples_of(data: object) -> Any:
-    """Bring labelled data into the form of a data set, as :func:`dataset_of`, of samples alone.
-
-    Args:
-        data: As for :func:`dataset_of`.
-    Returns:
-        A data set.
-    Raises:
-        DataError: If it is none, holds nothing, or holds batches.
-    """
+    """Bring labelled data into the form of a data set, as :func:`dataset_of`, of samples alone."""
     dataset = dataset_of(data)
     if isinstance(dataset, list | tuple) and not _are_samples(dataset[:1]):
         read_batch(dataset[0])  # says what is wrong with it, if it is no batch
@@ -268,14 +224,7 @@ def samples_of(data: object) -> Any:
 
 
 class Rows(Dataset[Any]):
-    """The rows of tensors, as samples.
-
-    Args:
-        columns: Tensors, arrays or lists of equal length: a dict of them, or a tuple (inputs,
-            labels) whose inputs may be a tuple or a dict themselves.
-    Raises:
-        DataError: If they are not of equal length, or something else stands among them.
-    """
+    """The rows of tensors, as samples."""
 
     def __init__(self, columns: Mapping[Any, Any] | tuple[Any, ...]) -> None:
         lengths = set(_lengths(columns))
@@ -337,15 +286,7 @@ def _is_column(values: object) -> bool:
 
 
 def checked_loader(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Make sure that a loader has batches; what torch's collate cannot stack stays a list.
-
-    Args:
-        loader: Any loader.
-    Returns:
-        The loader, or one that gives the same with :func:`~offramp.data.collate.collate`.
-    Raises:
-        DataError: If it has no batch.
-    """
+    """Make sure that a loader has batches; what torch's collate cannot stack stays a list."""
     is_counted = not isinstance(loader.dataset, IterableDataset)
     if is_counted and len(loader) == 0:
         raise DataError(

@@ -15,13 +15,6 @@ def collate(samples: Sequence[Any]) -> Any:
 
     Parts that cannot be stacked (images of several sizes, None, PIL images) stay lists: whoever
     reads the batch says what is wrong with those that it needs.
-
-    Args:
-        samples: At least one; dicts with the same keys, or tuples with as many parts.
-    Returns:
-        A dict or a tuple of what the samples held.
-    Raises:
-        DataError: If samples have other keys, or other numbers of parts, than the first.
     """
     first = samples[0]
     if isinstance(first, Mapping):

@@ -10,15 +10,7 @@ from torch import Tensor
 
 
 def recoloured(images_BCHW: Tensor, strength: float) -> Tensor:
-    """Change the colours of each image at random, drawing from torch's global generator.
-
-    Args:
-        images_BCHW: Normalised pixels, shape (B, C, H, W).
-        strength: Largest relative change of contrast and of saturation, either way, and largest
-            shift of brightness in deviations of the pixels.
-    Returns:
-        Pixels of the same shape.
-    """
+    """Change the colours of each image at random, drawing from torch's global generator."""
     drawn = torch.rand(3, len(images_BCHW), 1, 1, 1, device=images_BCHW.device)
     brightness, contrast, saturation = (2 * drawn - 1) * strength
     grey = images_BCHW.mean(1, keepdim=True)

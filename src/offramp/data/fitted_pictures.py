@@ -21,17 +21,6 @@ def read_picture(path: Path | str, source: DataSource) -> Tensor:
     where its strokes are light. A picture of another size is cut to its ink (data sets of
     strokes) or its middle square (others, but for scenes with masks) and resized. Height and width
     are swapped where the data set stores them so.
-
-    Args:
-        path: A PNG, JPEG, WebP, BMP, GIF, TIFF or PPM file; read as training reads it, see
-            :func:`~offramp.data.pictures.read_picture_file`.
-        source: The data set that the network was trained on.
-    Returns:
-        Pixels, shape (C, H, W), uint8.
-    Raises:
-        DataNotFoundError: If there is no such file.
-        DataError: If it is no readable image, has more than 64 million pixels, or the data set is
-            one of texts.
     """
     if source.image_shape is None:
         raise DataError(f"Expected data of images to read {path} for. Got data of texts.")

@@ -105,15 +105,7 @@ AnyBatches = TypeVar("AnyBatches", bound=Batches)
 
 
 class ImageBatches(Batches):
-    """Labelled images, decoded and normalised: a batch costs one indexing operation.
-
-    Args:
-        store: The pixels.
-        labels_N: Class of each image, shape (N,), int64.
-        normalise: Applied to every batch.
-        augment: Applied to every normalised batch, drawing from torch's global generator.
-        rows_N: Rows of the store that belong to this data set, in order; all of them if None.
-    """
+    """Labelled images, decoded and normalised: a batch costs one indexing operation."""
 
     def __init__(
         self,
@@ -131,14 +123,7 @@ class ImageBatches(Batches):
         self.rows_N = torch.arange(len(labels_N)) if rows_N is None else rows_N
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Fetch a batch.
-
-        Args:
-            indices: Positions in this data set.
-        Returns:
-            images: Shape (B, C, H, W), float32, normalised.
-            labels: Shape (B,), int64.
-        """
+        """Fetch a batch."""
         index_B = torch.as_tensor(indices)
         images = self.normalise(self.store[self.rows_N[index_B]])
         if self.augment is not None:
@@ -146,13 +131,7 @@ class ImageBatches(Batches):
         return images, self.labels_N[index_B]
 
     def subset(self, index_B: Tensor) -> Self:
-        """The same images, fewer of them; the store is shared.
-
-        Args:
-            index_B: Positions in this data set to keep, shape (B,), int64.
-        Returns:
-            A data set of those positions, in that order.
-        """
+        """The same images, fewer of them; the store is shared."""
         return type(self)(
             self.store,
             self.labels_N[index_B],
@@ -166,13 +145,7 @@ class ImageBatches(Batches):
         return self.augmented(None)
 
     def augmented(self, augment: Callable[[Tensor], Tensor] | None) -> Self:
-        """The same images with another augmentation.
-
-        Args:
-            augment: A function on normalised batches, or None for none.
-        Returns:
-            A data set that shares the store.
-        """
+        """The same images with another augmentation."""
         return type(self)(
             self.store,
             self.labels_N,
@@ -188,11 +161,6 @@ class EpochSampler(Sampler[int]):
     Starting an epoch also seeds torch's global generator from them. A run that is resumed at
     epoch e therefore sees the batches that the unbroken run saw. Over several processes each
     draws its own share of the same order.
-
-    Args:
-        labels_N: Class of each sample, shape (N,), int64.
-        seed: Seed of the order.
-        class_balanced: Draw with replacement so that every class is equally likely.
     """
 
     def __init__(self, labels_N: Tensor, *, seed: int, class_balanced: bool = False) -> None:
@@ -202,11 +170,7 @@ class EpochSampler(Sampler[int]):
         self.weights_N = 1 / torch.bincount(labels_N)[labels_N].double() if class_balanced else None
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch; Lightning calls it.
-
-        Args:
-            epoch: Number of the epoch, from 0.
-        """
+        """Choose the order of an epoch; Lightning calls it."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -289,17 +253,7 @@ class RandomWarp:
 def make_loader(
     dataset: Dataset[Any], *, batch_size: int, sampler: Sampler[int] | None = None
 ) -> DataLoader[Any]:
-    """Wrap a data set in a loader; whole batches at a time where the data set can.
-
-    Args:
-        dataset: Any map-style data set of (input, label) pairs.
-        batch_size: Samples a batch, at least 1.
-        sampler: Order of the samples; as they are if None.
-    Returns:
-        A loader that yields (inputs, labels).
-    Raises:
-        InvalidArgumentError: If ``batch_size`` is below 1.
-    """
+    """Wrap a data set in a loader; whole batches at a time where the data set can."""
     if batch_size < 1:
         raise InvalidArgumentError(
             f"The 'batch_size' parameter must be an int of at least 1. Got {batch_size}."
@@ -311,20 +265,7 @@ def make_loader(
 def split_off_calibration(
     dataset: AnyBatches, *, share: float, seed: int, uniform_prior: bool
 ) -> tuple[AnyBatches, AnyBatches]:
-    """Cut a calibration set from training data; the two are disjoint.
-
-    Args:
-        dataset: The training data.
-        share: Fraction of it to set aside, in (0, 0.5].
-        seed: Seed of the draw.
-        uniform_prior: Draw as many of every class; else keep the class frequencies of the data.
-    Returns:
-        train: What is left, augmentation kept.
-        calibration: What was set aside, not augmented.
-    Raises:
-        InvalidArgumentError: If the share is outside (0, 0.5], or a class has too few samples
-            to give that many and keep as many.
-    """
+    """Cut a calibration set from training data; the two are disjoint."""
     if not 0 < share <= 0.5:
         raise InvalidArgumentError(
             f"The 'calibration_share' parameter must be in (0, 0.5]. Got {share}."
@@ -357,14 +298,7 @@ def split_off_calibration(
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """Seed of one epoch's random numbers, so that an epoch can be repeated on its own.
-
-    Args:
-        seed: Seed of the run.
-        epoch: Number of the epoch, from 0.
-    Returns:
-        A non-negative seed.
-    """
+    """Seed of one epoch's random numbers, so that an epoch can be repeated on its own."""
     return (seed * 1_000_003 + epoch) % 2**63
 
 

@@ -28,15 +28,6 @@ def read_labels(
     Classes may be whole numbers of any type, bool and float among them; of shape (B,), (B, 1), or
     one-hot, (B, C); of pixels (B, H, W), (B, 1, H, W) or (B, C, H, W). Lists and arrays will do.
 
-    Args:
-        labels: What stands for the labels.
-        num_samples: Samples B of the batch.
-        num_classes: Classes C; unknown if None.
-        outputs: What the network may say; one of the two where it is known.
-    Returns:
-        Classes, shape (B,), int64, or (B, H, W) where every pixel has one.
-    Raises:
-        DataError: If they are no classes, or not one for each sample or pixel.
     Example:
         >>> read_labels([[0.0, 1.0], [1.0, 0.0]], num_samples=2)
         tensor([1, 0])
@@ -113,15 +104,7 @@ def _label_tensor(labels: object) -> Tensor:
 
 
 def check_labels(labels_B: Tensor, *, num_classes: int) -> None:
-    """Refuse labels that the network has no output for.
-
-    Args:
-        labels_B: Classes, shape (B,), int64, or of pixels, shape (B, H, W), of which those of
-            ``IGNORED_LABEL`` are left out.
-        num_classes: Outputs of the network.
-    Raises:
-        DataError: If a label is outside [0, num_classes - 1].
-    """
+    """Refuse labels that the network has no output for."""
     is_dense = labels_B.ndim == 3
     if is_dense:
         labels_B = labels_B[labels_B != IGNORED_LABEL]

@@ -16,16 +16,7 @@ from offramp.measure.dense import IGNORED_LABEL
 
 
 class MaskBatches(ImageBatches):
-    """Images with masks, decoded and normalised, fetched a batch at a time.
-
-    Args:
-        store: The pixels.
-        labels_N: Class of each pixel, shape (N, H, W), uint8; ``IGNORED_LABEL`` where none.
-        normalise: Applied to every batch.
-        augment: Applied to every normalised batch and its masks, drawing from torch's global
-            generator; what it brings in from beyond the image has no class.
-        rows_N: Rows of the store that belong to this data set, in order; all of them if None.
-    """
+    """Images with masks, decoded and normalised, fetched a batch at a time."""
 
     augment: RandomWarp | None
 
@@ -40,14 +31,7 @@ class MaskBatches(ImageBatches):
         return torch.zeros(len(self), dtype=torch.int64)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Fetch a batch.
-
-        Args:
-            indices: Positions in this data set.
-        Returns:
-            images: Shape (B, C, H, W), float32, normalised.
-            masks: Shape (B, H, W), int64.
-        """
+        """Fetch a batch."""
         index_B = torch.as_tensor(indices)
         images = self.normalise(self.store[self.rows_N[index_B]])
         masks = self.labels_N[index_B]
@@ -58,14 +42,7 @@ class MaskBatches(ImageBatches):
 
 
 def warped_masks(masks_BHW: Tensor, grid_BHW2: Tensor) -> Tensor:
-    """Take the nearest pixel of masks at given places, and none beyond the border.
-
-    Args:
-        masks_BHW: Classes, shape (B, H, W), uint8.
-        grid_BHW2: Where each pixel comes from, as ``F.grid_sample`` wants it.
-    Returns:
-        Classes, shape (B, H, W), uint8; ``IGNORED_LABEL`` for places outside the image.
-    """
+    """Take the nearest pixel of masks at given places, and none beyond the border."""
     # Beyond the border grid_sample gives 0: one more than the class leaves 0 for "none".
     known_B1HW = (masks_BHW[:, None].float() + 1) % (IGNORED_LABEL + 1)
     found_BHW = F.grid_sample(known_B1HW, grid_BHW2, mode="nearest", align_corners=False)[:, 0]

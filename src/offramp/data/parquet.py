@@ -96,19 +96,7 @@ class TextSplit:
 def read_parquet(
     path: Path, *, image_shape: tuple[int, int, int], is_light_on_dark: bool = False
 ) -> Split:
-    """Read a Parquet file of labelled images.
-
-    Args:
-        path: The file.
-        image_shape: Channels (1 or 3), height and width that every image must have, once it is
-            upright.
-        is_light_on_dark: Whether images with a light ground are inverted, as ``predict`` inverts
-            them.
-    Returns:
-        The split; decoded if at most :data:`MAX_DECODED_BYTES`, else decoded on access.
-    Raises:
-        DataError: If the file is damaged, has other columns, or an image has another size.
-    """
+    """Read a Parquet file of labelled images."""
     columns = {"image.bytes": _of_images(image_shape), "label": _LABELS}
     table = _read_table(path, columns)
     labels_N = torch.from_numpy(table["label"].to_numpy().astype(np.int64))
@@ -125,16 +113,7 @@ def read_parquet(
 
 
 def read_text_parquet(path: Path, *, class_names: tuple[str, ...]) -> TextSplit:
-    """Read a Parquet file of labelled texts.
-
-    Args:
-        path: The file.
-        class_names: Name of each class.
-    Returns:
-        The split.
-    Raises:
-        DataError: If the file is damaged or has other columns or labels.
-    """
+    """Read a Parquet file of labelled texts."""
     table = _read_table(path, {"text": _Column("string", _MOST_TEXT_BYTES), "label": _LABELS})
     labels_N = torch.from_numpy(table["label"].to_numpy().astype(np.int64))
     _check_labels(labels_N, len(class_names), path)
@@ -150,19 +129,7 @@ def read_mask_parquet(
     class_names: tuple[str, ...],
     ignored_label: int,
 ) -> Split:
-    """Read a Parquet file of images with masks, and decode it.
-
-    Args:
-        path: The file, with the columns ``image`` and ``mask``.
-        image_shape: Channels (1 or 3), height and width that every image must have.
-        class_names: Name of each class.
-        ignored_label: What stands in a mask where no class is known.
-    Returns:
-        The split, with ``IGNORED_LABEL`` where no class is known.
-    Raises:
-        DataError: If the file is damaged, has other columns, an image or a mask of another size,
-            or a mask with a class that has no name.
-    """
+    """Read a Parquet file of images with masks, and decode it."""
     mask_shape = (1, *image_shape[1:])
     columns = {"image.bytes": _of_images(image_shape), "mask.bytes": _of_images(mask_shape)}
     table = _read_table(path, columns)
@@ -183,13 +150,7 @@ def read_mask_parquet(
 
 
 def known_labels(labels: Tensor) -> Tensor:
-    """Labels that say something.
-
-    Args:
-        labels: Classes of samples or of pixels, any shape.
-    Returns:
-        Those that are not ``IGNORED_LABEL``, shape (M,).
-    """
+    """Labels that say something."""
     return labels[labels != IGNORED_LABEL]
 
 
@@ -295,15 +256,7 @@ def _decoded(
 
 
 class EncodedImages:
-    """Images that stay compressed in memory and are decoded when asked for.
-
-    Args:
-        encoded: A chunked Arrow array of compressed images, as dictionaries.
-        image_shape: Channels (1 or 3), height and width that every image must have.
-        path: Where they come from, for messages.
-        is_mask: Whether they hold the number of a class for every pixel, in one channel.
-        is_light_on_dark: Whether images with a light ground are inverted.
-    """
+    """Images that stay compressed in memory and are decoded when asked for."""
 
     def __init__(
         self,
@@ -331,15 +284,7 @@ class EncodedImages:
         self._is_light_on_dark = is_light_on_dark
 
     def __getitem__(self, rows_B: Tensor) -> Tensor:
-        """Decode some rows.
-
-        Args:
-            rows_B: Row numbers, shape (B,), int64.
-        Returns:
-            Pixels, shape (B, C, H, W), uint8.
-        Raises:
-            DataError: If a row is no image or has another size.
-        """
+        """Decode some rows."""
         images = np.empty((len(rows_B), *self._image_shape), dtype=np.uint8)
         with quiet_pillow():
             for position, row in enumerate(rows_B.tolist()):

@@ -67,16 +67,6 @@ def read_picture_file(
     CMYK, LAB, ...      as the colours that they stand for; colour profiles are not applied
     several frames      the first
     ==================  ========================================================================
-
-    Args:
-        file: A file, or the bytes of one, of a format in :data:`FORMATS`.
-        channels: 1 for grey, 3 for colour.
-        size: Width and height that the upright picture must have; any if None.
-    Returns:
-        A picture of mode L or RGB.
-    Raises:
-        FileNotFoundError: If there is no such file.
-        DataError: If it is no readable picture, or of another size; says why, not where.
     """
     mode = "L" if channels == 1 else "RGB"
     picture = _read(file, size, _in_eight_bits)
@@ -84,28 +74,12 @@ def read_picture_file(
 
 
 def read_mask_file(file: Path | bytes, *, size: Size) -> Pixels:
-    """Read a mask: the number of each pixel's class, whatever colour a palette gives it.
-
-    Args:
-        file: As for :func:`read_picture_file`.
-        size: Width and height that it must have.
-    Returns:
-        Numbers, shape (H, W).
-    Raises:
-        FileNotFoundError: If there is no such file.
-        DataError: If it is no readable mask, or of another size; says why, not where.
-    """
+    """Read a mask: the number of each pixel's class, whatever colour a palette gives it."""
     return _read(file, size, _numbers)
 
 
 def light_on_dark(pixels_BCHW: Pixels) -> Pixels:
-    """Invert the pictures whose ground is light, so that strokes are light on all of them.
-
-    Args:
-        pixels_BCHW: Pictures, shape (B, C, H, W).
-    Returns:
-        As many, inverted where the median of the border is above the middle.
-    """
+    """Invert the pictures whose ground is light, so that strokes are light on all of them."""
     edges = (
         pixels_BCHW[:, :, (0, -1)].reshape(len(pixels_BCHW), -1),
         pixels_BCHW[:, :, :, (0, -1)].reshape(len(pixels_BCHW), -1),

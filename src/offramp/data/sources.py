@@ -93,20 +93,7 @@ SOURCES = {
 
 
 def load_split(name: str, split: str, data: str | None = None) -> Split | TextSplit:
-    """Load one split of a data set.
-
-    Args:
-        name: A key of :data:`SOURCES`.
-        split: One of its splits.
-        data: A folder with ``<split>.parquet``, or the word that downloads it; if None,
-            ``$OFFRAMP_DATA/<name>`` is tried.
-    Returns:
-        The split, decoded in memory where it fits.
-    Raises:
-        InvalidArgumentError: If there is no such data set, or it has no such split.
-        DataNotFoundError: If it is in none of these places; the message names them.
-        DataError: If a file is damaged or does not hold what it should.
-    """
+    """Load one split of a data set."""
     if name not in SOURCES:
         raise InvalidArgumentError(
             f"There is no data set {name!r}. Did you mean {nearest(name, list(SOURCES))!r}?"
@@ -194,12 +181,5 @@ def _torchvision_emnist(split: str) -> Split:
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """Name the known word that is most like a mistyped one.
-
-    Args:
-        word: What was typed.
-        known: What would have been valid, at least one.
-    Returns:
-        The most similar.
-    """
+    """Name the known word that is most like a mistyped one."""
     return difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]

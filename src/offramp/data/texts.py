@@ -22,13 +22,7 @@ PAD_ID = 0
 
 
 class TextBatches(Batches):
-    """Labelled texts as token ids.
-
-    Args:
-        tokens: Token ids of each text of the whole data set, shape (T,) each, int64.
-        labels_N: Class of each text of this data set, shape (N,), int64.
-        rows_N: Which of ``tokens`` belong to this data set, in order; all of them if None.
-    """
+    """Labelled texts as token ids."""
 
     def __init__(
         self, tokens: Sequence[Tensor], labels_N: Tensor, *, rows_N: Tensor | None = None
@@ -38,26 +32,13 @@ class TextBatches(Batches):
         self.rows_N = torch.arange(len(labels_N)) if rows_N is None else rows_N
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Fetch a batch.
-
-        Args:
-            indices: Positions in this data set.
-        Returns:
-            ids: Token ids, shape (B, T), int64, ``PAD_ID`` after the end of a shorter text.
-            labels: Shape (B,), int64.
-        """
+        """Fetch a batch."""
         index_B = torch.as_tensor(indices)
         texts = [self.tokens[row] for row in self.rows_N[index_B].tolist()]
         return pad_sequence(texts, batch_first=True, padding_value=PAD_ID), self.labels_N[index_B]
 
     def subset(self, index_B: Tensor) -> TextBatches:
-        """The same texts, fewer of them.
-
-        Args:
-            index_B: Positions in this data set to keep, shape (B,), int64.
-        Returns:
-            A data set of those positions, in that order.
-        """
+        """The same texts, fewer of them."""
         return TextBatches(self.tokens, self.labels_N[index_B], rows_N=self.rows_N[index_B])
 
     def unaugmented(self) -> TextBatches:
@@ -66,14 +47,7 @@ class TextBatches(Batches):
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Tensor]:
-    """Turn texts into token ids.
-
-    Args:
-        tokenizer: Of the tokenizers library.
-        texts: Any texts; what is longer than the tokenizer allows is cut.
-    Returns:
-        Ids of each, shape (T,), int64.
-    """
+    """Turn texts into token ids."""
     return [torch.tensor(coded.ids) for coded in tokenizer.encode_batch(list(texts))]
 
 

@@ -15,13 +15,7 @@ _INK, _PAPER = (20, 20, 20), (255, 255, 255)
 
 
 def draw_bars(cuts: Sequence[CutCost]) -> Image.Image:
-    """Draw the mean latency of every cut.
-
-    Args:
-        cuts: From all in the cloud to all on the edge.
-    Returns:
-        A picture: a bar per cut, its parts coloured, the best one marked.
-    """
+    """Draw the mean latency of every cut."""
     best, longest = best_cut(cuts), max(cut.mean_ms for cut in cuts)
     picture = Image.new("RGB", (_LEFT + _WIDE + _RIGHT, _ROW * (len(cuts) + 1)), _PAPER)
     draw = ImageDraw.Draw(picture)

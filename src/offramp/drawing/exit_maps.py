@@ -47,13 +47,7 @@ class ExitMap:
 
 
 def class_colours(num_classes: int) -> Pixels:
-    """Colours that tell classes apart.
-
-    Args:
-        num_classes: How many.
-    Returns:
-        Red, green and blue of each, shape (C, 3), uint8.
-    """
+    """Colours that tell classes apart."""
     hues = [(0.61 * index) % 1 for index in range(num_classes)]  # far from those before
     levels = [0.95 if index % 2 == 0 else 0.65 for index in range(num_classes)]
     colours = [colorsys.hsv_to_rgb(h, 0.7, v) for h, v in zip(hues, levels, strict=True)]
@@ -67,16 +61,7 @@ def draw_sheet(
     *,
     pixel_threshold: float,
 ) -> Image.Image:
-    """Draw an image and, for each exit, its label map over its sure pixels.
-
-    Args:
-        image_CHW: The image as the network saw it, shape (3, H, W), uint8.
-        maps: What each exit says that is on.
-        class_names: Name of each class.
-        pixel_threshold: Pixels whose largest class probability is below are drawn darker.
-    Returns:
-        A picture: the image and the exits in a row, class colours below.
-    """
+    """Draw an image and, for each exit, its label map over its sure pixels."""
     height, width = image_CHW.shape[1:]
     num_classes = maps[0].logits_Chw.shape[0]
     colours = class_colours(num_classes)
@@ -134,16 +119,7 @@ def _legend(class_names: Sequence[str], colours: Pixels, width: int) -> Image.Im
 def exit_maps(
     policy: Policy, outputs: Sequence[Tensor], confidences_K: Tensor, taken: int
 ) -> list[ExitMap]:
-    """Gather what exits say of one image.
-
-    Args:
-        policy: Who leaves where.
-        outputs: Raw logits of every exit, shape (1, C, h, w) each.
-        confidences_K: The policy's confidence at each exit, shape (K,); NaN where an exit is off.
-        taken: The exit that the image leaves by.
-    Returns:
-        Those of the exits that are on.
-    """
+    """Gather what exits say of one image."""
     return [
         ExitMap(
             exit_index=k,

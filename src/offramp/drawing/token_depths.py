@@ -26,14 +26,6 @@ _TINT = 0.72
 def patch_grid(num_patches: int, height: int, width: int) -> tuple[int, int]:
     """Find how square patches lie in an image.
 
-    Args:
-        num_patches: Tokens that stand for patches.
-        height: Of the image, in pixels.
-        width: Of the image, in pixels.
-    Returns:
-        Rows and columns.
-    Raises:
-        InvalidArgumentError: If no square patches make so many.
     Example:
         >>> patch_grid(49, 28, 28)
         (7, 7)
@@ -51,15 +43,7 @@ def patch_grid(num_patches: int, height: int, width: int) -> tuple[int, int]:
 def draw_depths(
     picture: Image.Image, depth_RS: npt.NDArray[np.int64], num_layers: int
 ) -> Image.Image:
-    """Draw an image, and beside it the layers that each of its patches runs.
-
-    Args:
-        picture: The image as the network sees it.
-        depth_RS: Layers that each patch runs, shape (R, S), from 0 to ``num_layers``.
-        num_layers: Layers of the network.
-    Returns:
-        The image, the same with its patches tinted, and what the colours mean.
-    """
+    """Draw an image, and beside it the layers that each of its patches runs."""
     times = max(1, math.ceil(_SIDE / min(picture.size)))
     size = picture.width * times, picture.height * times
     plain = picture.convert("RGB").resize(size, Image.Resampling.NEAREST)

@@ -30,15 +30,7 @@ if TYPE_CHECKING:
 
 
 def paired_drop(answers: Answers, logits: ExitLogits) -> Interval:
-    """Measure what is lost against the final exit on the same samples.
-
-    Args:
-        answers: What a runner said.
-        logits: Every exit's logits.
-    Returns:
-        Of accuracy, by its score interval; of mean IoU where pixels have classes, by drawing the
-        images anew.
-    """
+    """Measure what is lost against the final exit on the same samples."""
     return _DROPS[logits.outputs.name](answers, logits)
 
 
@@ -70,17 +62,7 @@ def _lost(confusion_R2CC: torch.Tensor) -> torch.Tensor:
 def reached(
     asked: Asked, answers: Answers, logits: ExitLogits, *, drop: Interval
 ) -> Interval | None:
-    """Measure what a policy was asked for.
-
-    Args:
-        asked: The target.
-        answers: What a runner said.
-        logits: Every exit's logits.
-        drop: What :func:`paired_drop` says.
-    Returns:
-        The figure that the target bounds; of a budget, mean MACs as a share of the plain
-        network's. None for milliseconds, and for a risk that is not known here.
-    """
+    """Measure what a policy was asked for."""
     if asked.target == "max_drop":
         return drop
     if asked.target in ("budget_macs", "budget_share"):

@@ -105,29 +105,13 @@ class Answers:
         return float(self.macs_N.double().mean())
 
     def shares(self, num_exits: int) -> tuple[float, ...]:
-        """Share of the samples that left by each exit.
-
-        Args:
-            num_exits: Exits of the network.
-        Returns:
-            One fraction per exit.
-        """
+        """Share of the samples that left by each exit."""
         counts_K = torch.bincount(self.exit_index_N, minlength=num_exits).double()
         return tuple((counts_K / len(self.labels_N)).tolist())
 
 
 def answer(runner: Runner, loader: Iterable[tuple[Any, Tensor]]) -> Answers:
-    """Run every sample of a loader.
-
-    Args:
-        runner: Any runner, of torch or of a bundle.
-        loader: Batches of (inputs, labels) on the runner's device; inputs is a tuple where the
-            network takes several.
-    Returns:
-        What it said, on the CPU.
-    Raises:
-        DataError: If the loader yields no sample.
-    """
+    """Run every sample of a loader."""
     gathered = _Gathered()
     for _ in gathered.answering(runner, loader):
         pass
@@ -163,11 +147,7 @@ class _Gathered:
             yield inputs, labels_B
 
     def answers(self) -> Answers:
-        """All of it.
-
-        Raises:
-            DataError: If there is none.
-        """
+        """All of it."""
         if not self.labels:
             raise DataError("Expected at least one batch of samples to evaluate. Got none.")
 
@@ -189,14 +169,7 @@ class _Gathered:
 
 
 def predicted(output: Tensor, labels_B: Tensor) -> Tensor:
-    """The classes that logits say, for each sample or each pixel, as the labels are.
-
-    Args:
-        output: Raw logits, shape (B, C), or dense ones, shape (B, C, h, w).
-        labels_B: Labels, shape (B,), or masks, shape (B, H, W).
-    Returns:
-        Classes, shape (B,), int64, or (B, H, W), uint8.
-    """
+    """The classes that logits say, for each sample or each pixel, as the labels are."""
     return outputs_of(output).predict(output, labels_B)
 
 

@@ -145,16 +145,6 @@ def propose(
     """Propose where to put exits, from milliseconds that were measured.
 
     An exit after which less time remains than its own head takes cannot pay: it is no candidate.
-
-    Args:
-        piece_ms: Milliseconds of each piece by path, in the order they run.
-        head_ms: Milliseconds of the exit head after a piece, by path, where a head fits.
-        num_exits: Exits to place, at least 2; the final exit counts.
-        batch_size: Samples a batch.
-    Returns:
-        The proposed paths and the candidates they are chosen from.
-    Raises:
-        InvalidArgumentError: If there are more exits than places where one can pay.
     """
     until_ms = dict(zip(piece_ms, accumulate(piece_ms.values()), strict=True))
     total_ms = sum(piece_ms.values())

@@ -52,19 +52,6 @@ def time_in_processes(
     """Time engines on the CPU in turn, each in its own process.
 
     Before the clock starts, every engine's answers are checked against choosing afterwards.
-
-    Args:
-        runner: Holds the run's network and policy, on the CPU.
-        inputs: Real samples, shape (N, ...).
-        folders: By engine: the run folder for torch, a bundle of it for onnxruntime.
-        batch_sizes: Samples a batch; each at most N.
-        rounds: How often every contender runs all batches.
-    Returns:
-        Medians per batch and engine.
-    Raises:
-        ArtifactError: If the bundle cannot be read, or holds another policy than the run.
-        InvalidArgumentError: If a batch size is below 1 or above N, or there are no rounds.
-        OfframpError: If running less gives other answers than choosing afterwards.
     """
     check_batch_sizes(batch_sizes, num_samples=len(inputs))
     result = runner.run(inputs)
@@ -95,19 +82,6 @@ def time_bundle(
 
     Before the clock starts, its answers are checked against its own steps, all run on every
     sample; not those of an int8 bundle, whose rounding depends on the batch.
-
-    Args:
-        session: Runs the bundle here, to be checked.
-        inputs: Real samples, shape (N, ...), on the CPU.
-        batch_sizes: Samples a batch; each at most N.
-        rounds: How often every contender runs all batches.
-    Returns:
-        Medians per batch.
-    Raises:
-        ArtifactError: If the bundle holds no plain network.
-        InvalidArgumentError: If a batch size is below 1 or above N, or there are no rounds.
-        OfframpError: If running less gives other answers than choosing afterwards.
-        ShapeError: If the inputs are not of the shape that the bundle was exported for.
     """
     check_batch_sizes(batch_sizes, num_samples=len(inputs))
     bundle = session.bundle

@@ -31,13 +31,6 @@ _WARM_UP_ROUNDS = 2
 def profile_sizes(batch_size: int, *, num_samples: int) -> tuple[int, ...]:
     """Batch sizes to time, for batches that shrink on their way.
 
-    Args:
-        batch_size: Samples that come in.
-        num_samples: Samples that there are to time with.
-    Returns:
-        Sizes from 1 to ``batch_size``.
-    Raises:
-        InvalidArgumentError: If the batch size is not in [1, num_samples].
     Example:
         >>> profile_sizes(32, num_samples=100)
         (1, 4, 16, 32)
@@ -49,18 +42,7 @@ def profile_sizes(batch_size: int, *, num_samples: int) -> tuple[int, ...]:
 def profile_network(
     network: MultiExitNetwork, policy: Policy, samples: Tensor, *, batch_size: int
 ) -> Profile:
-    """Time stages, exits and compaction in torch.
-
-    Args:
-        network: The network, in evaluation mode.
-        policy: Decides at the exits; only its kind matters here, not its numbers.
-        samples: Real inputs, shape (N, ...), on the network's device, N at least ``batch_size``.
-        batch_size: Samples that come in; smaller sizes are timed too.
-    Returns:
-        Medians.
-    Raises:
-        InvalidArgumentError: If the batch size is not in [1, N].
-    """
+    """Time stages, exits and compaction in torch."""
     sizes = profile_sizes(batch_size, num_samples=len(samples))
     wait = torch.cuda.synchronize if samples.is_cuda else lambda: None
     laps = {size: time_parts(torch_parts(network, policy, samples[:size]), wait) for size in sizes}
@@ -68,14 +50,7 @@ def profile_network(
 
 
 def time_parts(parts: Parts, wait: Callable[[], None] = lambda: None) -> dict[str, float]:
-    """Time the parts of a network in turn, round after round.
-
-    Args:
-        parts: What to run, in order.
-        wait: Called before and after each part, for devices that work asynchronously.
-    Returns:
-        Median milliseconds of each part.
-    """
+    """Time the parts of a network in turn, round after round."""
     laps: dict[str, list[float]] = {name: [] for name, _ in parts}
     rounds, begun = 0, time.perf_counter()
     least, most = _ROUNDS
@@ -97,17 +72,7 @@ def make_profile(
     num_exits: int,
     device: torch.device,
 ) -> Profile:
-    """Gather what was timed, with as many threads as torch has.
-
-    Args:
-        backend: The engine.
-        laps: Milliseconds of the parts ``stage_k``, ``exit_k`` and ``compaction_k``, by batch size,
-            growing; a part that is not there takes no time.
-        num_exits: Exits of the network.
-        device: Where it ran.
-    Returns:
-        The profile.
-    """
+    """Gather what was timed, with as many threads as torch has."""
 
     def times(kind: str) -> Times:
         names = [f"{kind}_{k}" for k in range(num_exits)]
@@ -127,16 +92,7 @@ def make_profile(
 
 @torch.no_grad()
 def torch_parts(network: MultiExitNetwork, policy: Policy, batch: Tensor) -> Parts:
-    """The parts of a network, each on what the parts before hand it.
-
-    Args:
-        network: The network, in evaluation mode.
-        policy: Decides at the exits.
-        batch: Inputs, shape (B, ...).
-    Returns:
-        Calls of stages, of heads with their decision, and of compaction to half of the samples;
-        a batch of one has nothing to compact.
-    """
+    """The parts of a network, each on what the parts before hand it."""
     parts: list[tuple[str, Callable[[], object]]] = []
     features: Features = (batch,)
     state: State = ()

@@ -31,11 +31,6 @@ _LEAST_ROUNDS = 2
 def representative_rows(cost_N: Sequence[float] | None, count: int) -> list[int]:
     """Choose samples that stand for more: evenly spread over all, from the cheapest to the dearest.
 
-    Args:
-        cost_N: What each sample costs, in any unit; None where it is not known: then the first.
-        count: How many to choose, at most N.
-    Returns:
-        Their numbers, ascending.
     Example:
         >>> representative_rows([9, 1, 1, 1, 9, 1, 1, 1], 4)
         [2, 4, 5, 7]
@@ -84,14 +79,7 @@ class Stopwatch(Protocol):
 
 
 class LocalStopwatch:
-    """Times contenders in this process.
-
-    Args:
-        make_contenders: From a batch size and a number of batches to contenders by name, one of
-            them ``plain``; each runs all batches.
-        num_samples: Samples that there are.
-        synchronise: Called before and after each timing, for devices that work asynchronously.
-    """
+    """Times contenders in this process."""
 
     def __init__(
         self,
@@ -129,12 +117,7 @@ class LocalStopwatch:
 
 
 class ProcessStopwatch:
-    """Times contenders in a process of their own, which :func:`serve` answers in.
-
-    Args:
-        command: How to start it.
-        environment: Variables to set for it, besides those of this process.
-    """
+    """Times contenders in a process of their own, which :func:`serve` answers in."""
 
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str] | None = None
@@ -179,11 +162,7 @@ class ProcessStopwatch:
 
 
 def serve(stopwatch: Stopwatch) -> None:
-    """Answer a :class:`ProcessStopwatch` until it closes; what is printed goes to stderr.
-
-    Args:
-        stopwatch: Times the contenders here.
-    """
+    """Answer a :class:`ProcessStopwatch` until it closes; what is printed goes to stderr."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for line in sys.stdin:
@@ -198,18 +177,7 @@ def serve(stopwatch: Stopwatch) -> None:
 def time_in_turn(
     stopwatches: Mapping[str, Stopwatch], batch_size: int, rounds: int, *, most_s: float = math.inf
 ) -> dict[str, Laps]:
-    """Time every contender of every stopwatch, one after the other, round after round.
-
-    Args:
-        stopwatches: By name.
-        batch_size: Samples a batch.
-        rounds: How often each contender is timed, after two rounds that warm up; none do where a
-            round takes so long that it has warmed up by itself.
-        most_s: Where all rounds would take longer than so many seconds, as many as fit are run
-            instead, at least two.
-    Returns:
-        What was timed, by stopwatch.
-    """
+    """Time every contender of every stopwatch, one after the other, round after round."""
     laps = {}
     for name, stopwatch in stopwatches.items():
         prepared = stopwatch.prepare(batch_size)

@@ -219,21 +219,7 @@ def time_engines(
     rounds: int,
     hardware: str,
 ) -> Timing:
-    """Time engines in turn, each with all its contenders.
-
-    Args:
-        stopwatches: By name of the engine: torch or onnxruntime.
-        result: What the runner said of the given samples, in their order.
-        spent: What they cost.
-        num_exits: Exits of the network.
-        batch_sizes: Samples a batch; each at most as many as there are samples.
-        rounds: How often every contender runs all batches, from 2 on; fewer where it takes long.
-        hardware: Where they run, with as many threads as torch has here.
-    Returns:
-        Medians per batch.
-    Raises:
-        InvalidArgumentError: If there are fewer than two rounds.
-    """
+    """Time engines in turn, each with all its contenders."""
     if rounds < 2:
         raise InvalidArgumentError(
             f"The 'rounds' parameter must be an int of at least 2. Got {rounds}."
@@ -298,16 +284,7 @@ class Spent:
 def torch_stopwatch(
     runner: TorchRunner[Any, Any], inputs: Tensor, shares: Sequence[float] | None
 ) -> LocalStopwatch:
-    """A stopwatch for what torch runs in this process.
-
-    Args:
-        runner: Holds the network and the policy.
-        inputs: Real samples, shape (N, ...), on the network's device.
-        shares: MACs of each over its own plain ones, by which some stand for all; None to time the
-            first.
-    Returns:
-        The stopwatch.
-    """
+    """A stopwatch for what torch runs in this process."""
 
     def contenders(size: int, count: int) -> Contenders:
         rows = representative_rows(shares, size * count)
@@ -321,14 +298,7 @@ def torch_stopwatch(
 
 
 def check_batch_sizes(batch_sizes: Sequence[int], *, num_samples: int) -> None:
-    """Refuse batch sizes that cannot be timed.
-
-    Args:
-        batch_sizes: Samples a batch.
-        num_samples: Samples that there are.
-    Raises:
-        InvalidArgumentError: If a batch size is below 1 or above the samples.
-    """
+    """Refuse batch sizes that cannot be timed."""
     if not num_samples:
         raise InvalidArgumentError("Expected at least one sample to time. Got none.")
     if not isinstance(batch_sizes, Sequence):
@@ -381,24 +351,12 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def engine_versions(engines: Iterable[str]) -> dict[str, str]:
-    """Look up the versions of engines.
-
-    Args:
-        engines: Names of packages: torch, onnxruntime.
-    Returns:
-        Version by name.
-    """
+    """Look up the versions of engines."""
     return {name: str(import_module(name).__version__) for name in engines}
 
 
 def hardware_name(device: torch.device) -> str:
-    """Name the processor or GPU that computes.
-
-    Args:
-        device: A torch device.
-    Returns:
-        For the CPU its model and number of cores; for a GPU its name.
-    """
+    """Name the processor or GPU that computes."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return processor_name()

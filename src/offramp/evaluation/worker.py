@@ -18,13 +18,7 @@ from offramp.evaluation.stopwatch import LocalStopwatch, Stopwatch, representati
 
 
 def make_stopwatch(spec: dict[str, Any]) -> Stopwatch:
-    """Load what is to be timed.
-
-    Args:
-        spec: As above.
-    Returns:
-        The stopwatch of that engine.
-    """
+    """Load what is to be timed."""
     inputs = np.load(spec["inputs"])
     shares = np.load(spec["shares"]).tolist() if "shares" in spec else None
     if spec["backend"] == "torch":

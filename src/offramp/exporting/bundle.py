@@ -120,19 +120,7 @@ def check_parity(
     policy: Policy | RoutingPolicy,
     samples: Given,
 ) -> Agreement:
-    """Make sure that a bundle answers what the network answers, whichever way samples go.
-
-    Args:
-        session: Runs the bundle.
-        network: The network it was exported from, in evaluation mode.
-        policy: The policy it was exported with.
-        samples: Real inputs, shape (N, ...); a tuple where the network takes several.
-    Returns:
-        How the answers compare.
-    Raises:
-        ExportMismatchError: If they differ by more than DESIGN's rule for two engines allows.
-        InvalidArgumentError: If the policy is for another network.
-    """
+    """Make sure that a bundle answers what the network answers, whichever way samples go."""
     halting = session.bundle.halting
     layers_per_step = 1 if halting is None else halting.steps[0].num_layers
     return _check_bundle(
@@ -231,13 +219,7 @@ def _weights_sha256(network: nn.Module) -> str:
 
 @contextmanager
 def new_bundle_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``folder`` that takes its place when the block has ended well.
-
-    Args:
-        folder: Where the bundle shall be; a bundle that is there already is replaced.
-    Raises:
-        ArtifactError: If the folder holds something that is no bundle, or cannot be made.
-    """
+    """Yield an empty folder beside ``folder`` that takes its place where the block ends well."""
     is_bundle = (folder / BUNDLE_FILE).is_file()
     if not is_bundle and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
         raise ArtifactError(f"{folder} exists and is no bundle. Choose another folder.")

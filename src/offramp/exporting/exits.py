@@ -60,15 +60,7 @@ class ExitsExport:
     policy: Policy
 
     def write_files(self, inputs: Features, folder: Path, *, plain: bool) -> dict[str, Any]:
-        """Write the ONNX files.
-
-        Args:
-            inputs: Real samples.
-            folder: Where to write.
-            plain: Whether to add the plain network.
-        Returns:
-            What the bundle says of them, by the names of its attributes.
-        """
+        """Write the ONNX files."""
         network, policy = self.network, self.policy
         costs = network.costs(*inputs).with_decisions(policy.decision_macs)
         by_size = _macs_by_size(network, policy, inputs)

@@ -66,15 +66,7 @@ class HaltingExport:
             )
 
     def write_files(self, inputs: Features, folder: Path, *, plain: bool) -> dict[str, Any]:
-        """Write the ONNX files.
-
-        Args:
-            inputs: Real samples.
-            folder: Where to write.
-            plain: Whether to add the plain network.
-        Returns:
-            What the bundle says of them, by the names of its attributes.
-        """
+        """Write the ONNX files."""
         network, groups = self.network, self._groups()
         inputs = network.trimmed(inputs)
         num_tokens = None if network.ragged is None else inputs[0].shape[1]

@@ -34,13 +34,6 @@ def write_halting_single(
     """Join the parts of a bundle into one ONNX file for batches of one.
 
     It puts out logits, confidence, and the tokens in each step, each with a batch axis.
-
-    Args:
-        folder: Where the parts' files are.
-        parts: The parts.
-        steps: The layers of each step as files for the tokens of one sample.
-        path: The file to write.
-        has_padding: Whether tokens may be padding, which is taken out first.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -110,12 +103,7 @@ reaches it, and the tokens in each step."""
 
 
 class _Joined:
-    """Steps nested in ``If`` nodes.
-
-    Args:
-        folder: Where the files are.
-        steps: The steps' files.
-    """
+    """Steps nested in ``If`` nodes."""
 
     def __init__(self, folder: Path, steps: Sequence[OnnxFile]) -> None:
         self._folder = folder
@@ -139,14 +127,7 @@ class _Joined:
     def step(
         self, k: int, tokens: str, total: str, answer: str | None
     ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-        """Nodes and weights of a step and all that follow; they put out ``_RESULTS``.
-
-        Args:
-            k: Number of the step.
-            tokens: What it is given.
-            total: The sums of their scores.
-            answer: What the steps before have added to the answer; None for the first.
-        """
+        """Nodes and weights of a step and all that follow; they put out ``_RESULTS``."""
         from onnx import helper
 
         results = [f"{name}_{k}" for name in _RESULTS]

@@ -11,13 +11,7 @@ if TYPE_CHECKING:
 
 
 class RenamedGraph:
-    """A file's graph with other names.
-
-    Args:
-        graph: The graph.
-        prefix: What its own names start with from now on.
-        inputs: What its inputs are called outside.
-    """
+    """A file's graph with other names."""
 
     def __init__(self, graph: onnx.GraphProto, prefix: str, inputs: Sequence[str]) -> None:
         self._graph = graph
@@ -70,13 +64,7 @@ class RenamedGraph:
 
 
 def save_joined(graph: onnx.GraphProto, models: Sequence[onnx.ModelProto], path: Path) -> None:
-    """Write a graph that was put together from those of several models.
-
-    Args:
-        graph: The graph.
-        models: The models, whose operations it uses.
-        path: The file to write.
-    """
+    """Write a graph that was put together from those of several models."""
     import onnx
     from onnx import helper
 

@@ -53,10 +53,6 @@ class StepPlan:
 def plan_steps(policy: Policy) -> tuple[StepPlan, ...]:
     """Merge the stages around exits that are off, whose heads are left out.
 
-    Args:
-        policy: Says which exits are off.
-    Returns:
-        One step per exit that is on, in order.
     Example:
         >>> from offramp import ThresholdPolicy
         >>> [step.stages for step in plan_steps(ThresholdPolicy((0.9, float("inf"))))]
@@ -72,14 +68,7 @@ def plan_steps(policy: Policy) -> tuple[StepPlan, ...]:
 
 
 class StepModule(nn.Module):
-    """A step as one module: stages, exit head and decision.
-
-    Args:
-        network: The network.
-        policy: Who leaves where; its numbers come in as inputs.
-        plan: Which stages and exit.
-        num_features: How many of the inputs are features; then comes the policy's state.
-    """
+    """A step as one module: stages, exit head and decision."""
 
     def __init__(
         self, network: MultiExitNetwork, policy: Policy, plan: StepPlan, *, num_features: int
@@ -92,12 +81,7 @@ class StepModule(nn.Module):
         self._num_features = num_features
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Map (features..., state..., numbers of the policy...).
-
-        Returns:
-            ``(output, confidence, leave, features..., state...)``, the last two not at the final
-            exit.
-        """
+        """Map (features..., state..., numbers of the policy...)."""
         names = self._policy.number_names
         carried, numbers = tensors[: -len(names)], tensors[-len(names) :]
         features = tuple(carried[: self._num_features])
@@ -126,22 +110,7 @@ def write_onnx(
     free_tokens: Sequence[bool] | None = None,
     free_pixels: bool = False,
 ) -> None:
-    """Write a module as one ONNX file, its batch size free.
-
-    Args:
-        module: A module in evaluation mode.
-        example: Its inputs, each with the batch axis first, one sample at least.
-        path: The file to write.
-        scalars: Names of the scalar inputs that follow.
-        input_names: Names of the inputs with a batch axis.
-        output_names: Names of all outputs.
-        free_tokens: Whether the second axis of each input, its tokens, is free as well; none if
-            None.
-        free_pixels: Whether the last two axes of each input, its pixels, are free instead.
-    Raises:
-        MissingExtraError: If the packages that write ONNX are not installed.
-        ArtifactError: If torch cannot export the module.
-    """
+    """Write a module as one ONNX file, its batch size free."""
     batch = torch.export.Dim("batch", min=1)
     tokens = torch.export.Dim("tokens", min=1, max=_MOST_TOKENS)
     axes: list[Axes] = [
@@ -172,20 +141,7 @@ def run_exporter(
     input_names: Sequence[str],
     output_names: Sequence[str],
 ) -> ModelProto:
-    """Trace a module as an ONNX model.
-
-    Args:
-        module: A module in evaluation mode, whose ``forward`` takes any number of tensors.
-        inputs: Its inputs.
-        axes: Of each input, the axes that are free; None for a scalar.
-        input_names: Names of the inputs.
-        output_names: Names of all outputs.
-    Returns:
-        The model, with its weights.
-    Raises:
-        MissingExtraError: If the packages that write ONNX are not installed.
-        ArtifactError: If torch cannot export the module, or it computes in half precision.
-    """
+    """Trace a module as an ONNX model."""
     try:
         with _quiet_export(), _torchlib_read_once():
             program = torch.onnx.export(
@@ -226,14 +182,7 @@ def _casts_to_half(node: Any) -> bool:
 
 
 def example_inputs(example: Features, scalars: Sequence[str]) -> Features:
-    """Inputs to trace with.
-
-    Args:
-        example: Tensors with the batch axis first, one sample at least.
-        scalars: Names of the scalars that follow.
-    Returns:
-        Two samples of each, and a number for each scalar.
-    """
+    """Inputs to trace with."""
     tensors = tuple(_repeated(tensor, _EXAMPLE_BATCH) for tensor in example)
     return (*tensors, *(torch.tensor(0.5) for _ in scalars))
 
@@ -245,16 +194,7 @@ def tensor_specs(
     *,
     free_pixels: bool = False,
 ) -> tuple[TensorSpec, ...]:
-    """Describe what goes into a file.
-
-    Args:
-        features: Tensors with the batch axis first.
-        state: More of them, which remember something of each sample.
-        num_tokens: The axis of so many tokens is free; None where no samples have any.
-        free_pixels: Whether the last two axes of all tensors are free.
-    Returns:
-        Names, types and shapes.
-    """
+    """Describe what goes into a file."""
     named = [(f"features_{i}", tensor, num_tokens) for i, tensor in enumerate(features)]
     named += [(f"state_{i}", tensor, None) for i, tensor in enumerate(state)]
     return tuple(

@@ -67,16 +67,6 @@ def write_parts(network: nn.Module, parts: Mapping[str, Part], folder: Path) -> 
 
     All are traced side by side in one program, each with inputs and a batch size of its own, and
     then cut out of it.
-
-    Args:
-        network: Holds the weights of all parts, in evaluation mode.
-        parts: By name.
-        folder: Where to write ``<name>.onnx``.
-    Returns:
-        The files, by name.
-    Raises:
-        MissingExtraError: If the packages that write ONNX are not installed.
-        ArtifactError: If torch cannot export a part.
     """
     model = _trace(network, parts)
     from onnx import save
@@ -111,12 +101,7 @@ def _trace(network: nn.Module, parts: Mapping[str, Part]) -> onnx.ModelProto:
 
 
 class _SideBySide(nn.Module):
-    """Parts that know nothing of each other, as one module.
-
-    Args:
-        network: What the parts are of, so that its weights are found once.
-        parts: The parts.
-    """
+    """Parts that know nothing of each other, as one module."""
 
     def __init__(self, network: nn.Module, parts: Iterable[Part]) -> None:
         super().__init__()

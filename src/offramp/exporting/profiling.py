@@ -33,18 +33,6 @@ def profile_exported(
     In a bundle, the stages up to an exit that is on are one call, which ends with handing the
     features on. So what that takes counts to the exit, not to the stage. A batch of one is a
     single call in all, and hands nothing on.
-
-    Args:
-        network: The network, in evaluation mode, on the CPU.
-        policy: Decides at the exits; only its kind matters here, not its numbers.
-        samples: Real inputs, shape (N, ...), N at least ``batch_size``.
-        batch_size: Samples that come in; smaller sizes are timed too.
-    Returns:
-        Medians.
-    Raises:
-        InvalidArgumentError: If the batch size is not in [1, N].
-        ArtifactError: If torch cannot export a part.
-        MissingExtraError: If the packages that write ONNX are not installed.
     """
     sizes, num_exits = profile_sizes(batch_size, num_samples=len(samples)), network.num_exits
     with tempfile.TemporaryDirectory() as folder:
@@ -57,17 +45,7 @@ def profile_exported(
 
 
 def as_in_a_bundle(ms: Mapping[str, float], num_exits: int, *, one_graph: bool) -> dict[str, float]:
-    """Share out what calls take that were timed apart and are one call in a bundle.
-
-    Args:
-        ms: Milliseconds of ``stage_k`` and ``exit_k``, each a call of its own; of ``handover_k``, a
-            call that only hands on the features of stage k; and of ``least_call``, one that hands
-            on next to nothing.
-        num_exits: Exits of the network.
-        one_graph: Whether all steps are one call; else every exit that is on ends one.
-    Returns:
-        The same parts; the final exit's holds the call that there is in any case.
-    """
+    """Share out what calls take that were timed apart and are one call in a bundle."""
     shared = dict(ms)
     for k in range(num_exits):
         shared[f"stage_{k}"] = max(0.0, ms[f"stage_{k}"] - ms[f"handover_{k}"])

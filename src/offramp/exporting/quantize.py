@@ -40,18 +40,6 @@ def quantize(bundle: Bundle | Path | str, folder: Path | str, samples: npt.Array
     Steps with convolutions get fixed ranges of activations, taken from the samples; matrix
     products take the range of each batch as it comes. Heads, confidence and decision stay as they
     are otherwise; the plain network is quantised alike.
-
-    Args:
-        bundle: A float32 bundle of a network with exits, or its folder.
-        folder: Folder to make; a bundle that is there already is replaced.
-        samples: Real inputs, shape (N, ...); 256 of them are used.
-    Returns:
-        The int8 bundle.
-    Raises:
-        ArtifactError: If the folder holds something else or cannot be written.
-        InvalidArgumentError: If the network skips blocks, its tokens halt, or it says a class for
-            every pixel.
-        MissingExtraError: If the packages that quantise are not installed.
     """
     session = Session(bundle)
     bundle = session.bundle

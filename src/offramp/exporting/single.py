@@ -29,11 +29,6 @@ def write_single(folder: Path, steps: Sequence[Step], path: Path) -> None:
     Its inputs are those of the first step. Temperatures and thresholds are initialisers that
     whoever loads the file may replace. It puts out logits, confidence, and the number of the step
     that the sample left by, each with a batch axis.
-
-    Args:
-        folder: Where the steps' files are.
-        steps: The steps, in order.
-        path: The file to write.
     """
     import onnx
     from onnx import helper, numpy_helper

@@ -44,15 +44,7 @@ class SkipExport:
     threshold: float
 
     def write_files(self, inputs: Features, folder: Path, *, plain: bool) -> dict[str, Any]:
-        """Write the ONNX files.
-
-        Args:
-            inputs: Real samples.
-            folder: Where to write.
-            plain: Whether to add the plain network.
-        Returns:
-            What the bundle says of them, by the names of its attributes.
-        """
+        """Write the ONNX files."""
         (images,) = inputs
         (spec,) = tensor_specs((images,))
         parts = _parts_of(self.network, images[:1], spec)

@@ -29,11 +29,6 @@ def write_skip_single(folder: Path, parts: SkipParts, path: Path) -> None:
     """Join the parts of a bundle into one ONNX file for batches of one.
 
     It puts out logits, confidence, which blocks ran, and the MACs, each with a batch axis.
-
-    Args:
-        folder: Where the parts' files are.
-        parts: The parts.
-        path: The file to write.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -96,11 +91,7 @@ def _of_one_sample(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto
 
 
 class _Joined:
-    """Files put one after the other into one graph.
-
-    Args:
-        folder: Where they are.
-    """
+    """Files put one after the other into one graph."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

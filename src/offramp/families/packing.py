@@ -30,9 +30,6 @@ class Packing:
 
     For attention, samples of about one length are padded to one that is quick, and share a call.
 
-    Args:
-        lengths: Tokens of each sample, each at least 1.
-        device: Where the tokens are.
     Attributes:
         lengths_B: Tokens of each sample, shape (B,), int64.
         starts_B: Number of each sample's first token, shape (B,), int64.
@@ -60,16 +57,7 @@ class Packing:
         )
 
     def attend(self, query_NA: Tensor, key_NA: Tensor, value_NA: Tensor, num_heads: int) -> Tensor:
-        """Attention of each token to those of its own sample.
-
-        Args:
-            query_NA: Shape (N, A).
-            key_NA: Shape (N, A).
-            value_NA: Shape (N, A).
-            num_heads: Heads that A is divided into.
-        Returns:
-            Shape (N, A).
-        """
+        """Attention of each token to those of its own sample."""
         qkv = query_NA, key_NA, value_NA
         if self._is_even:
             query, key, value = (x.reshape(self._num_samples, -1, x.shape[1]) for x in qkv)
@@ -99,13 +87,7 @@ def _padded(length_B: np.ndarray) -> np.ndarray:
 def _lay_out(
     length_B: np.ndarray, start_B: np.ndarray, padded_B: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where tokens stand once samples are padded, from those that are padded least on.
-
-    Returns:
-        rows: Number of the token at each place, shape (P,); 0 where there is none.
-        is_token: Where there is one, shape (P,).
-        places: Place of each token, shape (N,).
-    """
+    """Where tokens stand once samples are padded, from those that are padded least on."""
     order_B = padded_B.argsort(kind="stable")
     padded_B = padded_B[order_B]
     sample_P = order_B.repeat(padded_B)

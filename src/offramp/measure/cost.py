@@ -67,14 +67,7 @@ class ExitCosts:
 
 
 def mean_costs(costs: Sequence[ExitCosts], counts: Sequence[int]) -> ExitCosts:
-    """Costs of the mean sample, to the nearest MAC.
-
-    Args:
-        costs: Of samples of several sizes, with the same parts.
-        counts: How many samples are of each.
-    Returns:
-        The mean of each part.
-    """
+    """Costs of the mean sample, to the nearest MAC."""
     total = sum(counts)
 
     def mean(parts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
@@ -114,14 +107,7 @@ def count_macs(module: nn.Module, *inputs: Tensor) -> int:
 
 
 def require_samples(what: str, tensors: Sequence[Tensor]) -> None:
-    """Refuse tensors without a sample in them.
-
-    Args:
-        what: What they are, for the message.
-        tensors: Each with the batch axis first.
-    Raises:
-        ShapeError: If one has no batch axis, or no sample on it.
-    """
+    """Refuse tensors without a sample in them."""
     for tensor in tensors:
         if tensor.ndim == 0 or tensor.shape[0] == 0:
             raise ShapeError(
@@ -133,10 +119,6 @@ def require_samples(what: str, tensors: Sequence[Tensor]) -> None:
 def parameter_bytes(*modules: nn.Module) -> int:
     """Bytes of weights that modules read, each parameter once however often it is used.
 
-    Args:
-        modules: Any modules.
-    Returns:
-        Bytes.
     Example:
         >>> parameter_bytes(nn.Linear(784, 10))
         31400
@@ -148,10 +130,6 @@ def parameter_bytes(*modules: nn.Module) -> int:
 def payload_bytes(*tensors: Tensor) -> int:
     """Bytes of one sample of what crosses from a stage to the next, headers not counted.
 
-    Args:
-        tensors: Features, and a policy's state, each with the batch axis first.
-    Returns:
-        Bytes per sample.
     Example:
         >>> payload_bytes(torch.zeros(8, 64, 7, 7), torch.zeros(8, dtype=torch.int64))
         12552
@@ -185,11 +163,7 @@ class _MacCounter:
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module in evaluation mode inside the block and restore every submodule's mode after.
-
-    Args:
-        module: Any module.
-    """
+    """Put a module in evaluation mode inside the block and restore every submodule's mode after."""
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:

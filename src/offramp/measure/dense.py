@@ -35,32 +35,14 @@ def label_maps(logits_BChw: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def at_size(logits_BChw: Tensor, size: tuple[int, int]) -> Tensor:
-    """Logits of every pixel, interpolated linearly between cells.
-
-    Args:
-        logits_BChw: Raw logits, shape (B, C, h, w), float.
-        size: Height and width in pixels.
-    Returns:
-        Raw logits, shape (B, C, H, W).
-    """
+    """Logits of every pixel, interpolated linearly between cells."""
     if logits_BChw.shape[-2:] == size:
         return logits_BChw
     return F.interpolate(logits_BChw, size, mode="bilinear", align_corners=False)
 
 
 def confusion_matrices(predicted_BHW: Tensor, labels_BHW: Tensor, *, num_classes: int) -> Tensor:
-    """Count each image's pixels by true and predicted class; ignored pixels are left out.
-
-    Args:
-        predicted_BHW: Predicted classes, shape (B, H, W), int.
-        labels_BHW: True classes, shape (B, H, W), int; :data:`IGNORED_LABEL` where none is known.
-        num_classes: Classes C.
-    Returns:
-        Pixels of true class i predicted as j at [b, i, j], shape (B, C, C), int64.
-    Raises:
-        ShapeError: If the shapes differ.
-        DataError: If a class is not in [0, C).
-    """
+    """Count each image's pixels by true and predicted class; ignored pixels are left out."""
     if predicted_BHW.shape != labels_BHW.shape or labels_BHW.ndim != 3:
         raise ShapeError(
             "Expected predicted and true classes of one shape (B, H, W). "
@@ -82,13 +64,7 @@ def confusion_matrices(predicted_BHW: Tensor, labels_BHW: Tensor, *, num_classes
 
 
 def class_ious(confusion_CC: Tensor) -> Tensor:
-    """Intersection over union of each class.
-
-    Args:
-        confusion_CC: Pixels by true and predicted class, shape (..., C, C).
-    Returns:
-        Shape (..., C), float64; NaN for a class that is neither there nor predicted.
-    """
+    """Intersection over union of each class."""
     counts = confusion_CC.double()
     both = counts.diagonal(dim1=-2, dim2=-1)
     return both / (counts.sum(-1) + counts.sum(-2) - both)
@@ -111,25 +87,12 @@ def mean_iou(confusion_CC: Tensor) -> Tensor:
 
 
 def pixel_accuracy(confusion_CC: Tensor) -> Tensor:
-    """Share of right pixels.
-
-    Args:
-        confusion_CC: Pixels by true and predicted class, shape (..., C, C).
-    Returns:
-        Shape (...), float64, in [0, 1]; 0 where there is no pixel.
-    """
+    """Share of right pixels."""
     counts = confusion_CC.double()
     return counts.diagonal(dim1=-2, dim2=-1).sum(-1) / counts.sum((-2, -1)).clamp(min=1)
 
 
 def labels_of_cells(labels_BHW: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """The labels in the middle of each cell of a coarser grid.
-
-    Args:
-        labels_BHW: Classes, shape (B, H, W), int, at most 255.
-        size: Height h and width w of the grid.
-    Returns:
-        Classes, shape (B, h, w), of the same type.
-    """
+    """The labels in the middle of each cell of a coarser grid."""
     nearest = F.interpolate(labels_BHW[:, None].float(), tuple(size), mode="nearest-exact")
     return nearest[:, 0].to(labels_BHW.dtype)

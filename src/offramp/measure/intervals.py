@@ -46,11 +46,6 @@ class Interval:
 def share_interval(count: int, num_samples: int) -> Interval:
     """Bound a share from below and above.
 
-    Args:
-        count: Samples that have what is counted.
-        num_samples: All samples, at least 1.
-    Returns:
-        The share, with an exact interval.
     Reference: Clopper and Pearson (1934).
     Example:
         >>> found = share_interval(0, 100)
@@ -69,13 +64,6 @@ def share_interval(count: int, num_samples: int) -> Interval:
 def difference_interval(more: int, less: int, num_samples: int) -> Interval:
     """Bound the mean of paired differences that are 1, -1 or 0.
 
-    Args:
-        more: Samples with a difference of 1.
-        less: Samples with one of -1.
-        num_samples: All samples, at least 1.
-    Returns:
-        The mean, with the score interval: the means that a test of 5 % would not refuse. It is of
-        some width where no sample differs, too.
     Reference: Tango (1998), Equivalence test and confidence interval for the difference in
         proportions for the paired-sample design.
     Example:
@@ -106,10 +94,6 @@ def difference_interval(more: int, less: int, num_samples: int) -> Interval:
 def mean_interval(values_N: Array) -> Interval:
     """Bound a mean by drawing the samples anew.
 
-    Args:
-        values_N: Values of N samples, at least 1.
-    Returns:
-        The mean, with the percentile bootstrap's interval.
     Reference: Efron and Tibshirani (1993), An introduction to the bootstrap, chapter 13.
     """
     means = [means_RD[:, 0] for means_RD in resampled_means(np.asarray(values_N)[:, None])]
@@ -117,13 +101,7 @@ def mean_interval(values_N: Array) -> Interval:
 
 
 def resampled_means(values_ND: Array) -> Iterator[Array]:
-    """Draw samples anew 1,000 times, the same draws for the same number of samples.
-
-    Args:
-        values_ND: Values of N samples, shape (N, D).
-    Returns:
-        Their means in each draw, some draws at a time, shape (R, D).
-    """
+    """Draw samples anew 1,000 times, the same draws for the same number of samples."""
     random, size = np.random.default_rng(_SEED), len(values_ND)
     for _ in range(_RESAMPLES // _AT_A_TIME):
         rows = (random.integers(size, size=size) for _ in range(_AT_A_TIME))
@@ -132,14 +110,7 @@ def resampled_means(values_ND: Array) -> Iterator[Array]:
 
 
 def interval_of(value: float, resampled_R: Array) -> Interval:
-    """Take the middle 95 % of what resamples gave.
-
-    Args:
-        value: Of the samples as they are.
-        resampled_R: Of each resample, shape (R,).
-    Returns:
-        The percentile bootstrap's interval.
-    """
+    """Take the middle 95 % of what resamples gave."""
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(resampled_R, (tail, 1 - tail)).tolist()
     return Interval(value=value, low=low, high=high, method="bootstrap")

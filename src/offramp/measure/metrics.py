@@ -68,16 +68,6 @@ def brier_score(p_NC: Tensor, labels_N: Tensor, weights_N: Tensor | None = None)
     and even odds on two classes give 1/2. Others take the mean over the classes, or one class
     of two, and get a half of this for two classes.
 
-    Args:
-        p_NC: Probabilities of each class, shape (N, C), float; each row sums to 1.
-        labels_N: True classes, shape (N,), int.
-        weights_N: How much each sample counts, shape (N,), none negative; all alike if None.
-    Returns:
-        The score, in [0, 2].
-    Raises:
-        ShapeError: If the shapes do not fit together.
-        InvalidArgumentError: If a row is no distribution, which NaN never is, a label is no class,
-            a weight is negative, or nothing has any weight.
     Reference: Brier (1950), Verification of Forecasts Expressed in Terms of Probability, eq. 2.
     Example:
         >>> import torch
@@ -98,16 +88,6 @@ def reliability(
     The answer is the class of the largest probability. The figures depend on the bins, and with
     few samples the expected calibration error is above 0 even where nothing is amiss.
 
-    Args:
-        p_NC: Probabilities of each class, shape (N, C), float; each row sums to 1.
-        labels_N: True classes, shape (N,), int.
-        weights_N: How much each sample counts, shape (N,), none negative; all alike if None.
-        num_bins: Bins of equal width over [0, 1].
-    Returns:
-        Confidence and accuracy in each bin.
-    Raises:
-        ShapeError: If the shapes do not fit together.
-        InvalidArgumentError: If ``num_bins`` is below 1, or as for :func:`brier_score`.
     Reference: Guo et al. (2017), On Calibration of Modern Neural Networks, section 2; there a
         probability of 0 is in no bin, here in the first.
     Example:
@@ -148,16 +128,6 @@ def auroc(confidence_N: Tensor, correct_N: Tensor, weights_N: Tensor | None = No
     The probability that a right answer is surer than a wrong one, equally sure ones counting half:
     1 where a threshold parts them, 1/2 where confidence says nothing.
 
-    Args:
-        confidence_N: Confidence in each answer, shape (N,), in [0, 1]; NaN is least sure.
-        correct_N: Whether each answer is right, shape (N,), bool.
-        weights_N: How much each sample counts, shape (N,), none negative; all alike if None.
-    Returns:
-        Area under the ROC curve, in [0, 1]; None where all answers are right, or all wrong.
-    Raises:
-        ShapeError: If the shapes do not fit together.
-        InvalidArgumentError: If a confidence is outside [0, 1], a weight is negative, or nothing
-            has any weight.
     Reference: Hendrycks and Gimpel (2017), A Baseline for Detecting Misclassified and
         Out-of-Distribution Examples, section 2.
     Example:

@@ -47,11 +47,6 @@ class Profile:
         Between the timed sizes, times are taken to grow evenly; a mean below one sample is taken as
         the share of the batches in which there is one, as it is for batches of one.
 
-        Args:
-            reaching_K: How many samples of the batch reach each stage, a mean.
-            off: Exits that are off: their heads do not run.
-        Returns:
-            Milliseconds.
         Example:
             >>> profile = Profile(
             ...     backend="torch", versions={}, hardware="a processor", threads=1, sizes=(1, 10),
@@ -67,25 +62,11 @@ class Profile:
         )
 
     def running_ms(self, stage: int, reaching: float) -> float:
-        """What a stage takes, without what follows it.
-
-        Args:
-            stage: Its number, from 0.
-            reaching: How many samples of the batch reach it, a mean.
-        Returns:
-            Milliseconds.
-        """
+        """What a stage takes, without what follows it."""
         return self._at(self.stage_ms[stage], reaching)
 
     def asking_ms(self, exit_index: int, reaching: float) -> float:
-        """What an exit costs that is on.
-
-        Args:
-            exit_index: Number of the exit, from 0.
-            reaching: How many samples of the batch reach it, a mean.
-        Returns:
-            Milliseconds of head, decision and compaction.
-        """
+        """What an exit costs that is on."""
         parts = (self.exit_ms[exit_index], self.compaction_ms[exit_index])
         return sum(self._at(part_S, reaching) for part_S in parts)
 

@@ -44,13 +44,6 @@ def channel_axis(
     The last modules with weights before the cut are asked. Where they disagree, as after a layer
     that mixes tokens, or are silent, the normalisations and convolutions that read the features
     decide. Evaluation mode counts; weights and statistics stay as they are.
-
-    Args:
-        before: The stages up to the cut, at least one.
-        after: The stages after it.
-        inputs: What the first stage is given.
-    Returns:
-        The axis, at least 1; None where the network does not tell.
     """
     stages = nn.ModuleList([*before, *after])
     with torch.inference_mode(False), evaluation_mode(stages), torch.random.fork_rng():
@@ -69,16 +62,7 @@ def channel_axis(
 
 
 def require_batch_first(stages: Sequence[nn.Module], inputs: Features, at: Sequence[str]) -> None:
-    """Refuse cuts whose features do not hold one sample after the other, each for itself.
-
-    Args:
-        stages: All stages.
-        inputs: What the first is given, the batch axis first.
-        at: Name of the cut after each stage but the last.
-    Raises:
-        BackboneCutError: If the batch axis of some features is not the first, or a sample's
-            features depend on the other samples of its batch.
-    """
+    """Refuse cuts whose features do not hold one sample after the other, each for itself."""
     with (
         torch.inference_mode(False),
         evaluation_mode(nn.ModuleList(stages)),

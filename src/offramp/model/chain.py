@@ -11,14 +11,7 @@ from offramp.model.tracing import require_calls_in_order
 
 
 class Chain:
-    """The pieces of a backbone that run in order: its children, nested ``nn.Sequential`` opened.
-
-    Args:
-        backbone: The backbone.
-    Raises:
-        NotTraceableError: If it is no ``nn.Sequential``, and its traced graph is not the calls of
-            its children in order.
-    """
+    """The pieces of a backbone that run in order: its children, nested ``nn.Sequential`` opened."""
 
     num_read = 1
     ragged = None

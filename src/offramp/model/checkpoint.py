@@ -14,14 +14,7 @@ from offramp.errors import ArtifactError
 
 
 def save_weights(network: nn.Module, path: Path) -> None:
-    """Write a network's parameters and buffers.
-
-    Args:
-        network: The network.
-        path: The ``.safetensors`` file to write.
-    Raises:
-        ArtifactError: If the file cannot be written.
-    """
+    """Write a network's parameters and buffers."""
     # Copies: safetensors refuses tensors that share memory, as exits with a common head do.
     tensors = {
         name: tensor.clone(memory_format=torch.contiguous_format)
@@ -32,15 +25,7 @@ def save_weights(network: nn.Module, path: Path) -> None:
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
-    """Read what :func:`save_weights` wrote into a network of the same architecture.
-
-    Args:
-        network: The network to fill.
-        path: The ``.safetensors`` file to read.
-    Raises:
-        ArtifactError: If the file is missing, damaged, or of another architecture; the network
-            is then unchanged.
-    """
+    """Read what :func:`save_weights` wrote into a network of the same architecture."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:

@@ -139,16 +139,7 @@ def add_exits(
 def cut_stages(
     backbone: nn.Module, at: Sequence[str], *, num_classes: int, inputs: Features
 ) -> tuple[list[nn.Module], list[Features]]:
-    """Cut a backbone as :func:`add_exits` does, without heads.
-
-    Args:
-        backbone: As for :func:`add_exits`.
-        at: Paths, in order.
-        num_classes: Number of classes C.
-        inputs: The example, as a tuple.
-    Returns:
-        The stages, and the features of each for the example.
-    """
+    """Cut a backbone as :func:`add_exits` does, without heads."""
     _check_logits(backbone, inputs, num_classes)
     return _cut(backbone, _find_cutter(backbone, inputs, at), inputs, at)
 
@@ -198,15 +189,6 @@ def _paths(at: Sequence[str] | str, num_exits: int | None) -> list[str] | None:
 def cut_paths(backbone: nn.Module, example: Given) -> list[str]:
     """Name the places where a backbone can be cut and only what an exit reads crosses, in order.
 
-    Args:
-        backbone: As for :func:`add_exits`.
-        example: As for :func:`add_exits`.
-    Returns:
-        Paths for :func:`add_exits` in the order the modules run. Where several modules end at
-        one place, the outermost names it.
-    Raises:
-        BackboneCutError: If the backbone cannot be cut at all.
-        ShapeError: If the example has no sample in it.
     Example:
         >>> backbone = nn.Sequential(nn.Sequential(nn.Linear(8, 4), nn.ReLU()), nn.Linear(4, 3))
         >>> cut_paths(backbone, torch.zeros(1, 8))
@@ -226,12 +208,7 @@ def _narrow_paths(cutter: Cutter) -> list[str]:
 
 
 class WorksOnCopies(nn.Module):
-    """A stage that would change its inputs in place, after an exit has read them.
-
-    Args:
-        stage: The stage.
-        changed: Which of its inputs it changes.
-    """
+    """A stage that would change its inputs in place, after an exit has read them."""
 
     def __init__(self, stage: nn.Module, changed: frozenset[int]) -> None:
         super().__init__()
@@ -341,8 +318,6 @@ def _no_cut_after(backbone: nn.Module, cutter: Cutter, path: str) -> str:
 class _RunApart(nn.Module):
     """Runs stages on copies, so that nothing crosses a cut but what is handed on.
 
-    Args:
-        stages: The stages, in order.
     Attributes:
         features: What each returned when they first ran in evaluation.
     """

@@ -27,13 +27,6 @@ def dense_head(channels: int, num_classes: int, *, width: int, fine: int = 2) ->
     Costs a few percent of the stage that it hangs on: what is wide is a 1x1 convolution, and the
     finer grid is made of channels, not of convolutions on a finer map.
 
-    Args:
-        channels: Channels of the feature map.
-        num_classes: Number of classes.
-        width: Channels between the two.
-        fine: Along each axis, so many predictions for a cell of the map.
-    Returns:
-        A module from (B, channels, H, W) to (B, num_classes, fine * H, fine * W).
     Reference: Shi et al. (2016), Real-Time Single Image and Video Super-Resolution Using an
         Efficient Sub-Pixel Convolutional Neural Network, section 3.2, for the finer grid.
     """
@@ -50,19 +43,7 @@ def dense_head(channels: int, num_classes: int, *, width: int, fine: int = 2) ->
 def dense_head_for(
     features: Tensor, num_classes: int, *, axis: int, size: tuple[int, int]
 ) -> nn.Module:
-    """Choose the dense head that fits a stage's map.
-
-    Args:
-        features: What the stage returns, shape (B, C, H, W) or (B, H, W, C).
-        num_classes: Number of classes.
-        axis: The axis of channels, 1 or 3.
-        size: Height and width that the logits shall have: a whole multiple or a whole part of the
-            map's, the same along both.
-    Returns:
-        A module from the features to (B, num_classes, *size).
-    Raises:
-        ShapeError: If the features are no such map, or the size is none of these.
-    """
+    """Choose the dense head that fits a stage's map."""
     if features.ndim != 4 or axis not in (1, 3):
         raise ShapeError(
             "Expected a map of shape (B, C, H, W) or (B, H, W, C), since the backbone says a class "
@@ -101,10 +82,6 @@ class PyramidHead(ReadsEverything):
     The first map is the one of the module that the exit follows, the deepest. Of the others the
     next deeper is added to each finer one, so that only the finest pays for a 3x3 convolution.
 
-    Args:
-        channels: Channels of each map, in the order in which they are given.
-        num_classes: Number of classes.
-        width: Channels that they are brought to.
     Reference: Lin et al. (2017), Feature Pyramid Networks, section 3, for the way down.
     """
 
@@ -128,8 +105,6 @@ class PyramidHead(ReadsEverything):
 class GlobalContext(nn.Module):
     """Adds to every pixel what the whole map says in the mean.
 
-    Args:
-        channels: Channels of the map.
     Reference: Liu et al. (2016), ParseNet, section 3.1; here added, not joined on.
     """
 
@@ -143,14 +118,7 @@ class GlobalContext(nn.Module):
 
 
 def upsampled(x_BCHW: Tensor, like_BCHW: Tensor) -> Tensor:
-    """Interpolate a map to the size of a finer one.
-
-    Args:
-        x_BCHW: The map.
-        like_BCHW: The finer one.
-    Returns:
-        The map with the height and width of the other.
-    """
+    """Interpolate a map to the size of a finer one."""
     size = like_BCHW.shape[-2:]
     return F.interpolate(x_BCHW, size, mode="bilinear", align_corners=False)
 

@@ -30,18 +30,7 @@ def draw(
     *,
     first: int = 0,
 ) -> Features:
-    """Draw inputs from torch's global generator.
-
-    Args:
-        example: A batch, each tensor with the batch axis first.
-        num: Samples to draw.
-        vocabularies: Of each tensor, how many ids there are; None where it holds no ids, or it is
-            not known.
-        within: Where values come from.
-        first: Number of the first draw: which deviation and mean it has.
-    Returns:
-        As many tensors, of the example's types, on its devices, with ``num`` samples.
-    """
+    """Draw inputs from torch's global generator."""
     has_ids = any(not (t.is_floating_point() or t.is_complex()) for t in example)
     drawn = []
     for tensor, vocabulary in zip(example, vocabularies, strict=True):
@@ -58,14 +47,7 @@ def draw(
 
 
 def is_mask(tensor: Tensor, vocabulary: int | None, *, beside_ids: bool) -> bool:
-    """Tell a mask, which must not be the same everywhere, from data.
-
-    Args:
-        tensor: An input of an example.
-        vocabulary: How many ids there are, if it is known to hold ids.
-        beside_ids: Whether another input may hold ids, so that zeros and ones of a float type are
-            a mask and no picture.
-    """
+    """Tell a mask, which must not be the same everywhere, from data."""
     if tensor.dtype == torch.bool:
         return tensor.ndim > 1
     if vocabulary is not None or tensor.ndim != 2 or tensor.is_complex():
@@ -76,14 +58,7 @@ def is_mask(tensor: Tensor, vocabulary: int | None, *, beside_ids: bool) -> bool
 
 
 def vocabularies_of(backbone: nn.Module, inputs: Features) -> list[int | None]:
-    """Find how many ids each input may hold: the smallest embedding that reads it.
-
-    Args:
-        backbone: In evaluation mode; it runs once if an input is of integers.
-        inputs: An example.
-    Returns:
-        One number for each input; None where no ``nn.Embedding`` reads it.
-    """
+    """Find how many ids each input may hold: the smallest embedding that reads it."""
     sizes: list[int | None] = [None] * len(inputs)
     given = tuple(tensor.clone() for tensor in inputs)
     if not any(_may_be_ids(tensor) for tensor in inputs):

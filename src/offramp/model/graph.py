@@ -25,14 +25,7 @@ from offramp.model.tracing import NotTraceableError, Tracer, trace
 
 
 class Graph:
-    """The traced graphs of a backbone, and where it can be cut.
-
-    Args:
-        backbone: The backbone.
-        inputs: One batch of its inputs, each with the batch axis first.
-    Raises:
-        NotTraceableError: If torch.fx cannot trace it in both modes.
-    """
+    """The traced graphs of a backbone, and where it can be cut."""
 
     num_read = 1
     ragged = None
@@ -92,10 +85,6 @@ class TracedStage(nn.Module):
     """A slice of a traced backbone: its modules and tensors by their paths, and what is run.
 
     Unlike a ``GraphModule``, which is traced anew when it is unpickled, it keeps its graphs.
-
-    Args:
-        objects: Modules and tensors by path; those that the graphs name are taken.
-        graphs: What is run in evaluation, and in training.
     """
 
     def __init__(self, objects: Mapping[str, Any], graphs: Sequence[fx.Graph]) -> None:

@@ -27,23 +27,7 @@ def fit_heads(
     at: Sequence[str],
     num_read: int,
 ) -> list[nn.Module]:
-    """Choose a head for each cut, or check those that a caller gave.
-
-    Args:
-        heads: What the caller gave; None to choose them.
-        stages: All stages of the backbone.
-        inputs: What the first is given.
-        stage_features: What each returned for them; the last, logits (B, C) or (B, C, h, w).
-        at: Names of the cuts.
-        num_read: How many of the features a head reads that does not read everything.
-    Returns:
-        The heads, of the device and dtype of their features, to be called with all that crosses.
-    Raises:
-        BackboneCutError: If some features do not have the batch axis first.
-        InvalidArgumentError: If there is not one module of its own for each cut.
-        ShapeError: If a head does not map its features to logits of the shape of the backbone's,
-            or none can be chosen.
-    """
+    """Choose a head for each cut, or check those that a caller gave."""
     if heads is not None:
         heads = _listed(heads, at)
     require_batch_first(stages, inputs, at)
@@ -69,19 +53,7 @@ def choose_head(
     after: int,
     path: str,
 ) -> nn.Module:
-    """Choose an exit head for the features of a stage.
-
-    Args:
-        stages: All stages of the backbone.
-        inputs: What the first is given.
-        stage_features: What each returned for them; the last, logits (B, C) or (B, C, h, w).
-        after: Number of the stage that the exit follows.
-        path: Name of the cut, for messages.
-    Returns:
-        A head of the features' device and dtype whose logits have the shape of the backbone's.
-    Raises:
-        ShapeError: If no head fits, or the network does not tell which axis holds the channels.
-    """
+    """Choose an exit head for the features of a stage."""
     features, logits = stage_features[after][0], stage_features[-1][0]
     where = f"the features after {path!r}, of shape {tuple(features.shape)}"
     if features.ndim < 2 or not features.is_floating_point():
@@ -109,12 +81,7 @@ def choose_head(
 
 
 class ReadsFirst(nn.Module):
-    """An exit head that reads the first of the tensors that cross its cut.
-
-    Args:
-        head: The head.
-        num_read: How many it reads.
-    """
+    """An exit head that reads the first of the tensors that cross its cut."""
 
     def __init__(self, head: nn.Module, num_read: int) -> None:
         super().__init__()

@@ -81,18 +81,6 @@ def as_inputs(
     What has one meaning is converted: arrays become tensors, floats the type of the network's
     weights, ids int64; a text without a mask gets one of ones. By position, inputs mean what they
     mean to the backbone's ``forward``.
-
-    Args:
-        given: A tensor or array, a tuple or list of them, or a dict by the names of the backbone's
-            ``forward``; other entries of the dict are left out.
-        network: What will run them; nothing is known of it if None.
-        device: Where they shall be; where they are if None.
-    Returns:
-        The tensors, each with the batch axis first.
-    Raises:
-        ShapeError: If their number, or a number of axes, is not what the network takes.
-        InvalidArgumentError: If they are no tensors or of the wrong kind, or a text begins with
-            padding.
     """
     while isinstance(given, tuple) and len(given) == 1:
         (given,) = given
@@ -118,18 +106,7 @@ def as_inputs(
 def example_inputs(
     backbone: nn.Module, example: object, ragged: Ragged | None
 ) -> tuple[Tensors, tuple[InputSpec, ...]]:
-    """Bring the example of ``add_exits`` into the form that a backbone is called with.
-
-    Args:
-        backbone: Any module.
-        example: As for :func:`as_inputs`.
-        ragged: Where a text model marks padding; None for other backbones.
-    Returns:
-        inputs: The tensors, in the order of the backbone's ``forward``.
-        specs: What they say of its inputs.
-    Raises:
-        InvalidArgumentError: If there are no inputs in it, or they leave one out in between.
-    """
+    """Bring the example of ``add_exits`` into the form that a backbone is called with."""
     names = TEXT_NAMES if ragged is not None else _parameters(backbone)
     if isinstance(example, Mapping):
         example = _leading(example, names) if ragged is None else named_texts(example, ragged)
@@ -149,14 +126,7 @@ def example_inputs(
 
 @contextmanager
 def explained(inputs: Tensors, specs: tuple[InputSpec, ...] = ()) -> Iterator[None]:
-    """Say in one line what torch raises where a network cannot take its inputs.
-
-    Args:
-        inputs: What it is given.
-        specs: What its example was; empty without one.
-    Raises:
-        ShapeError: In place of an error of torch's.
-    """
+    """Say in one line what torch raises where a network cannot take its inputs."""
     try:
         yield
     except (OfframpError, torch.OutOfMemoryError):

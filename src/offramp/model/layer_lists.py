@@ -25,14 +25,7 @@ Step = tuple[str, nn.Module]
 
 
 class LayerList:
-    """The steps of a transformers model.
-
-    Args:
-        steps: In the order they run; the last one returns the logits.
-        num_read: How many of the features an exit reads.
-        num_crossing: How many features each step returns; as many as are read if None.
-        ragged: Where padding is marked in the features.
-    """
+    """The steps of a transformers model."""
 
     def __init__(
         self,
@@ -63,11 +56,7 @@ class LayerList:
 
 
 class InOrder(nn.Module):
-    """Steps that run one after the other, each given all that the one before returned.
-
-    Args:
-        steps: Modules from features to features.
-    """
+    """Steps that run one after the other, each given all that the one before returned."""
 
     def __init__(self, steps: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -81,13 +70,7 @@ class InOrder(nn.Module):
 
 
 def find_layer_list(backbone: nn.Module) -> LayerList | None:
-    """Write a transformers model down as steps.
-
-    Args:
-        backbone: Any module.
-    Returns:
-        Its steps; None if it is none of the classes known here.
-    """
+    """Write a transformers model down as steps."""
     if not type(backbone).__module__.startswith("transformers."):
         return None
     describe = _KNOWN.get(type(backbone).__name__)
@@ -95,13 +78,7 @@ def find_layer_list(backbone: nn.Module) -> LayerList | None:
 
 
 def refuse_unknown(backbone: nn.Module) -> None:
-    """Raise if a module is of transformers; it is of no class that is written down here.
-
-    Args:
-        backbone: A module that nothing could cut.
-    Raises:
-        BackboneCutError: Names the classes that are.
-    """
+    """Raise if a module is of transformers; it is of no class that is written down here."""
     if type(backbone).__module__.startswith("transformers."):
         raise BackboneCutError(
             f"{type(backbone).__name__} cannot be cut. Of transformers, these classes can: "
@@ -110,26 +87,14 @@ def refuse_unknown(backbone: nn.Module) -> None:
 
 
 def bert_steps(bert: Any, path: str = "bert") -> list[Step]:
-    """Write a ``BertModel`` down as steps: its embeddings, then each of its layers.
-
-    Args:
-        bert: The model; what comes after its last layer is left out.
-        path: What its paths start with.
-    Returns:
-        Steps whose features are the tokens, shape (B, T, D), and the attention mask, shape (B, T),
-        which is 0 on padding; those of the first are token ids and the mask, both (B, T).
-    """
+    """Write a ``BertModel`` down as steps: its embeddings, then each of its layers."""
     wrapped = (BertLayerStep(layer, bert.config) for layer in bert.encoder.layer)
     layers = _numbered(f"{path}.encoder.layer", wrapped)
     return [(f"{path}.embeddings", BertStartStep(bert.embeddings)), *layers]
 
 
 class BertStartStep(nn.Module):
-    """BERT's embeddings; the mask goes along.
-
-    Args:
-        embeddings: The module of transformers.
-    """
+    """BERT's embeddings; the mask goes along."""
 
     def __init__(self, embeddings: nn.Module) -> None:
         super().__init__()
@@ -148,12 +113,7 @@ class BertStartStep(nn.Module):
 
 
 class BertLayerStep(nn.Module):
-    """A layer; the mask that attention wants is made anew, a small thing beside the layer.
-
-    Args:
-        layer: The module of transformers.
-        config: Of the model, which names the implementation of attention.
-    """
+    """A layer; the mask that attention wants is made anew, a small thing beside the layer."""
 
     def __init__(self, layer: nn.Module, config: Any) -> None:
         from transformers.masking_utils import create_bidirectional_mask

@@ -282,11 +282,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 class PlainNetwork(nn.Module):
-    """A multi-exit network's stages and final exit, run as one ordinary network.
-
-    Args:
-        network: The network whose modules it shares.
-    """
+    """A multi-exit network's stages and final exit, run as one ordinary network."""
 
     def __init__(self, network: MultiExitNetwork) -> None:
         super().__init__()
@@ -296,13 +292,7 @@ class PlainNetwork(nn.Module):
         self.ragged = network.ragged
 
     def forward(self, *inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
-        """Compute the final exit's logits.
-
-        Args:
-            inputs: As for :class:`MultiExitNetwork`.
-        Returns:
-            Raw logits, shape (B, C), float.
-        """
+        """Compute the final exit's logits."""
         features: Features = as_inputs(inputs, self)
         for stage in self.stages:
             features = as_features(stage(*features))
@@ -315,12 +305,6 @@ def take_samples(features: Features, rows_B: Tensor) -> Features:
 
     ``index_select`` alone would lay channels-last feature maps out anew, channels first, and the
     convolutions after it would turn them back.
-
-    Args:
-        features: Tensors with the batch axis first.
-        rows_B: Which samples, shape (B,), int64.
-    Returns:
-        As many tensors, of those samples only.
     """
     return tuple(_take(tensor, rows_B) for tensor in features)
 
@@ -333,15 +317,7 @@ def _take(tensor: Tensor, rows_B: Tensor) -> Tensor:
 
 
 def as_features(output: object) -> Features:
-    """Bring what a stage returned into the form of features.
-
-    Args:
-        output: A tensor or a tuple of tensors.
-    Returns:
-        A tuple of tensors.
-    Raises:
-        ShapeError: If it is neither.
-    """
+    """Bring what a stage returned into the form of features."""
     if isinstance(output, Tensor):
         return (output,)
     if isinstance(output, tuple) and output and all(isinstance(t, Tensor) for t in output):

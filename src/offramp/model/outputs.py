@@ -23,17 +23,7 @@ _LARGER = ((1, 3), (2, 1), (3, 2))
 
 
 def check_logits(logits: Tensor, backbone: nn.Module, inputs: Features, num_classes: int) -> None:
-    """Refuse a backbone that ends in something else than logits.
-
-    Args:
-        logits: What it returned, in evaluation.
-        backbone: The backbone.
-        inputs: What it was given.
-        num_classes: Classes C.
-    Raises:
-        InvalidArgumentError: If the output is not of shape (B, C) or (B, C, h, w), float, with at
-            least two classes.
-    """
+    """Refuse a backbone that ends in something else than logits."""
     wrong = _why_no_logits(logits, len(inputs[0]), num_classes)
     if wrong is None and list(logits.shape[1:]).count(num_classes) > 1:
         axis = channel_axis([backbone], [], inputs)
@@ -67,20 +57,7 @@ def _why_no_logits(logits: Tensor, batch_size: int, num_classes: int) -> str | N
 
 
 def find_pixel_multiple(network: MultiExitNetwork, inputs: Features, logits: Tensor) -> int | None:
-    """Find of what the height and width of images must be multiples, by trying.
-
-    Args:
-        network: A network.
-        inputs: What it takes; images of shape (B, channels, H, W) where pixels have classes.
-        logits: What its backbone returns for them.
-    Returns:
-        The least power of two for which all exits have logits of one size, which grows with the
-        image's; for a backbone that takes images of one size only, their side; None where samples
-        have classes, not pixels.
-    Raises:
-        InvalidArgumentError: If the backbone takes something else than images, or images of one
-            size that are not square.
-    """
+    """Find of what the height and width of images must be multiples, by trying."""
     if logits.ndim == 2:
         return None
     if len(inputs) > 1 or inputs[0].ndim != 4:

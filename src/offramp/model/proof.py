@@ -48,14 +48,6 @@ def find_difference(
     disturbed (zeros hide what is multiplied by them), in evaluation and in training mode, with the
     same random numbers; statistics must move alike. Modes, weights, statistics and the caller's
     random numbers are left as they were.
-
-    Args:
-        original: The backbone.
-        replacement: What was made of it, called with the same inputs.
-        inputs: An example batch, each tensor with the batch axis first.
-        tolerance: By how much logits may differ in evaluation, as a share of the largest.
-    Returns:
-        How they differ, as the end of a sentence; None if they do not.
     """
     modules = nn.ModuleList([original, replacement])
     statistics = _Statistics(modules)
@@ -76,16 +68,7 @@ def find_difference(
 
 
 def logits_of(module: nn.Module, inputs: Features) -> Tensor:
-    """Run a backbone on inputs that stay as they are, though its modules may work in place.
-
-    Args:
-        module: The backbone.
-        inputs: A batch.
-    Returns:
-        Its logits.
-    Raises:
-        BackboneCutError: If it returns something else than a tensor.
-    """
+    """Run a backbone on inputs that stay as they are, though its modules may work in place."""
     output = module(*(tensor.clone() for tensor in inputs))
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):

@@ -47,14 +47,7 @@ class Ragged:
 
 
 def trim_tokens(tensors: Tensors, mask_BT: Tensor) -> Tensors:
-    """Cut off the last tokens that are padding in every sample.
-
-    Args:
-        tensors: Those whose second axis is as long as the mask's are cut.
-        mask_BT: What is no padding, shape (B, T), bool.
-    Returns:
-        The tensors, of at least one token.
-    """
+    """Cut off the last tokens that are padding in every sample."""
     num_tokens = mask_BT.shape[1]
     positions_T = torch.arange(1, num_tokens + 1, device=mask_BT.device)
     longest = max(1, int((mask_BT.any(0) * positions_T).amax()))  # the one wait for the device

@@ -12,13 +12,6 @@ def choose_cuts(cumulative: Sequence[float], *, total: float, num_exits: int) ->
     Cut k of ``num_exits - 1`` should come after k / num_exits of the whole; the sum of squared
     distances is as small as can be. Of equally good choices the earlier cuts are taken.
 
-    Args:
-        cumulative: Cost from the start to each candidate: MACs, milliseconds, growing; at least
-            ``num_exits - 1`` of them.
-        total: Cost of the whole.
-        num_exits: Exits, the final one at the end counted.
-    Returns:
-        Which candidates, in order, each once.
     Example:
         >>> choose_cuts([1.0, 4.0, 5.0, 9.0], total=12.0, num_exits=3)
         (1, 3)

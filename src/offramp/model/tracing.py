@@ -30,8 +30,6 @@ class NotTraceableError(Exception):
 class Tracer(fx.Tracer):
     """Notes after which node each module's run ends, and what it returns.
 
-    Args:
-        is_whole: Which modules stay one step.
     Attributes:
         ends: By path of a module, the last node of its run and its output.
         repeated: Paths of modules that run more than once.
@@ -89,18 +87,7 @@ def trace(
     is_training: bool,
     is_whole: Callable[[nn.Module], bool] = stays_whole,
 ) -> Tracer:
-    """Trace a backbone in one mode; it is left as it was.
-
-    Args:
-        backbone: The backbone.
-        num_inputs: How many inputs it is given; those after keep their defaults.
-        is_training: The mode, which the graph has in it as a constant.
-        is_whole: Which modules stay one step.
-    Returns:
-        The tracer, which holds the graph.
-    Raises:
-        NotTraceableError: If torch.fx cannot follow its code, or would lose what it does.
-    """
+    """Trace a backbone in one mode; it is left as it was."""
     parameters = list(inspect.signature(backbone.forward).parameters.values())
     fixed = {
         parameter.name: parameter.default
@@ -132,14 +119,7 @@ def trace(
 
 
 def require_calls_in_order(backbone: nn.Module, modules: Sequence[nn.Module]) -> None:
-    """Refuse a backbone that does more than to call some modules, one after the other.
-
-    Args:
-        backbone: A backbone of one input.
-        modules: Some of its modules.
-    Raises:
-        NotTraceableError: If it does more or less, in one of the modes, or torch.fx cannot tell.
-    """
+    """Refuse a backbone that does more than to call some modules, one after the other."""
     known = {id(module) for module in modules}
     for is_training in (False, True):
         tracer = trace(

@@ -71,20 +71,7 @@ def read_answer(
     rows: int,
     logits_shape: tuple[int, ...] | None = None,
 ) -> tuple[PartAnswer, Array]:
-    """Read what came back over a link, from a part that may be broken.
-
-    Args:
-        outputs: Tensors by name.
-        exits: That the part and those behind it have.
-        rows: Samples that were sent.
-        logits_shape: Of a sample; None where it is not known.
-    Returns:
-        answer: The answers, one link farther away.
-        is_sound: Which of them can be those of such a part, shape (B,), bool: finite logits, an
-            exit of it, a confidence in [0, 1].
-    Raises:
-        PayloadError: If tensors are missing, or of other types or shapes.
-    """
+    """Read what came back over a link, from a part that may be broken."""
     arrays = {}
     for name, dtype in ANSWER_DTYPES.items():
         array = outputs.get(name)
@@ -117,13 +104,7 @@ def _fits(array: Array, rows: int, sample_shape: tuple[int, ...] | None) -> bool
 
 
 def answer_specs(output_shape: tuple[int | None, ...]) -> tuple[TensorSpec, ...]:
-    """What a part answers, as a server describes it.
-
-    Args:
-        output_shape: Shape of a sample's logits; None for what is free.
-    Returns:
-        One description per tensor.
-    """
+    """What a part answers, as a server describes it."""
     return tuple(
         TensorSpec(name=name, dtype=dtype, sample_shape=output_shape if name == "output" else ())
         for name, dtype in ANSWER_DTYPES.items()

@@ -15,11 +15,6 @@ class CircuitBreaker:
     thread probes every ``probe_s`` seconds. The first probe that succeeds closes it on trial: one
     more failure opens it again, so that a part that is there and answers nothing costs one call a
     probe. No caller ever waits for a probe.
-
-    Args:
-        probe: Asks whether the other part is there; raises if it is not.
-        failures: So many failures in a row open it, at least 1.
-        probe_s: Seconds between probes, above 0.
     """
 
     def __init__(self, probe: Callable[[], None], *, failures: int, probe_s: float) -> None:

@@ -42,21 +42,7 @@ def measure_calls(
     pauses_ms: Sequence[float],
     threads: int | None = None,
 ) -> list[CallCost]:
-    """Send single samples to a server on this machine, at every cut.
-
-    Args:
-        bundle: The bundle.
-        inputs: The network's inputs, each with the batch axis first; a few dozen samples. Those
-            that reach a cut are sent there; where none does, a call is taken to be its features.
-        codec: How features are written.
-        pauses_ms: Milliseconds before each call, one number per cut: a machine that has waited
-            answers more slowly.
-        threads: As for a session.
-    Returns:
-        One cost per cut but the last, from -1.
-    Raises:
-        OffloadError: If the server does not start or does not answer.
-    """
+    """Send single samples to a server on this machine, at every cut."""
     session = PartSession(bundle, threads=threads)
     costs = []
     with _serving(bundle, threads) as port:
@@ -81,19 +67,7 @@ def plan_bundle(
     codec: str,
     threads: int | None = None,
 ) -> list[CutCost]:
-    """Predict what every cut of a bundle costs, from samples: who leaves where, and what crosses.
-
-    Args:
-        bundle: The bundle.
-        samples: Of the network's only input, shape (N, ...), like those to come.
-        edge_ms: Milliseconds of each step on the edge, for a single sample.
-        cloud_ms: The same in the cloud.
-        link: What the link is like.
-        codec: How features cross it.
-        threads: As for a session.
-    Returns:
-        As :func:`~offramp.offload.plan.plan_split`.
-    """
+    """Predict from samples what each cut of a bundle costs: who leaves where, what crosses."""
     exits = [step.exit_index for step in bundle.steps]
     # Samples come one after the other: between two calls a device computes and the link carries.
     pauses_ms = [sum(edge_ms[:number]) + link.rtt_ms for number in range(len(exits))]

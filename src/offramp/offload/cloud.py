@@ -27,13 +27,6 @@ class PartModel:
 
     Its version is the bundle's :func:`~offramp.offload.naming.identity`, so that whoever has
     another bundle asks for a version that is not there. Features may come in any codec's types.
-
-    Args:
-        bundle: The bundle that both parts have.
-        answer: Answers a batch of what the part is given, within milliseconds or None.
-        name: Name of the whole model; the part's own is :func:`~offramp.offload.naming.part_name`.
-        starts_after: The stage before its first.
-        output_shape: Shape of a sample's logits.
     """
 
     def __init__(
@@ -57,30 +50,13 @@ class PartModel:
     def prepare(
         self, inputs: Mapping[str, Array], parameters: Mapping[str, Parameter]
     ) -> list[Array]:
-        """Check what was sent and read it.
-
-        Args:
-            inputs: Features and state by name, in the types of any codec.
-            parameters: Of the request; none is needed.
-        Returns:
-            What the part is given.
-        Raises:
-            PayloadError: If names, types or values are wrong.
-            ShapeError: If shapes are.
-        """
+        """Check what was sent and read it."""
         carried = decode(in_order(self.inputs, inputs), self._step)
         check_finite(self.inputs, carried)
         return check_carried(self.inputs, carried, multiple=self._multiple)
 
     def run(self, arrays: list[Array], *, deadline_ms: float | None = None) -> dict[str, Array]:
-        """Answer a batch.
-
-        Args:
-            arrays: As :meth:`prepare` made them.
-            deadline_ms: What a part between two others has left for the one behind it.
-        Returns:
-            What a part answers, by name.
-        """
+        """Answer a batch."""
         answer = self._answer(arrays, deadline_ms)
         return {
             name: np.asarray(getattr(answer, name)).astype(dtype, copy=False)
@@ -89,14 +65,7 @@ class PartModel:
 
 
 def cloud_models(session: PartSession, name: str) -> list[PartModel]:
-    """Serve what is behind every cut of the part that ends with the last stage.
-
-    Args:
-        session: That part; its steps are loaded once for all.
-        name: Name of the whole model.
-    Returns:
-        One model per cut.
-    """
+    """Serve what is behind every cut of the part that ends with the last stage."""
 
     def behind(cut: int) -> PartModel:
         return PartModel(
@@ -111,14 +80,7 @@ def cloud_models(session: PartSession, name: str) -> list[PartModel]:
 
 
 def middle_model(runner: EdgeRunner, name: str) -> PartModel:
-    """Serve a part between two others.
-
-    Args:
-        runner: The part, with its link.
-        name: Name of the whole model.
-    Returns:
-        The model.
-    """
+    """Serve a part between two others."""
     return PartModel(
         runner.bundle,
         lambda carried, deadline_ms: runner.answer(carried, deadline_ms=deadline_ms),

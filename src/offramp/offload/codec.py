@@ -55,15 +55,7 @@ _DTYPES = tuple(dict.fromkeys(codec.dtype for codec in CODECS.values()))
 
 
 def find_codec(name: str) -> Codec:
-    """Look a codec up.
-
-    Args:
-        name: float32, float16, int8 or int8+zstd.
-    Returns:
-        The codec.
-    Raises:
-        InvalidArgumentError: If there is none of that name.
-    """
+    """Look a codec up."""
     if name not in CODECS:
         raise InvalidArgumentError(
             f"The 'codec' parameter must be one of {', '.join(CODECS)}. Got {name!r}."
@@ -72,19 +64,7 @@ def find_codec(name: str) -> Codec:
 
 
 def encode(carried: Sequence[Array], step: Step, codec: Codec) -> list[Array]:
-    """Write what a step is given in the types of a codec.
-
-    Args:
-        carried: The step's features, then its state, each with the batch axis first.
-        step: The step, which knows how large each channel gets.
-        codec: How to write it.
-    Returns:
-        As many tensors of the same shapes. In 8 bits a number is off by half a step of its
-        channel at most, a step being 1/127 of the largest that calibration data had there; what
-        is larger is cut off. At half precision it is off by 2^-11 of itself.
-    Raises:
-        ArtifactError: If 8 bits are asked for and the bundle does not know how large they get.
-    """
+    """Write what a step is given in the types of a codec."""
     scales = _scales(step) if codec.dtype == "int8" else None
     encoded = []
     for index, tensor in enumerate(carried):
@@ -100,17 +80,7 @@ def encode(carried: Sequence[Array], step: Step, codec: Codec) -> list[Array]:
 
 
 def decode(carried: Sequence[Array], step: Step) -> list[Array]:
-    """Read what came over a link; its types say which codec wrote it.
-
-    Args:
-        carried: What :func:`encode` made.
-        step: The step that it is for.
-    Returns:
-        The tensors in the types that the step is given.
-    Raises:
-        PayloadError: If a tensor has another type than any codec gives it, or other channels than
-            the bundle has scales for.
-    """
+    """Read what came over a link; its types say which codec wrote it."""
     specs = (*step.features, *step.state)
     if len(carried) != len(specs):
         raise PayloadError(f"Expected {len(specs)} tensors. Got {len(carried)}.")
@@ -130,10 +100,6 @@ def decode(carried: Sequence[Array], step: Step) -> list[Array]:
 def channel_scales(features: Array) -> tuple[float, ...]:
     """How much a step of 8 bits stands for in each channel.
 
-    Args:
-        features: On calibration data, shape (N, C, H, W), or (N, ..., C) with other axes.
-    Returns:
-        One number per channel: 1/127 of the largest absolute value; 1 where all are 0.
     Example:
         >>> channel_scales(np.array([[127.0, 0.0], [-254.0, 0.0]]))
         (2.0, 1.0)
@@ -145,14 +111,7 @@ def channel_scales(features: Array) -> tuple[float, ...]:
 
 
 def along_channels(scale_C: Array, ndim: int) -> Array:
-    """Lay one number per channel so that it multiplies a tensor of features.
-
-    Args:
-        scale_C: Shape (C,).
-        ndim: Axes of the tensor.
-    Returns:
-        Shape (C,) or (C, 1, 1).
-    """
+    """Lay one number per channel so that it multiplies a tensor of features."""
     return scale_C[:, None, None] if ndim == _MAP_AXES else scale_C
 
 
@@ -170,13 +129,7 @@ def _fitting_scales(tensor: Array, spec: TensorSpec, step: Step, index: int) -> 
 
 
 def check_scales(step: Step) -> None:
-    """Make sure that features before a step can be written in int8.
-
-    Args:
-        step: The step.
-    Raises:
-        ArtifactError: If the bundle does not know how large they get.
-    """
+    """Make sure that features before a step can be written in int8."""
     counts = [len(scale_C) for scale_C in _scales(step)]
     channels = [
         0

@@ -41,40 +41,17 @@ class Link(Protocol):
     def send(
         self, inputs: Mapping[str, Array], *, timeout_s: float, compresses: bool = False
     ) -> Reply:
-        """Ask the other part once.
-
-        Args:
-            inputs: What it is given, by name, each with the batch axis first.
-            timeout_s: How long to wait at the most.
-            compresses: Whether to compress the payload with zstd.
-        Returns:
-            What it answered.
-        Raises:
-            LinkTimeoutError: If there was no answer in time.
-            OffloadError: If the other part cannot be reached, refuses or has another model.
-            PayloadError: If what came back is no answer.
-        """
+        """Ask the other part once."""
 
     def check(self, *, timeout_s: float) -> None:
-        """Make sure, without samples, that the other part is there and has the same bundle.
-
-        Args:
-            timeout_s: How long to wait at the most.
-        Raises:
-            OffloadError: If it cannot be reached or refuses.
-            ArtifactError: If it has another bundle.
-        """
+        """Make sure, without samples, that the other part is there and has the same bundle."""
 
     def close(self) -> None:
         """Let go of connections; the link is not used again."""
 
 
 class InProcessLink:
-    """A link to a part in the same process: nothing is copied, only the tensors' bytes count.
-
-    Args:
-        model: The other part.
-    """
+    """A link to a part in the same process: nothing is copied, only the tensors' bytes count."""
 
     def __init__(self, model: ServedModel) -> None:
         self._model = model
@@ -105,11 +82,5 @@ class InProcessLink:
 
 
 def count_bytes(tensors: Iterable[Array]) -> int:
-    """Bytes of some tensors, nothing around them.
-
-    Args:
-        tensors: The tensors.
-    Returns:
-        Their bytes.
-    """
+    """Bytes of some tensors, nothing around them."""
     return sum(np.asarray(tensor).nbytes for tensor in tensors)

@@ -10,24 +10,11 @@ from offramp.runtime.bundle import Bundle
 
 
 def identity(bundle: Bundle) -> str:
-    """What two parts must have alike: the steps and all numbers that decide.
-
-    Args:
-        bundle: The bundle.
-    Returns:
-        16 hexadecimal digits.
-    """
+    """What two parts must have alike: the steps and all numbers that decide."""
     steps = json.dumps([asdict(step) for step in bundle.steps], sort_keys=True)
     return hashlib.sha256(steps.encode()).hexdigest()[:16]
 
 
 def part_name(name: str, starts_after: int) -> str:
-    """What the part of a model is called that starts behind a stage.
-
-    Args:
-        name: Of the whole model.
-        starts_after: The stage before its first; -1 for the whole.
-    Returns:
-        For example ``emnist-convnet.from2`` for the stages from 2 on.
-    """
+    """What the part of a model is called that starts behind a stage."""
     return f"{name}.from{starts_after + 1}"

@@ -67,10 +67,6 @@ class LinkTerms:
     def crossing_ms(self, num_bytes: float) -> float:
         """What bytes take that cross it, there and back.
 
-        Args:
-            num_bytes: Both ways together.
-        Returns:
-            Milliseconds.
         Example:
             >>> LinkTerms(mbit=8, rtt_ms=20).crossing_ms(5000)
             25.0
@@ -153,13 +149,7 @@ def plan_split(
 
 
 def best_cut(cuts: Sequence[CutCost]) -> CutCost:
-    """The cut with the least mean latency; of equal ones the one with fewest bytes.
-
-    Args:
-        cuts: As :func:`plan_split` predicts them, or measured.
-    Returns:
-        One of them.
-    """
+    """The cut with the least mean latency; of equal ones the one with fewest bytes."""
     return min(cuts, key=lambda cut: (cut.mean_ms, cut.bytes_per_request))
 
 

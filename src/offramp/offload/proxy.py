@@ -50,14 +50,6 @@ class LinkProxy:
 
     A lost packet holds up those behind it, as in TCP. Used as an asynchronous context manager; on
     leaving it, all connections are closed.
-
-    Args:
-        host: Where the other end is.
-        port: Its port.
-        shape: What the link is like; may be replaced at any time.
-        listen_host: Where to listen.
-        listen_port: The port to listen on; 0 for a free one, which :attr:`port` then says.
-        seed: Of the packets that are lost.
     """
 
     def __init__(

@@ -34,15 +34,7 @@ _NUMBERS: Any = float | list[float | list[float]]
 
 
 def policy_to_dict(policy: Policy | RoutingPolicy) -> dict[str, Any]:
-    """Describe a policy in values that JSON can hold (+inf becomes None).
-
-    Args:
-        policy: A policy that Offramp ships.
-    Returns:
-        A dictionary that :func:`policy_from_dict` reads.
-    Raises:
-        InvalidArgumentError: If the policy is of a class that Offramp does not know.
-    """
+    """Describe a policy in values that JSON can hold (+inf becomes None)."""
     for kind, known in _KINDS.items():
         if isinstance(policy, known):
             return {
@@ -57,15 +49,7 @@ def policy_to_dict(policy: Policy | RoutingPolicy) -> dict[str, Any]:
 
 
 def policy_from_dict(content: Any) -> Policy | RoutingPolicy:
-    """Rebuild a policy from :func:`policy_to_dict`.
-
-    Args:
-        content: The dictionary, of this or an older version.
-    Returns:
-        The policy.
-    Raises:
-        ArtifactError: If the dictionary is no policy or names a kind this version does not know.
-    """
+    """Rebuild a policy from :func:`policy_to_dict`."""
     try:
         policy = decode_tagged(_migrated(content), _KINDS, hook=_tensor)
         lacking = [f.name for f in fields(policy) if f.name not in _migrated(content)]
@@ -78,13 +62,7 @@ def policy_from_dict(content: Any) -> Policy | RoutingPolicy:
 
 
 def without_inf(thresholds: Sequence[float]) -> list[float | None]:
-    """Thresholds in values that JSON can hold.
-
-    Args:
-        thresholds: Numbers.
-    Returns:
-        The same, None for +inf.
-    """
+    """Thresholds in values that JSON can hold."""
     return [None if t == math.inf else t for t in thresholds]
 
 

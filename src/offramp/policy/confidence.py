@@ -68,13 +68,6 @@ def pixel_share_confidence(logits_BCHW: Tensor, pixel_threshold: float | Tensor)
 
     All pixels count: at run time nobody knows which of them have no label.
 
-    Args:
-        logits_BCHW: Raw logits, shape (B, C, H, W), float, C at least 2.
-        pixel_threshold: In [0, 1].
-    Returns:
-        Share per image, shape (B,); NaN where a logit is NaN.
-    Raises:
-        ShapeError: If there are not four axes, or fewer than two classes.
     Reference: Kouris et al. (2022), Multi-Exit Semantic Segmentation Networks, section 5.2.
     Example:
         >>> logits = torch.tensor([[[[5.0, 0.0]], [[0.0, 0.0]]]])  # one pixel sure, one not
@@ -87,70 +80,30 @@ def pixel_share_confidence(logits_BCHW: Tensor, pixel_threshold: float | Tensor)
 
 
 def mean_max_probability_confidence(logits_BCHW: Tensor) -> Tensor:
-    """The largest class probability of a pixel, the mean over all pixels.
-
-    Args:
-        logits_BCHW: Raw logits, shape (B, C, H, W), float, C at least 2.
-    Returns:
-        Mean per image, shape (B,), in [1/C, 1].
-    Raises:
-        ShapeError: If there are not four axes, or fewer than two classes.
-    """
+    """The largest class probability of a pixel, the mean over all pixels."""
     return top_probability(logits_BCHW).mean((1, 2))
 
 
 def mean_entropy_confidence(logits_BCHW: Tensor) -> Tensor:
-    """:func:`entropy_confidence` of a pixel, the mean over all pixels.
-
-    Args:
-        logits_BCHW: Raw logits, shape (B, C, H, W), float, C at least 2.
-    Returns:
-        Mean per image, shape (B,), in [0, 1].
-    Raises:
-        ShapeError: If there are not four axes, or fewer than two classes.
-    """
+    """:func:`entropy_confidence` of a pixel, the mean over all pixels."""
     _check_dense(logits_BCHW)
     return _negentropy(logits_BCHW.movedim(1, -1).float().log_softmax(-1)).mean((1, 2))
 
 
 def low_quantile_confidence(logits_BCHW: Tensor) -> Tensor:
-    """The largest class probability that one pixel in twenty does not reach.
-
-    Args:
-        logits_BCHW: Raw logits, shape (B, C, H, W), float, C at least 2.
-    Returns:
-        The 5 % quantile of the pixels' largest probability per image, shape (B,), in [1/C, 1]; NaN
-        where a logit is NaN.
-    Raises:
-        ShapeError: If there are not four axes, or fewer than two classes.
-    """
+    """The largest class probability that one pixel in twenty does not reach."""
     top_BP = top_probability(logits_BCHW).flatten(1)
     lowest_BP = top_BP.topk(top_BP.shape[1] // 20 + 1, dim=1, largest=False).values
     return lowest_BP.amax(1) + 0 * top_BP.sum(1)  # a sum is NaN where a pixel is
 
 
 def agreement_confidence(labels_BHW: Tensor, before_BHW: Tensor) -> Tensor:
-    """The share of pixels whose class the exit before predicted too.
-
-    Args:
-        labels_BHW: Predicted classes, shape (B, H, W), int.
-        before_BHW: What the exit before predicted, the same shape.
-    Returns:
-        Share per image, shape (B,), in [0, 1].
-    """
+    """The share of pixels whose class the exit before predicted too."""
     return (labels_BHW == before_BHW).float().mean((1, 2))
 
 
 def top_probability(logits_BCHW: Tensor) -> Tensor:
-    """The largest class probability of every pixel.
-
-    Args:
-        logits_BCHW: Raw logits, shape (B, C, H, W), float, C at least 2.
-    Returns:
-        Shape (B, H, W), in [1/C, 1].
-    Raises:
-        ShapeError: If there are not four axes, or fewer than two classes.
-    """
+    """The largest class probability of every pixel."""
     _check_dense(logits_BCHW)
     logits = logits_BCHW.float()
     # As softmax, of which only the largest is needed; engines are slow at softmax over axis 1.
@@ -182,13 +135,6 @@ DENSE_RULES: dict[str, Callable[[Tensor, float | Tensor], Tensor]] = {
 def confidence_from_entropy_nats(entropy_nats: float, num_classes: int) -> float:
     """Turn "leave if the entropy is at most this" into a confidence threshold.
 
-    Args:
-        entropy_nats: Entropy threshold in nats, in [0, log C].
-        num_classes: Number of classes C, at least 2.
-    Returns:
-        The threshold on :func:`entropy_confidence` that decides alike.
-    Raises:
-        InvalidArgumentError: If the entropy is outside [0, log C], or C is below 2.
     Example:
         >>> round(confidence_from_entropy_nats(0.1, 47), 4)
         0.974

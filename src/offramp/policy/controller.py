@@ -35,17 +35,6 @@ class ExitScorer:
     """The small network of one exit: one hidden layer, and a way past it.
 
     Inputs are standardised; what is not known (NaN) then counts as the mean.
-
-    Args:
-        mean_F: Mean of each input, shape (F,), float32.
-        scale_F: Standard deviation of each input, shape (F,), positive.
-        hidden_FH: Weights to the hidden units, shape (F, H).
-        hidden_bias_H: Their biases, shape (H,).
-        direct_F: Weights from the inputs straight to the score, shape (F,).
-        score_H: Weights from the hidden units to the score, shape (H,).
-        score_bias: Bias of the score, a scalar.
-    Raises:
-        InvalidArgumentError: If shapes do not fit, a number is not finite, or a scale not positive.
     """
 
     mean_F: Tensor
@@ -104,13 +93,7 @@ class ExitScorer:
         return num_inputs * num_hidden + num_hidden + num_inputs
 
     def score(self, inputs_BF: Tensor) -> Tensor:
-        """Say how much better it is to leave than to go on.
-
-        Args:
-            inputs_BF: What :func:`scorer_inputs` makes, shape (B, F).
-        Returns:
-            In probability of being right, less the price of the compute, shape (B,).
-        """
+        """Say how much better it is to leave than to go on."""
         own = {name: tensor.to(inputs_BF.device) for name, tensor in self.tensors.items()}
         z_BF = (inputs_BF - own["mean_F"]) / own["scale_F"]
         z_BF = z_BF.masked_fill(z_BF.isnan(), 0.0)
@@ -206,16 +189,6 @@ def scorer_inputs(
 
     Confidences come twice, as they are and as the logarithm of what they lack to 1, which parts
     the sure from the very sure.
-
-    Args:
-        exit_index: Number of the exit, not the final one.
-        logits_BC: Its logits, shape (B, C), float32.
-        state: Class probabilities of the exit before, shape (B, C), and the confidences of all
-            exits, shape (B, S), NaN where they are not known; the empty tuple at the first exit
-            that is asked.
-        num_early: Exits of the network but the final one.
-    Returns:
-        The inputs, shape (B, F), NaN where they are not known, and the state for the next exit.
     """
     p_BC = logits_BC.softmax(-1)
     own_B3 = torch.stack([CONFIDENCE_RULES[rule](logits_BC) for rule in _RULES], -1)
@@ -235,14 +208,7 @@ def scorer_inputs(
 
 
 def count_inputs(exit_index: int, *, num_classes: int) -> int:
-    """How many numbers :func:`scorer_inputs` makes.
-
-    Args:
-        exit_index: Number of the exit.
-        num_classes: Number of classes.
-    Returns:
-        F.
-    """
+    """How many numbers :func:`scorer_inputs` makes."""
     agreements = 0 if exit_index == 0 else 2
     return num_classes + 2 * len(_RULES) * (exit_index + 1) + agreements
 

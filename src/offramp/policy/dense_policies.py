@@ -141,16 +141,7 @@ class AgreementPolicy(ThresholdedPolicy):
 
 
 def dense_policy(rule: str, thresholds: Sequence[float]) -> ThresholdedPolicy:
-    """The policy of a rule's name.
-
-    Args:
-        rule: A dense confidence function, or agreement.
-        thresholds: Of images, one per exit but the final one.
-    Returns:
-        The policy.
-    Raises:
-        InvalidArgumentError: If there is no such rule, or a threshold is out of range.
-    """
+    """The policy of a rule's name."""
     if rule == AGREEMENT:
         return AgreementPolicy(tuple(thresholds))
     if rule not in DENSE_RULES:

@@ -309,15 +309,7 @@ def always_leave_at(exit_index: int, *, num_exits: int) -> ThresholdPolicy:
 
 
 def checked_thresholds(thresholds: Sequence[float]) -> tuple[float, ...]:
-    """Thresholds as floats, each of them allowed.
-
-    Args:
-        thresholds: Numbers.
-    Returns:
-        The same numbers.
-    Raises:
-        InvalidArgumentError: If one is NaN or outside [0, 1] and not +inf.
-    """
+    """Thresholds as floats, each of them allowed."""
     try:
         numbers = tuple(float(t) for t in thresholds)
     except (TypeError, ValueError) as error:  # such as 0.9, or "0.9"
@@ -336,16 +328,7 @@ def checked_thresholds(thresholds: Sequence[float]) -> tuple[float, ...]:
 def checked_temperatures(
     temperatures: Sequence[float] | None, *, num_exits: int
 ) -> tuple[float, ...] | None:
-    """Temperatures as floats, each of them allowed.
-
-    Args:
-        temperatures: Numbers; None for none.
-        num_exits: How many there must be.
-    Returns:
-        The same.
-    Raises:
-        InvalidArgumentError: If there is not one positive number per exit.
-    """
+    """Temperatures as floats, each of them allowed."""
     if temperatures is None:
         return None
     numbers = tuple(float(t) for t in temperatures)
@@ -358,13 +341,7 @@ def checked_temperatures(
 
 
 def check_rule(rule: str) -> None:
-    """Refuse a confidence function that there is not.
-
-    Args:
-        rule: Its name.
-    Raises:
-        InvalidArgumentError: If there is none of that name.
-    """
+    """Refuse a confidence function that there is not."""
     if rule not in CONFIDENCE_RULES:
         raise InvalidArgumentError(
             f"The rule must be one of {', '.join(CONFIDENCE_RULES)}. Got {rule!r}."
@@ -372,13 +349,6 @@ def check_rule(rule: str) -> None:
 
 
 def tempered(output: Tensor, setting: Setting) -> Tensor:
-    """Divide logits by a setting's temperature, unless that is plainly 1.
-
-    Args:
-        output: Raw logits.
-        setting: The setting.
-    Returns:
-        Logits of the same shape.
-    """
+    """Divide logits by a setting's temperature, unless that is plainly 1."""
     is_plain = isinstance(setting.temperature, float) and setting.temperature == 1
     return output if is_plain else output / setting.temperature

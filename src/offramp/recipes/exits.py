@@ -255,15 +255,7 @@ RECIPES = {
 
 
 def find_recipe(name: str) -> Recipe:
-    """Look a recipe up.
-
-    Args:
-        name: A key of :data:`RECIPES`.
-    Returns:
-        The recipe.
-    Raises:
-        InvalidArgumentError: If there is none of that name; the message names the nearest.
-    """
+    """Look a recipe up."""
     if name not in RECIPES:
         raise InvalidArgumentError(
             f"There is no recipe {name!r}. Did you mean {nearest(name, list(RECIPES))!r}? "

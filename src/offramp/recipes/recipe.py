@@ -76,11 +76,7 @@ class Recipe:
             object.__setattr__(self, name, _as_tuples(getattr(self, name)))
 
     def require_normalisation(self) -> Normalisation:
-        """Normalisation of pixels, where there are pixels.
-
-        Raises:
-            ArtifactError: If the recipe says none, though its data are images.
-        """
+        """Normalisation of pixels, where there are pixels."""
         if self.normalisation is None:
             raise ArtifactError(
                 f"The recipe {self.name!r} has no normalisation for the images of {self.data}. "
@@ -126,15 +122,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Recipe:
-        """Rebuild a recipe from :meth:`to_dict`.
-
-        Args:
-            content: The dictionary.
-        Returns:
-            The recipe.
-        Raises:
-            ArtifactError: If the dictionary is damaged.
-        """
+        """Rebuild a recipe from :meth:`to_dict`."""
         try:
             recipe = decode(content, cls)
             for name, known in (("data", SOURCES), ("network", NETWORKS)):

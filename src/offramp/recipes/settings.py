@@ -21,20 +21,7 @@ _LAST_PHASES = {"gates": ("reward_epochs", "settled_epochs"), "halting": ("halti
 
 
 def override(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
-    """Change settings of a recipe by name.
-
-    Args:
-        recipe: The recipe to start from.
-        settings: Text by name: a field of FitConfig, of GateConfig or HaltingConfig where the
-            recipe has one, an option of the network, or variant, calibration_share,
-            uniform_prior, augment (true or false). Numbers, true, false and comma-separated lists
-            are understood.
-    Returns:
-        A new recipe.
-    Raises:
-        InvalidArgumentError: If a name is unknown (the nearest is named) or a value is of the
-            wrong kind.
-    """
+    """Change settings of a recipe by name."""
     fit_types = get_type_hints(FitConfig)
     del fit_types["device"]  # where a run is trained is no setting of it
     kind_types: dict[str, Any] = {}

@@ -27,25 +27,12 @@ class Gates(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, index: int, x: Tensor, state: GateState) -> tuple[Tensor, GateState]:
-        """Say how much a block should run.
-
-        Args:
-            index: Number of the gate, from 0.
-            x: What goes into its block, shape (B, C, H, W).
-            state: What the gate before returned; the empty tuple for the first.
-        Returns:
-            score: Shape (B,); its sigmoid is the probability with which the block runs.
-            state: For the next gate.
-        """
+        """Say how much a block should run."""
 
 
 class RecurrentGates(Gates):
     """One LSTM that all gates share: it reads the pooled features and remembers those before.
 
-    Args:
-        channels: Channels of the features that each gate reads; gates of equal width share their
-            projection.
-        units: Units of the LSTM, and width of what it reads.
     Reference: Wang et al. (2018), SkipNet, section 3.1, recurrent gates; 10 units as there.
     """
 
@@ -95,9 +82,6 @@ class RecurrentGates(Gates):
 class FeedForwardGates(Gates):
     """Gates of their own: two convolutions on the pooled map, and a score. No memory.
 
-    Args:
-        channels: Channels of the features that each gate reads.
-        width: Channels of a gate's convolutions; those of its features if None, as in the paper.
     Reference: Wang et al. (2018), SkipNet, section 3.1, FFGate; one score and its sigmoid stand
         for the softmax over two.
     """
@@ -149,18 +133,7 @@ GATES: dict[str, Callable[[Sequence[int], int | None], Gates]] = {
 
 
 def make_gates(kind: str, channels: Sequence[int], width: int | None = None) -> Gates:
-    """Build gates.
-
-    Args:
-        kind: recurrent or feed_forward.
-        channels: Channels of the features that each gate reads.
-        width: Units of the LSTM, or channels of a gate's convolutions; the paper's if None: 10,
-            and those of the features.
-    Returns:
-        As many gates.
-    Raises:
-        InvalidArgumentError: If there is no such kind, or the width is less than 1.
-    """
+    """Build gates."""
     if kind not in GATES:
         raise InvalidArgumentError(
             f"The 'gates' parameter must be one of {', '.join(GATES)}. Got {kind!r}."

@@ -84,26 +84,14 @@ class HaltingCosts:
     plain_macs: int
 
     def macs(self, tokens_BL: Tensor) -> Tensor:
-        """What samples cost.
-
-        Args:
-            tokens_BL: Tokens that ran each layer, shape (B, L), int64.
-        Returns:
-            MACs of each sample, shape (B,), int64.
-        """
+        """What samples cost."""
         tokens_BL = tokens_BL.long()
         token_macs_L = torch.tensor(self.token_macs, device=tokens_BL.device)
         pair_macs_L = torch.tensor(self.pair_macs, device=tokens_BL.device)
         return self.fixed_macs + (tokens_BL * (token_macs_L + tokens_BL * pair_macs_L)).sum(1)
 
     def macs_of_length(self, lengths_B: Tensor) -> Tensor:
-        """What samples cost the plain network.
-
-        Args:
-            lengths_B: Tokens of each sample, shape (B,), int64.
-        Returns:
-            MACs of each sample, shape (B,), int64.
-        """
+        """What samples cost the plain network."""
         return self.macs(lengths_B[:, None].expand(-1, len(self.token_macs)))
 
 
@@ -287,12 +275,6 @@ class Step(NamedTuple):
 def advance(total: Tensor, score: Tensor, threshold: float | Tensor) -> Step:
     """Decide which tokens halt: the one place that does, for all passes and exported layers.
 
-    Args:
-        total: Sum of the scores of the layers before, any shape.
-        score: Of this layer, the same shape.
-        threshold: In [0, 1]; a tensor without axes where a graph takes it as an input.
-    Returns:
-        Weights, sums and who halts. NaN never does.
     Example:
         >>> advance(torch.tensor([0.5, 0.5]), torch.tensor([0.2, 0.6]), 0.99).weight
         tensor([0.2000, 0.5000])

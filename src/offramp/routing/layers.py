@@ -30,35 +30,14 @@ class TransformerLayer(nn.Module, ABC):
 
     @abstractmethod
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute what a layer's attention works on.
-
-        Args:
-            x: Tokens, shape (..., D).
-        Returns:
-            Query, key and value, shape (..., A) each, one head after the other.
-        """
+        """Compute what a layer's attention works on."""
 
     @abstractmethod
     def complete(self, x: Tensor, context: Tensor) -> Tensor:
-        """Run what follows attention.
-
-        Args:
-            x: The tokens that were projected, shape (..., D).
-            context: What attention made of them, shape (..., A).
-        Returns:
-            The layer's output, shape (..., D).
-        """
+        """Run what follows attention."""
 
     def forward(self, x_BTD: Tensor, is_key_BT: Tensor | None = None) -> Tensor:
-        """Run the layer on a batch of as many tokens each.
-
-        Args:
-            x_BTD: Tokens, shape (B, T, D).
-            is_key_BT: Which tokens are looked at, shape (B, T), bool; all if None. At least one
-                of each sample.
-        Returns:
-            Tokens, shape (B, T, D); those that are not looked at are computed too.
-        """
+        """Run the layer on a batch of as many tokens each."""
         query, key, value = self.project(x_BTD)
         dropout = self.attention_dropout if self.training else 0.0
         context = attend(query, key, value, self.num_heads, is_key_BT=is_key_BT, dropout=dropout)
@@ -74,18 +53,7 @@ def attend(
     is_key_BT: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention of the tokens of each sample to one another.
-
-    Args:
-        query_BTA: Shape (B, T, A); of a single sample also (T, A), as what follows.
-        key_BTA: Shape (B, T, A).
-        value_BTA: Shape (B, T, A).
-        num_heads: Heads that A is divided into.
-        is_key_BT: Which tokens are looked at, shape (B, T), bool; all if None.
-        dropout: Share of attention weights that are dropped.
-    Returns:
-        Shape (B, T, A).
-    """
+    """Attention of the tokens of each sample to one another."""
     query, key, value = (_by_head(x, num_heads) for x in (query_BTA, key_BTA, value_BTA))
     mask = None if is_key_BT is None else is_key_BT[..., None, None, :]
     if torch.compiler.is_exporting():
@@ -111,11 +79,7 @@ def _by_head(x_BTA: Tensor, num_heads: int) -> Tensor:
 
 
 class TimmLayer(TransformerLayer):
-    """A ``Block`` of timm's VisionTransformer.
-
-    Args:
-        block: The module; its weights are shared.
-    """
+    """A ``Block`` of timm's VisionTransformer."""
 
     def __init__(self, block: Any) -> None:
         super().__init__()
@@ -141,11 +105,7 @@ class TimmLayer(TransformerLayer):
 
 
 class ViTLayer(TransformerLayer):
-    """A layer of transformers' ViT or DeiT.
-
-    Args:
-        layer: The module; its weights are shared.
-    """
+    """A layer of transformers' ViT or DeiT."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -167,11 +127,7 @@ class ViTLayer(TransformerLayer):
 
 
 class BertLayer(TransformerLayer):
-    """A layer of transformers' BERT, whose norms follow the residual sums.
-
-    Args:
-        layer: The module; its weights are shared.
-    """
+    """A layer of transformers' BERT, whose norms follow the residual sums."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()

@@ -32,15 +32,7 @@ class ResidualParts(NamedTuple):
 
 
 def take_apart(resnet: nn.Module) -> ResidualParts:
-    """Find stem, blocks and head.
-
-    Args:
-        resnet: A network of a kind that is known.
-    Returns:
-        Its own modules, not copies.
-    Raises:
-        BackboneCutError: If it is of no kind that is known.
-    """
+    """Find stem, blocks and head."""
     if isinstance(resnet, MultiExitNetwork) and resnet.num_exits == 1:
         stage, head = resnet.stages[0], resnet.exits[0]
         if type(stage) is nn.Sequential:
@@ -72,25 +64,12 @@ def _head_of(resnet: nn.Module) -> nn.Module:
 
 
 def is_block(module: nn.Module) -> bool:
-    """Whether a module is a residual block: one with a shortcut that is known.
-
-    Args:
-        module: Any module.
-    Returns:
-        Whether :func:`skip_block` can go around it.
-    """
+    """Whether a module is a residual block: one with a shortcut that is known."""
     return hasattr(module, "shortcut") or hasattr(module, "downsample")
 
 
 def skip_block(block: nn.Module, x: Tensor) -> Tensor:
-    """Go around a residual block, as if what it adds were zero.
-
-    Args:
-        block: A residual block.
-        x: Its input, which comes out of an activation.
-    Returns:
-        The input itself; where the block changes the shape, its projection and the activation.
-    """
+    """Go around a residual block, as if what it adds were zero."""
     shortcut = _shortcut(block)
     if isinstance(shortcut, nn.Identity):
         return x
@@ -100,11 +79,7 @@ def skip_block(block: nn.Module, x: Tensor) -> Tensor:
 
 @contextmanager
 def adding_nothing(block: nn.Module) -> Iterator[None]:
-    """Set the weights of what a block adds to its shortcut to zero inside the block.
-
-    Args:
-        block: A residual block.
-    """
+    """Set the weights of what a block adds to its shortcut to zero inside the block."""
     around = {id(p) for p in _shortcut(block).parameters()}
     weights = [p.data for p in block.parameters() if id(p) not in around]
     saved = [weight.clone() for weight in weights]
@@ -129,11 +104,5 @@ def _last_activation(block: nn.Module) -> nn.Module:
 
 
 def channels_into(block: nn.Module) -> int:
-    """Channels that a residual block reads.
-
-    Args:
-        block: A residual block, which starts with a convolution.
-    Returns:
-        Their number.
-    """
+    """Channels that a residual block reads."""
     return next(m.in_channels for m in block.modules() if isinstance(m, nn.Conv2d))

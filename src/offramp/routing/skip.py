@@ -61,13 +61,7 @@ class SkipCosts:
         return self.fixed_macs + sum(self.block_macs)
 
     def macs(self, blocks_BG: Tensor) -> Tensor:
-        """What samples cost.
-
-        Args:
-            blocks_BG: Which blocks ran, shape (B, G), bool.
-        Returns:
-            MACs of each sample, gates counted, shape (B,), int64.
-        """
+        """What samples cost."""
         block_macs_G = torch.tensor(self.block_macs, device=blocks_BG.device)
         return self.fixed_macs + sum(self.gate_macs) + (blocks_BG * block_macs_G).sum(1)
 
@@ -242,36 +236,18 @@ class _WayAround(nn.Module):
 
 
 def runs_block(probability_B: Tensor, threshold: float | Tensor) -> Tensor:
-    """Decide who runs a block: the one place that does, for runners and for exported gates.
-
-    Args:
-        probability_B: With which the block shall run, shape (B,).
-        threshold: In [0, 1]; a tensor without axes where a graph takes it as an input.
-    Returns:
-        Shape (B,), bool; True at the threshold itself, and for NaN.
-    """
+    """Decide who runs a block: the one place that does, for runners and for exported gates."""
     return ~(probability_B < threshold)
 
 
 def at_threshold(threshold: float) -> Choice:
-    """Run a block where its probability reaches a threshold; no gradient.
-
-    Args:
-        threshold: In [0, 1].
-    Returns:
-        A choice of 0 or 1. NaN runs the block.
-    """
+    """Run a block where its probability reaches a threshold; no gradient."""
     return lambda probability_B: runs_block(probability_B, threshold).to(probability_B.dtype)
 
 
 def straight_through(probability_B: Tensor) -> Tensor:
     """Draw whether a block runs, with the gradient of a soft gate.
 
-    Args:
-        probability_B: Shape (B,).
-    Returns:
-        0 or 1, shape (B,), drawn as by :func:`sampled`; its gradient with respect to the
-        probability is 1.
     Reference: Bengio et al. (2013), Estimating or propagating gradients through stochastic
         neurons; as SkipNet's supervised pre-training, but drawn where SkipNet asks for one half.
     """
@@ -280,13 +256,7 @@ def straight_through(probability_B: Tensor) -> Tensor:
 
 
 def sampled(probability_B: Tensor) -> Tensor:
-    """Draw whether a block runs, from torch's global generator; no gradient.
-
-    Args:
-        probability_B: Shape (B,).
-    Returns:
-        0 or 1, shape (B,); 1 for NaN, as :func:`runs_block`.
-    """
+    """Draw whether a block runs, from torch's global generator; no gradient."""
     return torch.bernoulli(probability_B.detach().nan_to_num(1.0))
 
 

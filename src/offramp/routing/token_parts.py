@@ -38,13 +38,7 @@ class TokenParts(NamedTuple):
 
 
 class TokenStage(nn.Module):
-    """Embedding and layers, every token in each: the plain network but for its head.
-
-    Args:
-        embed: See :class:`TokenParts`.
-        layers: See :class:`TokenParts`.
-        has_padding: Whether tokens may be padding, which no other token looks at.
-    """
+    """Embedding and layers, every token in each: the plain network but for its head."""
 
     def __init__(
         self, embed: nn.Module, layers: Iterable[TransformerLayer], *, has_padding: bool
@@ -63,11 +57,7 @@ class TokenStage(nn.Module):
 
 
 class ClassTokenHead(nn.Module):
-    """A head on the first token.
-
-    Args:
-        head: From (B, D) to (B, C).
-    """
+    """A head on the first token."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -80,13 +70,7 @@ class ClassTokenHead(nn.Module):
 
 
 def as_one_exit(parts: TokenParts) -> MultiExitNetwork:
-    """Put a transformer together as a network of one exit.
-
-    Args:
-        parts: Its parts, which are shared.
-    Returns:
-        The plain network.
-    """
+    """Put a transformer together as a network of one exit."""
     stage = TokenStage(parts.embed, parts.layers, has_padding=parts.ragged is not None)
     network = MultiExitNetwork([stage], [ClassTokenHead(parts.head)])
     network.ragged = parts.ragged
@@ -94,15 +78,7 @@ def as_one_exit(parts: TokenParts) -> MultiExitNetwork:
 
 
 def take_apart(transformer: nn.Module) -> TokenParts:
-    """Find embedding, layers and head.
-
-    Args:
-        transformer: A network of a kind that is known.
-    Returns:
-        Its own modules, wrapped, not copied.
-    Raises:
-        BackboneCutError: If it is of no kind that is known, or answers by other tokens too.
-    """
+    """Find embedding, layers and head."""
     if isinstance(transformer, MultiExitNetwork):
         stage, head = transformer.stages[0], transformer.exits[0]
         if type(stage) is TokenStage and type(head) is ClassTokenHead:
@@ -122,15 +98,7 @@ def take_apart(transformer: nn.Module) -> TokenParts:
 
 
 def example_of(transformer: Any) -> Features | None:
-    """Make inputs of the shape that a model's configuration names.
-
-    Args:
-        transformer: A network that :func:`take_apart` takes.
-    Returns:
-        A batch of one; None for a network of ours.
-    Raises:
-        BackboneCutError: If it names none.
-    """
+    """Make inputs of the shape that a model's configuration names."""
     if isinstance(transformer, MultiExitNetwork):
         return None
     weight = next(transformer.parameters())
@@ -161,13 +129,7 @@ class _AllValid(nn.Module):
 
 
 def all_valid(x_BTD: Tensor) -> Tensor:
-    """Say that no token is padding.
-
-    Args:
-        x_BTD: Tokens.
-    Returns:
-        True everywhere, shape (B, T), on the same device.
-    """
+    """Say that no token is padding."""
     return x_BTD.new_ones(x_BTD.shape[:2]).bool()
 
 
@@ -234,23 +196,12 @@ def _bert(model: Any) -> TokenParts:
 
 
 def bert_layers(bert: Any) -> tuple[BertLayer, ...]:
-    """Wrap the layers of a ``BertModel``.
-
-    Args:
-        bert: The model of transformers.
-    Returns:
-        Its layers, which are shared.
-    """
+    """Wrap the layers of a ``BertModel``."""
     return tuple(map(BertLayer, bert.encoder.layer))
 
 
 class MaskedEmbed(nn.Module):
-    """BERT's embeddings of token ids and a mask, or of ids alone.
-
-    Args:
-        embeddings: The module of transformers.
-        pad_id: The id of padding; None where there is none, or a mask comes with the ids.
-    """
+    """BERT's embeddings of token ids and a mask, or of ids alone."""
 
     def __init__(self, embeddings: nn.Module, pad_id: int | None = None) -> None:
         super().__init__()

@@ -70,20 +70,7 @@ def model_card(
     calibration: Mapping[str, Any] | None,
     evaluation: Mapping[str, Any] | None,
 ) -> str:
-    """Write the card of a run.
-
-    Args:
-        name: Of the repository or folder, as ``from_pretrained`` takes it.
-        recipe: How the network was trained; None for one of the user's own.
-        policy: Who leaves where, which blocks run, or when a token halts; None before calibration.
-        calibration: What ``policy.json`` says of how it was chosen.
-        evaluation: Figures that :func:`check_evaluation` lets pass; None where nothing was
-            measured, and the card then says so.
-    Returns:
-        Markdown with the hub's YAML on top.
-    Raises:
-        ArtifactError: If what ``policy.json`` says of the choice is damaged.
-    """
+    """Write the card of a run."""
     trained = ""
     if recipe is not None:
         trained = f", trained on `{recipe.data}` by Offramp's recipe `{recipe.name}`"
@@ -108,16 +95,7 @@ def model_card(
 def check_evaluation(
     evaluation: Mapping[str, Any], *, recipe: Recipe | None, policy: Policy | RoutingPolicy | None
 ) -> None:
-    """Refuse figures that are not those of ``offramp evaluate --json``, or are of another run.
-
-    Args:
-        evaluation: The figures.
-        recipe: Of the run; None for a network of the user's own.
-        policy: Of the run.
-    Raises:
-        InvalidArgumentError: If one is missing or impossible, or the recipe or the number of
-            exits is another.
-    """
+    """Refuse figures that are not those of ``offramp evaluate --json``, or are of another run."""
     try:
         rows = [(int(row["index"]), row["accuracy"], row["share"]) for row in evaluation["exits"]]
         fractions = [x for row in rows for x in row[1:]]

@@ -161,19 +161,7 @@ def from_pretrained(
 
 
 def pull(repo_id: str, folder: Path | str, *, revision: str | None = None) -> Path:
-    """Fetch a run from the Hugging Face hub into a new folder, whole or not at all.
-
-    Args:
-        repo_id: As for :func:`from_pretrained`.
-        folder: Folder to make; it may exist if it is empty.
-        revision: Branch, tag or commit of the repository; its main branch if None.
-    Returns:
-        The folder.
-    Raises:
-        ArtifactError: As for :func:`from_pretrained`; and if the folder holds something or cannot
-            be made.
-        InvalidArgumentError: If the name can be no repository's.
-    """
+    """Fetch a run from the Hugging Face hub into a new folder, whole or not at all."""
     _require_new(Path(folder))
     fetched = _find(repo_id, revision=revision)
     _read(fetched)
@@ -296,12 +284,7 @@ def _connect(token: str | None) -> HfApi:
 
 @contextmanager
 def _own_errors(repo_id: str) -> Iterator[None]:
-    """Turn what the hub's library raises into one line of ours; the order is from narrow to wide.
-
-    Raises:
-        ArtifactError: If the hub says no, or says nothing.
-        InvalidArgumentError: If the name can be no repository's.
-    """
+    """Turn what the hub's library raises into one line of ours, from narrow to wide."""
     log_in = "log in with: hf auth login"
     try:
         yield
@@ -351,11 +334,7 @@ def _require_new(folder: Path) -> None:
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``folder`` that becomes it when the block has ended well.
-
-    Raises:
-        ArtifactError: If the folder holds something already or cannot be made.
-    """
+    """Yield an empty folder beside ``folder`` that becomes it when the block has ended well."""
     _require_new(folder)
     with atomic_folder(folder, instead="Choose another.") as making:
         yield making

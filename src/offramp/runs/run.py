@@ -202,13 +202,7 @@ def load(folder: Path | str, network: Network | None = None) -> Run:
 
 
 def require_new(folder: Path) -> None:
-    """Refuse a folder that holds something already.
-
-    Args:
-        folder: The folder of a run to be made; it may exist if it is empty.
-    Raises:
-        ArtifactError: If it holds something.
-    """
+    """Refuse a folder that holds something already."""
     if folder.is_dir() and any(folder.iterdir()):
         raise ArtifactError(
             f"The folder {folder} exists already. Choose another folder, or go on with what was "
@@ -217,15 +211,7 @@ def require_new(folder: Path) -> None:
 
 
 def read_policy(path: Path) -> tuple[Policy | RoutingPolicy, dict[str, Any]]:
-    """Read a ``policy.json``.
-
-    Args:
-        path: The file.
-    Returns:
-        The policy, and all that the file says.
-    Raises:
-        ArtifactError: If it is missing, damaged or too new.
-    """
+    """Read a ``policy.json``."""
     content = read_json(path)
     try:
         return policy_from_dict(decode(content, _PolicyFile).policy), content
@@ -265,15 +251,7 @@ def _only_choice(network: Network) -> Policy | None:
 
 
 def create_folder(folder: Path | str) -> Path:
-    """Make the folder of a new run.
-
-    Args:
-        folder: The folder; it may exist if it is empty.
-    Returns:
-        Its path.
-    Raises:
-        ArtifactError: If it holds something already or cannot be made.
-    """
+    """Make the folder of a new run."""
     folder = Path(folder)
     require_new(folder)
     try:
@@ -288,14 +266,7 @@ def create_folder(folder: Path | str) -> Path:
 def write_recipe(
     folder: Path, *, recipe: Recipe | None, class_names: tuple[str, ...], data: str | None
 ) -> None:
-    """Write ``recipe.json``.
-
-    Args:
-        folder: The run folder.
-        recipe: How the run is trained; None for a network of the user's own.
-        class_names: Name of each class.
-        data: What ``--data`` was.
-    """
+    """Write ``recipe.json``."""
     content = {
         "recipe": None if recipe is None else recipe.to_dict(),
         "class_names": list(class_names),
@@ -305,15 +276,7 @@ def write_recipe(
 
 
 def read_recipe(folder: Path) -> tuple[Recipe | None, tuple[str, ...], str | None]:
-    """Read ``recipe.json``.
-
-    Args:
-        folder: The run folder.
-    Returns:
-        What :func:`write_recipe` was given: recipe, class names, data.
-    Raises:
-        ArtifactError: If the folder is no run, or the file is damaged or too new.
-    """
+    """Read ``recipe.json``."""
     if not (folder / RECIPE_FILE).is_file():
         raise ArtifactError(
             f"Expected a run folder with a {RECIPE_FILE} in it. {folder} has none. "
@@ -331,34 +294,14 @@ def read_recipe(folder: Path) -> tuple[Recipe | None, tuple[str, ...], str | Non
 def write_policy(
     folder: Path, policy: Policy | RoutingPolicy, *, calibration: dict[str, Any] | None = None
 ) -> None:
-    """Write ``policy.json``.
-
-    Args:
-        folder: The run folder.
-        policy: The policy.
-        calibration: What was asked, the data it was chosen on, and what it reached there.
-    """
+    """Write ``policy.json``."""
     write_json(folder / POLICY_FILE, {"policy": policy_to_dict(policy), **(calibration or {})})
 
 
 def load_batches(
     recipe: Recipe, split: str, data: str | None = None
 ) -> tuple[Batches, tuple[str, ...], str]:
-    """Load a split of a recipe's data.
-
-    Args:
-        recipe: The recipe.
-        split: A split of the data set, or "calibration", which is cut from train.
-        data: A folder, or the word that downloads the data set; the default places if None.
-    Returns:
-        batches: The samples, not augmented unless the split is train.
-        class_names: Name of each class.
-        fingerprint: Identifies these samples.
-    Raises:
-        InvalidArgumentError: If there is no such split, or the recipe sets no calibration data
-            aside.
-        DataError: If the data is missing or damaged.
-    """
+    """Load a split of a recipe's data."""
     if split == CALIBRATION_SPLIT and recipe.calibration_share == 0:
         raise InvalidArgumentError(
             f"The recipe {recipe.name!r} was trained with calibration_share=0: no data was set "
@@ -376,19 +319,7 @@ def load_batches(
 def load_training_data(
     recipe: Recipe, data: str | None = None
 ) -> tuple[Batches, Batches | None, tuple[str, ...]]:
-    """Load the train split once and cut the calibration set from it.
-
-    Args:
-        recipe: The recipe.
-        data: As for :func:`load_batches`.
-    Returns:
-        train: The samples to train on, augmented as the recipe says.
-        calibration: The samples set aside, not augmented; None where the recipe sets none aside.
-        class_names: Name of each class.
-    Raises:
-        DataError: If the data is missing or damaged.
-        InvalidArgumentError: If a class is too small for its share of calibration data.
-    """
+    """Load the train split once and cut the calibration set from it."""
     whole = _load_checked(recipe, "train", data)
     return *_cut_train(recipe, whole), whole.class_names
 
@@ -425,15 +356,7 @@ def _cut_train(recipe: Recipe, whole: Split | TextSplit) -> tuple[Batches, Batch
 
 
 def is_in_sample(run: Run, split: str, fingerprint: str) -> bool:
-    """Whether figures on these samples would be too good.
-
-    Args:
-        run: The run.
-        split: The split that the samples are of.
-        fingerprint: Of the samples.
-    Returns:
-        Whether they trained the network or chose its thresholds.
-    """
+    """Whether figures on these samples would be too good."""
     chosen_on = ((run.calibration or {}).get("data") or {}).get("sha256")
     return split == "train" or chosen_on == fingerprint
 

@@ -60,17 +60,7 @@ def describe_answers(
     plain_macs_B: Array,
     size: tuple[int, ...] = (),
 ) -> list[SampleAnswer]:
-    """Say what a network answered, sample by sample.
-
-    Args:
-        result: What the network said, in arrays.
-        policy: The policy that let samples go, as in ``policy.json``.
-        class_names: Name of each class; those that are left out are named by their number.
-        plain_macs_B: What each sample costs the plain network, shape (B,).
-        size: Height and width of the images, where every pixel has a class.
-    Returns:
-        An answer for each sample, in order.
-    """
+    """Say what a network answered, sample by sample."""
     labels = _labels(result.output, class_names, size)
     probabilities = _probabilities(result, policy.get("temperatures"))
     rule, ways = rule_in_words(policy), _ways(result)
@@ -91,10 +81,6 @@ def describe_answers(
 def rule_in_words(policy: Mapping[str, Any]) -> str:
     """Name how a policy measures confidence.
 
-    Args:
-        policy: As in ``policy.json``.
-    Returns:
-        For example "entropy", or "pixel_share of pixels surer than 0.9".
     Example:
         >>> rule_in_words({"kind": "patience", "rule": "entropy", "patience": 2})
         'entropy, 2 exits in a row'
@@ -112,10 +98,6 @@ def rule_in_words(policy: Mapping[str, Any]) -> str:
 def token_depths(tokens_BL: Array) -> Array:
     """Layers that a token of each sample runs, the mean over its tokens, the class token counted.
 
-    Args:
-        tokens_BL: Tokens that ran each layer, shape (B, L), int64.
-    Returns:
-        Shape (B,), float64.
     Example:
         >>> token_depths(np.array([[4, 3, 1]])).tolist()
         [2.0]

@@ -201,13 +201,7 @@ class Bundle:
 
 
 def single_numbers(steps: Sequence[Step]) -> dict[str, float]:
-    """The numbers of the policy that the file for single samples holds as initialisers.
-
-    Args:
-        steps: The steps of the bundle.
-    Returns:
-        Numbers of every step, by the name of the initialiser.
-    """
+    """The numbers of the policy that the file for single samples holds as initialisers."""
     return {
         f"{name}_{i}": number
         for i, step in enumerate(steps)
@@ -281,11 +275,7 @@ def with_routing_threshold(bundle: Bundle, threshold: float) -> Bundle:
 
 
 def write_bundle(bundle: Bundle) -> None:
-    """Write ``bundle.json``; the ONNX files must lie beside it already.
-
-    Args:
-        bundle: What to write.
-    """
+    """Write ``bundle.json``; the ONNX files must lie beside it already."""
     content = asdict(bundle)
     del content["folder"]
     # What an older Offramp does not know is written only where it is needed.

@@ -9,14 +9,7 @@ from offramp.errors import InvalidArgumentError
 
 
 class Deadline:
-    """Runs from when it is made.
-
-    Args:
-        deadline_ms: So many milliseconds from now, above 0.
-        step_ms: What each step takes, measured; None if nothing was.
-    Raises:
-        InvalidArgumentError: If the deadline is no positive number, or the steps were not timed.
-    """
+    """Runs from when it is made."""
 
     def __init__(self, deadline_ms: float, step_ms: Sequence[float] | None) -> None:
         if not deadline_ms > 0:

@@ -21,16 +21,7 @@ _MOST_CLASSES = 255
 
 
 def label_maps(logits_BChw: Array, size: tuple[int, ...]) -> Array:
-    """The likeliest class of every pixel: coarse logits are interpolated linearly first.
-
-    Args:
-        logits_BChw: Raw logits, shape (B, C, h, w), float, at most 255 classes.
-        size: Height and width of the maps, in pixels.
-    Returns:
-        Labels, shape (B, H, W), uint8.
-    Raises:
-        ShapeError: If the logits have other axes, or there are more classes.
-    """
+    """The likeliest class of every pixel: coarse logits are interpolated linearly first."""
     if logits_BChw.ndim != 4 or logits_BChw.shape[1] > _MOST_CLASSES:
         raise ShapeError(
             f"Expected dense logits of shape (B, C, H, W) with at most {_MOST_CLASSES} classes. "
@@ -57,12 +48,5 @@ def _interpolation(target: int, coarse: int) -> Array:
 
 
 def map_cells(height: int, width: int) -> Array:
-    """Cells of feature maps of an image: what its MACs grow with.
-
-    Args:
-        height: In pixels.
-        width: In pixels.
-    Returns:
-        1, then the cells of a map of each of :data:`MAP_STRIDES`, int64.
-    """
+    """Cells of feature maps of an image: what its MACs grow with."""
     return np.array([1, *(-(-height // s) * -(-width // s) for s in MAP_STRIDES)])

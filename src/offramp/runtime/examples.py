@@ -16,13 +16,7 @@ _CELLS = 8
 
 
 def example_inputs(bundle: Bundle) -> list[Array]:
-    """One sample of ones: any value would do, but ids and masks of 0 could mean padding.
-
-    Args:
-        bundle: The bundle.
-    Returns:
-        The network's inputs, each of shape (1, ...); free axes are short.
-    """
+    """One sample of ones: any value would do, but ids and masks of 0 could mean padding."""
     multiple = bundle.pixel_multiple
     size = _TOKENS if multiple is None else multiple * _CELLS
     is_padding = bundle.padding is not None and bundle.padding.pad_id == 1

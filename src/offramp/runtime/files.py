@@ -68,13 +68,7 @@ class OnnxFile:
 
 
 def file_sha256(path: Path) -> str:
-    """Hash a file.
-
-    Args:
-        path: The file.
-    Returns:
-        SHA-256 of its bytes, in hexadecimal.
-    """
+    """Hash a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -82,11 +76,6 @@ def has_weights_outside(content: bytes) -> bool:
     """Tell whether a tensor of an ONNX file lies in another file, which no hash covers.
 
     The file is walked as protobuf reads it; the onnx package is no part of the base install.
-
-    Args:
-        content: Bytes of the file; False for those that are no protobuf, and so no ONNX.
-    Returns:
-        Whether a tensor says that its data is external.
     """
     waiting = [("model", 0, len(content))]
     try:

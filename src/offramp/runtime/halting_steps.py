@@ -25,15 +25,7 @@ call costs little beside it, and what it computes stays in the cache."""
 
 
 class HaltingSteps:
-    """Runs step after step on the tokens that have not halted.
-
-    Args:
-        bundle: The bundle.
-        parts: Its parts.
-        loader: Loads its files.
-    Raises:
-        ArtifactError: If a file cannot be loaded.
-    """
+    """Runs step after step on the tokens that have not halted."""
 
     def __init__(self, bundle: Bundle, parts: HaltingParts, loader: Loader) -> None:
         self._bundle = bundle
@@ -49,15 +41,7 @@ class HaltingSteps:
         self._pair_macs_L = np.array(parts.pair_macs)
 
     def run(self, inputs: list[Array]) -> AdaptiveResult[Array]:
-        """Answer a batch.
-
-        Args:
-            inputs: The network's inputs, as :func:`~offramp.runtime.session.check_inputs` made
-                them.
-        Returns:
-            Logits, the largest class probability, MACs and tokens in each layer of each sample, in
-            the order of the batch; every sample leaves by the only exit.
-        """
+        """Answer a batch."""
         if self._runs_alone and len(inputs[0]) > 1 and self._single is not None:
             samples = zip(*(np.split(tensor, len(tensor)) for tensor in inputs), strict=True)
             answers = zip(*(self._answer(list(sample)) for sample in samples), strict=True)
@@ -158,13 +142,6 @@ class HaltingSteps:
 def lay_out(lengths_B: Array) -> tuple[Array, Array, Array]:
     """Where tokens that lie one after the other stand in a padded batch, and the way back.
 
-    Args:
-        lengths_B: Tokens of each sample, shape (B,), each at least 1.
-    Returns:
-        rows: Number of the token at each place, shape (B, T), int64; that of the sample's first
-            where there is none.
-        is_token: Where there is one, shape (B, T), bool.
-        places: Place of each token in B times T, shape (N,), int64.
     Example:
         >>> rows, _, places = lay_out(np.array([2, 3]))
         >>> rows.tolist(), places.tolist()

@@ -7,11 +7,7 @@ import platform
 
 
 def processor_name() -> str:
-    """Name this machine's processor.
-
-    Returns:
-        Its model and number of cores.
-    """
+    """Name this machine's processor."""
     return f"{_processor_model()}, {os.cpu_count()} cores"
 
 

@@ -22,15 +22,7 @@ _DROPS_DIVISION = ["NoopElimination"]
 
 
 class Loader:
-    """Loads the files of a bundle, all with the same options.
-
-    Args:
-        bundle: The bundle.
-        threads: Threads that compute within an operation; onnxruntime's choice if None.
-        providers: Execution providers of onnxruntime, best first.
-        options: Session options, instead of ours; ``threads`` is then left to them, and there is no
-            file for single samples.
-    """
+    """Loads the files of a bundle, all with the same options."""
 
     def __init__(
         self,
@@ -49,29 +41,11 @@ class Loader:
         self._options = options or session_options(threads, plans_memory=self._plans_memory)
 
     def load(self, name: str) -> onnxruntime.InferenceSession:
-        """Load a file.
-
-        Args:
-            name: Its name in the bundle's folder.
-        Returns:
-            What runs it.
-        Raises:
-            ArtifactError: If onnxruntime cannot load it.
-            InvalidArgumentError: If a provider is not available.
-        """
+        """Load a file."""
         return _load(self._bundle.folder / name, self._options, self._providers)
 
     def single(self, outputs: Sequence[str], numbers: Mapping[str, float]) -> LazySingle | None:
-        """Make ready the file for single samples; it is loaded when the first comes.
-
-        Args:
-            outputs: Names of what it shall put out.
-            numbers: The policy's, by the names of the initialisers that they take the place of.
-        Returns:
-            What runs it; None where single samples are to go step by step.
-        Raises:
-            InvalidArgumentError: If there are no threads.
-        """
+        """Make ready the file for single samples; it is loaded when the first comes."""
         if not self._has_single:
             return None
         # Its own options: they hold the numbers, which other files know nothing of.
@@ -80,41 +54,20 @@ class Loader:
 
 
 class LoadedFile:
-    """An ONNX file whose inputs are given in order.
-
-    Args:
-        loader: Loads it.
-        name: Its name in the bundle's folder.
-    Raises:
-        ArtifactError: If onnxruntime cannot load it.
-    """
+    """An ONNX file whose inputs are given in order."""
 
     def __init__(self, loader: Loader, name: str) -> None:
         self._session = loader.load(name)
         self._names = [value.name for value in self._session.get_inputs()]
 
     def run(self, *inputs: Array) -> list[Array]:
-        """Run the file.
-
-        Args:
-            inputs: As many as it has, in order.
-        Returns:
-            Its outputs.
-        """
+        """Run the file."""
         outputs: list[Array] = self._session.run(None, dict(zip(self._names, inputs, strict=True)))
         return outputs
 
 
 class LazySingle:
-    """The file for single samples, loaded when it is first run.
-
-    Args:
-        bundle: The bundle, which has one.
-        outputs: As for :meth:`Loader.single`, like ``numbers``.
-        numbers: See there.
-        options: Session options of its own, which the numbers are added to.
-        providers: Execution providers of onnxruntime, best first.
-    """
+    """The file for single samples, loaded when it is first run."""
 
     def __init__(
         self,
@@ -142,16 +95,7 @@ class LazySingle:
         self._lock = threading.Lock()
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
-        """Answer a batch of one.
-
-        Args:
-            inputs: The network's inputs, each of shape (1, ...).
-        Returns:
-            The outputs that were asked for.
-        Raises:
-            ArtifactError: If the bundle was replaced after it was opened, and before the first
-                batch of one.
-        """
+        """Answer a batch of one."""
         session = self._session or self._load()
         outputs: list[Array] = session.run(
             self._outputs, dict(zip(self._names, inputs, strict=True))
@@ -176,17 +120,7 @@ class LazySingle:
 def session_options(
     threads: int | None = None, *, plans_memory: bool = True
 ) -> onnxruntime.SessionOptions:
-    """Options for one of several sessions on the same cores.
-
-    Args:
-        threads: Threads that compute within an operation; onnxruntime's choice if None.
-        plans_memory: Whether to plan what is kept where by the sizes of the call before. It takes
-            5 % of a call where the sizes are never the same.
-    Returns:
-        Options whose waiting threads do not spin.
-    Raises:
-        InvalidArgumentError: If there are no threads.
-    """
+    """Options for one of several sessions on the same cores."""
     if threads is not None and threads < 1:
         raise InvalidArgumentError(
             f"The 'threads' parameter must be an int of at least 1. Got {threads}."

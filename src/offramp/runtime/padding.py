@@ -21,14 +21,7 @@ Array = npt.NDArray[Any]
 
 
 def mask_of_inputs(padding: Padding, inputs: Sequence[Array]) -> Array:
-    """What is no padding in a network's inputs.
-
-    Args:
-        padding: Where it is marked.
-        inputs: The inputs.
-    Returns:
-        Shape (B, T), bool.
-    """
+    """What is no padding in a network's inputs."""
     if padding.pad_id is not None:
         is_token_BT: Array = inputs[0] != padding.pad_id
         return is_token_BT
@@ -37,13 +30,7 @@ def mask_of_inputs(padding: Padding, inputs: Sequence[Array]) -> Array:
 
 
 def require_first_tokens(mask_BT: Array) -> None:
-    """Make sure that samples are padded at their ends: it is the first token that answers.
-
-    Args:
-        mask_BT: What is no padding, shape (B, T), bool; a sample may be padding altogether.
-    Raises:
-        ShapeError: If a sample begins with padding.
-    """
+    """Make sure that samples are padded at their ends: it is the first token that answers."""
     begins_late_B = mask_BT.any(1) & ~mask_BT[:, 0]
     if begins_late_B.any():
         raise ShapeError(
@@ -55,15 +42,7 @@ def require_first_tokens(mask_BT: Array) -> None:
 def trim_tokens(
     tensors: Sequence[Array], specs: Sequence[TensorSpec], mask_BT: Array
 ) -> list[Array]:
-    """Cut off the last tokens that are padding in every sample.
-
-    Args:
-        tensors: Those that have tokens are cut; what comes after the last spec is left alone.
-        specs: Of the tensors.
-        mask_BT: What is no padding, shape (B, T), bool.
-    Returns:
-        The tensors, of at least one token.
-    """
+    """Cut off the last tokens that are padding in every sample."""
     used = np.flatnonzero(mask_BT.any(0))
     longest = int(used[-1]) + 1 if len(used) else 1
     if longest == mask_BT.shape[1]:

@@ -28,16 +28,6 @@ class PartSession:
     """Runs the stages of a bundle between two cuts.
 
     Only their files are loaded. The part that ends with the last stage lets every sample go.
-
-    Args:
-        bundle: A bundle's folder, or what :func:`~offramp.runtime.read_bundle` made of it.
-        starts_after: The stage before its first; -1 for a part that begins with the network's
-            inputs.
-        split_after: Its last stage; the network's last if None.
-        threads: Threads that compute within an operation; onnxruntime's choice if None.
-    Raises:
-        ArtifactError: If the bundle is damaged, incomplete, foreign or too new.
-        InvalidArgumentError: If the network has no exits, or the bundle no cuts there.
     """
 
     def __init__(
@@ -66,16 +56,7 @@ class PartSession:
         return self._steps.output_shape
 
     def run(self, carried: Sequence[Array], *, starts_after: int | None = None) -> Part:
-        """Run the part on a batch.
-
-        Args:
-            carried: What its first step is given (:func:`carried_specs`), the batch axis first.
-            starts_after: Begin behind this stage instead of the first, with what is given there.
-        Returns:
-            The answers so far, and what the next part is to be given.
-        Raises:
-            InvalidArgumentError: If the part has no such stage.
-        """
+        """Run the part on a batch."""
         first = None
         if starts_after is not None:
             first = first_step(self.bundle, starts_after, "starts_after")
@@ -88,16 +69,7 @@ class PartSession:
 
 
 def cuts(bundle: Bundle) -> tuple[int, ...]:
-    """Where a bundle can be cut between machines.
-
-    Args:
-        bundle: The bundle.
-    Returns:
-        Values of ``split_after``: -1, and every exit that is on; after the last stage all is on
-        the edge.
-    Raises:
-        InvalidArgumentError: If the network has no exits.
-    """
+    """Where a bundle can be cut between machines."""
     if bundle.family != "exits":
         raise InvalidArgumentError(
             f"Expected a bundle of a network with exits. {bundle.folder} holds one of the family "
@@ -107,17 +79,7 @@ def cuts(bundle: Bundle) -> tuple[int, ...]:
 
 
 def first_step(bundle: Bundle, after: int, name: str) -> int:
-    """The first step behind a cut.
-
-    Args:
-        bundle: The bundle.
-        after: The stage before the cut.
-        name: Name of the parameter, for the message.
-    Returns:
-        Its number; that of all steps behind the last stage.
-    Raises:
-        InvalidArgumentError: If the bundle has no cut there.
-    """
+    """The first step behind a cut."""
     valid = cuts(bundle)
     if after not in valid:
         is_off = f" Exit {after} is off there." if 0 <= after < bundle.num_exits else ""
@@ -129,31 +91,14 @@ def first_step(bundle: Bundle, after: int, name: str) -> int:
 
 
 def carried_specs(bundle: Bundle, step: int) -> tuple[TensorSpec, ...]:
-    """What crosses to a step.
-
-    Args:
-        bundle: The bundle.
-        step: Its number.
-    Returns:
-        Its features, then its state.
-    """
+    """What crosses to a step."""
     return (*bundle.steps[step].features, *bundle.steps[step].state)
 
 
 def check_carried(
     specs: Sequence[TensorSpec], tensors: Sequence[Array], *, multiple: int = 1
 ) -> list[Array]:
-    """Make sure that what came over a link fits a step.
-
-    Args:
-        specs: What the step is given.
-        tensors: What came, each with the batch axis first.
-        multiple: Of what free axes are multiples.
-    Returns:
-        Contiguous arrays.
-    Raises:
-        ShapeError: If number, types, shapes or batch sizes are wrong.
-    """
+    """Make sure that what came over a link fits a step."""
     fits = len(tensors) == len(specs) and all(
         tensor.ndim
         and spec.fits(tensor.shape[1:], multiple)

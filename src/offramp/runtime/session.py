@@ -250,16 +250,7 @@ class PlainSession:
 
 
 def check_inputs(bundle: Bundle, inputs: Sequence[npt.ArrayLike]) -> list[Array]:
-    """Bring inputs into the form that a bundle was exported for.
-
-    Args:
-        bundle: The bundle.
-        inputs: The network's inputs, each with the batch axis first.
-    Returns:
-        Contiguous arrays of the bundle's types.
-    Raises:
-        ShapeError: If their number, their shapes or their batch sizes are wrong.
-    """
+    """Bring inputs into the form that a bundle was exported for."""
     specs = bundle.inputs
     arrays = [np.asarray(value) for value in inputs]
     multiple = bundle.pixel_multiple or 1

@@ -18,14 +18,7 @@ Array = npt.NDArray[Any]
 
 
 class SkipSteps:
-    """Runs gate after gate, and each block on the samples that want it.
-
-    Args:
-        parts: The parts of the bundle.
-        loader: Loads its files.
-    Raises:
-        ArtifactError: If a file cannot be loaded.
-    """
+    """Runs gate after gate, and each block on the samples that want it."""
 
     def __init__(self, parts: SkipParts, loader: Loader) -> None:
         self._single = loader.single(SKIP_OUTPUTS, {"threshold": parts.threshold})
@@ -37,15 +30,7 @@ class SkipSteps:
         self._block_macs = np.array([step.block_macs for step in parts.steps])
 
     def run(self, inputs: list[Array]) -> AdaptiveResult[Array]:
-        """Answer a batch.
-
-        Args:
-            inputs: The network's one input, as :func:`~offramp.runtime.session.check_inputs` made
-                it.
-        Returns:
-            Logits, the largest class probability, MACs and blocks run of each sample, in the order
-            of the batch; every sample leaves by the only exit.
-        """
+        """Answer a batch."""
         (x,) = inputs
         if self._single is not None and len(x) == 1:
             output, confidence_B, blocks_BG, macs_B = self._single.run(inputs)

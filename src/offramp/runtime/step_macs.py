@@ -32,11 +32,7 @@ class MeanMacs(NamedTuple):
 
 
 class StepMacs:
-    """MACs of the samples of a bundle with exits.
-
-    Args:
-        bundle: The bundle.
-    """
+    """MACs of the samples of a bundle with exits."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
@@ -55,13 +51,7 @@ class StepMacs:
         self._head_SP = step_SP - self._stage_SP
 
     def trim(self, inputs: list[Array]) -> tuple[list[Array], Measured]:
-        """Cut off the padding that all samples have, and measure what MACs go by.
-
-        Args:
-            inputs: The network's inputs.
-        Returns:
-            The inputs, and what was measured.
-        """
+        """Cut off the padding that all samples have, and measure what MACs go by."""
         padding = self._bundle.padding
         if padding is None:
             return inputs, inputs[0].shape[2:]

@@ -61,17 +61,7 @@ class _ProfileFile:
 def profile_steps(
     bundle: Bundle, *, threads: int | None = None, inputs: Sequence[Array] | None = None
 ) -> StepProfile:
-    """Time the steps of a bundle on this machine; needs no torch and no data.
-
-    Args:
-        bundle: The bundle, of a network with exits.
-        threads: As for a session.
-        inputs: A single sample; a made-up one if None, as good for a network of one size.
-    Returns:
-        Medians.
-    Raises:
-        InvalidArgumentError: If the network has no exits.
-    """
+    """Time the steps of a bundle on this machine; needs no torch and no data."""
     session = Session(bundle, threads=threads)
     sample = example_inputs(bundle) if inputs is None else inputs
     rounds = [session.time_steps(*sample) for _ in range(_REPEATS)]
@@ -86,26 +76,12 @@ def profile_steps(
 
 
 def write_step_profile(profile: StepProfile, path: Path) -> None:
-    """Write a profile.
-
-    Args:
-        profile: The profile.
-        path: The file.
-    """
+    """Write a profile."""
     write_json(path, {"steps": asdict(profile)})
 
 
 def read_step_profile(path: Path, bundle: Bundle) -> StepProfile:
-    """Read what another machine measured.
-
-    Args:
-        path: The file.
-        bundle: The bundle that was timed there.
-    Returns:
-        The profile.
-    Raises:
-        ArtifactError: If it is no profile of this bundle's steps.
-    """
+    """Read what another machine measured."""
     try:
         profile = decode(read_json(path), _ProfileFile).steps
     except ArtifactError as error:

@@ -58,13 +58,6 @@ class Batcher:
     until as many have come.
 
     Make it in a running event loop.
-
-    Args:
-        model: What answers.
-        metrics: Where batches are counted.
-        max_batch_rows: Samples in a batch, and in a request, at the most.
-        max_queue_rows: Samples that may wait; a request that would make it more is refused.
-        max_delay_ms: How long a batch waits for more, in milliseconds; 0 for never.
     """
 
     def __init__(
@@ -91,18 +84,6 @@ class Batcher:
         """Wait for a place in a batch, and for its answer.
 
         Cancelling the call takes the request out of the queue.
-
-        Args:
-            arrays: As the model's ``prepare`` made them.
-            deadline_ms: Milliseconds from now. A request that has not started by then is
-                not computed any more; one that has is answered, late.
-        Returns:
-            The model's outputs for these samples.
-        Raises:
-            PayloadError: If there are more samples than a batch may have.
-            ServerBusyError: If the queue is full, or the server is going away.
-            LinkTimeoutError: If it waited longer than its deadline.
-            ModelFailedError: If the model did.
         """
         rows = len(arrays[0])
         self._check_room(rows)
@@ -124,11 +105,7 @@ class Batcher:
             self._leave(waiting)
 
     async def close(self, grace_s: float) -> None:
-        """Take nothing more, answer what waits, and stop.
-
-        Args:
-            grace_s: Seconds that this may take; what still waits then is refused.
-        """
+        """Take nothing more, answer what waits, and stop."""
         self._is_open = False
         self._changed.set()
         await asyncio.wait([self._worker], timeout=grace_s)

@@ -16,19 +16,7 @@ _ZSTD_MOST_WINDOW = 1 << 23
 
 
 def decompress(encoding: str, body: bytes, max_bytes: int) -> bytes:
-    """Undo a ``Content-Encoding``.
-
-    Args:
-        encoding: What the header says; empty or identity for none.
-        body: What came.
-        max_bytes: The most that may come out.
-    Returns:
-        The body as it was before.
-    Raises:
-        EncodingError: If the encoding is none of gzip, deflate, zstd.
-        PayloadError: If the body is damaged or cut short.
-        PayloadTooLargeError: If more would come out.
-    """
+    """Undo a ``Content-Encoding``."""
     encoding = encoding.strip().lower()
     if encoding in ("", "identity"):
         return body
@@ -73,13 +61,7 @@ def _unzstd(body: bytes, max_bytes: int) -> bytes:
 
 
 def accepted_encoding(header: str) -> str | None:
-    """Choose how to compress an answer.
-
-    Args:
-        header: What ``Accept-Encoding`` says.
-    Returns:
-        gzip or deflate; None for neither.
-    """
+    """Choose how to compress an answer."""
     offers = {}
     for offer in header.lower().split(","):
         name, _, quality = offer.partition(";")

@@ -50,14 +50,7 @@ _log = logging.getLogger(__name__)
 
 
 def make_handler(service: Service, max_payload_bytes: int) -> grpc.GenericRpcHandler:
-    """Put the methods together; gRPC itself says of any other that it is unimplemented.
-
-    Args:
-        service: What answers.
-        max_payload_bytes: The most that a tensor may take.
-    Returns:
-        What a gRPC server is given.
-    """
+    """Put the methods together; gRPC itself says of any other that it is unimplemented."""
     methods = _Methods(service, max_payload_bytes)
     open_to_all = {"ServerLive": methods.server_live, "ServerReady": methods.server_ready}
     guarded = {

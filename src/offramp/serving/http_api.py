@@ -30,14 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 def make_app(service: Service, max_payload_bytes: int) -> web.Application:
-    """Put the routes together.
-
-    Args:
-        service: What answers.
-        max_payload_bytes: The most that a body may have, also once it is decompressed.
-    Returns:
-        The application; it must run with ``auto_decompress=False``.
-    """
+    """Put the routes together."""
     routes = _Routes(service, max_payload_bytes)
     app = web.Application(middlewares=[_guard(service)])
     app.router.add_get("/v2/health/live", routes.live)

@@ -18,15 +18,7 @@ Array = npt.NDArray[Any]
 def write_request(
     inputs: Mapping[str, Array], parameters: Mapping[str, Parameter]
 ) -> tuple[bytes, int]:
-    """Write the body of a request that wants its answer in bytes.
-
-    Args:
-        inputs: Tensors by name.
-        parameters: Of the request.
-    Returns:
-        body: JSON, then the tensors.
-        header_length: Bytes of JSON, for ``Inference-Header-Content-Length``.
-    """
+    """Write the body of a request that wants its answer in bytes."""
     contents = [to_bytes(array) for array in inputs.values()]
     tensors = [
         {
@@ -43,15 +35,5 @@ def write_request(
 
 
 def read_answer(body: bytes, header_length: str | None, *, max_bytes: int) -> dict[str, Array]:
-    """Read the body of an answer, from a server that may be broken.
-
-    Args:
-        body: The body, decompressed.
-        header_length: What ``Inference-Header-Content-Length`` says; None if all of it is JSON.
-        max_bytes: The most that a tensor may take.
-    Returns:
-        Tensors by name.
-    Raises:
-        PayloadError: If it is no answer.
-    """
+    """Read the body of an answer, from a server that may be broken."""
     return read_message(body, header_length, max_bytes, tensors="outputs")[1]

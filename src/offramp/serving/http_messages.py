@@ -53,17 +53,7 @@ class HttpRequest:
 
 
 def read_request(body: bytes, header_length: str | None, max_bytes: int) -> HttpRequest:
-    """Read the body of a request.
-
-    Args:
-        body: The body, decompressed.
-        header_length: What ``Inference-Header-Content-Length`` says; None if all of it is JSON.
-        max_bytes: The most that a tensor may take.
-    Returns:
-        The request.
-    Raises:
-        PayloadError: If anything about it is wrong.
-    """
+    """Read the body of a request."""
     content, inputs = read_message(body, header_length, max_bytes, tensors="inputs")
     request_id = content.get("id")
     if request_id is not None and not isinstance(request_id, str):
@@ -87,19 +77,7 @@ def read_request(body: bytes, header_length: str | None, max_bytes: int) -> Http
 def read_message(
     body: bytes, header_length: str | None, max_bytes: int, *, tensors: str
 ) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Read JSON and the tensors that it describes, from either side.
-
-    Args:
-        body: The body, decompressed.
-        header_length: What ``Inference-Header-Content-Length`` says; None if all of it is JSON.
-        max_bytes: The most that a tensor may take.
-        tensors: Where they are described: inputs or outputs.
-    Returns:
-        content: The JSON.
-        tensors: By name.
-    Raises:
-        PayloadError: If anything about it is wrong.
-    """
+    """Read JSON and the tensors that it describes, from either side."""
     size = len(body) if header_length is None else _header_length(header_length, len(body))
     content = _read_json(body[:size])
     arrays, left = _read_tensors(content, tensors, memoryview(body)[size:], max_bytes)
@@ -111,18 +89,7 @@ def read_message(
 def write_answer(
     request: HttpRequest, model: ServedModel, answers: Mapping[str, Array]
 ) -> tuple[bytes, int | None]:
-    """Write the body of an answer.
-
-    Args:
-        request: What was asked.
-        model: What answered.
-        answers: Its outputs.
-    Returns:
-        body: The body.
-        header_length: Bytes of JSON before the first tensor; None if it is all JSON.
-    Raises:
-        PayloadError: If JSON is asked for and cannot hold a number.
-    """
+    """Write the body of an answer."""
     outputs, tensors = [], []
     for name, array in answers.items():
         output: dict[str, Any] = {

@@ -57,26 +57,14 @@ class Metrics:
         )
 
     def count_request(self, model: str, outcome: str, seconds: float) -> None:
-        """Count a request that has ended.
-
-        Args:
-            model: Name of the model; empty if there is none of that name.
-            outcome: How it ended.
-            seconds: How long it took.
-        """
+        """Count a request that has ended."""
         self._requests.labels(model, outcome).inc()
         self._seconds.labels(model).observe(seconds)
 
     def count_batch(
         self, model: str, rows: int, exit_index_B: npt.NDArray[np.int64] | None
     ) -> None:
-        """Count a batch that was answered.
-
-        Args:
-            model: Name of the model.
-            rows: Samples in it.
-            exit_index_B: The exit each sample left by, shape (B,); None if the model has none.
-        """
+        """Count a batch that was answered."""
         self._rows.labels(model).inc(rows)
         self._batch_rows.labels(model).observe(rows)
         if exit_index_B is None:
@@ -85,18 +73,9 @@ class Metrics:
             self._exits.labels(model, str(index)).inc(float(count))
 
     def set_queue(self, model: str, rows: int) -> None:
-        """Say how much waits.
-
-        Args:
-            model: Name of the model.
-            rows: Samples that wait for it.
-        """
+        """Say how much waits."""
         self._queue_rows.labels(model).set(rows)
 
     def text(self) -> bytes:
-        """Write everything down in Prometheus' text format.
-
-        Returns:
-            The text, of type :data:`CONTENT_TYPE`.
-        """
+        """Write everything down in Prometheus' text format."""
         return generate_latest(self._registry)

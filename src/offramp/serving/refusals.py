@@ -68,24 +68,12 @@ OUTCOMES: dict[type[BaseException], Outcome] = {
 
 
 def outcome_of(error: BaseException) -> Outcome:
-    """Find out how a request ended that raised an error.
-
-    Args:
-        error: Any exception.
-    Returns:
-        Its outcome; :data:`FAILED` for one that no client can help.
-    """
+    """Find out how a request ended that raised an error."""
     return next((found for kind, found in OUTCOMES.items() if isinstance(error, kind)), FAILED)
 
 
 def words_of(error: BaseException) -> str:
-    """What the client is told: one line, and nothing of the server's inside.
-
-    Args:
-        error: Any exception.
-    Returns:
-        The error's own words where it is the client's to mend.
-    """
+    """What the client is told: one line, and nothing of the server's inside."""
     if outcome_of(error) is FAILED:
         return "The model failed on this request; the server's log says why."
     return reason(error)

@@ -207,16 +207,7 @@ def named_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, Array]) -> li
 
 
 def in_order(specs: Sequence[TensorSpec], inputs: Mapping[str, Array]) -> list[Array]:
-    """Put a request's tensors in order, and make sure that they are all there.
-
-    Args:
-        specs: The tensors that are expected.
-        inputs: What was sent, by name.
-    Returns:
-        The tensors, in the order of ``specs``, of whatever types they came in.
-    Raises:
-        PayloadError: If one is missing or unknown.
-    """
+    """Put a request's tensors in order, and make sure that they are all there."""
     names = [spec.name for spec in specs]
     if set(names) != set(inputs):
         raise PayloadError(
@@ -226,14 +217,7 @@ def in_order(specs: Sequence[TensorSpec], inputs: Mapping[str, Array]) -> list[A
 
 
 def check_finite(specs: Sequence[TensorSpec], arrays: Sequence[Array]) -> None:
-    """Refuse NaN and infinity.
-
-    Args:
-        specs: Of the arrays.
-        arrays: In the same order.
-    Raises:
-        PayloadError: If one is in an array of floats.
-    """
+    """Refuse NaN and infinity."""
     for spec, array in zip(specs, arrays, strict=True):
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise PayloadError(

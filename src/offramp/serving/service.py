@@ -31,17 +31,6 @@ class Service:
     """Models that are being served, whatever protocol asks for them.
 
     Make it in a running event loop.
-
-    Args:
-        models: What is served; their names must differ.
-        token: What clients must show; None if anybody may ask.
-        max_batch_rows: As for :class:`~offramp.serving.batching.Batcher`.
-        max_queue_rows: See there.
-        max_delay_ms: See there.
-        max_held_bytes: What requests may hold in memory together, from when their bodies come
-            until they are answered.
-    Raises:
-        InvalidArgumentError: If there is no model, or two of one name.
     """
 
     def __init__(
@@ -77,22 +66,12 @@ class Service:
         }
 
     async def close(self, grace_s: float) -> None:
-        """Say that it is not ready, refuse what comes, and answer what waits.
-
-        Args:
-            grace_s: Seconds that answering may take.
-        """
+        """Say that it is not ready, refuse what comes, and answer what waits."""
         self.is_ready = False
         await asyncio.gather(*(batcher.close(grace_s) for batcher in self._batchers.values()))
 
     def authenticate(self, authorization: str | None) -> None:
-        """Compare what a client shows with the token, in a time that does not tell how near it is.
-
-        Args:
-            authorization: "Bearer TOKEN"; None if nothing was shown.
-        Raises:
-            AuthenticationError: If a token is wanted and this is not it.
-        """
+        """Compare what a client shows with the token, in a time that tells nothing of it."""
         if self._token is None:
             return
         scheme, _, shown = (authorization or "").partition(" ")
@@ -105,16 +84,7 @@ class Service:
             )
 
     def model(self, name: str, version: str = "") -> ServedModel:
-        """Look a model up.
-
-        Args:
-            name: Its name.
-            version: Its version; empty for the one there is.
-        Returns:
-            The model.
-        Raises:
-            ModelNotFoundError: If there is none of that name and version.
-        """
+        """Look a model up."""
         model = self.models.get(name)
         if model is None:
             raise ModelNotFoundError(
@@ -128,11 +98,7 @@ class Service:
 
     @contextmanager
     def counted(self, name: str) -> Iterator[None]:
-        """Count how a request ends, and how long it takes.
-
-        Args:
-            name: The model that it asks for.
-        """
+        """Count how a request ends, and how long it takes."""
         start, outcome = time.perf_counter(), ANSWERED
         try:
             yield
@@ -148,12 +114,7 @@ class Service:
 
     @contextmanager
     def holding(self) -> Iterator[Callable[[int], None]]:
-        """Count what a request holds in memory against what all may hold.
-
-        Yields:
-            What to call with every number of bytes more; it raises ServerBusyError if that is too
-            much.
-        """
+        """Count what a request holds in memory against what all may hold."""
         held = 0
 
         def hold(size: int) -> None:
@@ -176,21 +137,7 @@ class Service:
         wanted: Sequence[str],
         remaining_s: float | None = None,
     ) -> Answers:
-        """Answer a request.
-
-        Args:
-            model: As :meth:`model` found it.
-            inputs: Tensors by name.
-            parameters: Of the request; ``deadline_ms`` limits how long it may wait.
-            wanted: Names of the outputs that are asked for; all if empty.
-            remaining_s: How long the client itself will wait, in seconds; None if it did not say.
-        Returns:
-            The outputs that are asked for, in that order.
-        Raises:
-            PayloadError: If the request is wrong.
-            ServerBusyError: If too much waits.
-            LinkTimeoutError: If it waited too long.
-        """
+        """Answer a request."""
         names = [spec.name for spec in model.outputs]
         unknown = sorted(set(wanted) - set(names))
         if unknown:
@@ -204,23 +151,13 @@ class Service:
         return {name: answers[name] for name in wanted or names}
 
     def server_metadata(self) -> dict[str, Any]:
-        """What the protocol tells of a server.
-
-        Returns:
-            Name, version and extensions.
-        """
+        """What the protocol tells of a server."""
         # Not offramp.__version__: that module knows all the others, torch's among them.
         version = importlib.metadata.version("offramp")
         return {"name": "offramp", "version": version, "extensions": list(EXTENSIONS)}
 
     def model_metadata(self, model: ServedModel) -> dict[str, Any]:
-        """What the protocol tells of a model.
-
-        Args:
-            model: The model.
-        Returns:
-            Name, versions, platform, and its tensors; -1 stands for the batch and for free axes.
-        """
+        """What the protocol tells of a model."""
         return {
             "name": model.name,
             "versions": [model.version],
@@ -230,13 +167,7 @@ class Service:
         }
 
     def model_config(self, model: ServedModel) -> dict[str, Any]:
-        """What Triton's extension tells of a model.
-
-        Args:
-            model: The model.
-        Returns:
-            Its configuration; here tensors are without the batch axis.
-        """
+        """What Triton's extension tells of a model."""
         return {
             "name": model.name,
             "platform": "offramp",

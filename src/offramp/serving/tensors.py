@@ -40,15 +40,7 @@ _JSON_TYPES: dict[str, set[type]] = {"b": {bool}, "i": {int}, "u": {int}, "f": {
 
 
 def datatype_of(dtype: npt.DTypeLike) -> str:
-    """Name an element type as the protocol does.
-
-    Args:
-        dtype: A numpy type, for example float32.
-    Returns:
-        For example FP32.
-    Raises:
-        PayloadError: If the protocol has no such type.
-    """
+    """Name an element type as the protocol does."""
     name = _NAMES.get(np.dtype(dtype).newbyteorder("="))
     if name is None:
         raise PayloadError(f"Expected one of {', '.join(map(str, _NAMES))}. Got {np.dtype(dtype)}.")
@@ -56,16 +48,7 @@ def datatype_of(dtype: npt.DTypeLike) -> str:
 
 
 def dtype_of(name: str, datatype: object) -> np.dtype[Any]:
-    """Find the numpy type of a datatype.
-
-    Args:
-        name: Of the tensor, for the message.
-        datatype: What was sent, for example FP32.
-    Returns:
-        For example float32.
-    Raises:
-        PayloadError: If it is not one that is served.
-    """
+    """Find the numpy type of a datatype."""
     dtype = DATATYPES.get(datatype) if isinstance(datatype, str) else None
     if dtype is None:
         raise PayloadError(
@@ -78,18 +61,7 @@ def dtype_of(name: str, datatype: object) -> np.dtype[Any]:
 def checked_shape(
     name: str, shape: object, dtype: np.dtype[Any], max_bytes: int
 ) -> tuple[int, ...]:
-    """Make sure that a shape is one, and of a tensor that may be allocated.
-
-    Args:
-        name: Of the tensor, for the message.
-        shape: What was sent: a sequence of whole numbers.
-        dtype: Of its elements.
-        max_bytes: The most that the tensor may take.
-    Returns:
-        The shape.
-    Raises:
-        PayloadError: If it is no shape, has too many axes, or asks for too much.
-    """
+    """Make sure that a shape is one, and of a tensor that may be allocated."""
     sizes = list(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else None
     if sizes is None or len(sizes) > _MOST_AXES or not all(map(_is_size, sizes)):
         raise PayloadError(
@@ -108,19 +80,7 @@ def checked_shape(
 def from_bytes(
     name: str, content: bytes | memoryview, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> Array:
-    """Read a tensor from its bytes, little-endian and row by row.
-
-    Args:
-        name: Of the tensor, for the message.
-        content: The bytes.
-        shape: As :func:`checked_shape` returned it.
-        dtype: Of its elements.
-    Returns:
-        An array of its own: what came may lie at any address, and kernels want aligned ones.
-    Raises:
-        PayloadError: If there are more or fewer bytes than the shape needs, or a bool is neither 0
-            nor 1.
-    """
+    """Read a tensor from its bytes, little-endian and row by row."""
     expected = prod(shape) * dtype.itemsize
     if len(content) != expected:
         raise PayloadError(
@@ -136,19 +96,7 @@ def from_bytes(
 
 
 def from_values(name: str, data: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Read a tensor from JSON: a flat list, or lists within lists as deep as the shape.
-
-    Args:
-        name: Of the tensor, for the message.
-        data: What was sent.
-        shape: As :func:`checked_shape` returned it.
-        dtype: Of its elements.
-    Returns:
-        The array.
-    Raises:
-        PayloadError: If there are more or fewer elements than the shape needs, lists of another
-            length, elements of another kind, or one that the type cannot hold.
-    """
+    """Read a tensor from JSON: a flat list, or lists within lists as deep as the shape."""
     flat = _flattened(name, data, shape)
     if len(flat) != prod(shape):
         raise PayloadError(
@@ -202,16 +150,7 @@ def _as_array(flat: list[Any], dtype: np.dtype[Any]) -> Array | None:
 
 
 def to_values(name: str, array: Array) -> list[Any]:
-    """Write a tensor as JSON may hold it.
-
-    Args:
-        name: Of the tensor, for the message.
-        array: The tensor.
-    Returns:
-        Its elements, row by row.
-    Raises:
-        PayloadError: If it holds NaN or infinity, which JSON has no words for.
-    """
+    """Write a tensor as JSON may hold it."""
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise PayloadError(
             f"Output {_quoted(name)} holds NaN or infinity, which JSON cannot. Ask for binary data."
@@ -221,13 +160,7 @@ def to_values(name: str, array: Array) -> list[Any]:
 
 
 def to_bytes(array: Array) -> bytes:
-    """Write a tensor as its bytes, little-endian and row by row.
-
-    Args:
-        array: The tensor.
-    Returns:
-        The bytes.
-    """
+    """Write a tensor as its bytes, little-endian and row by row."""
     return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
 
 

@@ -10,13 +10,7 @@ _TOKEN = re.compile(r"[!-~]+")
 
 
 def check_token(token: str | None) -> None:
-    """Make sure that a token can stand in a header.
-
-    Args:
-        token: The token; None for none.
-    Raises:
-        InvalidArgumentError: If it is not one word of visible ASCII characters.
-    """
+    """Make sure that a token can stand in a header."""
     if token is not None and not _TOKEN.fullmatch(token):
         raise InvalidArgumentError(
             "The 'token' must be one word of visible ASCII characters, at least one. "

@@ -16,9 +16,6 @@ def keep_freed_memory() -> bool:
 
     By default glibc gives large buffers back at once, and every step waits for the kernel to clear
     new pages: a fifth of the time of ``emnist-avit``. The process stays as large as it once was.
-
-    Returns:
-        Whether there is such a C library, and it agreed.
     """
     if sys.platform != "linux":
         return False

@@ -70,14 +70,7 @@ def choice_of(network: nn.Module) -> CheckpointChoice | None:
 
 
 def who_chose_by(network: nn.Module, inputs: Features) -> str:
-    """Name what chose the checkpoint of a network by a sample of this batch; empty if nothing did.
-
-    Args:
-        network: The network.
-        inputs: Its inputs, each with the batch axis first.
-    Returns:
-        A callback or scheduler, and the figure that it went by.
-    """
+    """Name what chose a network's checkpoint by a sample of this batch; empty if nothing did."""
     choice = choice_of(network)
     if choice is None or choice.samples.isdisjoint(digests(inputs)):
         return ""

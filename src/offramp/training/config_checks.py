@@ -13,16 +13,7 @@ from offramp.zoo import Network
 
 
 def check_config(network: Network, config: FitConfig) -> None:
-    """Make sure that a network can be trained as configured, before anything is written.
-
-    Args:
-        network: The network.
-        config: How to train it.
-    Raises:
-        InvalidArgumentError: If the network is none of Offramp's, or has nothing to train, or
-            there is not one loss weight per exit, or a setting is for another family, or cuda was
-            asked for and there is none.
-    """
+    """Make sure that a network can be trained as configured, before anything is written."""
     if not isinstance(config, FitConfig):
         raise InvalidArgumentError(
             f"Expected a FitConfig, such as FitConfig(epochs=5). Got {type(config).__name__}."
@@ -59,14 +50,7 @@ def check_config(network: Network, config: FitConfig) -> None:
 
 
 def check_class_weights(weights: Sequence[float] | None, *, num_classes: int) -> None:
-    """Make sure that there is a weight for each class, or none.
-
-    Args:
-        weights: Of the classes in the loss; None for none.
-        num_classes: Number of classes.
-    Raises:
-        InvalidArgumentError: If there are more or fewer.
-    """
+    """Make sure that there is a weight for each class, or none."""
     if weights is not None and len(weights) != num_classes:
         raise InvalidArgumentError(
             f"The 'class_weights' parameter must hold {num_classes} numbers, one per class. "

@@ -105,14 +105,7 @@ def _cell(value: Any) -> str:
 
 
 class EpochReport(Callback):
-    """Writes a line per epoch, and prints one: loss, accuracies, seconds.
-
-    Args:
-        path: The file to write.
-        num_exits: Of the network.
-        prints: Whether to print.
-        is_validated: Whether a part of train was set aside to validate on.
-    """
+    """Writes a line per epoch, and prints one: loss, accuracies, seconds."""
 
     def __init__(self, path: Path, num_exits: int, *, prints: bool, is_validated: bool) -> None:
         self.path = path

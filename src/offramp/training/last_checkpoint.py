@@ -103,18 +103,7 @@ def _class_in(part: Any) -> str | None:
 
 
 def check_checkpoint(path: Path, network: nn.Module, task: Task | None = None) -> Path:
-    """Make sure that a checkpoint is whole and of this training, before training touches it.
-
-    Args:
-        path: A ``last.ckpt``.
-        network: The network about to be trained.
-        task: How it is about to be trained; not compared if None.
-    Returns:
-        The path.
-    Raises:
-        ArtifactError: If it is damaged, of a newer schema, of another network, or of a training
-            with other settings; names the first that differs.
-    """
+    """Make sure that a checkpoint is whole and of this training, before training touches it."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         version = content[_SCHEMA_KEY]

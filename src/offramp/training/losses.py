@@ -79,13 +79,6 @@ def weights_in_epoch(
     They are 0 for the first epochs, then grow linearly from 0 to full. An epoch has one weight:
     that of its middle.
 
-    Args:
-        weights: Full weights, one per exit.
-        epoch: Number of the epoch, from 0.
-        backbone_epochs: So many first epochs train the final exit only.
-        ramp_epochs: So many epochs after those the weights take to grow.
-    Returns:
-        One weight per exit.
     Example:
         >>> for epoch in range(4):
         ...     weights_in_epoch((0.5, 1.0), epoch=epoch, backbone_epochs=1, ramp_epochs=2)
@@ -105,14 +98,7 @@ def weights_in_epoch(
 
 
 def distillation_loss(student_BC: Tensor, teacher_BC: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of the student's classes from the teacher's, batch mean.
-
-    Args:
-        student_BC: Raw logits that learn, shape (B, C).
-        teacher_BC: Raw logits to be matched, shape (B, C); no gradient reaches them.
-    Returns:
-        A scalar in nats.
-    """
+    """Kullback-Leibler divergence of the student's classes from the teacher's, batch mean."""
     return F.kl_div(
         student_BC.log_softmax(-1),
         teacher_BC.detach().log_softmax(-1),

@@ -17,10 +17,6 @@ def set_training_mode(network: MultiExitNetwork, *, is_frozen: bool = False) -> 
 
     What is frozen stays in evaluation mode: BatchNorm normalises by its running statistics and
     leaves them as they are, and dropout drops nothing.
-
-    Args:
-        network: The network.
-        is_frozen: Whether the stages and the final exit are frozen.
     """
     network.train()
     if is_frozen:
@@ -34,9 +30,6 @@ def frozen_backbone(network: MultiExitNetwork) -> Iterator[None]:
 
     Their parameters ask for no gradient there, so that running them builds no graph and no
     optimiser made there holds them. After the block, on an error too, they ask as before.
-
-    Args:
-        network: The network.
     """
     frozen = [
         parameter
@@ -54,13 +47,7 @@ def frozen_backbone(network: MultiExitNetwork) -> Iterator[None]:
 
 
 def head_parameters(network: MultiExitNetwork) -> list[nn.Parameter]:
-    """What a frozen backbone leaves to be trained.
-
-    Args:
-        network: The network.
-    Returns:
-        Parameters of the exits before the final one that neither a stage nor the final exit has.
-    """
+    """What a frozen backbone leaves to be trained."""
     frozen = {id(p) for module in _frozen_modules(network) for p in module.parameters()}
     return [p for head in network.exits[:-1] for p in head.parameters() if id(p) not in frozen]
 
@@ -78,11 +65,6 @@ def balanced_outputs(network: MultiExitNetwork, *inputs: Tensor) -> tuple[Tensor
     so that the first stage's gradient does not grow with the number of exits. The heads' own
     parameters get the whole gradient. Values are those of the network's ``forward``.
 
-    Args:
-        network: The network.
-        inputs: The backbone's inputs, each with the batch axis first.
-    Returns:
-        Raw logits of each exit, shape (B, C) each, in the order of the exits.
     Reference: Li et al. (2019), Improved Techniques for Training Adaptive Deep Networks, section
         on gradient equilibrium; factors as in their code. There only the coarsest of MSDNet's
         feature maps is scaled, the one that its exits read; here every tensor that crosses is.
@@ -100,11 +82,6 @@ def balanced_outputs(network: MultiExitNetwork, *inputs: Tensor) -> tuple[Tensor
 def scale_gradient(features: Features, factor: float) -> Features:
     """Leave features as they are and multiply the gradient that passes back through them.
 
-    Args:
-        features: Any tensors; those that ask for no gradient are returned as they came.
-        factor: Of the gradient.
-    Returns:
-        As many tensors, of the same values.
     Example:
         >>> x = torch.tensor([2.0], requires_grad=True)
         >>> (scaled,) = scale_gradient((x,), 0.25)

@@ -8,12 +8,6 @@ import math
 def cosine_factor(epoch: int, num_epochs: int, *, warmup_epochs: int = 0) -> float:
     """A cosine to zero, after a linear rise if one is wanted.
 
-    Args:
-        epoch: Number of the epoch, from 0.
-        num_epochs: Epochs in all.
-        warmup_epochs: So many first ones rise in even steps, fewer than all.
-    Returns:
-        In [0, 1]; 0 from ``num_epochs`` on.
     Example:
         >>> [round(cosine_factor(epoch, 5, warmup_epochs=1), 2) for epoch in range(5)]
         [0.5, 1.0, 0.85, 0.5, 0.15]
@@ -34,14 +28,6 @@ def two_cosines(
 ) -> float:
     """A cosine to zero over each of two phases, the first after a rise if one is wanted.
 
-    Args:
-        epoch: Number of the epoch, from 0.
-        num_first: Epochs of the first phase.
-        num_second: Epochs of the second.
-        second_factor: What the second starts at.
-        warmup_epochs: As for :func:`cosine_factor`, in the first phase.
-    Returns:
-        The factor; 0 from the end of the second phase on.
     Example:
         >>> [round(two_cosines(e, 2, 2, second_factor=0.2), 2) for e in range(5)]
         [1.0, 0.5, 0.2, 0.1, 0.0]

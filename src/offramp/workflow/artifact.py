@@ -62,28 +62,14 @@ class Artifact:
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether a folder is to be read as a bundle; any other is read as a run.
-
-    Args:
-        folder: What RUN names.
-    Returns:
-        Whether it has a ``bundle.json`` in it.
-    """
+    """Whether a folder is to be read as a bundle; any other is read as a run."""
     from offramp.runtime.bundle import BUNDLE_FILE
 
     return (folder / BUNDLE_FILE).is_file()
 
 
 def find_bundle(run: Path) -> Path:
-    """Find the bundle that RUN names.
-
-    Args:
-        run: A bundle, or a run folder with one in it.
-    Returns:
-        The bundle's folder.
-    Raises:
-        ArtifactError: If there is none.
-    """
+    """Find the bundle that RUN names."""
     found = next((folder for folder in (run, run / BUNDLE_FOLDER) if is_bundle(folder)), None)
     if found is None:
         raise ArtifactError(
@@ -94,15 +80,7 @@ def find_bundle(run: Path) -> Path:
 
 
 def pick_device(device: str | None) -> str:
-    """Decide where to compute.
-
-    Args:
-        device: cpu, cuda, or None for cuda where there is one.
-    Returns:
-        cpu or cuda.
-    Raises:
-        InvalidArgumentError: If it is another word, or there is no cuda device.
-    """
+    """Decide where to compute."""
     import torch
 
     if device is None:
@@ -117,19 +95,7 @@ def pick_device(device: str | None) -> str:
 
 
 def open_artifact(folder: Path, device: str | None = None) -> Artifact:
-    """Open a run, which torch runs, or a bundle, which onnxruntime runs.
-
-    Args:
-        folder: A run folder or a bundle.
-        device: cpu, cuda, or None for the default: the CPU for a bundle, else cuda where there is
-            one.
-    Returns:
-        What commands need of it.
-    Raises:
-        ArtifactError: If it is damaged, too new, not trained to the end, or has no recipe.
-        InvalidArgumentError: If there is no such device, or a bundle shall run on cuda.
-        NotCalibratedError: If a run has no policy.
-    """
+    """Open a run, which torch runs, or a bundle, which onnxruntime runs."""
     if is_bundle(folder):
         return _open_bundle(folder, device)
     return _open_run(folder, device)
@@ -166,18 +132,7 @@ def answer_run(
     class_names: tuple[str, ...],
     inputs: Tensor,
 ) -> list[SampleAnswer]:
-    """Say what a run answers, sample by sample.
-
-    Args:
-        network: Its network.
-        policy: Its policy.
-        class_names: Name of each class.
-        inputs: A batch, on the network's device.
-    Returns:
-        An answer for each sample.
-    Raises:
-        NotCalibratedError: If there is no policy.
-    """
+    """Say what a run answers, sample by sample."""
     from offramp.families import make_runner
     from offramp.policy.as_dict import policy_to_dict
     from offramp.results import AdaptiveResult
@@ -239,15 +194,7 @@ def _open_bundle(folder: Path, device: str | None) -> Artifact:
 
 
 def recipe_of(bundle: Bundle) -> Recipe:
-    """How the network of a bundle was trained.
-
-    Args:
-        bundle: The bundle.
-    Returns:
-        The recipe, which names its data.
-    Raises:
-        ArtifactError: If it has none, or one that cannot be read.
-    """
+    """How the network of a bundle was trained."""
     from offramp.recipes.recipe import Recipe
     from offramp.runtime.bundle import BUNDLE_FILE
 

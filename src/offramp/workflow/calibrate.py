@@ -187,11 +187,7 @@ def _described(
 
 
 def make_policies(wanted: Wanted, logits: ExitLogits) -> tuple[ThresholdedPolicy, ...]:
-    """Make the policies whose thresholds are to be chosen, fitted on samples where they need them.
-
-    Raises:
-        InvalidArgumentError: If what is wanted is not for a network with such outputs.
-    """
+    """Make the policies whose thresholds are to be chosen, fitted where they need samples."""
     assert wanted.rule is not None  # settled
     _CHECK_RULE[logits.outputs.name](wanted)
     if wanted.patience is not None:

@@ -77,10 +77,6 @@ def hold_out(
     """Run the network on the samples set aside.
 
     The prior is uniform, a JSON file with the share of each class, or None: as they were drawn.
-
-    Raises:
-        InvalidArgumentError: If the prior is none of these, or no shares of these classes.
-        DataError: If a class of the prior has no sample.
     """
     where = pick_device(device)
     recipe = run.require_recipe()

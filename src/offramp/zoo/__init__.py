@@ -38,16 +38,7 @@ NETWORKS: dict[str, Callable[..., Network]] = {
 
 
 def build(name: str, options: Mapping[str, Any]) -> Network:
-    """Build a network of the zoo.
-
-    Args:
-        name: A key of :data:`NETWORKS`.
-        options: Keyword arguments of that function.
-    Returns:
-        The network, freshly initialised.
-    Raises:
-        ArtifactError: If there is no such network or it does not take these options.
-    """
+    """Build a network of the zoo."""
     if name not in NETWORKS:
         raise ArtifactError(f"Expected a network of {', '.join(NETWORKS)}. Got {name!r}.")
     try:

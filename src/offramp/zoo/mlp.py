@@ -14,18 +14,7 @@ from offramp.model.multi_exit import MultiExitNetwork
 def mlp(
     *, in_features: int, widths: tuple[int, ...], num_classes: int, num_exits: int | None = None
 ) -> MultiExitNetwork:
-    """Build Linear-ReLU stages with a linear exit after each.
-
-    Args:
-        in_features: Length of a flattened input.
-        widths: Output width of each layer.
-        num_classes: Number of classes.
-        num_exits: Keep only the last ``num_exits`` exits, merging the stages before; all if None.
-    Returns:
-        A network for inputs of shape (B, ...) with ``in_features`` values a sample.
-    Raises:
-        InvalidArgumentError: If there are no layers, or ``num_exits`` is not in [1, layers].
-    """
+    """Build Linear-ReLU stages with a linear exit after each."""
     num_layers = len(widths)
     num_exits = num_layers if num_exits is None else num_exits
     if not 1 <= num_exits <= num_layers:

@@ -29,19 +29,6 @@ def resnet(
     Groups of basic blocks follow the stem; every group but the first halves height and width.
     Exits before the final one have a convolution of their own.
 
-    Args:
-        in_channels: Channels of the images.
-        widths: Channels of each group.
-        blocks: Blocks of each group; 0 for the first halves the map right after the stem.
-        exits_after: Numbers of the blocks, counted from 1 over all groups, after which there is
-            an exit; the final exit comes by itself.
-        num_classes: Number of classes.
-        num_exits: Keep only the last ``num_exits`` exits, merging the stages before; all if None.
-    Returns:
-        A network for images of shape (B, in_channels, H, W).
-    Raises:
-        InvalidArgumentError: If there is not one width a group, the exits are not in order, or
-            ``num_exits`` is not in [1, exits].
     Reference: He et al. (2016), Deep Residual Learning for Image Recognition, sections 3.3 and
         4.2; the shortcut across groups is a 1x1 convolution (their option B).
     """
@@ -93,10 +80,6 @@ def _exit_ends(
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with batch normalisation and a shortcut around them.
 
-    Args:
-        in_channels: Channels coming in.
-        out_channels: Channels going out.
-        stride: Of the first convolution.
     Reference: He et al. (2016), figure 5, left.
     """
 

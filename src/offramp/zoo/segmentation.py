@@ -31,19 +31,6 @@ def segmentation(
     percent of its stage: what is dear in dense prediction stands in the stages, which go on with
     it.
 
-    Args:
-        num_classes: Number of classes.
-        widths: Channels of each map of the pyramid; the first is a quarter of the image's size,
-            each other half the size of the one before.
-        stages: How many times down and up.
-        head_width: Channels inside the heads.
-        num_exits: Keep only the last ``num_exits`` exits, merging the stages before; all if None.
-    Returns:
-        A network for images of shape (B, 3, H, W) whose exits put out logits of shape
-        (B, num_classes, H / 2, W / 2), H and W multiples of 4.
-    Raises:
-        InvalidArgumentError: If there is no stage or no width, or ``num_exits`` is not in
-            [1, stages].
     Reference: Newell et al. (2016), Stacked Hourglass Networks, section 3.3, for predictions
         after each way down and up; here the maps of every size go on to the next.
     """
@@ -69,12 +56,7 @@ def segmentation(
 
 
 class Hourglass(nn.Module):
-    """One way down a pyramid of maps and up again.
-
-    Args:
-        widths: Channels of each map, from fine to coarse.
-        is_first: Whether only the finest map is given, and the others are made from it.
-    """
+    """One way down a pyramid of maps and up again."""
 
     def __init__(self, widths: tuple[int, ...], *, is_first: bool) -> None:
         super().__init__()
@@ -109,9 +91,6 @@ class Hourglass(nn.Module):
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut.
 
-    Args:
-        width: Channels in and out.
-        dilation: Of the second convolution.
     Reference: He et al. (2016), Deep Residual Learning, section 3.3.
     """
 

@@ -38,17 +38,6 @@ def minilm(
     the mean of the tokens, passes it through a layer with tanh, and classifies. Inputs are token
     ids, shape (B, T), 0 on padding, at most ``MAX_TOKENS`` long.
 
-    Args:
-        num_classes: Number of classes.
-        depth: Layers to keep, the first ones, at most 6.
-        exits_after: Numbers of the layers, from 1, that an exit follows; the final exit comes by
-            itself.
-        num_exits: Keep only the last ``num_exits`` exits, merging the stages before; all if None.
-    Returns:
-        A network for token ids.
-    Raises:
-        InvalidArgumentError: If the exits are not in order, or numbers are out of range.
-        MissingExtraError: If transformers or the package of weights is not installed.
     Reference: Wang et al. (2020), MiniLM; Xin et al. (2020), DeeBERT, for an exit at each layer.
     """
     bert = _pretrained_bert()
@@ -89,17 +78,6 @@ def skim(
     Weights and inputs are those of :func:`minilm`; the answer is that of the first token, passed
     through a layer with tanh and classified.
 
-    Args:
-        num_classes: Number of classes.
-        depth: Layers to keep, the first ones, at most 6.
-        gate_scale: Factor on a token's first coordinate in its halting score.
-        gate_center: What is taken off after that.
-        num_exits: 1 for the plain network, whose tokens stay; None for one whose tokens halt.
-    Returns:
-        A network for token ids.
-    Raises:
-        InvalidArgumentError: If there are not so many layers, or num_exits is another number.
-        MissingExtraError: If transformers or the package of weights is not installed.
     Reference: Wang et al. (2020), MiniLM; Yin et al. (2022), A-ViT, for how tokens halt.
     """
     bert = _pretrained_bert()

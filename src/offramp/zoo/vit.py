@@ -33,25 +33,6 @@ def vit(
 ) -> HaltingNetwork | MultiExitNetwork:
     """Build a vision transformer whose tokens halt.
 
-    Args:
-        in_channels: Channels of the images.
-        side: Their height and width.
-        patch: Height and width of a patch; each is a token, beside the class token.
-        width: Length of a token.
-        depth: Layers.
-        num_heads: Heads of attention; divides the width.
-        num_classes: Number of classes.
-        mlp_ratio: Width of each MLP's hidden layer over that of a token.
-        drop_path: Share of samples for which the last layer is left out in training; grows
-            linearly from 0 over the layers.
-        gate_scale: Factor on a token's first coordinate in its halting score.
-        gate_center: What is taken off after that.
-        num_exits: 1 for the plain network, whose tokens stay; None for one whose tokens halt.
-    Returns:
-        A network for images of shape (B, in_channels, side, side).
-    Raises:
-        InvalidArgumentError: If the patch does not divide the side, or the heads the width, there
-            is no layer, num_exits is another number, or a gate's number is none.
     Reference: Dosovitskiy et al. (2021), An image is worth 16x16 words; Touvron et al. (2021),
         DeiT, whose tiny model has width 192, 12 layers and 3 heads; Yin et al. (2022), A-ViT.
     """
@@ -85,14 +66,7 @@ EMNIST's letters, with 0.3 at 1.74."""
 
 
 class PatchEmbed(nn.Module):
-    """Patches as tokens behind a class token, each with a learned position.
-
-    Args:
-        in_channels: Channels of the images.
-        width: Length of a token.
-        patch: Height and width of a patch.
-        num_patches: Patches of an image.
-    """
+    """Patches as tokens behind a class token, each with a learned position."""
 
     def __init__(self, in_channels: int, width: int, *, patch: int, num_patches: int) -> None:
         super().__init__()
@@ -109,14 +83,7 @@ class PatchEmbed(nn.Module):
 
 
 class PreNormLayer(TransformerLayer):
-    """Attention and an MLP, each behind a norm and beside a shortcut.
-
-    Args:
-        width: Length of a token.
-        num_heads: Heads of attention.
-        hidden: Width of the MLP's hidden layer.
-        drop_path: Share of samples for which a branch is left out in training.
-    """
+    """Attention and an MLP, each behind a norm and beside a shortcut."""
 
     def __init__(self, width: int, num_heads: int, hidden: int, *, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -143,8 +110,6 @@ class PreNormLayer(TransformerLayer):
 class DropPath(nn.Module):
     """Zero for a share of the samples in training, the rest scaled up; else the input itself.
 
-    Args:
-        share: Of the samples, in [0, 1).
     Reference: Huang et al. (2016), Deep networks with stochastic depth.
     """
 

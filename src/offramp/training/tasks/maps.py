@@ -113,12 +113,6 @@ def one_pixel_a_cell(labels_BHW: Tensor, size: torch.Size) -> Tensor:
 
     The same of every cell; over many draws each pixel counts as much. Where cells hold no whole
     number of pixels, the nearest pixel to the middle.
-
-    Args:
-        labels_BHW: Classes, shape (B, H, W), int64.
-        size: Height h and width w of the logits.
-    Returns:
-        Classes, shape (B, h, w).
     """
     down, right = (labels_BHW.shape[1] / size[0], labels_BHW.shape[2] / size[1])
     if down == int(down) and right == int(right):

@@ -16,10 +16,6 @@ def ponder_loss(output: HaltingOutput) -> Tensor:
 
     The number of layers has no gradient; a smaller remainder means larger scores before it.
 
-    Args:
-        output: Of a masked pass.
-    Returns:
-        A scalar of at least 1.
     Reference: Graves (2016), Adaptive computation time, for layers plus remainder; Yin et al.
         (2022), A-ViT, for the mean over tokens.
     """
@@ -32,13 +28,6 @@ def prior_loss(output: HaltingOutput, target_depth: float) -> Tensor:
     The distribution is that of the tokens' weights over all layers, the mean over all tokens that
     are no padding: each token's weights sum to one, so it does too.
 
-    Args:
-        output: Of a masked pass.
-        target_depth: Layers after which tokens shall halt, about; the mean of the normal
-            distribution, of variance 1, whose density at 1 to L is made to sum to one.
-    Returns:
-        KL(normal || mean distribution), in nats: layers where nobody halts though they should
-        cost most, and still pass a gradient on when scores have all but vanished.
     Reference: Yin et al. (2022), A-ViT, the distributional prior; in the direction of its code.
     """
     mean_L = output.weight.sum((0, 1)) / output.valid.sum()
@@ -50,12 +39,6 @@ def prior_loss(output: HaltingOutput, target_depth: float) -> Tensor:
 def depth_prior(num_layers: int, target_depth: float, *, like: Tensor) -> Tensor:
     """A normal distribution of variance 1 over layers.
 
-    Args:
-        num_layers: Layers, numbered from 1.
-        target_depth: Its mean.
-        like: A tensor whose type and device to take.
-    Returns:
-        Shape (L,); sums to one.
     Example:
         >>> depth_prior(3, 2, like=torch.zeros(()))
         tensor([0.2741, 0.4519, 0.2741])

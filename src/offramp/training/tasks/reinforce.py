@@ -20,12 +20,6 @@ _LEAST_PROBABILITY = 1e-6
 def skip_rewards(action_BG: Tensor, alpha: float, weights: Sequence[float] | None = None) -> Tensor:
     """What each gate earns at once: a share of alpha for each block that it skips.
 
-    Args:
-        action_BG: Whether each block ran, shape (B, G), 0 or 1.
-        alpha: What skipping all blocks earns.
-        weights: Of each gate, for example the MACs of its block; all alike if None.
-    Returns:
-        Shape (B, G).
     Reference: Wang et al. (2018), SkipNet, section 3.2: alpha over the number of gates.
     """
     return alpha * _shares(action_BG, weights) * (1 - action_BG)
@@ -34,11 +28,6 @@ def skip_rewards(action_BG: Tensor, alpha: float, weights: Sequence[float] | Non
 def run_share(probability_BG: Tensor, weights: Sequence[float] | None = None) -> Tensor:
     """What share of the gated blocks would run.
 
-    Args:
-        probability_BG: With which each block runs, shape (B, G).
-        weights: Of each gate, for example the MACs of its block; all alike if None.
-    Returns:
-        A scalar in [0, 1], the mean over the batch; no gradient flows back.
     Example:
         >>> run_share(torch.tensor([[0.5, 1.0]]), weights=(3, 1))
         tensor(0.6250)
@@ -50,11 +39,6 @@ def run_share(probability_BG: Tensor, weights: Sequence[float] | None = None) ->
 def returns_to_go(reward_BG: Tensor, final_B: Tensor) -> Tensor:
     """What a gate's decision leads to: its own reward, all later ones, and the final one.
 
-    Args:
-        reward_BG: What each gate earns at once, shape (B, G).
-        final_B: What the answer earns, shape (B,).
-    Returns:
-        Shape (B, G), undiscounted.
     Example:
         >>> returns_to_go(torch.tensor([[1.0, 2.0]]), torch.tensor([10.0]))
         tensor([[13., 12.]])
@@ -67,16 +51,6 @@ def reinforce_loss(
 ) -> Tensor:
     """A loss whose gradient is that of the mean return, estimated from the actions drawn.
 
-    Args:
-        probability_BG: With which each block runs, shape (B, G); the gradient flows here.
-        action_BG: What was drawn, shape (B, G), 0 or 1.
-        return_BG: What each gate's decision led to, shape (B, G).
-        baseline: Whether to subtract from each return the mean return at that gate of the other
-            samples, which leaves the expected gradient as it is and cuts its variance.
-    Returns:
-        Minus the mean over the batch of the sum over gates of return times log-probability.
-    Raises:
-        ShapeError: If there is a baseline and but one sample.
     Reference: Williams (1992), REINFORCE.
     """
     advantage_BG = return_BG.detach()
@@ -110,23 +84,6 @@ def hybrid_loss(
 
     The final reward is minus the sample's cross entropy.
 
-    Args:
-        logits_BC: Raw logits under the actions, shape (B, C).
-        labels_B: Classes, shape (B,), int64.
-        probability_BG: With which each block would run, shape (B, G).
-        action_BG: What was drawn, shape (B, G).
-        alpha: What skipping all blocks earns.
-        policy_weight: Weight of the policy gradient.
-        weights: Of each gate's reward; all alike if None.
-        run_target: Skipping earns something only while more than this share of the blocks would
-            run; 0 for always. Which blocks go is still decided by what they are worth.
-        baseline: As for :func:`reinforce_loss`.
-        greedy: Logits of the same samples, shape (B, C), and actions, shape (B, G), where nothing
-            is drawn: what they earn is subtracted from the returns. That leaves the expected
-            gradient as it is too, and takes out that some samples are harder than others.
-        supervised: Whether the supervised loss is part of it; without, the reward alone trains.
-    Returns:
-        A scalar.
     Reference: Wang et al. (2018), SkipNet, section 3.3; Rennie et al. (2017), Self-critical
         sequence training, for ``greedy``.
     """
