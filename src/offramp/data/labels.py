@@ -105,8 +105,8 @@ def _label_tensor(labels: object) -> Tensor:
 
 def check_labels(labels_B: Tensor, *, num_classes: int) -> None:
     """Refuse labels that the network has no output for."""
-    is_dense = labels_B.ndim == 3
-    if is_dense:
+    of_pixels = labels_B.ndim == 3
+    if of_pixels:
         labels_B = labels_B[labels_B != IGNORED_LABEL]
     if labels_B.numel() == 0:
         return
@@ -116,7 +116,7 @@ def check_labels(labels_B: Tensor, *, num_classes: int) -> None:
         advice = "Check the data set, or build the network with more classes."
         if smallest < 0:
             advice = "Where that stands for samples without a label, leave them out."
-            if is_dense:
+            if of_pixels:
                 advice = f"Where that stands for pixels without a class, mark them {IGNORED_LABEL}."
         raise DataError(
             f"Labels must be in [0, {num_classes - 1}], one per output of the network. "
