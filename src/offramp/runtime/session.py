@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from offramp.errors import ArtifactError, InvalidArgumentError, ShapeError
+from offramp.errors import ArtifactError, InvalidArgumentError, ShapeError, reason
 from offramp.results import AdaptiveResult
 from offramp.runtime.bundle import Bundle, read_bundle
 from offramp.runtime.deadline import Deadline
@@ -252,7 +252,7 @@ class PlainSession:
 def check_inputs(bundle: Bundle, inputs: Sequence[npt.ArrayLike]) -> list[Array]:
     """Bring inputs into the form that a bundle was exported for."""
     specs = bundle.inputs
-    arrays = [np.asarray(value) for value in inputs]
+    arrays = [_array(value) for value in inputs]
     multiple = bundle.pixel_multiple or 1
     fits = len(arrays) == len(specs) and all(
         array.ndim and spec.fits(array.shape[1:], multiple) and len(array) == len(arrays[0]) > 0
@@ -265,7 +265,36 @@ def check_inputs(bundle: Bundle, inputs: Sequence[npt.ArrayLike]) -> list[Array]
         sizes = f", H and W multiples of {multiple}" if bundle.pixel_multiple else ""
         shapes = ", ".join(str(array.shape) for array in arrays)
         raise ShapeError(f"Expected inputs of shape {expected}, B at least 1{sizes}. Got {shapes}.")
+    for array, spec in zip(arrays, specs, strict=True):
+        wants_floats = np.dtype(spec.dtype).kind == "f"
+        if wants_floats and array.dtype.kind != "f":
+            raise InvalidArgumentError(
+                f"Expected {spec.name} as {spec.dtype}. Got {array.dtype}: scale it to floats as "
+                "in training."
+            )
+        if not wants_floats and array.dtype.kind == "f" and (array != np.rint(array)).any():
+            raise InvalidArgumentError(
+                f"Expected {spec.name} as {spec.dtype}. Got {array.dtype} with fractions."
+            )
     return [
         np.ascontiguousarray(array, dtype=spec.dtype)
         for array, spec in zip(arrays, specs, strict=True)
     ]
+
+
+def _array(value: npt.ArrayLike) -> Array:
+    """An array of numbers; of a tensor that needs gradients too."""
+    detach = getattr(value, "detach", None)
+    try:
+        array = np.asarray(value if detach is None else detach())
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(
+            f"Expected inputs as arrays of numbers. Got a {type(value).__name__} that makes none: "
+            f"{reason(error)}."
+        ) from error
+    if array.dtype.kind not in "fiub":
+        raise InvalidArgumentError(
+            f"Expected inputs as arrays of numbers, in the order of the network's. Got a "
+            f"{type(value).__name__} of {array.dtype}."
+        )
+    return array

@@ -103,6 +103,28 @@ def test_inputs_of_another_shape_are_refused(session, inputs):
         session.run(*inputs)
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ((255 * np.ones((2, 6))).astype(np.uint8), "Got uint8: scale it to floats"),
+        (np.array([["a"] * 6]), "arrays of numbers.* of <U1"),
+        ([[1.0] * 6, [1.0] * 5], "a list that makes none"),
+        ({"input": X}, "a dict of object"),
+        (None, "a NoneType of object"),
+    ],
+    ids=["bytes", "text", "ragged", "dict", "none"],
+)
+def test_inputs_that_are_no_floats_are_refused(session, given, says):
+    with pytest.raises(InvalidArgumentError, match=says) as caught:
+        session.run(given)
+    assert "\n" not in str(caught.value)
+
+
+def test_tensors_that_need_gradients_are_run(session):
+    tensor = torch.tensor(X).requires_grad_()
+    assert np.array_equal(session.run(tensor).output, session.run(X).output)
+
+
 def test_nan_goes_to_the_end(session):
     result = session.run(np.full((2, 6), np.nan))
     assert result.exit_index.tolist() == [1, 1]
