@@ -18,9 +18,10 @@ from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.model.checkpoint import save_weights
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, never_leave
 from offramp.recipes.exits import find_recipe
+from offramp.runs import hub
 from offramp.runs.hub import SHARED_FILES, from_pretrained, pull, push_to_hub, save_pretrained
 from offramp.runs.run import load, save, write_policy, write_recipe
-from offramp.training import fit, hub
+from offramp.training import fit
 from offramp.training.checkpoint_choice import CHOICE_FILE
 from offramp.zoo.mlp import mlp
 
