@@ -10,6 +10,7 @@ import ast
 import sys
 from html import escape
 from pathlib import Path
+from textwrap import wrap
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -49,16 +50,6 @@ def imports_of(room: str) -> set[str]:
     return found - {room}
 
 
-def wrapped(words: list[str]) -> list[str]:
-    """Lines of words that fit into a floor."""
-    lines = [""]
-    for word in words:
-        if len(lines[-1]) + len(word) > NAMES:
-            lines.append("")
-        lines[-1] += f"{word}  "
-    return [line.strip() for line in lines]
-
-
 def names_in(room: str) -> list[str]:
     """Names of a package's modules, those of packages inside it with their folder."""
     folder = SOURCE.joinpath(*room.split("."))
@@ -74,9 +65,10 @@ def draw() -> str:
     parts, top = [], PAD
     for room in rooms:
         below = [other.split(".")[1] for other in rooms if other in imports_of(room)]
-        lines = [("modules", line) for line in wrapped(names_in(room)) if line]
+        lines = [("modules", line) for line in wrap("  ".join(names_in(room)), NAMES)]
         if below:
-            lines += [("imports", line) for line in wrapped(["imports from:", *below])]
+            words = "  ".join(["imports from:", *below])
+            lines += [("imports", line) for line in wrap(words, NAMES)]
         height = LINE * max(1, len(lines)) + 2 * PAD
         parts.append(
             f'<rect x="{PAD}" y="{top}" width="{WIDTH - 2 * PAD}" height="{height}" rx="5" '

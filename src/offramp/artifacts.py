@@ -21,7 +21,7 @@ SCHEMA_VERSION = 2
 """
 
 BUNDLE_FOLDER = "bundle"
-"""Where a run folder keeps its bundle."""
+"""Folder of the bundle in a run folder."""
 
 
 @contextmanager

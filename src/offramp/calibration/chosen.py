@@ -20,9 +20,20 @@ P = TypeVar("P", bound=ThresholdedPolicy | RoutingPolicy, default=ThresholdedPol
 """The kind of policy that is chosen."""
 
 
+class Judged:
+    """Anything that answers are judged by: it has an accuracy, and of maps a mean IoU."""
+
+    @property
+    def quality(self) -> float:
+        """The figure that counts: mean IoU where there is one, else accuracy."""
+        figures: Any = self
+        quality: float = figures.accuracy if figures.mean_iou is None else figures.mean_iou
+        return quality
+
+
 @dataclass(frozen=True, kw_only=True)
-class Figures:
-    """How good answers are.
+class Figures(Judged):
+    """Figures of how good answers are.
 
     Attributes:
         accuracy: Share of right ones, a fraction; of right pixels, where every pixel has a class.
@@ -32,14 +43,9 @@ class Figures:
     accuracy: float
     mean_iou: float | None = None
 
-    @property
-    def quality(self) -> float:
-        """The figure that counts: mean IoU where there is one, else accuracy."""
-        return self.accuracy if self.mean_iou is None else self.mean_iou
-
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class ExitAlone(Brief):
+class ExitAlone(Brief, Judged):
     """The network cut off at one exit, where every sample leaves; no head before it runs.
 
     Attributes:
@@ -53,11 +59,6 @@ class ExitAlone(Brief):
     accuracy: float
     macs: int
     mean_iou: float | None = None
-
-    @property
-    def quality(self) -> float:
-        """The figure that counts: mean IoU where there is one, else accuracy."""
-        return self.accuracy if self.mean_iou is None else self.mean_iou
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ class ExitOfCalibration:
 
 @dataclass(frozen=True, kw_only=True)
 class Guarantee:
-    """What is promised of a policy, and what it rests on.
+    """Promise about a policy, and the samples and test that it rests on.
 
     Attributes:
         risk: The risk that is bounded, as ``calibrate`` names it.
@@ -131,7 +132,7 @@ class Guarantee:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Calibration(Printed, Choice, Generic[P]):
+class Calibration(Printed, Choice, Judged, Generic[P]):
     """A policy and what it reached on the data that chose it; print it for a table.
 
     Attributes:
@@ -163,11 +164,6 @@ class Calibration(Printed, Choice, Generic[P]):
     def as_policy(self) -> Any:
         """The policy."""
         return self.policy
-
-    @property
-    def quality(self) -> float:
-        """The figure that counts: mean IoU where there is one, else accuracy."""
-        return self.accuracy if self.mean_iou is None else self.mean_iou
 
     def _title(self) -> str:
         on = "" if self.num_samples is None else f", on {self.num_samples:,} calibration samples"

@@ -28,7 +28,7 @@ from offramp.errors import FewSamplesWarning, InvalidArgumentError
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence(LabelledLogits, ABC, Generic[P]):
-    """What is known of held-out samples: every way of answering them, and what it costs.
+    """Knowledge of held-out samples: every way of answering them, and its cost.
 
     Attributes:
         plain_macs: MACs per sample of the plain network.
@@ -38,7 +38,7 @@ class Evidence(LabelledLogits, ABC, Generic[P]):
     """The risk that ``max_drop`` limits."""
 
     has_fixed_candidates: ClassVar[bool] = False
-    """Whether :meth:`safest_first` is known before any sample is seen, so that all may test."""
+    """True if :meth:`safest_first` is known before any sample is seen: then all may test."""
 
     plain_macs: int = field(init=False)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from offramp.calibration.chosen import ExitAlone, P
+from offramp.calibration.chosen import ExitAlone, Judged, P
 from offramp.calibration.evidence import Evidence, require_evidence
 from offramp.calibration.rules import Rule
 from offramp.calibration.targets import Budget
@@ -26,7 +26,7 @@ _MAX_NUM_POINTS = 1000
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class FrontierPoint(Brief):
+class FrontierPoint(Brief, Judged):
     """A policy that a budget led to.
 
     Attributes:
@@ -52,11 +52,6 @@ class FrontierPoint(Brief):
     calibration_mean_iou: float | None = None
     mean_iou: float | None = None
     pixel_threshold: float | None = None
-
-    @property
-    def quality(self) -> float:
-        """The figure that counts: mean IoU where there is one, else accuracy."""
-        return self.accuracy if self.mean_iou is None else self.mean_iou
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain values for JSON; a threshold of +inf becomes None."""

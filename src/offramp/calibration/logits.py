@@ -85,7 +85,7 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
         return self.correct_KN.double().numpy()
 
     def quality(self, mean_J: Floats) -> Floats:
-        """How good answers are by the mean of their scores: the accuracy, which is that mean.
+        """Figures of answers by the mean of their scores: the accuracy, which is that mean.
 
         Args:
             mean_J: Mean scores of several ways to answer, shape (J,) or (J, D).
@@ -111,7 +111,7 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
 
     @property
     def plausibility_KN(self) -> Floats:
-        """How likely the final exit finds what each exit says, shape (K, N), in [0, 1].
+        """Probability by the final exit of what each exit says, shape (K, N), in [0, 1].
 
         Its probability of the class that an exit predicts, at the temperature that fits the labels
         best: no exit is more plausible than the final one. Right or wrong where its logits are NaN.

@@ -109,7 +109,7 @@ def rounded_up(target: float) -> str:
 def feasible(
     policies: Sequence[ThresholdedPolicy], reach: Callable[[ThresholdedPolicy], _Reached]
 ) -> list[_Reached]:
-    """What those policies reach that can keep to a target."""
+    """Results of the policies that can keep to a target."""
     reached, refusals = [], []
     for policy in policies:
         try:

@@ -88,7 +88,7 @@ def reached_under(logits: ExitLogits, policy: ThresholdedPolicy) -> BoolArray:
 
 
 def costs_under(logits: ExitLogits, policy: ThresholdedPolicy) -> ExitCosts:
-    """What stages and exits cost with the decisions of a policy."""
+    """Costs of stages and exits, with the decisions of a policy."""
     return logits.costs.with_decisions(policy.decision_macs)
 
 

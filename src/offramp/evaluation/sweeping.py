@@ -64,8 +64,8 @@ def collect(
     Raises:
         DataError: If there is no sample, a sample has no label or one that the network has no class
             for, or the network cannot take the inputs.
-        InvalidArgumentError: If a threshold is not in [0, 1].
-        NotCalibratedError: If thresholds are given for a network with several exits.
+        InvalidArgumentError: If a threshold is not in [0, 1], or thresholds are given for a network
+            that none steers.
     """
     if thresholds is None:
         return collect_exits(network, data, batch_size=batch_size)
