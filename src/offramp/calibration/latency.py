@@ -21,10 +21,9 @@ from offramp.calibration.evidence import choose_policy
 from offramp.calibration.logits import ExitLogits
 from offramp.calibration.rules import Rule
 from offramp.calibration.search import Floats
-from offramp.calibration.targets import feasible
+from offramp.calibration.targets import Budget, feasible
 from offramp.calibration.thresholds import (
     Calibration,
-    calibrate_within,
     reached_under,
     search_thresholds,
 )
@@ -144,7 +143,7 @@ def calibrate_to_milliseconds(
 
     def within(allowed_ns: float) -> tuple[float, Calibration]:
         """Milliseconds of a batch, predicted, with the most accurate thresholds for a cost."""
-        chosen = calibrate_within(logits, policy, allowed_ns, worth_KN=worth_KN, costs=costs)
+        chosen = logits.reach(Budget(allowed_ns), policy, worth_KN=worth_KN, costs=costs)
         reaching = _reaching(logits, chosen.policy, batch_size)
         return profile.batch_ms(reaching, chosen.policy.off_exits), chosen
 

@@ -5,8 +5,10 @@ Shapes: ``K`` exits, ``N`` samples, ``C`` classes, ``H W`` pixels of masks, ``h 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -16,21 +18,15 @@ from torch import Tensor
 from typing_extensions import Self
 
 from offramp.calibration.asked import Asked
-from offramp.calibration.chosen import Calibration, ExitAlone, Figures
+from offramp.calibration.chosen import Calibration, ExitAlone, ExitOfCalibration, Figures
 from offramp.calibration.evidence import Evidence
+from offramp.calibration.risk import RISKS, cautious_losses, check_risk_fits
 from offramp.calibration.rules import Rule, policies_named
-from offramp.calibration.search import Floats
-from offramp.calibration.targets import QUALITY_GAP, Budget, RiskLimit
+from offramp.calibration.search import Floats, exits_left_by
+from offramp.calibration.targets import QUALITY_GAP, Budget, RiskLimit, feasible
 from offramp.calibration.temperature import fit_temperature
-from offramp.calibration.thresholds import (
-    best_thresholds,
-    candidates_on,
-    least_macs,
-    losses_under,
-    macs_alone,
-    measure_policy,
-)
-from offramp.errors import InvalidArgumentError, ShapeError
+from offramp.calibration.thresholds import confidences, search_for, search_thresholds
+from offramp.errors import InfeasibleTargetError, InvalidArgumentError, ShapeError
 from offramp.measure.cost import ExitCosts
 from offramp.measure.dense import (
     IGNORED_LABEL,
@@ -128,6 +124,11 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
         logits_KNC = self.logits_KNC.clamp(-largest, largest).half().float()
         return replace(self, logits_KNC=logits_KNC)
 
+    def kept_tensors(self) -> dict[str, Tensor]:
+        """Name the tensors that a file of logits holds, at half precision."""
+        half_KNC = at_half_precision(self.logits_KNC).contiguous()
+        return {"logits_KNC": half_KNC, "labels_N": self.labels_N}
+
     @property
     def quality_K(self) -> Floats:
         """Quality of each exit, shape (K,)."""
@@ -179,32 +180,114 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
         off: frozenset[int] = frozenset(),
     ) -> Calibration:
         """Search the thresholds of each policy."""
-        return best_thresholds(self, target, policies, off=off)
+        if not off <= set(range(self.costs.num_exits - 1)):
+            raise InvalidArgumentError(
+                f"The 'off' parameter must hold exits in [0, {self.costs.num_exits - 2}], the "
+                f"final one never. Got {sorted(off)}."
+            )
+        if isinstance(target, Budget):
+            worth_KN = self.expected_scores_KN
+        elif target.risk == QUALITY_GAP:  # the final exit itself is always within it
+            target = replace(target, whole=float(self.quality_K[-1]))
+            worth_KN = self.scores_KN
+        else:
+            check_risk_fits(target.risk, self)
+            worth_KN = -RISKS[target.risk].losses(self)
+        reached = feasible(
+            policies, lambda policy: self.reach(target, policy, worth_KN=worth_KN, off=off)
+        )
+        return min(reached, key=target.rank)
+
+    def reach(
+        self,
+        target: Budget | RiskLimit,
+        policy: ThresholdedPolicy,
+        *,
+        worth_KN: Floats,
+        costs: ExitCosts | None = None,
+        off: frozenset[int] = frozenset(),
+    ) -> Calibration:
+        """Search the thresholds of one policy; ``costs`` may be in another unit than MACs."""
+        costs = costs or self.costs.with_decisions(policy.decision_macs)
+        score = partial(target.score, plain_macs=costs.plain_macs)
+        found, best_score, cheapest = search_thresholds(
+            self, policy, worth_KN, score, costs=costs, off=off
+        )
+        if best_score == -math.inf:
+            highest = float(np.average(worth_KN, axis=1, weights=self.weights_N).max())
+            raise target.out_of_reach(worth=highest, macs=cheapest, where="any exit")
+        return self.measure(found)
 
     def measure(self, policy: ThresholdedPolicy) -> Calibration:
         """Let the samples leave as a policy says."""
-        return measure_policy(self, policy)
+        confidence_KN = confidences(self, policy, policy.off_exits)
+        exit_N = exits_left_by(confidence_KN, policy.thresholds)
+        exit_macs = self.costs.with_decisions(policy.decision_macs).exit_macs(policy.off_exits)
+        macs_N, weights_N = np.array(exit_macs, dtype=np.float64)[exit_N], self.weights_N
+        leaving_K = np.bincount(exit_N, weights=weights_N, minlength=len(exit_macs)) / len(exit_N)
+        rows = zip(self.numbers, leaving_K.tolist(), exit_macs, strict=True)
+        return Calibration(
+            policy=policy,
+            mean_macs=float(np.average(macs_N, weights=weights_N)),
+            final_exit=self.figures(np.full_like(exit_N, len(exit_macs) - 1)),
+            plain_macs=self.plain_macs,
+            num_samples=len(exit_N),
+            exits=tuple(
+                ExitOfCalibration(index=k, share=share, macs=macs) for k, share, macs in rows
+            ),
+            **vars(self.figures(exit_N)),
+        )
 
     def safest_first(
         self, policies: Sequence[ThresholdedPolicy], limit: RiskLimit
     ) -> list[ThresholdedPolicy]:
-        """Walk from where nobody leaves to the cheap end, with the policy that saves most here."""
+        """Walk from where nobody leaves to the cheap end, with the policy that saves most here.
+
+        Of right and wrong, a few hundred samples tell little: there, answers are judged by how
+        likely the final exit finds them.
+        """
         policy = policies[0] if len(policies) == 1 else self.best(limit, policies).policy
-        return candidates_on(self, policy, limit.risk)
+        finding, counted = self.rounded(), RISKS[limit.risk]
+        worth_KN = finding.plausibility_KN if counted.counts_errors else -counted.losses(finding)
+        costs = self.costs.with_decisions(policy.decision_macs)
+        confidence_KN = confidences(finding, policy)
+        search = search_for(finding, policy, worth_KN, confidence_KN, costs=costs)
+        return [policy.with_thresholds(thresholds) for thresholds in search.front()]
 
     def losses(self, policies: Sequence[ThresholdedPolicy], risk: str) -> Iterator[Floats]:
         """Yield what each sample loses by the exit it leaves by."""
-        return losses_under(self, policies, risk)
+        losses_KN = cautious_losses(risk, self) * self.weights_N
+        known: dict[frozenset[int], Floats] = {}  # of policies with the same exits off
+        for policy in policies:
+            off = policy.off_exits
+            if off not in known:
+                known[off] = confidences(self, policy, off)
+            exit_N = exits_left_by(known[off], policy.thresholds)
+            yield losses_KN[exit_N, np.arange(len(exit_N))]
 
     def least_macs(self, policies: Sequence[ThresholdedPolicy]) -> float:
         """Mean MACs where as many leave at the cheapest exit as may."""
-        return least_macs(self, policies)
+        cheapest_macs, worth_KN = float(min(self._macs_alone)), self.expected_scores_KN
+        least = []
+        for policy in policies:
+            try:
+                self.reach(Budget(cheapest_macs), policy, worth_KN=worth_KN)
+            except InfeasibleTargetError as error:  # NaN, or a policy that waits, holds some back
+                least.append(error.best_achievable)
+            else:
+                least.append(cheapest_macs)
+        return min(least)
+
+    @property
+    def _macs_alone(self) -> list[int]:
+        """MACs of a sample that leaves at each exit, no head before it run."""
+        return [self.costs.exit_macs(frozenset(range(k)))[k] for k in range(self.costs.num_exits)]
 
     def alone(self) -> tuple[ExitAlone, ...]:
         """Measure each exit, no head before it run."""
         everybody = np.ones(len(self.labels_N), dtype=np.int64)
         figures = [self.figures(k * everybody) for k in range(self.costs.num_exits)]
-        rows = zip(self.numbers, figures, macs_alone(self.costs), strict=True)
+        rows = zip(self.numbers, figures, self._macs_alone, strict=True)
         return tuple(ExitAlone(index=k, macs=macs, **vars(reached)) for k, reached, macs in rows)
 
     def _check_same_network(self, other: ExitLogits) -> None:
@@ -222,6 +305,12 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
                 f"{self.costs.exit_macs()} MACs against {other.numbers} that cost "
                 f"{other.costs.exit_macs()}."
             )
+
+
+def at_half_precision(logits: Tensor) -> Tensor:
+    """Round logits; what half precision does not reach becomes its largest number, not infinite."""
+    largest = torch.finfo(torch.float16).max
+    return torch.where(logits.isinf(), logits, logits.clamp(-largest, largest)).half()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +355,13 @@ class DenseLogits(ExitLogits):
     def rounded(self) -> Self:
         """Keep the logits, which are at half precision already."""
         return self
+
+    def kept_tensors(self) -> dict[str, Tensor]:
+        """Raise InvalidArgumentError: files of maps would be too large."""
+        raise InvalidArgumentError(
+            "Expected logits of one class a sample. Got those of every pixel, which are not kept: "
+            "collect them anew."
+        )
 
     def doubt(self, asked: Asked | None) -> str | None:
         """Say nothing: how few images tell too little is not known."""

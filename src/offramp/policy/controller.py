@@ -177,10 +177,6 @@ class ControllerPolicy(ThresholdedPolicy):
         """See :meth:`Policy.macs`; those of the exit's scorer."""
         return 0 if exit_index == len(self.scorers) else self.scorers[exit_index].macs
 
-    def setting(self, exit_index: int) -> Setting:
-        """See :meth:`Policy.setting`; the final exit's threshold is 0."""
-        return Setting(threshold=(*self.thresholds, 0.0)[exit_index])
-
 
 def scorer_inputs(
     exit_index: int, logits_BC: Tensor, state: State, *, num_early: int

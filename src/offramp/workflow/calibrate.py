@@ -209,8 +209,8 @@ def _patient(patience: int, rule: str, logits: ExitLogits) -> PatiencePolicy:
     return PatiencePolicy(patience, logits.costs.num_exits, rule=rule)
 
 
-def _tempered(wanted: Wanted, logits: ExitLogits, policy: ThresholdedPolicy) -> ThresholdedPolicy:
-    if not isinstance(policy, ThresholdPolicy | DensePolicy):
+def _tempered(wanted: Wanted, logits: ExitLogits, policy: Any) -> Any:
+    if not policy.takes_temperatures:
         raise InvalidArgumentError(
             f"--temperatures do not change what --rule {wanted.rule} goes by: leave them out."
         )
@@ -249,8 +249,8 @@ _CHECK_RULE = {LABELS.name: _check_rule_of_labels, MAPS.name: _check_rule_of_map
 """By outputs, what raises InvalidArgumentError if the rule is for others."""
 
 
-def _with_pixel_threshold(policy: ThresholdedPolicy, threshold: float) -> ThresholdedPolicy:
-    if not isinstance(policy, DensePolicy) or "pixel_threshold" not in policy.number_names:
+def _with_pixel_threshold(policy: Any, threshold: float) -> Any:
+    if "pixel_threshold" not in policy.number_names:
         raise InvalidArgumentError(
             "--pixel-threshold is for --rule pixel_share, which counts them."
         )
