@@ -36,7 +36,7 @@ from offramp.training.checkpoint_choice import who_chose_by
 from offramp.zoo import Network
 
 _ABOUT = "exits"
-"""Where a file of logits says what its exits cost."""
+"""Entry of a file of logits that says what its exits cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ def collect_from_session(session: Session, data: object, *, batch_size: int = 25
 
 
 class _BundleMacs:
-    """What the parts of a bundle cost the mean of some samples, each of its own length."""
+    """Costs of a bundle's parts for the mean of some samples, each of its own length."""
 
     def __init__(self, session: Session) -> None:
         self._session = session

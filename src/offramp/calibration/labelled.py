@@ -1,4 +1,4 @@
-"""What several ways of answering say of labelled samples: exits, or settings of one threshold.
+"""Logits of several ways of answering labelled samples: exits, or settings of one threshold.
 
 Shapes: ``K`` ways, ``N`` samples, ``C`` classes.
 """
@@ -63,7 +63,7 @@ class LabelledLogits:
 
     @property
     def correct_KN(self) -> Tensor:
-        """Whether each way is right about each sample, shape (K, N), bool."""
+        """True where a way is right about a sample, shape (K, N), bool."""
         return self.logits_KNC.argmax(-1) == self.labels_N
 
     @property
@@ -73,7 +73,7 @@ class LabelledLogits:
 
     @property
     def weights_N(self) -> npt.NDArray[np.float64]:
-        """How much each sample counts, shape (N,), 1 on average.
+        """Weights of the samples, shape (N,), 1 on average.
 
         All 1 without a prior; with one, a class counts as much as its share in the population,
         whatever its share of these samples.
@@ -86,7 +86,7 @@ class LabelledLogits:
 
     @property
     def effective_num_samples(self) -> float:
-        """How many samples of equal weight would tell a mean as well; N where all weights are 1.
+        """Number of samples of equal weight that tell a mean as well; N where all weights are 1.
 
         Reference: Kish (1965), Survey Sampling: the square of the sum of the weights over the sum
             of their squares.

@@ -217,7 +217,7 @@ def _costs_in_ns(profile: Profile, batch_size: int) -> ExitCosts:
 
 
 def _reaching(logits: ExitLogits, policy: ThresholdedPolicy, batch_size: int) -> list[float]:
-    """How many samples of a batch reach each stage, a mean over the population."""
+    """Count the samples of a batch that reach each stage, a mean over the population."""
     reached_KN = reached_under(logits, policy)
     shares_K = np.average(reached_KN, axis=1, weights=logits.weights_N)
     return [batch_size * float(share) for share in shares_K]

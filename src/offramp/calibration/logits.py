@@ -1,4 +1,4 @@
-"""What every exit says of labelled samples: a class for each, or one for every pixel.
+"""Logits of every exit on labelled samples: a class for each, or one for every pixel.
 
 Shapes: ``K`` exits, ``N`` samples, ``C`` classes, ``H W`` pixels of masks, ``h w`` cells of logits.
 """
@@ -40,7 +40,7 @@ from offramp.policy.policies import ThresholdedPolicy
 
 @dataclass(frozen=True, kw_only=True)
 class ExitLogits(Evidence[ThresholdedPolicy]):
-    """What every exit says about every sample, and what the exits cost.
+    """Logits of every exit on every sample, and the costs of the exits.
 
     Attributes:
         logits_KNC: Raw logits, shape (K, N, C), float32, on the CPU.
@@ -74,7 +74,7 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
 
     @property
     def scores_KN(self) -> Floats:
-        """What samples count at each exit: of their mean, :meth:`quality` is to be high.
+        """Scores of the samples at each exit: of their mean, :meth:`quality` is to be high.
 
         Shape (K, N), or (K, N, D) where they are vectors.
         """
@@ -135,7 +135,7 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
         return self.quality(np.average(self.scores_KN, axis=1, weights=self.weights_N))
 
     def figures(self, exit_N: npt.NDArray[np.int64]) -> Figures:
-        """How good the answers are that samples get by certain exits.
+        """Measure the answers that samples get by certain exits.
 
         Args:
             exit_N: Number of an exit for each sample, counted in these logits, shape (N,).
@@ -146,7 +146,7 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
         return Figures(accuracy=float(np.average(left_by, weights=self.weights_N)))
 
     def samples_at(self, exit_index: int) -> tuple[Tensor, Tensor, npt.NDArray[np.int64]]:
-        """What an exit says of everything that has a label.
+        """Gather the logits of an exit wherever there is a label.
 
         Args:
             exit_index: Which exit, counted in these logits.
@@ -315,7 +315,7 @@ def at_half_precision(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class DenseLogits(ExitLogits):
-    """What every exit says of every pixel.
+    """Logits of every exit on every pixel.
 
     Logits are kept at half precision and at the network's own resolution. Figures come from
     confusion matrices, which are counted at full precision and at the masks' resolution.
@@ -381,7 +381,7 @@ class DenseLogits(ExitLogits):
         )
 
     def samples_at(self, exit_index: int) -> tuple[Tensor, Tensor, npt.NDArray[np.int64]]:
-        """What an exit says of every cell whose middle has a label."""
+        """Gather the logits of every cell whose middle has a label."""
         logits_NChw = self.logits_KNC[exit_index]
         labels_Nhw = labels_of_cells(self.labels_N, logits_NChw.shape[-2:])
         is_known_Nhw = labels_Nhw != IGNORED_LABEL

@@ -40,7 +40,7 @@ _FRONT_LEVELS = 64
 as their neighbours, and the last bits of confidences would decide where the walk goes."""
 
 _BETWEEN = (0.25, 0.5, 0.75)
-"""Where candidates are put between two neighbours on the front."""
+"""Places of candidates between two neighbours on the front."""
 
 _MAX_ROUNDS = 8
 """Rounds over the exits for one price; most settle in three."""
@@ -210,7 +210,7 @@ class ThresholdSearch:
         return np.append(1.0, cuts)[first:], worth_J[first:], macs_J[first:]
 
     def _cuts_of(self, k: int, descending: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
-        """How many samples leave at thresholds of exit k, and the thresholds."""
+        """Count the samples that leave at thresholds of exit k, and name the thresholds."""
         if self._levels is None:
             ends, cuts = _cuts(descending)
             return ends + 1, cuts
@@ -227,7 +227,7 @@ def _levels(descending: Floats) -> Floats:
 
 
 def _cuts(descending: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
-    """Where a threshold can part samples sorted by confidence, and the thresholds that do.
+    """Find where a threshold can part samples sorted by confidence, and the thresholds that do.
 
     A cut is possible where the confidence changes, and after everyone who may leave (at least 0).
     """

@@ -31,7 +31,7 @@ from offramp.tables import Lines, Table
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep(Evidence[RoutingPolicy]):
-    """What a network says of every sample at each of several thresholds, and what that costs.
+    """Logits of a network on every sample at each of several thresholds, and their costs.
 
     Attributes:
         logits_KNC: Raw logits, shape (K, N, C), float32, on the CPU.

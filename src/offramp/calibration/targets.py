@@ -1,4 +1,4 @@
-"""What a policy is chosen for, and what is said where that cannot be reached."""
+"""Targets that a policy is chosen for, and errors for targets out of reach."""
 
 from __future__ import annotations
 

@@ -20,10 +20,10 @@ from offramp.errors import InvalidArgumentError
 from offramp.policy.confidence import CONFIDENCE_RULES, confidence_from_entropy_nats
 
 State = tuple[Tensor, ...]
-"""What a policy remembers of each sample: tensors with their batch axis first."""
+"""Memory of a policy about each sample: tensors with their batch axis first."""
 
 Decision = tuple[Tensor, Tensor, State]
-"""Who leaves, shape (B,), bool; each sample's confidence, shape (B,); the state after that."""
+"""Leavers, shape (B,), bool; each sample's confidence, shape (B,); the state after that."""
 
 
 class Setting(NamedTuple):
@@ -92,7 +92,7 @@ class Policy(ABC):
         return self.decide(exit_index, output, state, self.setting(exit_index))
 
     def is_off(self, exit_index: int) -> bool:
-        """Whether nobody can leave at this exit, so that its head need not run.
+        """Tell if nobody can leave at this exit, so that its head need not run.
 
         Args:
             exit_index: Number of the exit, from 0.
@@ -118,7 +118,7 @@ class Policy(ABC):
 
     @property
     def decision_macs(self) -> tuple[int, ...]:
-        """What :meth:`macs` says of each exit."""
+        """MACs of each exit, as :meth:`macs` counts them."""
         return tuple(self.macs(k) for k in range(self.num_exits))
 
     @property

@@ -358,7 +358,7 @@ def _cut_train(recipe: Recipe, whole: Split | TextSplit) -> tuple[Batches, Batch
 
 
 def is_in_sample(run: Run, split: str, fingerprint: str) -> bool:
-    """Whether figures on these samples would be too good."""
+    """Tell if figures on these samples would be too good."""
     chosen_on = ((run.calibration or {}).get("data") or {}).get("sha256")
     return split == "train" or chosen_on == fingerprint
 

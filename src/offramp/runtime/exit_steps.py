@@ -158,7 +158,7 @@ class _LoadedStep:
         return tuple(size if isinstance(size, int) else None for size in shape)
 
     def feed(self, carried: Sequence[Array]) -> dict[str, Array]:
-        """What the ONNX file is given, by name."""
+        """Name the inputs of the ONNX file."""
         return dict(zip(self._names, (*carried, *self._numbers), strict=True))
 
     def compute(self, feed: dict[str, Array]) -> list[Array]:

@@ -143,7 +143,7 @@ class HaltingSteps(FamilySteps):
 
 
 def lay_out(lengths_B: Array) -> tuple[Array, Array, Array]:
-    """Where tokens that lie one after the other stand in a padded batch, and the way back.
+    """Places in a padded batch of tokens that lie one after the other, and the way back.
 
     Example:
         >>> rows, _, places = lay_out(np.array([2, 3]))
@@ -158,7 +158,7 @@ def lay_out(lengths_B: Array) -> tuple[Array, Array, Array]:
 
 
 def _kept(stays_N: Array, lengths_B: Array) -> tuple[Array, Array]:
-    """Which tokens go on, none of a sample whose class token does not, and how many of each."""
+    """Find the tokens that go on, none of a sample whose class token does not; count each's."""
     ends_B = lengths_B.cumsum()
     goes_on_B = stays_N[ends_B - lengths_B]
     kept_N: Array = stays_N & goes_on_B.repeat(lengths_B)

@@ -69,7 +69,7 @@ class Session:
         loader = Loader(self.bundle, threads=threads, providers=providers, options=options)
         self._steps = _STEPS[self.bundle.family](self.bundle, loader)
         self.step_ms: tuple[float, ...] | None = None
-        """What :meth:`time_steps` measured; None before."""
+        """Result of :meth:`time_steps`; None before."""
 
     def run(
         self, *inputs: npt.ArrayLike, deadline_ms: float | None = None

@@ -1,4 +1,4 @@
-"""What RUN names: a run folder or a bundle, opened so that commands need not ask which."""
+"""Opening what RUN names, a run folder or a bundle, so that commands need not ask which."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Artifact:
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether a folder is to be read as a bundle; any other is read as a run."""
+    """Tell if a folder is to be read as a bundle; any other is read as a run."""
     from offramp.runtime.bundle import BUNDLE_FILE
 
     return (folder / BUNDLE_FILE).is_file()
@@ -194,7 +194,7 @@ def _open_bundle(folder: Path, device: str | None) -> Artifact:
 
 
 def recipe_of(bundle: Bundle) -> Recipe:
-    """How the network of a bundle was trained."""
+    """Find the recipe that a bundle's network was trained by."""
     from offramp.recipes.recipe import Recipe
     from offramp.runtime.bundle import BUNDLE_FILE
 

@@ -44,10 +44,10 @@ from offramp.workflow.held_out import HeldOut, find_on_train, hold_out
 from offramp.workflow.wanted import LEARNED, Timing, Wanted
 
 _LEAST_SURVIVORS = 100
-"""Where fewer samples reach an exit, its temperature is the one fitted on all."""
+"""An exit that fewer samples reach has the temperature that was fitted on all."""
 
 PROFILE_FILE = "profile.json"
-"""Where a run folder keeps the times of its parts."""
+"""File of a run folder that keeps the times of its parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +181,7 @@ def _promise(chosen: Calibration[Any], held_out: HeldOut, found_on: str) -> dict
 def _described(
     logits: Any, policy: ThresholdedPolicy, temperatures: Sequence[float]
 ) -> tuple[ExitCalibration, ...]:
-    """What temperatures do, on those who reach each exit."""
+    """Describe what temperatures do to those who reach each exit."""
     reached_KN = reached_under(logits, policy)
     return describe_temperatures(logits, temperatures, reached_KN=reached_KN)
 
@@ -209,13 +209,13 @@ def _patient(patience: int, rule: str, logits: ExitLogits) -> PatiencePolicy:
     return PatiencePolicy(patience, logits.costs.num_exits, rule=rule)
 
 
-def _tempered(wanted: Wanted, logits: ExitLogits, policy: Any) -> Any:
+def _tempered(wanted: Wanted, logits: ExitLogits, policy: ThresholdedPolicy) -> ThresholdedPolicy:
     if not policy.takes_temperatures:
         raise InvalidArgumentError(
             f"--temperatures do not change what --rule {wanted.rule} goes by: leave them out."
         )
     of_all = fit_temperatures(logits)
-    tempered = replace(policy, temperatures=of_all)
+    tempered = _with(policy, temperatures=of_all)
     if wanted.temperatures == "all":
         return tempered
     # Who survives depends on the thresholds, and those on the temperatures: one round of both.
@@ -226,7 +226,13 @@ def _tempered(wanted: Wanted, logits: ExitLogits, policy: Any) -> Any:
         own if count >= _LEAST_SURVIVORS else common
         for own, common, count in zip(of_survivors, of_all, reached_KN.sum(1), strict=True)
     )
-    return replace(policy, temperatures=temperatures)
+    return _with(policy, temperatures=temperatures)
+
+
+def _with(policy: Any, **fields: Any) -> ThresholdedPolicy:
+    """Change fields of a policy, whatever its kind."""
+    changed: ThresholdedPolicy = replace(policy, **fields)
+    return changed
 
 
 def _check_rule_of_labels(wanted: Wanted) -> None:
@@ -249,12 +255,12 @@ _CHECK_RULE = {LABELS.name: _check_rule_of_labels, MAPS.name: _check_rule_of_map
 """By outputs, what raises InvalidArgumentError if the rule is for others."""
 
 
-def _with_pixel_threshold(policy: Any, threshold: float) -> Any:
+def _with_pixel_threshold(policy: ThresholdedPolicy, threshold: float) -> ThresholdedPolicy:
     if "pixel_threshold" not in policy.number_names:
         raise InvalidArgumentError(
             "--pixel-threshold is for --rule pixel_share, which counts them."
         )
-    return replace(policy, pixel_threshold=threshold)
+    return _with(policy, pixel_threshold=threshold)
 
 
 def _choose_by_the_clock(

@@ -51,7 +51,7 @@ class Opened:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """What one run adds to the plot.
+    """The part of the plot that is one run's.
 
     Attributes:
         run: The run.

@@ -50,7 +50,7 @@ class HeldOut:
 
     @property
     def population(self) -> str:
-        """What the samples stand for, in words."""
+        """Name what the samples stand for."""
         prior = self.data["class_prior"]
         words = f"{self.data['name']}, classes {'as given' if isinstance(prior, dict) else prior}"
         if not self.data["weighted"]:
