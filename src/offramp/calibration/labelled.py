@@ -6,7 +6,7 @@ Shapes: ``K`` ways, ``N`` samples, ``C`` classes.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,9 @@ class LabelledLogits:
     """
 
     outputs: ClassVar[Outputs] = LABELS
+
+    tensors_KN: ClassVar[tuple[str, ...]] = ("logits_KNC",)
+    """Fields that hold something of every way and sample, shape (K, N, ...)."""
 
     logits_KNC: Tensor
     labels_N: Tensor
@@ -94,6 +97,14 @@ class LabelledLogits:
         weights_N = self.weights_N
         return float(weights_N.sum() ** 2 / (weights_N**2).sum())
 
+    def for_population(self, shares: tuple[float, ...] | None) -> Self:
+        """Let the samples, drawn class by class, stand for a population of some shares of classes.
+
+        None stands for the shares that were drawn.
+        """
+        drawn = tuple((self.class_counts / len(self.labels_N)).tolist())
+        return replace(self, prior=shares or drawn)
+
     def take(self, rows: npt.ArrayLike) -> Self:
         """Some of the samples, for the same population.
 
@@ -105,7 +116,8 @@ class LabelledLogits:
             DataError: If a class of the population is not among them.
         """
         rows_N = torch.as_tensor(np.asarray(rows, dtype=np.int64))
-        return replace(self, logits_KNC=self.logits_KNC[:, rows_N], labels_N=self.labels_N[rows_N])
+        taken: dict[str, Any] = {name: getattr(self, name)[:, rows_N] for name in self.tensors_KN}
+        return replace(self, labels_N=self.labels_N[rows_N], **taken)
 
     def _check_prior(self, prior: tuple[float, ...]) -> None:
         num_classes = self.logits_KNC.shape[2]

@@ -133,7 +133,10 @@ def calibrate_to_milliseconds(
     rule: Rule | None = None,
 ) -> LatencyCalibration:
     """Choose thresholds for a mean time per sample, by measured times of the parts."""
-    _check_budget(budget_ms)
+    if not 0 < budget_ms < math.inf:
+        raise InvalidArgumentError(
+            f"The 'budget_ms' parameter must be a number of milliseconds above 0. Got {budget_ms}."
+        )
     num_exits = logits.costs.num_exits
     _check_fits(profile, num_exits=num_exits, batch_size=batch_size)
     policy, *others = logits.policies(rule)
@@ -167,13 +170,6 @@ def calibrate_to_milliseconds(
             high_ns = middle_ns
     plain_ms = profile.batch_ms([batch_size] * num_exits, off=range(num_exits - 1))
     return LatencyCalibration(chosen=best[1], switched_off=(), batch_ms=best[0], plain_ms=plain_ms)
-
-
-def _check_budget(budget_ms: float) -> None:
-    if not 0 < budget_ms < math.inf:
-        raise InvalidArgumentError(
-            f"The 'budget_ms' parameter must be a number of milliseconds above 0. Got {budget_ms}."
-        )
 
 
 def _cheapest_of(

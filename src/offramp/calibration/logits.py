@@ -329,6 +329,7 @@ class DenseLogits(ExitLogits):
 
     outputs: ClassVar[Outputs] = MAPS
     drop_risk: ClassVar[str] = QUALITY_GAP
+    tensors_KN: ClassVar[tuple[str, ...]] = ("logits_KNC", "confusion_KNCC")
 
     confusion_KNCC: Tensor
 
@@ -363,6 +364,15 @@ class DenseLogits(ExitLogits):
             "collect them anew."
         )
 
+    def for_population(self, shares: tuple[float, ...] | None) -> Self:
+        """Take the images as they were drawn; raise InvalidArgumentError for shares of classes."""
+        if shares is not None:
+            raise InvalidArgumentError(
+                "--prior weights samples by their class. Images with a class for every pixel have "
+                "none."
+            )
+        return self
+
     def doubt(self, asked: Asked | None) -> str | None:
         """Say nothing: how few images tell too little is not known."""
         return None
@@ -388,13 +398,3 @@ class DenseLogits(ExitLogits):
         image_M = is_known_Nhw.nonzero()[:, 0].numpy()
         logits_MC = logits_NChw.movedim(1, -1)[is_known_Nhw].double()
         return logits_MC, labels_Nhw[is_known_Nhw].long(), image_M
-
-    def take(self, rows: npt.ArrayLike) -> Self:
-        """Some of the images."""
-        rows_N = torch.as_tensor(np.asarray(rows, dtype=np.int64))
-        return replace(
-            self,
-            logits_KNC=self.logits_KNC[:, rows_N],
-            labels_N=self.labels_N[rows_N],
-            confusion_KNCC=self.confusion_KNCC[:, rows_N],
-        )

@@ -167,20 +167,16 @@ class ThresholdSearch:
                 candidates_J, worth_J, macs_J = self._scan(k, thresholds)
                 self.cheapest_macs = min(self.cheapest_macs, float(macs_J.min()))
                 if self._score is not None:
-                    self._remember(k, thresholds, candidates_J, self._score(worth_J, macs_J))
+                    scores_J = self._score(worth_J, macs_J)
+                    j = int(scores_J.argmax())
+                    if scores_J[j] > self._best[0]:
+                        point = (*thresholds[:k], float(candidates_J[j]), *thresholds[k + 1 :])
+                        self._best = float(scores_J[j]), point
                 values_J = objective(worth_J, macs_J)
                 if np.isfinite(values_J).any():
                     thresholds[k] = float(candidates_J[values_J.argmax()])
             if thresholds == before:
                 return
-
-    def _remember(
-        self, k: int, thresholds: list[float], candidates_J: Floats, scores_J: Floats
-    ) -> None:
-        j = int(scores_J.argmax())
-        if scores_J[j] > self._best[0]:
-            point = (*thresholds[:k], float(candidates_J[j]), *thresholds[k + 1 :])
-            self._best = float(scores_J[j]), point
 
     def _scan(self, k: int, thresholds: list[float]) -> tuple[Floats, Floats, Floats]:
         """Mean worth and MACs for every threshold of exit k, the others held fixed."""

@@ -10,12 +10,10 @@ Shapes: ``K`` thresholds, ``N`` samples, ``C`` classes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from offramp.calibration.chosen import Calibration, ExitAlone, Figures
@@ -47,6 +45,7 @@ class Sweep(Evidence[RoutingPolicy]):
     """
 
     has_fixed_candidates: ClassVar[bool] = True
+    tensors_KN: ClassVar[tuple[str, ...]] = ("logits_KNC", "macs_KN")
 
     thresholds: tuple[float, ...]
     macs_KN: Tensor
@@ -75,16 +74,6 @@ class Sweep(Evidence[RoutingPolicy]):
     def mean_macs_K(self) -> Floats:
         """Mean MACs per sample at each threshold, shape (K,)."""
         return self._mean_K(self.macs_KN)
-
-    def take(self, rows: npt.ArrayLike) -> Sweep:
-        """Some of the samples: see :meth:`LabelledLogits.take`."""
-        rows_N = torch.as_tensor(np.asarray(rows, dtype=np.int64))
-        return replace(
-            self,
-            logits_KNC=self.logits_KNC[:, rows_N],
-            labels_N=self.labels_N[rows_N],
-            macs_KN=self.macs_KN[:, rows_N],
-        )
 
     def policies(self, rule: Rule | None) -> tuple[RoutingPolicy, ...]:
         """Policies of all thresholds, the cheapest first; a rule is refused."""

@@ -315,7 +315,9 @@ def load_batches(
         batches = train if calibration is None or split == "train" else calibration
     else:
         batches = _as_batches(recipe, whole).unaugmented()
-    return batches, whole.class_names, _fingerprint(whole.fingerprint(), batches)
+    rows = hashlib.sha256(batches.rows_N.numpy().tobytes()).hexdigest()
+    fingerprint = hashlib.sha256(json.dumps([whole.fingerprint(), rows]).encode()).hexdigest()
+    return batches, whole.class_names, fingerprint
 
 
 def load_training_data(
@@ -361,8 +363,3 @@ def is_in_sample(run: Run, split: str, fingerprint: str) -> bool:
     """Tell if figures on these samples would be too good."""
     chosen_on = ((run.calibration or {}).get("data") or {}).get("sha256")
     return split == "train" or chosen_on == fingerprint
-
-
-def _fingerprint(whole: str, batches: Batches) -> str:
-    rows = hashlib.sha256(batches.rows_N.numpy().tobytes()).hexdigest()
-    return hashlib.sha256(json.dumps([whole, rows]).encode()).hexdigest()

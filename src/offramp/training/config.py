@@ -223,21 +223,17 @@ class FitConfig:
             "precision": (self.precision in ("float32", "bfloat16"), "float32 or bfloat16"),
             "seed": (0 <= self.seed < 2**32, "an int in [0, 2**32 - 1]"),
         }
-        _check(self, checks | self._last_phase_checks())
+        fits = self._last_phase() <= self.epochs
+        for kind, name in (("gates", "reward_epochs"), ("halting", "halting_epochs")):
+            if getattr(self, kind) is not None:
+                expected = f"of at most {self.epochs} {name}, as many as there are epochs"
+                checks[kind] = (fits, expected)
+        _check(self, checks)
 
     def _last_phase(self) -> int:
         """Epochs of reinforcement learning, or with halting tokens."""
         reward = 0 if self.gates is None else self.gates.reward_epochs
         return reward if self.halting is None else self.halting.halting_epochs
-
-    def _last_phase_checks(self) -> dict[str, tuple[bool, str]]:
-        fits = self._last_phase() <= self.epochs
-        names = {"gates": "reward_epochs", "halting": "halting_epochs"}
-        return {
-            kind: (fits, f"of at most {self.epochs} {name}, as many as there are epochs")
-            for kind, name in names.items()
-            if getattr(self, kind) is not None
-        }
 
 
 def _check_types(config: DataclassInstance) -> None:

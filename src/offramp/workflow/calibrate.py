@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -156,14 +155,17 @@ def calibrate(
         "guarantee": promise,
     }
     write_policy(run.folder, chosen.policy, calibration=about)
-    known = held_out.evidence
-    temperatures = getattr(chosen.policy, "temperatures", None)
+    known: Any = held_out.evidence
+    described = None
+    if temperatures := getattr(chosen.policy, "temperatures", None):
+        reached_KN = reached_under(known, chosen.policy)
+        described = describe_temperatures(known, temperatures, reached_KN=reached_KN)
     return Chosen(
         calibration=chosen,
         num_samples=len(held_out.batches),
         about=about,
         doubt=known.doubt(Asked.from_record(about)),
-        temperatures=_described(known, chosen.policy, temperatures) if temperatures else None,
+        temperatures=described,
         timed=timed,
         profile=profile,
     )
@@ -176,14 +178,6 @@ def _promise(chosen: Calibration[Any], held_out: HeldOut, found_on: str) -> dict
         held_out.population, way=words.way, last=words.whole_network
     )
     return asdict(chosen.guarantee) | {"sentence": sentence, "found_on": found_on}
-
-
-def _described(
-    logits: Any, policy: ThresholdedPolicy, temperatures: Sequence[float]
-) -> tuple[ExitCalibration, ...]:
-    """Describe what temperatures do to those who reach each exit."""
-    reached_KN = reached_under(logits, policy)
-    return describe_temperatures(logits, temperatures, reached_KN=reached_KN)
 
 
 def make_policies(wanted: Wanted, logits: ExitLogits) -> tuple[ThresholdedPolicy, ...]:
@@ -342,9 +336,9 @@ def _maps_by_hand(
 ) -> ThresholdedPolicy:
     assert wanted.rule is not None  # settled
     policy = dense_policy(wanted.rule, values)
-    if wanted.pixel_threshold is None:
-        return policy
-    return _with_pixel_threshold(policy, wanted.pixel_threshold)
+    if wanted.pixel_threshold is not None:
+        policy = _with_pixel_threshold(policy, wanted.pixel_threshold)
+    return policy
 
 
 _BY_HAND = {LABELS.name: _labels_by_hand, MAPS.name: _maps_by_hand}
