@@ -108,7 +108,7 @@ def _words_of(policy: ThresholdedPolicy) -> str:
 
 
 def _print_temperatures(chosen: Chosen) -> None:
-    """What they do, on those who reach each exit."""
+    """Show the effect on the samples that reach each exit."""
     if chosen.temperatures is None:
         return
     table = Table(title="temperatures, in sample, on those who reach the exit")

@@ -20,9 +20,10 @@ from offramp.offload.calls import plan_bundle
 from offramp.offload.plan import CutCost, best_cut
 from offramp.runs.run import CALIBRATION_SPLIT, load_batches
 from offramp.runtime import Bundle, read_bundle
+from offramp.runtime.bundle import find_bundle
 from offramp.runtime.step_profile import profile_steps, read_step_profile
 from offramp.tables import percent
-from offramp.workflow.artifact import find_bundle, recipe_of
+from offramp.workflow.artifact import recipe_of
 
 Array = npt.NDArray[Any]
 

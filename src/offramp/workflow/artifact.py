@@ -6,23 +6,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from offramp.artifacts import BUNDLE_FOLDER
+import torch
+from torch import Tensor
+
+from offramp.calibration.asked import Asked
+from offramp.calibration.collect import collect, collect_from_session
+from offramp.calibration.logits import ExitLogits
 from offramp.errors import ArtifactError, InvalidArgumentError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from offramp.calibration.asked import Asked
-    from offramp.calibration.logits import ExitLogits
-    from offramp.families.family import Family, TorchRunner
-    from offramp.policy.policies import Policy
-    from offramp.policy.routing_policy import RoutingPolicy
-    from offramp.recipes.recipe import Recipe
-    from offramp.runtime import Bundle, Session
-    from offramp.runtime.answers import SampleAnswer
-    from offramp.zoo import Network
+from offramp.families import FAMILIES, family_of, make_runner
+from offramp.families.family import Family, TorchRunner
+from offramp.policy.as_dict import policy_to_dict
+from offramp.policy.policies import Policy
+from offramp.policy.routing_policy import RoutingPolicy
+from offramp.recipes.recipe import Recipe
+from offramp.results import AdaptiveResult
+from offramp.runs.run import CALIBRATION_SPLIT, is_in_sample, load
+from offramp.runtime import Bundle, Session, read_bundle
+from offramp.runtime.answers import SampleAnswer, describe_answers
+from offramp.runtime.bundle import BUNDLE_FILE, is_bundle
+from offramp.zoo import Network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,28 +62,8 @@ class Artifact:
     has_seen: Callable[[str, str], bool]
 
 
-def is_bundle(folder: Path) -> bool:
-    """Tell if a folder is to be read as a bundle; any other is read as a run."""
-    from offramp.runtime.bundle import BUNDLE_FILE
-
-    return (folder / BUNDLE_FILE).is_file()
-
-
-def find_bundle(run: Path) -> Path:
-    """Find the bundle that RUN names."""
-    found = next((folder for folder in (run, run / BUNDLE_FOLDER) if is_bundle(folder)), None)
-    if found is None:
-        raise ArtifactError(
-            f"Expected a bundle, or a run folder with one in it. {run} has none. "
-            f"Make one: offramp export {run}"
-        )
-    return found
-
-
 def pick_device(device: str | None) -> str:
     """Decide where to compute."""
-    import torch
-
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):
@@ -99,11 +83,6 @@ def open_artifact(folder: Path, device: str | None = None) -> Artifact:
 
 
 def _open_run(folder: Path, device: str | None) -> Artifact:
-    from offramp.calibration.asked import Asked
-    from offramp.calibration.collect import collect
-    from offramp.families import family_of, make_runner
-    from offramp.runs.run import is_in_sample, load
-
     loaded = load(folder)
     recipe = loaded.require_recipe()
     where = pick_device(device)
@@ -130,11 +109,6 @@ def answer_run(
     inputs: Tensor,
 ) -> list[SampleAnswer]:
     """Say what a run answers, sample by sample."""
-    from offramp.families import make_runner
-    from offramp.policy.as_dict import policy_to_dict
-    from offramp.results import AdaptiveResult
-    from offramp.runtime.answers import describe_answers
-
     runner = make_runner(network, policy)
     result = runner.run(inputs)
     arrays: dict[str, Any] = {
@@ -150,8 +124,6 @@ def answer_run(
 
 
 def _answer_bundle(session: Session, inputs: Tensor) -> list[SampleAnswer]:
-    from offramp.runtime.answers import describe_answers
-
     return describe_answers(
         session.run(inputs),
         policy=session.bundle.policy,
@@ -162,11 +134,6 @@ def _answer_bundle(session: Session, inputs: Tensor) -> list[SampleAnswer]:
 
 
 def _open_bundle(folder: Path, device: str | None) -> Artifact:
-    from offramp.calibration.collect import collect_from_session
-    from offramp.families import FAMILIES
-    from offramp.runs.run import CALIBRATION_SPLIT
-    from offramp.runtime import Session, read_bundle
-
     if pick_device(device or "cpu") != "cpu":
         raise InvalidArgumentError(
             f"The device of a bundle must be cpu: onnxruntime runs it there. Got {device!r}."
@@ -192,9 +159,6 @@ def _open_bundle(folder: Path, device: str | None) -> Artifact:
 
 def recipe_of(bundle: Bundle) -> Recipe:
     """Find the recipe that a bundle's network was trained by."""
-    from offramp.recipes.recipe import Recipe
-    from offramp.runtime.bundle import BUNDLE_FILE
-
     if bundle.recipe is None:
         raise ArtifactError(
             f"The bundle {bundle.folder} holds a network of your own, without a recipe that names "

@@ -22,7 +22,8 @@ from offramp.families.family import Family
 from offramp.policy.rules import RULES
 from offramp.recipes.recipe import Recipe
 from offramp.runs.run import CALIBRATION_SPLIT, load, load_batches
-from offramp.workflow.artifact import is_bundle, open_artifact, pick_device
+from offramp.runtime.bundle import is_bundle
+from offramp.workflow.artifact import open_artifact, pick_device
 from offramp.workflow.calibrate import rule_named
 from offramp.workflow.held_out import evidence_by
 
