@@ -18,6 +18,7 @@ TIMM = {
     "vit_small_patch14_reg4_dinov2": {"global_pool": "token"},
     "vit_wee_patch16_reg1_gap_256": {},
     "deit_tiny_distilled_patch16_224": {},
+    "eva02_tiny_patch14_224": {},
 }
 
 

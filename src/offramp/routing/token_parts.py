@@ -313,7 +313,7 @@ class _TimmEmbed(nn.Module):
 def _timm_eva(vit: Any) -> TokenParts:
     blocks, rope = vit.blocks, vit.rope
     angles_TE = None
-    if rope is not None and not getattr(vit, "rope_mixed", False) and not vit.dynamic_img_size:
+    if rope is not None and not getattr(vit, "rope_mixed", False):
         angles_TE = _angles(vit)
     is_usual = (
         angles_TE is not None
@@ -328,7 +328,7 @@ def _timm_eva(vit: Any) -> TokenParts:
     if angles_TE is None or not is_usual:
         raise BackboneCutError(
             "Expected an Eva of timm with one rotation for all of its layers, that answers by its "
-            "class token or by the mean of its patches, for images of one size. Got another one: "
+            "class token or by the mean of its patches, without a gate on attention. Got another: "
             "use a VisionTransformer of timm, or build a HaltingNetwork from its parts."
         )
     norm = _WithoutAngles(vit.norm, num_angles=angles_TE.shape[1])
@@ -344,7 +344,7 @@ def _timm_eva(vit: Any) -> TokenParts:
 def _angles(vit: Any) -> Tensor:
     """Sines and cosines of each patch."""
     rope = vit.rope
-    if hasattr(rope, "feat_shape"):
+    if getattr(rope, "feat_shape", None) is not None:
         angles_TE: Tensor = rope.get_embed()
     else:
         angles_TE = rope.get_embed(shape=vit.patch_embed.grid_size)
