@@ -43,7 +43,7 @@ _MOST_TEXT_BYTES = 2**20
 
 _MOST_BYTES_A_PIXEL = 16
 _MOST_BYTES_BESIDE_PIXELS = 4 * 2**20
-"""What a compressed image may take for colour profiles and notes."""
+"""Bytes that a compressed image may take for colour profiles and notes."""
 
 _MOST_UNNAMED_CLASSES = 2**20
 _MISSING = -1
@@ -155,7 +155,7 @@ def known_labels(labels: Tensor) -> Tensor:
 
 
 class _Column(NamedTuple):
-    """What pyarrow calls the values of a column, and the most bytes that one may take."""
+    """Type of a column as pyarrow names it, and the most bytes that a value may take."""
 
     kind: str
     most_bytes: int

@@ -6,21 +6,21 @@ width of a token, ``A`` width of all heads together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from offramp.errors import InvalidArgumentError
-from offramp.exporting.halting_single import THRESHOLD, write_halting_single
-from offramp.exporting.onnx import PLAIN_FILE, SINGLE_FILE, tensor_specs
-from offramp.exporting.parts import Part, write_parts
+from offramp.exporting.graph import Graph
+from offramp.exporting.onnx import PLAIN, THRESHOLD, tensor_specs
+from offramp.exporting.parts import Part
 from offramp.families.agreement import Reference
 from offramp.families.halting import masked_pass
 from offramp.model.multi_exit import Features
@@ -29,7 +29,7 @@ from offramp.routing.halting import HaltingNetwork, advance
 from offramp.routing.layers import attend
 from offramp.runtime import Bundle
 from offramp.runtime.bundle import Padding
-from offramp.runtime.files import OnnxFile, TensorSpec, file_sha256
+from offramp.runtime.files import OnnxFile, TensorSpec
 from offramp.runtime.halting_parts import HALTING_OUTPUTS, HaltingParts, HaltingStep
 
 _TRACED_TOKENS = 5
@@ -40,20 +40,76 @@ Meet = Callable[[Tensor, Tensor, Tensor, int, Tensor | None], Tensor]
 shape (N,), everybody if None; to what it makes of each token, shape (N, A)."""
 
 
+def join_halting(graph: Graph, bundle: Bundle) -> dict[str, str]:
+    """Behind every step the tokens that go on are taken out.
+
+    What follows lies inside an ``If``, which an answered sample does not enter.
+    """
+    from onnx import TensorProto, numpy_helper
+
+    parts = bundle.halting
+    assert parts is not None
+    graph.number(THRESHOLD, parts.threshold)
+    embed = parts.embed.name
+    x_BTD, is_valid_BT = graph.add(embed, graph.take_inputs(embed))
+    batch_axis, num_steps = graph.constant([0]), len(parts.steps)
+    tokens = graph.node("Squeeze", [x_BTD, batch_axis])
+    if bundle.padding is not None:
+        is_valid = graph.node("Squeeze", [is_valid_BT, batch_axis])
+        tokens = graph.node("Compress", [tokens, is_valid], axis=0)
+    length = graph.node("Shape", [tokens], start=0, end=1)
+    zero = numpy_helper.from_array(np.zeros(1, np.float32))
+    total = graph.node("ConstantOfShape", [length], value=zero)
+
+    def run(
+        inside: Graph, given: Sequence[str], answer: str | None, counts: Sequence[str]
+    ) -> Sequence[str]:
+        """A step and all that follow: the answer, and the tokens in each step."""
+        num_left = num_steps - len(counts)
+        *given, stays, part = inside.add(_single_file(len(counts) - 1), [*given, THRESHOLD])
+        so_far = part if answer is None else inside.node("Add", [answer, part])
+        if num_left == 0:
+            return so_far, inside.node("Concat", counts, axis=0)
+
+        def go_on(branch: Graph) -> Sequence[str]:
+            kept = [branch.node("Compress", [one, stays], axis=0) for one in given]
+            length = branch.node("Shape", kept[:1], start=0, end=1)
+            return run(branch, kept, so_far, [*counts, length])
+
+        def stop(branch: Graph) -> Sequence[str]:
+            none = branch.constant([0] * num_left)
+            return so_far, branch.node("Concat", [*counts, none], axis=0)
+
+        goes_on = inside.node("Gather", [stays, inside.constant(0)])
+        return inside.choose(goes_on, go_on, stop)
+
+    answer, counts = run(graph, (tokens, total), None, [length])
+    of_steps = graph.node("Unsqueeze", [counts, batch_axis])
+    graph.declare(of_steps, TensorProto.INT64, [1, num_steps])
+    return dict(
+        zip(HALTING_OUTPUTS, (*graph.add(parts.head.name, [answer]), of_steps), strict=True)
+    )
+
+
+def _single_file(step: int) -> str:
+    """The part that only the file for single samples holds."""
+    return f"single_{step}.onnx"
+
+
 @dataclass(frozen=True)
 class HaltingExport:
     """A network whose tokens halt, and when they do.
 
     Attributes:
         network: The network, in evaluation mode, on the CPU.
+        inputs: Samples to export with.
         threshold: What the sum of a token's scores must reach for it to halt.
         layers_per_step: Layers that run before tokens are dropped again; the last step may have
             fewer.
     """
 
-    family: ClassVar[str] = "halting"
-
     network: HaltingNetwork
+    inputs: Features
     threshold: float
     layers_per_step: int = 1
 
@@ -65,24 +121,23 @@ class HaltingExport:
                 f"Got {self.layers_per_step}."
             )
 
-    def write_files(self, inputs: Features, folder: Path, *, plain: bool) -> dict[str, Any]:
-        """Write the ONNX files."""
-        network, groups = self.network, self._groups()
-        inputs = network.trimmed(inputs)
-        num_tokens = None if network.ragged is None else inputs[0].shape[1]
-        specs = tensor_specs(inputs, num_tokens=num_tokens)
-        ones = [f"single_{k}" for k in range(len(groups))]
-        parts = _parts_of(network, groups, inputs, specs)
-        if plain:
-            parts[Path(PLAIN_FILE).stem] = _on_inputs(network.plain(), inputs, specs, ("output",))
-        files = write_parts(network, parts, folder)
-        costs = network.costs(*inputs)
+    def parts(self) -> dict[str, Part]:
+        """Embedding, groups of layers for many samples and for one, and the head."""
+        network, inputs, specs = self.network, self._trimmed(), self._specs()
+        return {
+            **_parts_of(network, self._groups(), inputs, specs),
+            PLAIN: _on_inputs(network.plain(), inputs, specs, ("output",)),
+        }
+
+    def describe(self, files: Mapping[str, OnnxFile]) -> dict[str, Any]:
+        """What the bundle says of the network."""
+        costs, ragged = self.network.costs(*self._trimmed()), self.network.ragged
         halting = HaltingParts(
-            inputs=specs,
+            inputs=self._specs(),
             embed=files["embed"],
             steps=tuple(
                 HaltingStep(file=files[f"step_{k}"], num_layers=len(group))
-                for k, group in enumerate(groups)
+                for k, group in enumerate(self._groups())
             ),
             head=files["head"],
             threshold=self.threshold,
@@ -90,26 +145,14 @@ class HaltingExport:
             token_macs=costs.token_macs,
             pair_macs=costs.pair_macs,
         )
-        write_halting_single(
-            folder,
-            halting,
-            [files[name] for name in ones],
-            folder / SINGLE_FILE,
-            has_padding=network.ragged is not None,
-        )
-        for name in ones:  # joined into the file for single samples
-            (folder / files[name].name).unlink()
-        plain_file: OnnxFile | None = files.get(Path(PLAIN_FILE).stem)
         return {
             "steps": (),
             "halting": halting,
-            "plain_file": None if plain_file is None else plain_file.name,
-            "plain_sha256": None if plain_file is None else plain_file.sha256,
             "plain_macs": costs.plain_macs,
-            "single_file": SINGLE_FILE,
-            "single_sha256": file_sha256(folder / SINGLE_FILE),
-            "padding": None if network.ragged is None else Padding(**asdict(network.ragged)),
+            "padding": None if ragged is None else Padding(**asdict(ragged)),
         }
+
+    join = staticmethod(join_halting)
 
     def reference(self, inputs: Features) -> Reference:
         """What the bundle must answer: the masked pass, which computes every token."""
@@ -126,6 +169,14 @@ class HaltingExport:
             )
         ]
 
+    def _trimmed(self) -> Features:
+        return self.network.trimmed(self.inputs)
+
+    def _specs(self) -> tuple[TensorSpec, ...]:
+        inputs = self._trimmed()
+        num_tokens = None if self.network.ragged is None else inputs[0].shape[1]
+        return tensor_specs(inputs, num_tokens=num_tokens)
+
     def _groups(self) -> list[range]:
         """Numbers of the layers in each step."""
         num_layers = self.network.num_layers
@@ -136,7 +187,6 @@ class HaltingExport:
 def _parts_of(
     network: HaltingNetwork, groups: list[range], inputs: Features, specs: tuple[TensorSpec, ...]
 ) -> dict[str, Part]:
-    """Embedding, groups of layers for many samples and for one, and the head."""
     embed = _on_inputs(network.embed, inputs, specs, ("tokens", "is_valid"))
     x_BTD, _ = network.embed(*(tensor[:1] for tensor in inputs))
     parts = {"embed": embed}
@@ -161,6 +211,7 @@ def _parts_of(
             scalars=(THRESHOLD,),
             input_names=("tokens", "total"),
             output_names=outputs,
+            is_kept=False,
         )
     parts["head"] = Part(
         call=partial(_answer, network),

@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from offramp.errors import InvalidArgumentError, MissingExtraError
 from offramp.exporting.bundle import new_bundle_folder
-from offramp.exporting.onnx import SINGLE_FILE
-from offramp.exporting.single import write_single
+from offramp.exporting.exits import join_exits
+from offramp.exporting.graph import write_single
 from offramp.runtime import Bundle, Session, Step
 from offramp.runtime.bundle import write_bundle
 from offramp.runtime.files import file_sha256
@@ -66,16 +66,16 @@ def quantize(bundle: Bundle | Path | str, folder: Path | str, samples: npt.Array
                 bundle.folder / bundle.plain_file, making / bundle.plain_file, plain_inputs
             )
             plain_sha256 = file_sha256(making / bundle.plain_file)
-        write_single(making, steps, making / SINGLE_FILE)
         made = replace(
             bundle,
             folder=making,
             steps=tuple(steps),
             plain_sha256=plain_sha256,
-            single_file=SINGLE_FILE,
-            single_sha256=file_sha256(making / SINGLE_FILE),
+            single_file=None,
+            single_sha256=None,
             quantized="int8",
         )
+        made = write_single(made, join_exits)
         write_bundle(made)
     return replace(made, folder=Path(folder))
 

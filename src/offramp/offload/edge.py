@@ -49,15 +49,15 @@ _BACKOFF_S = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class EdgeConfig:
-    """How an edge part deals with its link.
+    """Settings for an edge part's use of its link.
 
     Attributes:
-        codec: How features cross it: float32, float16, int8 or int8+zstd.
+        codec: How features cross: float32, float16, int8 or int8+zstd.
         deadline_ms: Milliseconds after which a call is answered without the part behind the link.
-        retries: So often a call that failed at once is tried again, as long as the deadline allows
-            what the last call that went well took.
-        failures: So many failures in a row switch the link off.
-        probe_s: Seconds between two looks whether it is there again.
+        retries: Times that a call is tried again if it failed at once, as long as the deadline
+            leaves what the last good call took.
+        failures: Failures in a row that switch the link off.
+        probe_s: Seconds between two looks at a link that is off.
     """
 
     codec: str = "float32"
@@ -83,7 +83,7 @@ class EdgeConfig:
 
 @dataclass(kw_only=True)
 class Traffic:
-    """What an edge part and its link did so far.
+    """Counts of what an edge part and its link did so far.
 
     Attributes:
         samples: Samples that were answered.
@@ -363,7 +363,7 @@ class EdgeRunner:
 
 
 def _may_pass(error: OfframpError) -> bool:
-    """Whether the same call may go well a moment later."""
+    """Tell if the same call may go well a moment later."""
     return isinstance(error, OffloadError) and not isinstance(
         error, (LinkTimeoutError, AuthenticationError)
     )

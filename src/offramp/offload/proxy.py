@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from offramp.errors import InvalidArgumentError
 
 _CHUNK_BYTES = 1448
-"""What a TCP packet holds on an Ethernet."""
+"""Bytes that a TCP packet holds on an Ethernet."""
 _BUFFER_S = 0.1
 _TIMER_S = 1.5e-3
 """An event loop's timers are late by up to a millisecond: the rest is waited for by asking."""
@@ -17,12 +17,12 @@ _TIMER_S = 1.5e-3
 
 @dataclass(frozen=True, kw_only=True)
 class LinkShape:
-    """What a link is like; both directions alike.
+    """Conditions of a link; both directions alike.
 
     Attributes:
-        mbit: Megabits a second; None for as fast as it goes.
+        mbit: Megabits a second, each way; as fast as it goes unless told.
         rtt_ms: Milliseconds there and back, for the first byte.
-        drop: Share of packets that are lost and come again after ``stall_ms``.
+        drop: Share of packets that are lost, and come again.
         stall_ms: Milliseconds until a lost packet is sent again.
     """
 

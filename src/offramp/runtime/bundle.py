@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from offramp.artifacts import read_json, write_json
+from offramp.artifacts import BUNDLE_FOLDER, read_json, write_json
 from offramp.decoding import Count, Positive, Share, decode
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.runtime.dense import MAP_STRIDES
@@ -39,7 +39,7 @@ MacsBySize = Annotated[
     Meta(min_length=1 + len(MAP_STRIDES), max_length=1 + len(MAP_STRIDES)),
 ]
 SINGLE_OUTPUTS = ("output", "confidence", "step")
-"""What the file for single samples puts out: logits, confidence, number of the step left by.
+"""Outputs of the file for single samples: logits, confidence, number of the step left by.
 
 Of a network with exits; those of others are in ``skip_parts.py`` and ``halting_parts.py``.
 """
@@ -103,7 +103,7 @@ class Step:
 
     @property
     def numbers(self) -> dict[str, float]:
-        """What the policy compares with there, by the names of the step's last inputs."""
+        """Numbers that the policy compares with there, by the names of the step's last inputs."""
         numbers = {"temperature": self.temperature, "threshold": self.threshold}
         if self.pixel_threshold is not None:
             numbers["pixel_threshold"] = self.pixel_threshold
@@ -112,7 +112,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Padding:
-    """Where a bundle for samples of unequal length marks what is no part of a sample.
+    """Padding of a bundle for samples of unequal length: how it is marked.
 
     Attributes:
         mask_index: Number of the feature that crosses each cut and is 0 on padding, shape (B, T).
@@ -126,7 +126,7 @@ class Padding:
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """What ``bundle.json`` says.
+    """Content of ``bundle.json``.
 
     Attributes:
         folder: Where the bundle is, as an absolute path: files are loaded later too.
@@ -292,6 +292,22 @@ def _delete_none(content: dict[str, Any], *names: str) -> None:
             del content[name]
 
 
+def is_bundle(folder: Path) -> bool:
+    """Tell a bundle from a run folder, which any other folder is read as."""
+    return (folder / BUNDLE_FILE).is_file()
+
+
+def find_bundle(run: Path) -> Path:
+    """Find the bundle that a folder is, or that is in a run folder."""
+    found = next((folder for folder in (run, run / BUNDLE_FOLDER) if is_bundle(folder)), None)
+    if found is None:
+        raise ArtifactError(
+            f"Expected a bundle, or a run folder with one in it. {run} has none. "
+            f"Make one: offramp export {run}"
+        )
+    return found
+
+
 def read_bundle(folder: Path | str) -> Bundle:
     """Read a bundle and make sure that its files are whole.
 
@@ -363,7 +379,7 @@ def _check_file(path: Path, sha256: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _PolicyNumbers:
-    """What a policy of any kind may say; ``offramp.policy`` makes one of it, which takes torch."""
+    """Fields of policies of all kinds; ``offramp.policy`` makes one of them, which takes torch."""
 
     kind: Literal["threshold", "patience", "controller", "dense", "agreement", "gates", "halting"]
     rule: str | None = None

@@ -1,4 +1,4 @@
-"""What RUN names: a run folder or a bundle, opened so that commands need not ask which."""
+"""Opening what RUN names, a run folder or a bundle, so that commands need not ask which."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from offramp.artifacts import BUNDLE_FOLDER
+import torch
+from torch import Tensor
+
+from offramp.calibration.asked import Asked
+from offramp.calibration.collect import collect, collect_from_session
+from offramp.calibration.logits import ExitLogits
 from offramp.errors import ArtifactError, InvalidArgumentError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.utils.data import DataLoader
-
-    from offramp.calibration.asked import Asked
-    from offramp.calibration.logits import ExitLogits
-    from offramp.families.family import Family, TorchRunner
-    from offramp.policy.policies import Policy
-    from offramp.policy.routing_policy import RoutingPolicy
-    from offramp.recipes.recipe import Recipe
-    from offramp.runtime import Bundle, Session
-    from offramp.runtime.answers import SampleAnswer
-    from offramp.zoo import Network
-
-    Loader = DataLoader[tuple[Tensor, Tensor]]
+from offramp.families import FAMILIES, family_of, make_runner
+from offramp.families.family import Family, TorchRunner
+from offramp.policy.as_dict import policy_to_dict
+from offramp.policy.policies import Policy
+from offramp.policy.routing_policy import RoutingPolicy
+from offramp.recipes.recipe import Recipe
+from offramp.results import AdaptiveResult
+from offramp.runs.run import CALIBRATION_SPLIT, is_in_sample, load
+from offramp.runtime import Bundle, Session, read_bundle
+from offramp.runtime.answers import SampleAnswer, describe_answers
+from offramp.runtime.bundle import BUNDLE_FILE, is_bundle
+from offramp.zoo import Network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class Artifact:
         family: Of the network.
         target: What its policy was asked for; None where that is not known, as of a bundle.
         answer: From a batch of inputs on the device to what is said of each sample.
-        collect: From a loader to the logits of every exit; of those that are on, for a bundle.
+        collect: From samples to the logits of every exit; of those that are on, for a bundle.
         has_seen: From a split and the fingerprint of its samples to whether they trained the
             network or may have chosen its thresholds.
     """
@@ -57,32 +58,12 @@ class Artifact:
     family: Family[Any, Any]
     target: Asked | None
     answer: Callable[[Tensor], list[SampleAnswer]]
-    collect: Callable[[Loader], ExitLogits]
+    collect: Callable[[object], ExitLogits]
     has_seen: Callable[[str, str], bool]
-
-
-def is_bundle(folder: Path) -> bool:
-    """Whether a folder is to be read as a bundle; any other is read as a run."""
-    from offramp.runtime.bundle import BUNDLE_FILE
-
-    return (folder / BUNDLE_FILE).is_file()
-
-
-def find_bundle(run: Path) -> Path:
-    """Find the bundle that RUN names."""
-    found = next((folder for folder in (run, run / BUNDLE_FOLDER) if is_bundle(folder)), None)
-    if found is None:
-        raise ArtifactError(
-            f"Expected a bundle, or a run folder with one in it. {run} has none. "
-            f"Make one: offramp export {run}"
-        )
-    return found
 
 
 def pick_device(device: str | None) -> str:
     """Decide where to compute."""
-    import torch
-
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):
@@ -102,11 +83,6 @@ def open_artifact(folder: Path, device: str | None = None) -> Artifact:
 
 
 def _open_run(folder: Path, device: str | None) -> Artifact:
-    from offramp.calibration.asked import Asked
-    from offramp.calibration.collect import collect
-    from offramp.families import family_of, make_runner
-    from offramp.runs.run import is_in_sample, load
-
     loaded = load(folder)
     recipe = loaded.require_recipe()
     where = pick_device(device)
@@ -133,11 +109,6 @@ def answer_run(
     inputs: Tensor,
 ) -> list[SampleAnswer]:
     """Say what a run answers, sample by sample."""
-    from offramp.families import make_runner
-    from offramp.policy.as_dict import policy_to_dict
-    from offramp.results import AdaptiveResult
-    from offramp.runtime.answers import describe_answers
-
     runner = make_runner(network, policy)
     result = runner.run(inputs)
     arrays: dict[str, Any] = {
@@ -153,8 +124,6 @@ def answer_run(
 
 
 def _answer_bundle(session: Session, inputs: Tensor) -> list[SampleAnswer]:
-    from offramp.runtime.answers import describe_answers
-
     return describe_answers(
         session.run(inputs),
         policy=session.bundle.policy,
@@ -165,11 +134,6 @@ def _answer_bundle(session: Session, inputs: Tensor) -> list[SampleAnswer]:
 
 
 def _open_bundle(folder: Path, device: str | None) -> Artifact:
-    from offramp.calibration.collect import collect_from_session
-    from offramp.families import FAMILIES
-    from offramp.runs.run import CALIBRATION_SPLIT
-    from offramp.runtime import Session, read_bundle
-
     if pick_device(device or "cpu") != "cpu":
         raise InvalidArgumentError(
             f"The device of a bundle must be cpu: onnxruntime runs it there. Got {device!r}."
@@ -194,10 +158,7 @@ def _open_bundle(folder: Path, device: str | None) -> Artifact:
 
 
 def recipe_of(bundle: Bundle) -> Recipe:
-    """How the network of a bundle was trained."""
-    from offramp.recipes.recipe import Recipe
-    from offramp.runtime.bundle import BUNDLE_FILE
-
+    """Find the recipe that a bundle's network was trained by."""
     if bundle.recipe is None:
         raise ArtifactError(
             f"The bundle {bundle.folder} holds a network of your own, without a recipe that names "
