@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -215,7 +215,7 @@ def _parts_of(
         )
     parts["head"] = Part(
         call=partial(_answer, network),
-        example=(x_BTD[:, 0],),
+        example=(network.read(x_BTD[:, 0]),),
         input_names=("answer",),
         output_names=HALTING_OUTPUTS[:2],
     )
@@ -265,7 +265,8 @@ def _run_packed(
         context_BTA = attend(query, key, value, num_heads, is_key_BT=is_key_BT)
         return context_BTA.flatten(0, 1).index_select(0, places_N)
 
-    return _run_group(network, group, meet, x_ND, total_N, rows_BT[:, 0], threshold)
+    laid_out = _LaidOut(rows_BT, is_token_BT)
+    return _run_group(network, group, meet, x_ND, total_N, laid_out, threshold)
 
 
 def _run_one(
@@ -279,8 +280,30 @@ def _run_one(
         is_key = None if is_key_N is None else _with_class(is_key_N)
         return attend(query_NA, key_NA, value_NA, num_heads, is_key_BT=is_key)
 
-    class_B = torch.zeros(1, dtype=torch.int64)
-    return _run_group(network, group, meet, x_ND, total_N, class_B, threshold)
+    return _run_group(network, group, meet, x_ND, total_N, _LaidOut(), threshold)
+
+
+class _LaidOut(NamedTuple):
+    """Where the tokens of samples stand; those of a single sample in their order.
+
+    Attributes:
+        rows_BT: Their numbers.
+        is_token_BT: Where there is one.
+    """
+
+    rows_BT: Tensor | None = None
+    is_token_BT: Tensor | None = None
+
+    @property
+    def class_B(self) -> Tensor:
+        """Numbers of the class tokens."""
+        if self.rows_BT is None:
+            return torch.zeros(1, dtype=torch.int64)
+        return self.rows_BT[:, 0]
+
+    def by_sample(self, x_ND: Tensor) -> Tensor:
+        """Tokens in the rows of their samples, shape (B, T, D)."""
+        return x_ND[None] if self.rows_BT is None else F.embedding(self.rows_BT, x_ND)
 
 
 def _run_group(
@@ -289,11 +312,12 @@ def _run_group(
     meet: Meet,
     x_ND: Tensor,
     total_N: Tensor,
-    class_B: Tensor,
+    laid_out: _LaidOut,
     threshold: Tensor,
 ) -> Features:
     """Layers in a row; tokens that halt on the way are looked at no more, and computed."""
     halts_N: Tensor | None = None
+    class_B = laid_out.class_B
     parts_BD = []
     for index in group:
         layer = network.parts().layers[index]
@@ -303,14 +327,38 @@ def _run_group(
         # The threshold comes in as float32; see the gates of ``skip.py``.
         step = advance(total_N, network.score(x_ND).float(), threshold)
         is_last = index == network.num_layers - 1
-        weight_B = (1 - total_N if is_last else step.weight).index_select(0, class_B)
-        if halts_N is not None:  # whose class token has halted, is answered
-            weight_B = weight_B * ~halts_N.index_select(0, class_B)
-        parts_BD.append(weight_B[:, None] * x_ND.index_select(0, class_B))
+        weight_N = 1 - total_N if is_last else step.weight
+        if network.readout is None:
+            weight_B = weight_N.index_select(0, class_B)
+            if halts_N is not None:  # whose class token has halted, is answered
+                weight_B = weight_B * ~halts_N.index_select(0, class_B)
+            parts_BD.append(weight_B[:, None] * x_ND.index_select(0, class_B))
+        else:
+            numbers = (weight_N, 1 - total_N, step.halts, *(() if halts_N is None else (halts_N,)))
+            table_N3 = torch.stack([number.to(weight_N.dtype) for number in numbers], 1)
+            parts_BD.append(_read_all(network, laid_out, x_ND, table_N3))
         total_N, halts_N = step.total, step.halts
     assert halts_N is not None  # a group has at least one layer
     (*_, answer_BD) = accumulate(parts_BD)
     return x_ND, total_N, ~halts_N, answer_BD
+
+
+def _read_all(
+    network: HaltingNetwork, laid_out: _LaidOut, x_ND: Tensor, numbers_NX: Tensor
+) -> Tensor:
+    """What all tokens of each sample add to its answer, shape (B, A).
+
+    Of each token the table holds its weight, what is left of it, whether it halts here and, behind
+    the first layer of a group, whether it has halted before.
+    """
+    weight_BT, rest_BT, halts_BT, *before = laid_out.by_sample(numbers_NX).unbind(-1)
+    weight_BT = torch.where(halts_BT[:, :1] > 0, rest_BT, weight_BT)
+    for halted_BT in before:  # nor does who belongs to a sample that is answered
+        weight_BT = weight_BT * (1 - halted_BT) * (1 - halted_BT[:, :1])
+    if laid_out.is_token_BT is not None:
+        weight_BT = weight_BT * laid_out.is_token_BT
+    share_BTA = laid_out.by_sample(network.read(x_ND))
+    return (weight_BT[..., None] * share_BTA).sum(1)
 
 
 def _with_class(is_key: Tensor) -> Tensor:
