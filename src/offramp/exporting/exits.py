@@ -104,7 +104,7 @@ class ExitsExport:
     join = staticmethod(join_exits)
 
     def reference(self, inputs: Features) -> Reference:
-        """What the bundle must answer: the all-exits loop."""
+        """Compute the expected answers: the all-exits loop."""
         return EXITS.reference(self.network, self.policy, inputs)
 
     def extremes(self, bundle: Bundle) -> list[tuple[Bundle, ExitsExport]]:

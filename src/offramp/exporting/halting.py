@@ -155,7 +155,7 @@ class HaltingExport:
     join = staticmethod(join_halting)
 
     def reference(self, inputs: Features) -> Reference:
-        """What the bundle must answer: the masked pass, which computes every token."""
+        """Compute the expected answers: the masked pass, which computes every token."""
         first_layers = [group[0] for group in self._groups()]
         return masked_pass(self.network, self.threshold, inputs, first_layers)
 

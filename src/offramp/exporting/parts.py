@@ -55,7 +55,7 @@ class Part:
         return (*self.input_names, *self.scalars)
 
     def inputs(self) -> Features:
-        """What the part is traced with."""
+        """The example inputs that the part is traced with."""
         if self.free_axes is None:
             return example_inputs(self.example, self.scalars)
         # The tracer takes one tensor that is given twice for one input.
@@ -151,7 +151,7 @@ class _SideBySide(nn.Module):
 
 
 def _inside(part: str, name: str) -> str:
-    """What an input or output of a part is called in the whole program."""
+    """Name an input or output of a part in the whole program."""
     return f"{part}/{name}"
 
 

@@ -93,7 +93,7 @@ def _weight_bytes(path: Path) -> int:
 
 
 def _inputs_of_steps(session: Session, samples: Array) -> list[dict[str, Array]]:
-    """What every step is given when nobody leaves, by the names of its ONNX inputs."""
+    """Collect the inputs of every step, by their ONNX names, if no sample leaves."""
     given = []
     carried: Sequence[Array] = [samples]
     for index in range(len(session.bundle.steps)):

@@ -126,7 +126,7 @@ class SkipExport:
     join = staticmethod(join_skip)
 
     def reference(self, inputs: Features) -> Reference:
-        """What the bundle must answer: the gated sum, which computes every block."""
+        """Compute the expected answers: the gated sum, which computes every block."""
         return gated_sum(self.network, self.threshold, inputs)
 
     def extremes(self, bundle: Bundle) -> list[tuple[Bundle, SkipExport]]:

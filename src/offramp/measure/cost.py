@@ -1,4 +1,4 @@
-"""What a network costs a sample: multiply-accumulates (MACs) that really run, weights, payload."""
+"""Costs of a network per sample: multiply-accumulates (MACs) that run, weights, payload."""
 
 from __future__ import annotations
 

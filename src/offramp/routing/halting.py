@@ -42,7 +42,7 @@ DEFAULT_THRESHOLD = 0.99
 
 
 class HaltingOutput(NamedTuple):
-    """What a masked pass over all layers says.
+    """The result of a masked pass over all layers.
 
     Attributes:
         logits: Raw logits, shape (B, C).
@@ -93,14 +93,14 @@ class HaltingCosts:
     plain_macs: int
 
     def macs(self, tokens_BL: Tensor) -> Tensor:
-        """What samples cost."""
+        """Return the MACs of each sample."""
         tokens_BL = tokens_BL.long()
         token_macs_L = torch.tensor(self.token_macs, device=tokens_BL.device)
         pair_macs_L = torch.tensor(self.pair_macs, device=tokens_BL.device)
         return self.fixed_macs + (tokens_BL * (token_macs_L + tokens_BL * pair_macs_L)).sum(1)
 
     def macs_of_length(self, lengths_B: Tensor) -> Tensor:
-        """What samples cost the plain network."""
+        """Return the MACs of each sample in the plain network."""
         return self.macs(lengths_B[:, None].expand(-1, len(self.token_macs)))
 
 
@@ -292,7 +292,7 @@ class HaltingNetwork(SaysClasses, nn.Module):
 
 
 class Step(NamedTuple):
-    """What a layer's scores say of tokens.
+    """The decisions that follow from a layer's halting scores.
 
     Attributes:
         weight: Of the token after this layer: its score, or the remainder where it halts.
@@ -427,7 +427,7 @@ def _output(
 
 
 class _TokenPart(nn.Module):
-    """What a layer does to each token alone."""
+    """The MACs of a layer for each token."""
 
     def __init__(self, layer: TransformerLayer) -> None:
         super().__init__()
@@ -438,7 +438,7 @@ class _TokenPart(nn.Module):
 
 
 class _PairPart(nn.Module):
-    """What a layer does to each pair of tokens, here to one token and itself."""
+    """The MACs of a layer for each pair of tokens."""
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()

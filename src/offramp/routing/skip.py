@@ -28,7 +28,7 @@ Choice = Callable[[Tensor], Tensor]
 
 
 class GatedOutput(NamedTuple):
-    """What a pass over all blocks says.
+    """The result of a pass over all blocks.
 
     Attributes:
         logits: Raw logits, shape (B, C).
@@ -61,7 +61,7 @@ class SkipCosts:
         return self.fixed_macs + sum(self.block_macs)
 
     def macs(self, blocks_BG: Tensor) -> Tensor:
-        """What samples cost."""
+        """Return the MACs of each sample."""
         block_macs_G = torch.tensor(self.block_macs, device=blocks_BG.device)
         return self.fixed_macs + sum(self.gate_macs) + (blocks_BG * block_macs_G).sum(1)
 
@@ -225,7 +225,7 @@ class _Gate(nn.Module):
 
 
 class _WayAround(nn.Module):
-    """What runs where a block does not."""
+    """The module that runs in place of a skipped block."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()

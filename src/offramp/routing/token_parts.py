@@ -286,7 +286,7 @@ def _is_usual_block(block: Any) -> bool:
 
 
 class _TimmEmbed(nn.Module):
-    """What timm's VisionTransformer does before its blocks; the rest of it is left out."""
+    """The part of timm's VisionTransformer before its blocks."""
 
     def __init__(self, vit: Any) -> None:
         super().__init__()
@@ -597,4 +597,4 @@ _KNOWN: Mapping[tuple[str, str], Callable[[Any], TokenParts]] = {
     ("transformers", "ViTMSNForImageClassification"): _vit("vit"),
     ("transformers", "XLMRobertaForSequenceClassification"): _roberta,
 }
-"""How each class is taken apart, by its package and name."""
+"""The function that takes a class apart, by package and name."""
