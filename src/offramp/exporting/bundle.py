@@ -51,7 +51,7 @@ class Exporter(Protocol):
         ...
 
     def describe(self, files: Mapping[str, OnnxFile]) -> dict[str, Any]:
-        """What the bundle says of the network, given the file of each part."""
+        """Describe the network for ``bundle.json``, given the file of each part."""
         ...
 
     def join(self, graph: Graph, bundle: Bundle) -> dict[str, str]:
@@ -59,7 +59,7 @@ class Exporter(Protocol):
         ...
 
     def reference(self, inputs: Features) -> Reference:
-        """What the bundle must answer: everything is computed, and chosen afterwards."""
+        """Compute the expected answers: everything is computed, and chosen afterwards."""
         ...
 
     def extremes(self, bundle: Bundle) -> Sequence[tuple[Bundle, Exporter]]:

@@ -91,7 +91,7 @@ class ExitsExport:
         }
 
     def describe(self, files: Mapping[str, OnnxFile]) -> dict[str, Any]:
-        """What the bundle says of the network."""
+        """Describe the network for ``bundle.json``."""
         network = self.network
         costs = network.costs(*self.inputs).with_decisions(self.policy.decision_macs)
         return {
@@ -123,7 +123,7 @@ class ExitsExport:
 
     @cached_property
     def _steps(self) -> list[_PlannedStep]:
-        """What each step is given, of one sample when nobody leaves."""
+        """Collect the inputs of each step for one sample that never leaves."""
         network, policy = self.network, self.policy
         features = _first_sample(network, self.inputs)
         state: State = ()

@@ -278,7 +278,7 @@ def _of_one_sample(kind: onnx.TypeProto) -> onnx.TypeProto:
 
 
 def _common(one: onnx.TypeProto, other: onnx.TypeProto) -> onnx.TypeProto:
-    """What two types have in common; names of sizes mean something in their own part alone."""
+    """Keep what two types have in common; names of sizes hold in their own part alone."""
     from onnx import helper
 
     dims = (each.tensor_type.shape.dim for each in (one, other))

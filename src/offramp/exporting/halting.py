@@ -130,7 +130,7 @@ class HaltingExport:
         }
 
     def describe(self, files: Mapping[str, OnnxFile]) -> dict[str, Any]:
-        """What the bundle says of the network."""
+        """Describe the network for ``bundle.json``."""
         costs, ragged = self.network.costs(*self._trimmed()), self.network.ragged
         halting = HaltingParts(
             inputs=self._specs(),
@@ -284,7 +284,7 @@ def _run_one(
 
 
 class _LaidOut(NamedTuple):
-    """Where the tokens of samples stand; those of a single sample in their order.
+    """The positions of samples' tokens; those of a single sample in their order.
 
     Attributes:
         rows_BT: Their numbers.
@@ -346,7 +346,7 @@ def _run_group(
 def _read_all(
     network: HaltingNetwork, laid_out: _LaidOut, x_ND: Tensor, numbers_NX: Tensor
 ) -> Tensor:
-    """What all tokens of each sample add to its answer, shape (B, A).
+    """Sum what all tokens of each sample add to its answer, shape (B, A).
 
     Of each token the table holds its weight, what is left of it, whether it halts here and, behind
     the first layer of a group, whether it has halted before.

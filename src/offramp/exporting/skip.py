@@ -101,7 +101,7 @@ class SkipExport:
         }
 
     def describe(self, files: Mapping[str, OnnxFile]) -> dict[str, Any]:
-        """What the bundle says of the network."""
+        """Describe the network for ``bundle.json``."""
         (spec,) = tensor_specs(self.inputs)
         costs = self.network.costs(*self.inputs)
         skip = SkipParts(

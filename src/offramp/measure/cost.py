@@ -179,7 +179,7 @@ def counting_macs() -> Iterator[_MacCounter]:
 
 
 def _quantised_flops() -> dict[Any, Any]:
-    """How to count the layers of dynamic quantisation, which torch's counter does not know."""
+    """Counters for layers of dynamic quantisation, which torch's counter does not know."""
 
     def linear(inputs: torch.Size, *_: object, out_shape: torch.Size, **__: object) -> int:
         return 2 * inputs[-1] * out_shape.numel()

@@ -18,7 +18,7 @@ GateState = tuple[Tensor, ...]
 """The state of the gates, per sample: tensors with their batch axis first."""
 
 _OPEN_SCORE = 2.0
-"""The bias of a new gate: it runs nearly every block (0.88). A network that starts to train with its
+"""Bias of a new gate, which then runs a block with 0.88: a network that starts to train with its
 blocks skipped learns to do without them."""
 
 

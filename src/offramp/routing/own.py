@@ -11,7 +11,7 @@ from offramp.model.ragged import Ragged
 
 
 class OwnParts(NamedTuple):
-    """What a network of ours with one exit is made of.
+    """The parts of a network of ours with one exit.
 
     Attributes:
         stage: All of it but for its head.

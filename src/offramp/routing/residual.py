@@ -144,7 +144,7 @@ class _Mode:
                 self.blocks.append(found)
 
     def slices(self) -> list[fx.Graph]:
-        """What is in front of the first block, each block, and what is behind the last one.
+        """The stem, each block, and the tail behind the last one.
 
         What stands between two blocks belongs to the second.
         """
@@ -185,7 +185,7 @@ class _Mode:
         return sides[weights[1] < weights[0]]
 
     def _num_weights(self, node: fx.Node, start: fx.Node) -> int:
-        """How many steps from a joint to a node hold a matrix or a convolution."""
+        """Count the steps from a joint to a node that hold a matrix or a convolution."""
         seen: set[fx.Node] = set()
         todo = [node]
         while todo:
@@ -344,7 +344,7 @@ def skip_block(block: nn.Module, x: Tensor) -> Tensor:
 
 
 def _is_block(module: nn.Module) -> bool:
-    """Whether a module is a residual block with a shortcut of its own, as ours have."""
+    """Return True if a module is a residual block with a shortcut of its own, as ours have."""
     return hasattr(module, "shortcut") or hasattr(module, "downsample")
 
 

@@ -34,7 +34,7 @@ from offramp.routing.own import own_parts
 
 
 class Readout(nn.Module):
-    """What an answer is made of where that is more than the first token.
+    """The tokens that make an answer, if that takes more than the first one.
 
     Each token is marked with its share in everything that is read: behind its coordinates, so
     that the marks go with it where tokens are dropped.
@@ -352,7 +352,7 @@ def _angles(vit: Any) -> Tensor:
 
 
 class _EvaEmbed(_TimmEmbed):
-    """What timm's Eva does before its blocks; first tokens are not rotated."""
+    """The part of timm's Eva before its blocks; first tokens are not rotated."""
 
     def __init__(self, vit: Any) -> None:
         super().__init__(vit)
@@ -388,7 +388,7 @@ def _torchvision(vit: Any) -> TokenParts:
 
 
 class _TorchvisionEmbed(nn.Module):
-    """What torchvision's VisionTransformer does before its layers."""
+    """The part of torchvision's VisionTransformer before its layers."""
 
     def __init__(self, vit: Any) -> None:
         super().__init__()
@@ -403,7 +403,7 @@ class _TorchvisionEmbed(nn.Module):
 
 
 def _vit(name: str) -> Callable[[Any], TokenParts]:
-    """How transformers' ViT and its kin are taken apart, which answer by the class token."""
+    """Take apart transformers' ViT and its kin, which answer by the class token."""
 
     def describe(model: Any) -> TokenParts:
         vit = getattr(model, name)
