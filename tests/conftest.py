@@ -15,7 +15,6 @@ import torch
 from hypothesis import settings
 from hypothesis.configuration import set_hypothesis_home_dir
 from torch import nn
-from torch._export import utils as export_utils
 
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.routing.halting import HaltingNetwork
@@ -23,8 +22,6 @@ from offramp.routing.skip import SkipNetwork
 from offramp.zoo.mlp import mlp
 from offramp.zoo.skipnet import skipnet
 from offramp.zoo.vit import vit
-
-FILLS_TABLE = "_materialize_cpp_cia_ops"
 
 set_hypothesis_home_dir(tempfile.gettempdir())
 settings.register_profile(
@@ -42,11 +39,9 @@ def _seeded():
 def _quick_export():
     """Keep coverage's tracer out of torch's exporter, which takes twice as long under it.
 
-    The network that is exported is measured as ever. Torch fills a table of its operators anew a
-    hundred times a file, a quarter of the work: once will do.
+    The network that is exported is measured as ever.
     """
     export = torch.onnx.export
-    filled_once = functools.cache(getattr(export_utils, FILLS_TABLE, lambda: None))
 
     def export_unmeasured(module, *arguments, **options):
         tracer = sys.gettrace()
@@ -67,10 +62,7 @@ def _quick_export():
         finally:
             sys.settrace(tracer)
 
-    with (
-        mock.patch.object(torch.onnx, "export", export_unmeasured if sys.gettrace() else export),
-        mock.patch.object(export_utils, FILLS_TABLE, filled_once, create=True),
-    ):
+    with mock.patch.object(torch.onnx, "export", export_unmeasured if sys.gettrace() else export):
         yield
 
 

@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch._export import utils as export_utils
 
 from offramp.errors import ArtifactError, MissingExtraError, reason
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
@@ -132,7 +133,7 @@ def run_exporter(
 ) -> ModelProto:
     """Trace a module as an ONNX model."""
     try:
-        with _quiet_export(), _torchlib_read_once():
+        with _quiet_export(), _torchlib_read_once(), _operators_listed_once():
             program = torch.onnx.export(
                 module,
                 inputs,
@@ -253,3 +254,18 @@ def _torchlib_read_once() -> Iterator[None]:
 @cache
 def _torchlib(read: Callable[..., Any], args: tuple[Any, ...], kwargs: tuple[Any, ...]) -> Any:
     return read(*args, **dict(kwargs))
+
+
+@contextmanager
+def _operators_listed_once() -> Iterator[None]:
+    """Keep torch from listing all its operators anew for every table, fifty times a file.
+
+    The function is private to torch. Without it, torch does as it likes.
+    """
+    name = "_materialize_cpp_cia_ops"
+    fill = getattr(export_utils, name, None)
+    if fill is None:
+        yield
+        return
+    with patch.object(export_utils, name, cache(fill)):
+        yield
