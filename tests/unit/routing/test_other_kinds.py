@@ -59,7 +59,12 @@ class Pairs(torch.utils.data.Dataset):
     [
         (convnext, off.add_gates, {}),
         (clip, halting, {"halting": off.HaltingConfig(halting_epochs=1)}),
-        (roberta, halting, {"halting": off.HaltingConfig(halting_epochs=1)}),
+        pytest.param(
+            roberta,
+            halting,
+            {"halting": off.HaltingConfig(halting_epochs=1)},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["gated convnext", "halting clip", "halting roberta"],
 )
