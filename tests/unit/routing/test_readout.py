@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from offramp import HaltingPolicy, HaltingRunner, Session, add_halting, export
+from offramp import HaltingPolicy, HaltingRunner, add_halting
 from offramp.measure.cost import count_macs
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.routing.halting import HaltingNetwork, advance
@@ -95,14 +95,3 @@ def test_the_runner_answers_as_the_masked_pass(plain):
     result = HaltingRunner(network, HaltingPolicy(0.7)).run(IMAGES)
     assert torch.equal(result.tokens, expected.tokens)
     torch.testing.assert_close(result.output, expected.logits, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("plain", [KINDS["class token and mean"]], indirect=True)
-def test_the_bundle_answers_alike(plain, tmp_path):
-    network, policy = halting(plain), HaltingPolicy(0.7)
-    session = Session(export(network, policy, tmp_path / "b", IMAGES, layers_per_step=2))
-    with torch.no_grad():
-        expected = network(IMAGES, threshold=0.7).logits
-    for rows in (slice(0, 6), slice(2, 3)):
-        answer = torch.from_numpy(session.run(IMAGES[rows].numpy()).output)
-        torch.testing.assert_close(answer, expected[rows], rtol=1e-4, atol=1e-4)
