@@ -23,6 +23,7 @@ from offramp.exporting.single import write_single
 from offramp.runtime import Bundle, Session, Step
 from offramp.runtime.bundle import write_bundle
 from offramp.runtime.files import file_sha256
+from offramp.runtime.preprocessing import write_preprocessing
 
 Array = npt.NDArray[Any]
 
@@ -67,6 +68,8 @@ def quantize(bundle: Bundle | Path | str, folder: Path | str, samples: npt.Array
             )
             plain_sha256 = file_sha256(making / bundle.plain_file)
         write_single(making, steps, making / SINGLE_FILE)
+        write_preprocessing(making, bundle.preprocessing)
+        known = bundle.calibration
         made = replace(
             bundle,
             folder=making,
@@ -75,6 +78,8 @@ def quantize(bundle: Bundle | Path | str, folder: Path | str, samples: npt.Array
             single_file=SINGLE_FILE,
             single_sha256=file_sha256(making / SINGLE_FILE),
             quantized="int8",
+            # What was reached and promised is of another network.
+            calibration=known and replace(known, reached=None, guarantee=None),
         )
         write_bundle(made)
     return replace(made, folder=Path(folder))
