@@ -109,6 +109,28 @@ class MissingExtraError(OfframpError, ImportError):
     """An optional dependency is missing; the message holds the command that installs it."""
 
 
+def missing_extra(what: str, error: ModuleNotFoundError) -> MissingExtraError:
+    """Say which command installs the package that ``what`` needs.
+
+    Args:
+        what: A public name or a command, to begin the sentence.
+        error: Raised by an import; one of Offramp's own modules is a fault and raised as it is.
+    Returns:
+        An error to raise, or to print.
+    """
+    package = (error.name or "").partition(".")[0]
+    if package == "offramp":
+        raise error
+    extra = "serve" if package in _SERVING else "train"
+    return MissingExtraError(
+        f"{what} needs {error.name}, which is not installed: pip install 'offramp[{extra}]'"
+    )
+
+
+_SERVING = ("aiohttp", "google", "grpc", "prometheus_client", "tritonclient", "zstandard")
+"""Packages of the extra ``serve``; all others that may be missing come with ``train``."""
+
+
 class FewSamplesWarning(UserWarning):
     """A policy was chosen on so few samples that they cannot tell whether its target holds."""
 

@@ -1,20 +1,25 @@
 """The public surface: what is promised is there, documented, and nothing else."""
 
+import ast
 import importlib
 import inspect
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 import offramp
 from offramp import errors
 
-EAGER = {
-    name
-    for name, value in vars(offramp).items()
-    if inspect.isclass(value)
-    and value.__module__.startswith("offramp.")
-    and name not in offramp._HOMES
+STUB = ast.parse(Path(offramp.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+IMPORTED = {
+    name.asname: node.module
+    for node in STUB.body
+    if isinstance(node, ast.ImportFrom)
+    for name in node.names
 }
 ERROR_CLASSES = {
     name: value
@@ -24,20 +29,51 @@ ERROR_CLASSES = {
 
 
 def test_all_is_what_can_be_imported():
-    assert set(offramp.__all__) == EAGER | offramp._HOMES.keys()
-    assert len(set(offramp.__all__)) == len(offramp.__all__)
-    assert dir(offramp) == sorted(offramp.__all__)
+    assert {*offramp.__all__, "collect_sweep"} == IMPORTED.keys()
+    assert dir(offramp) == offramp.__all__ == sorted(set(offramp.__all__))
+
+
+USE = """
+import offramp
+reveal_type(offramp.add_exits)
+reveal_type(offramp.OfframpError)
+offramp.fitt
+"""
+CONFIG = """
+[mypy]
+follow_imports = silent
+[mypy-torch.*,numpy.*,onnx.*,onnxscript.*,lightning.*,PIL.*,aiohttp.*,huggingface_hub.*]
+follow_imports = skip
+[mypy-transformers.*,tokenizers.*,tensorboard.*,safetensors.*,scipy.*,sklearn.*,pyarrow.*,pandas.*]
+follow_imports = skip
+"""
+
+
+def test_type_checkers_know_names_and_signatures(project, tmp_path):
+    (tmp_path / "use.py").write_text(USE)
+    (tmp_path / "mypy.ini").write_text(CONFIG)
+    outcome = subprocess.run(
+        [sys.executable, "-m", "mypy", "use.py"],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(project / "src")},
+        capture_output=True,
+        text=True,
+    )
+    function, error, misspelt, *_ = outcome.stdout.splitlines()
+    assert "num_classes: int" in function, outcome.stdout
+    assert "-> offramp.model.multi_exit.MultiExitNetwork" in function
+    assert "offramp.errors.OfframpError" in error
+    assert 'Module has no attribute "fitt"' in misspelt
 
 
 def test_every_error_is_public():
-    assert ERROR_CLASSES.keys() <= EAGER
+    assert ERROR_CLASSES.keys() <= set(offramp.__all__)
 
 
 @pytest.mark.parametrize("name", offramp.__all__)
 def test_public_name_is_documented_where_it_lives(name):
     value = getattr(offramp, name)
-    home = offramp._HOMES.get(name, value.__module__)
-    assert getattr(importlib.import_module(home), name) is value
+    assert getattr(importlib.import_module(IMPORTED[name]), name) is value
     assert len((value.__doc__ or "").strip()) > 20
 
 

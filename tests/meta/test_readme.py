@@ -6,9 +6,8 @@ import re
 import shlex
 
 import pytest
-import typer
 
-from offramp.cli import app
+from offramp.cli.commands import load_command
 
 BLOCK = re.compile(
     r"^```python\n((?:(?!```).*\n)*)```\n(?:prints\n\n((?: {4}.*\n)+))?", re.MULTILINE
@@ -17,7 +16,6 @@ NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 COMMAND_LINE = re.compile(r"^ {4}offramp (.+)$", re.MULTILINE)
 COMMAND_IN_TEXT = re.compile(r"`offramp ([^`]+)`")
 MAKE = re.compile(r"(?:^ {4}|`)make ([\w-]+)", re.MULTILINE)
-COMMANDS = typer.main.get_command(app).commands
 
 
 def test_python_blocks_run_in_order_and_print_what_they_say(page, tmp_path, monkeypatch):
@@ -49,7 +47,7 @@ def test_commands_exist_with_their_options(page):
     text = page.read_text(encoding="utf-8")
     for line in COMMAND_LINE.findall(text):
         name, *arguments = shlex.split(re.split(r" {2,}| # ", line)[0])
-        COMMANDS[name].make_context(name, arguments)  # a wrong one raises
+        load_command(name).make_context(name, arguments)  # a wrong one raises
     for mention in COMMAND_IN_TEXT.findall(text):
         for command in mention.split("|"):
             name, *arguments = shlex.split(command)
@@ -57,7 +55,7 @@ def test_commands_exist_with_their_options(page):
 
 
 def options_of(name: str) -> set[str]:
-    parameters = COMMANDS[name].params
+    parameters = load_command(name).params
     return {option for p in parameters for option in (*p.opts, *p.secondary_opts)}
 
 

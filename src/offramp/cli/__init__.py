@@ -1,4 +1,4 @@
-"""The command line: thin shells over the library, one module a group of commands."""
+"""The command line: thin shells over the library, one module a command."""
 
 from __future__ import annotations
 
@@ -9,25 +9,12 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from offramp import __version__
-from offramp.cli import (
-    calibrate,
-    evaluate,
-    export,
-    frontier,
-    place,
-    plan,
-    predict,
-    push,
-    serve,
-    show,
-    split,
-    time,
-    train,
-)
+from offramp.cli.commands import COMMANDS, Commands
 from offramp.cli.in_options import in_options
-from offramp.errors import OfframpError
+from offramp.errors import OfframpError, missing_extra
 
 app = typer.Typer(
+    cls=Commands,
     help="Make neural networks stop early, so that the clock shows the saving.",
     no_args_is_help=True,
     add_completion=False,
@@ -35,25 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("recipes")(train.recipes)
-app.command("train")(train.train)
-app.command("calibrate")(calibrate.calibrate)
-app.command("evaluate")(evaluate.evaluate)
-app.command("frontier")(frontier.frontier)
-app.command("time")(time.time)
-app.command("export")(export.export)
-app.command("place")(place.place)
-app.command("predict")(predict.predict)
-app.command("show")(show.show)
-app.command("push")(push.push)
-app.command("pull")(push.pull)
-app.command("serve")(serve.serve)
-app.command("cloud")(split.cloud)
-app.command("edge")(split.edge)
-app.command("link")(split.link)
-app.command("plan")(plan.plan)
-
-
 _INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 and the number of the signal."""
 
@@ -88,25 +56,25 @@ def main() -> None:
     except TyperException as error:
         words = error.format_message()
         _fail(f"{words}{'' if words.endswith(('.', '?')) else '.'} See: {_help_of(arguments)}")
-    except OfframpError as error:
+    except (OfframpError, OSError, ModuleNotFoundError) as error:
         if is_debugging:
             raise
-        _fail(in_options(str(error)))
-    except OSError as error:  # a name too long, a disk that is full
-        if is_debugging:
-            raise
-        _fail(f"{error.strerror or error}: {str(error.filename)[:80]}")
-    except ModuleNotFoundError as error:
-        if is_debugging or (error.name or "").startswith("offramp"):
-            raise
-        _fail(f"This command needs {error.name}: pip install 'offramp[train]'")
+        _fail(_said(error, arguments[0]))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _said(error: OfframpError | OSError | ModuleNotFoundError, command: str) -> str:
+    """Say an error in one line."""
+    if isinstance(error, OfframpError):
+        return in_options(str(error))
+    if isinstance(error, ModuleNotFoundError):
+        return str(missing_extra(f"offramp {command}", error))
+    return f"{error.strerror or error}: {str(error.filename)[:80]}"  # a name too long, a full disk
 
 
 def _help_of(arguments: list[str]) -> str:
     """The help of the command that was typed, or of all where it is none."""
-    commands = [command.name for command in app.registered_commands]
-    return " ".join(["offramp", *(name for name in arguments[:1] if name in commands), "--help"])
+    return " ".join(["offramp", *(name for name in arguments[:1] if name in COMMANDS), "--help"])
 
 
 def _fail(message: str) -> None:

@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
-
-from offramp.cli.options import DataOption, RunFolder
-from offramp.errors import InvalidArgumentError
+from offramp.cli.options import Export
+from offramp.evaluation.evaluate import Answers
 from offramp.tables import percent
-
-if TYPE_CHECKING:
-    from offramp.evaluation.evaluate import Answers
-    from offramp.workflow.export import Exported
+from offramp.workflow.export import SHARE_TOLERANCE, Exported
+from offramp.workflow.export import export as write
 
 
-def export(
-    run: RunFolder,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder to make; default RUN/bundle.")
-    ] = None,
-    quantize: Annotated[
-        str | None, typer.Option(metavar="int8", help="Weights in int8 instead of float32.")
-    ] = None,
-    plain: Annotated[
-        bool, typer.Option(help="Add the plain network, to time a device's own baseline.")
-    ] = True,
-    layers_per_step: Annotated[
-        int, typer.Option(help="Where tokens halt: layers that run before they are dropped.")
-    ] = 1,
-    data: DataOption = None,
-) -> None:
-    """Write a bundle that runs without torch, checked against torch on real samples."""
-    if quantize not in (None, "int8"):
-        raise InvalidArgumentError(f"--quantize must be int8. Got {quantize!r}.")
-    from offramp.workflow.export import export as write
-
+def export(asked: Export) -> None:
+    """Write a bundle and print how it compares with torch."""
     exported = write(
-        run,
-        out,
-        int8=quantize is not None,
-        plain=plain,
-        layers_per_step=layers_per_step,
-        data=data,
+        asked.run,
+        asked.out,
+        int8=asked.quantize is not None,
+        plain=asked.plain,
+        layers_per_step=asked.layers_per_step,
+        data=asked.data,
     )
     agreement = exported.agreement
     print(
@@ -51,12 +25,10 @@ def export(
         f"logits within {max(agreement.differences):.1g}, {agreement.moved} went another way"
     )
     _print_quantized(exported)
-    print(f"exported {run}: {exported.folder}")
+    print(f"exported {asked.run}: {exported.folder}")
 
 
 def _print_quantized(exported: Exported) -> None:
-    from offramp.workflow.export import SHARE_TOLERANCE
-
     found, num_exits = exported.quantized, exported.num_exits
     if found is None:
         return

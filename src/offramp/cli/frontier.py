@@ -3,60 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from offramp.cli.options import DataOption, DeviceOption, JsonOption, write_figures
+from offramp.cli.options import Frontier, write_figures
 from offramp.tables import Table, percent
+from offramp.workflow import frontier as workflow
+from offramp.workflow.frontier import Curve
 
-if TYPE_CHECKING:
-    from offramp.workflow.frontier import Curve
 
-
-def frontier(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Run folders, or bundles, of one data.")
-    ],
-    split: Annotated[
-        str | None, typer.Option(help="The split that judges; default the data's last.")
-    ] = None,
-    data: DataOption = None,
-    points: Annotated[
-        int, typer.Option(help="Budgets, from the cheapest exit to the plain network.")
-    ] = 10,
-    rule: Annotated[
-        str | None,
-        typer.Option(
-            help="entropy, max_probability, margin, learned; or, of pixels, as calibrate has them."
-        ),
-    ] = None,
-    json_file: JsonOption = None,
-    device: DeviceOption = None,
-) -> None:
-    """Draw accuracy against mean MACs: thresholds from calibration data, figures from test.
-
-    A run's own policy plays no part. Gates and tokens have no --rule.
-    """
-    from offramp.workflow import frontier as workflow
-
-    workflow.check_asked(split, points, rule)
-    opened = workflow.open_all(runs, device)
-    split = split or workflow.judging_split(opened[0])
+def frontier(asked: Frontier) -> None:
+    """Print a curve for each run."""
+    workflow.check_asked(asked.split, asked.points, asked.rule)
+    opened = workflow.open_all(asked.runs, asked.device)
+    split = asked.split or workflow.judging_split(opened[0])
     curves: list[Curve] = []
     for run in opened:
-        curve = workflow.follow(run, split, data=data, num_points=points, rule=rule)
+        curve = workflow.follow(
+            run, split, data=asked.data, num_points=asked.points, rule=asked.rule
+        )
         curves.append(curve)
         workflow.check_same_samples(curves, split)
-        if json_file != "-":
+        if asked.json_file != "-":
             _print_curve(curve, split)
-    if json_file != "-" and len(curves) > 1:
+    if asked.json_file != "-" and len(curves) > 1:
         _print_areas(curves)
-    if json_file is not None:
+    if asked.json_file is not None:
         rules = [curve.rule for curve in curves if curve.rule is not None]
         about = {"split": split, "data": opened[0].recipe.data, "rule": (*rules, "entropy")[0]}
-        write_figures(about | {"runs": [curve.to_dict() for curve in curves]}, json_file)
+        write_figures(about | {"runs": [curve.to_dict() for curve in curves]}, asked.json_file)
 
 
 def _print_curve(curve: Curve, split: str) -> None:

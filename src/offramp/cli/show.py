@@ -2,55 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
 
-import typer
+import torch
+from PIL import Image
+from torch import Tensor
 
 from offramp.artifacts import atomic_path
-from offramp.cli.options import DeviceOption, RunFolder
+from offramp.cli.options import Show
+from offramp.data.fitted_pictures import read_picture
+from offramp.data.sources import SOURCES
+from offramp.drawing.exit_maps import draw_sheet, exit_maps
+from offramp.drawing.token_depths import draw_depths, patch_grid
 from offramp.errors import InvalidArgumentError
+from offramp.families import family_of, make_runner
+from offramp.families.exits import all_exits_loop
+from offramp.runs.run import Run, load
 from offramp.workflow.artifact import answer_run, is_bundle, pick_device
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
-    from torch import Tensor
-
-    from offramp.runs.run import Run
-
-
-def show(
-    run: RunFolder,
-    image: Annotated[Path, typer.Option(metavar="FILE", help="An upright image.")],
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="PNG", help="To write; default FILE-depth.png or -exits.png, here."),
-    ] = None,
-    device: DeviceOption = None,
-) -> None:
-    """Draw an image: layers before each token halts, or each exit's map of classes."""
-    if out is not None and out.suffix.lower() != ".png":
-        raise InvalidArgumentError(f"--out must name a .png file. Got {out}.")
-    if is_bundle(run):
+def show(asked: Show) -> None:
+    """Draw what a run says of an image."""
+    if is_bundle(asked.run):
         raise InvalidArgumentError(
-            f"{run} is a bundle, which answers and keeps the rest to itself. Give the run that it "
-            "was exported from."
+            f"{asked.run} is a bundle, which answers and keeps the rest to itself. Give the run "
+            "that it was exported from."
         )
-    from offramp.runs.run import load
-
-    loaded = load(run)
+    loaded = load(asked.run)
     draw, what = _DRAWINGS[loaded.network.outputs.name]
-    path = out or Path(f"{image.stem}-{what}.png")
-    draw(loaded, image, path, device)
+    path = asked.out or Path(f"{asked.image.stem}-{what}.png")
+    draw(loaded, asked.image, path, asked.device)
     print(f"drawn in {path}")
 
 
 def _require_depths(loaded: Run) -> Callable[..., Tensor]:
     """The depths of tokens, where they halt on images."""
-    from offramp.data.sources import SOURCES
-    from offramp.families import family_of
-
     recipe, depths = loaded.require_recipe(), family_of(loaded.network).depths
     if depths is None:
         raise InvalidArgumentError(
@@ -66,12 +53,6 @@ def _require_depths(loaded: Run) -> Callable[..., Tensor]:
 
 
 def _draw_depths(loaded: Run, image: Path, path: Path, device: str | None) -> None:
-    from PIL import Image
-
-    from offramp.data.fitted_pictures import read_picture
-    from offramp.data.sources import SOURCES
-    from offramp.drawing.token_depths import draw_depths, patch_grid
-    from offramp.families import make_runner
 
     recipe, depths = loaded.require_recipe(), _require_depths(loaded)
     source, where = SOURCES[recipe.data], pick_device(device)
@@ -95,13 +76,6 @@ def _draw_depths(loaded: Run, image: Path, path: Path, device: str | None) -> No
 
 
 def _draw_exits(loaded: Run, image: Path, path: Path, device: str | None) -> None:
-    import torch
-
-    from offramp.data.fitted_pictures import read_picture
-    from offramp.data.sources import SOURCES
-    from offramp.drawing.exit_maps import draw_sheet, exit_maps
-    from offramp.families import make_runner
-    from offramp.families.exits import all_exits_loop
 
     recipe = loaded.require_recipe()
     network = loaded.multi_exit.to(pick_device(device))

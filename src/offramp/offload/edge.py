@@ -52,12 +52,12 @@ class EdgeConfig:
     """How an edge part deals with its link.
 
     Attributes:
-        codec: How features cross it: float32, float16, int8 or int8+zstd.
+        codec: How features cross: float32, float16, int8 or int8+zstd.
         deadline_ms: Milliseconds after which a call is answered without the part behind the link.
-        retries: So often a call that failed at once is tried again, as long as the deadline allows
-            what the last call that went well took.
-        failures: So many failures in a row switch the link off.
-        probe_s: Seconds between two looks whether it is there again.
+        retries: Times that a call is tried again if it failed at once, as long as the deadline
+            leaves what the last good call took.
+        failures: Failures in a row that switch the link off.
+        probe_s: Seconds between two looks at a link that is off.
     """
 
     codec: str = "float32"

@@ -20,9 +20,9 @@ class LinkShape:
     """What a link is like; both directions alike.
 
     Attributes:
-        mbit: Megabits a second; None for as fast as it goes.
+        mbit: Megabits a second, each way; as fast as it goes unless told.
         rtt_ms: Milliseconds there and back, for the first byte.
-        drop: Share of packets that are lost and come again after ``stall_ms``.
+        drop: Share of packets that are lost, and come again.
         stall_ms: Milliseconds until a lost packet is sent again.
     """
 

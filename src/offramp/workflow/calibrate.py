@@ -90,7 +90,7 @@ def check_wanted(wanted: Wanted) -> None:
     """Raise InvalidArgumentError if no data can make a value good, before any is read."""
     for name, value in (("max_drop", wanted.max_drop), ("max_risk", wanted.max_risk)):
         if value is not None:
-            check_risk(wanted.risk, value, name=name)
+            check_risk(wanted.risk_name, value, name=name)
             if wanted.guarantee is not None:
                 check_guarantee(value, wanted.guarantee)
     rule_named(wanted.rule or "entropy")

@@ -30,32 +30,41 @@ class Wanted:
     """What a policy is asked for; one target is given, the others are None.
 
     Attributes:
-        max_drop: Most accuracy to lose.
-        max_risk: Most of another risk.
-        risk: Which.
-        budget_macs: Mean MACs per sample.
-        budget_share: The same as a share of the plain network's.
-        budget_ms: Mean milliseconds per sample.
-        guarantee: Probability, or "mean"; None without a promise.
-        rule: Confidence function, or ``LEARNED``; None for the default, or without exits.
-        pixel_threshold: How sure a pixel must be to count as sure; None to choose it too.
-        patience: Exits in a row that must agree; None for thresholds alone.
-        temperatures: all or survivors; None without temperatures.
+        max_drop: Spend least; lose at most this fraction of accuracy.
+        max_risk: The same for the risk that is named.
+        risk (NAME): disagreement (with the final exit), error, brier_gap or accuracy_gap, which is
+            the default; of pixels pixel_error_gap.
+        budget_macs: Be most accurate at this many mean MACs per sample.
+        budget_share: The same as a share of the plain network's MACs, e.g. 0.5.
+        budget_ms: Be most accurate at this mean time per sample; times the parts.
+        rule (NAME): entropy (default), max_probability, margin, learned; by hand also
+            entropy_nats. Of pixels: pixel_share (default), mean_max_probability, mean_entropy,
+            low_quantile, agreement.
+        pixel_threshold: For pixel_share: how sure a pixel must be; chosen too where left out.
+        patience (N): Let a sample leave only if N exits in a row agree on it.
+        temperatures (all|survivors): Fit one for each exit, on all samples or on those that reach
+            it.
+        guarantee: Keep max_drop or max_risk on new samples: with this probability, or on "mean".
         timing: For targets that need the clock.
     """
 
     max_drop: float | None = None
     max_risk: float | None = None
-    risk: str = "accuracy_gap"
+    risk: str | None = None
     budget_macs: float | None = None
     budget_share: float | None = None
     budget_ms: float | None = None
-    guarantee: float | str | None = None
     rule: str | None = None
     pixel_threshold: float | None = None
     patience: int | None = None
     temperatures: str | None = None
+    guarantee: float | str | None = None
     timing: Timing | None = None
+
+    @property
+    def risk_name(self) -> str:
+        """The risk that is bounded, ``max_drop``'s included."""
+        return self.risk or "accuracy_gap"
 
     @property
     def is_fitted(self) -> bool:
@@ -66,20 +75,20 @@ class Wanted:
     def risk_limit(self) -> dict[str, Any]:
         """What a guarantee is asked for, as the library takes it."""
         limit = self.max_drop if self.max_risk is None else self.max_risk
-        return {"max_risk": limit, "risk": self.risk, "guarantee": self.guarantee}
+        return {"max_risk": limit, "risk": self.risk_name, "guarantee": self.guarantee}
 
     @property
     def target(self) -> dict[str, Any]:
         """The target as ``calibrate`` of the library takes it."""
         values = {name: getattr(self, name) for name in TARGETS}
         target = {name: value for name, value in values.items() if value is not None}
-        return target | ({"risk": self.risk} if "max_risk" in target else {})
+        return target | ({"risk": self.risk_name} if "max_risk" in target else {})
 
     def to_dict(self) -> dict[str, Any]:
         """What was asked, without what was not."""
         given = {name: value for name, value in vars(self).items() if value is not None}
-        if self.max_risk is None:
-            del given["risk"]
+        if self.max_risk is not None:
+            given["risk"] = self.risk_name
         if self.timing is not None:
             given |= asdict(given.pop("timing"))
             given |= {"for": "latency"} if self.budget_ms is None else {}

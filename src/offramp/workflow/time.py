@@ -1,0 +1,68 @@
+"""Time a run or a bundle on real samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from offramp.artifacts import BUNDLE_FOLDER
+from offramp.data.sources import SOURCES
+from offramp.errors import InvalidArgumentError
+from offramp.evaluation.processes import time_bundle, time_in_processes
+from offramp.evaluation.stopwatch import LEAST_SAMPLES
+from offramp.evaluation.timing import Timing, time_runner
+from offramp.runs.run import load_batches
+from offramp.runtime import Session
+from offramp.workflow.artifact import Artifact, open_artifact
+
+_SIZES = (1, 32, 256)
+_SAMPLES = 2048
+"""Real test samples that are timed, at most."""
+
+
+def time(
+    run: Path,
+    backends: Sequence[str],
+    *,
+    bundle: Path | None = None,
+    batch_sizes: list[int] | None = None,
+    threads: int | None = None,
+    data: str | None = None,
+    device: str | None = None,
+) -> Timing:
+    """Time each backend on its folder; a lone one in this process."""
+    opened = open_artifact(run, device)
+    use_threads(threads)
+    inputs = _real_samples(opened, data)
+    runner = opened.runner
+    sizes = batch_sizes or [size for size in _SIZES if size <= len(inputs)]
+    if isinstance(runner, Session):
+        return time_bundle(runner, inputs, batch_sizes=sizes)
+    if list(backends) == ["torch"]:
+        return time_runner(runner, inputs.to(opened.device), batch_sizes=sizes)
+    runner.network.cpu()
+    folders = {"torch": run, "onnxruntime": bundle or run / BUNDLE_FOLDER}
+    return time_in_processes(
+        runner, inputs, {name: folders[name] for name in backends}, batch_sizes=sizes
+    )
+
+
+def use_threads(threads: int | None) -> None:
+    """Let torch compute with so many threads."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise InvalidArgumentError(f"--threads must be an int of at least 1. Got {threads}.")
+    torch.set_num_threads(threads)
+
+
+def _real_samples(opened: Artifact, data: str | None) -> Tensor:
+    split = SOURCES[opened.recipe.data].judging_split
+    batches, _, _ = load_batches(opened.recipe, split, data or opened.data)
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0))
+    count = min(_SAMPLES, max(LEAST_SAMPLES, 8 * batches.run_batch_size))
+    inputs, _ = batches.__getitems__(order[:count].tolist())
+    return inputs
