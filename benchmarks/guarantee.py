@@ -46,7 +46,8 @@ from offramp.calibration.guarantee import calibrate_with_guarantee
 from offramp.calibration.risk import RISKS, cautious_losses
 from offramp.calibration.search import evaluate_thresholds, exits_left_by
 from offramp.calibration.sequence import choose_test, in_random_order, passing_values
-from offramp.calibration.thresholds import candidates_on, confidences
+from offramp.calibration.targets import RiskLimit
+from offramp.calibration.thresholds import confidences
 from offramp.errors import InfeasibleTargetError
 from offramp.policy.policies import ThresholdedPolicy, ThresholdPolicy
 from pools import NAMES, read_front, read_pool, rivals
@@ -118,9 +119,9 @@ class Pool:
     @cached_property
     def candidates(self) -> dict[str, Candidates]:
         """By risk."""
-        policy = self.front.policies("entropy")[0]
+        policies = self.front.policies("entropy")  # one: the limit itself chooses none
         return {
-            risk: Candidates(self, risk, candidates_on(self.front, policy, risk))
+            risk: Candidates(self, risk, self.front.safest_first(policies, RiskLimit(risk, 0.0)))
             for risk in RISK_NAMES
         }
 

@@ -41,7 +41,6 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from offramp import MultiExitNetwork, calibrate, collect, fit, load
-from offramp.calibration.thresholds import measure_policy
 from offramp.data.images import Batches, make_loader
 from offramp.recipes.recipe import Recipe
 from offramp.runs.run import WEIGHTS_FILE, load_batches, load_training_data
@@ -147,7 +146,7 @@ def measure(task: Task, config: FitConfig) -> dict[str, Any]:
     fit(network, task.train, config=config)
     chosen = calibrate(collect(network, task.calibration), budget_share=task.budget_share)
     test = collect(network, task.test)
-    reached = measure_policy(test, chosen.policy)
+    reached = test.measure(chosen.policy)
     return {
         "exit_accuracy": test.correct_KN.double().mean(1).tolist(),
         "adaptive_accuracy": reached.accuracy,

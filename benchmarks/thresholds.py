@@ -37,7 +37,7 @@ from offramp import ExitLogits, calibrate
 from offramp.calibration.controller import fit_controller
 from offramp.calibration.rules import Rule
 from offramp.calibration.search import evaluate_thresholds
-from offramp.calibration.thresholds import Calibration, confidences, measure_policy
+from offramp.calibration.thresholds import Calibration, confidences
 from pools import NAMES, read_pool, rivals
 from record import circumstances, write_json
 
@@ -79,7 +79,7 @@ def compare(
 
     def reach(how: Rule) -> list[Calibration]:
         policies = [calibrate(calibration, budget_macs=macs, rule=how).policy for macs in budgets]
-        return [measure_policy(test, policy) for policy in policies]
+        return [test.measure(policy) for policy in policies]
 
     def gains(found: list[Calibration], over: str) -> list[float]:
         macs_J, accuracy_J = curves[over]

@@ -29,7 +29,7 @@ Positive = Annotated[float, Meta(ge=1e-30, le=1e30)]
 
 _MOST_LEVELS = 64
 _ERROR = re.compile(r"(.*?)(?: - at `(?:key` in `)?\$\.?(.*)`)?", re.DOTALL)
-"""What msgspec says, and where."""
+"""The message of msgspec, and the place it names."""
 _STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]")
 """A field or an index on the way to a value."""
 _LONGEST_VALUE = 60

@@ -102,7 +102,7 @@ class AuthenticationError(OffloadError):
 
 
 class PayloadError(OfframpError, ValueError):
-    """What came over a link is damaged, too large, or of a kind that is not allowed."""
+    """A payload of a link is damaged, too large, or of a kind that is not allowed."""
 
 
 class MissingExtraError(OfframpError, ImportError):
@@ -136,7 +136,7 @@ class FewSamplesWarning(UserWarning):
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one line, to quote it in a message of ours.
+    """Quote an error in one line, for a message of ours.
 
     Args:
         error: Any exception.

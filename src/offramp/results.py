@@ -1,4 +1,4 @@
-"""What a runner returns for a batch, whatever engine computed it."""
+"""The result of a runner for a batch, whatever engine computed it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class AdaptiveResult(Generic[Array]):
 
     @property
     def work(self) -> Array:
-        """How much of each part ran, shape (B, parts): of blocks, or of layers' tokens.
+        """Work that each part did, shape (B, parts): blocks that ran, or tokens in each layer.
 
         Of a network with exits, the exit that each sample left by, shape (B, 1).
         """

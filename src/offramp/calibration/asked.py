@@ -1,4 +1,4 @@
-"""What a policy was asked for, to be set against what it then reached."""
+"""The target of a policy, to be set against what it then reached."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from offramp.calibration.risk import RISKS
 from offramp.tables import Brief, percent, points
 
 TARGETS = ("max_drop", "max_risk", "budget_macs", "budget_share", "budget_ms")
-"""What a policy can be chosen for."""
+"""Names of targets."""
 
 IN_PYTHON = "calibrate_with_guarantee(), which says how many a promise takes"
-"""What helps against few samples, in Python."""
+"""Advice for few samples, in Python."""
 
 _FINEST = 0.01
 """A target below is a wish for as little as can be, not one to be shown."""

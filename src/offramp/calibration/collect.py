@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from offramp.artifacts import atomic_path
-from offramp.calibration.logits import DenseLogits, ExitLogits
+from offramp.calibration.logits import DenseLogits, ExitLogits, at_half_precision
 from offramp.data.batches import batches_of, explained_data, read_batch
 from offramp.data.labels import check_labels
 from offramp.decoding import Count, decode, parse_json
-from offramp.errors import ArtifactError, DataError, InvalidArgumentError
+from offramp.errors import ArtifactError, DataError
 from offramp.families import FAMILIES, family_of
 from offramp.measure.cost import ExitCosts, evaluation_mode
 from offramp.measure.dense import confusion_matrices, label_maps
@@ -36,7 +36,7 @@ from offramp.training.checkpoint_choice import who_chose_by
 from offramp.zoo import Network
 
 _ABOUT = "exits"
-"""Where a file of logits says what its exits cost."""
+"""Entry of a file of logits that says what its exits cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ def collect_from_session(session: Session, data: object, *, batch_size: int = 25
 
 
 class _BundleMacs:
-    """What the parts of a bundle cost the mean of some samples, each of its own length."""
+    """Costs of a bundle's parts for the mean of some samples, each of its own length."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -156,7 +156,7 @@ class _Gathered:
         if outputs_KBC.ndim == 5:
             labels_B = labels_B.to(outputs_KBC.device)
             self._confusion.append(_confusion(outputs_KBC, labels_B).cpu())
-            outputs_KBC, labels_B = _half(outputs_KBC), labels_B.to(torch.uint8)
+            outputs_KBC, labels_B = at_half_precision(outputs_KBC), labels_B.to(torch.uint8)
         self._outputs.append(outputs_KBC.cpu())
         self._labels.append(labels_B.cpu())
 
@@ -179,12 +179,6 @@ class _Gathered:
             numbers=numbers,
             confusion_KNCC=torch.cat(self._confusion, dim=1),
         )
-
-
-def _half(logits: Tensor) -> Tensor:
-    """Logits at half precision; what it does not reach becomes its largest number, not infinite."""
-    largest = torch.finfo(torch.float16).max
-    return torch.where(logits.isinf(), logits, logits.clamp(-largest, largest)).half()
 
 
 def _confusion(outputs_KBChw: Tensor, labels_BHW: Tensor) -> Tensor:
@@ -212,12 +206,7 @@ def _only_exit(session: Session, inputs: Features) -> Tensor:
 
 def write_logits(path: Path | str, logits: ExitLogits) -> None:
     """Keep logits in a file, at half precision, so that choosing need not run the network again."""
-    if isinstance(logits, DenseLogits):
-        raise InvalidArgumentError(
-            "Expected logits of one class a sample. Got those of every pixel, which are not kept: "
-            "collect them anew."
-        )
-    tensors = {"logits_KNC": _half(logits.logits_KNC).contiguous(), "labels_N": logits.labels_N}
+    tensors = logits.kept_tensors()
     about = {
         "stage_macs": logits.costs.stage_macs,
         "head_macs": logits.costs.head_macs,

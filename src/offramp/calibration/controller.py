@@ -24,7 +24,7 @@ _HIDDEN = 16
 """Hidden units of a scorer."""
 
 _STEPS, _BATCH, _LEARNING_RATE, _WEIGHT_DECAY = 300, 256, 1e-2, 1.0
-"""How a scorer is fitted by AdamW; the learning rate falls to 0 along a cosine."""
+"""Settings of AdamW, which fits a scorer; the learning rate falls to 0 along a cosine."""
 
 _LEAST_SCALE = 1e-2
 """Inputs that vary less than this are not blown up."""
@@ -93,7 +93,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _inputs(logits_KNC: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """What each early exit's scorer sees, shape (R, F) with R = 2 N.
+    """Yield the inputs of each early exit's scorer, shape (R, F) with R = 2 N.
 
     First come all samples with every exit known, then all once more with each exit unknown to
     those after it in one half of the samples.

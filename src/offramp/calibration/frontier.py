@@ -207,7 +207,7 @@ def _only_point(test: Evidence[P]) -> FrontierPoint:
 def _points(
     calibration: Evidence[P], test: Evidence[P], policies: Sequence[P], num_points: int
 ) -> list[FrontierPoint]:
-    """What each budget leads to; none for a budget that cannot be kept."""
+    """Find the point that each budget leads to; none for a budget that cannot be kept."""
     points: dict[object, FrontierPoint] = {}
     least_macs = calibration.least_macs(policies)
     for budget_macs in np.geomspace(least_macs, calibration.plain_macs, num_points).tolist():

@@ -1,4 +1,4 @@
-"""What several ways of answering say of labelled samples: exits, or settings of one threshold.
+"""Logits of several ways of answering labelled samples: exits, or settings of one threshold.
 
 Shapes: ``K`` ways, ``N`` samples, ``C`` classes.
 """
@@ -6,7 +6,7 @@ Shapes: ``K`` ways, ``N`` samples, ``C`` classes.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,9 @@ class LabelledLogits:
 
     outputs: ClassVar[Outputs] = LABELS
 
+    tensors_KN: ClassVar[tuple[str, ...]] = ("logits_KNC",)
+    """Fields that hold something of every way and sample, shape (K, N, ...)."""
+
     logits_KNC: Tensor
     labels_N: Tensor
     prior: tuple[float, ...] | None = None
@@ -63,7 +66,7 @@ class LabelledLogits:
 
     @property
     def correct_KN(self) -> Tensor:
-        """Whether each way is right about each sample, shape (K, N), bool."""
+        """True where a way is right about a sample, shape (K, N), bool."""
         return self.logits_KNC.argmax(-1) == self.labels_N
 
     @property
@@ -73,7 +76,7 @@ class LabelledLogits:
 
     @property
     def weights_N(self) -> npt.NDArray[np.float64]:
-        """How much each sample counts, shape (N,), 1 on average.
+        """Weights of the samples, shape (N,), 1 on average.
 
         All 1 without a prior; with one, a class counts as much as its share in the population,
         whatever its share of these samples.
@@ -86,13 +89,21 @@ class LabelledLogits:
 
     @property
     def effective_num_samples(self) -> float:
-        """How many samples of equal weight would tell a mean as well; N where all weights are 1.
+        """Number of samples of equal weight that tell a mean as well; N where all weights are 1.
 
         Reference: Kish (1965), Survey Sampling: the square of the sum of the weights over the sum
             of their squares.
         """
         weights_N = self.weights_N
         return float(weights_N.sum() ** 2 / (weights_N**2).sum())
+
+    def for_population(self, shares: tuple[float, ...] | None) -> Self:
+        """Let the samples, drawn class by class, stand for a population of some shares of classes.
+
+        None stands for the shares that were drawn.
+        """
+        drawn = tuple((self.class_counts / len(self.labels_N)).tolist())
+        return replace(self, prior=shares or drawn)
 
     def take(self, rows: npt.ArrayLike) -> Self:
         """Some of the samples, for the same population.
@@ -105,7 +116,8 @@ class LabelledLogits:
             DataError: If a class of the population is not among them.
         """
         rows_N = torch.as_tensor(np.asarray(rows, dtype=np.int64))
-        return replace(self, logits_KNC=self.logits_KNC[:, rows_N], labels_N=self.labels_N[rows_N])
+        taken: dict[str, Any] = {name: getattr(self, name)[:, rows_N] for name in self.tensors_KN}
+        return replace(self, labels_N=self.labels_N[rows_N], **taken)
 
     def _check_prior(self, prior: tuple[float, ...]) -> None:
         num_classes = self.logits_KNC.shape[2]

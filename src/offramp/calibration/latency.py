@@ -21,10 +21,9 @@ from offramp.calibration.evidence import choose_policy
 from offramp.calibration.logits import ExitLogits
 from offramp.calibration.rules import Rule
 from offramp.calibration.search import Floats
-from offramp.calibration.targets import feasible
+from offramp.calibration.targets import Budget, feasible
 from offramp.calibration.thresholds import (
     Calibration,
-    calibrate_within,
     reached_under,
     search_thresholds,
 )
@@ -134,7 +133,10 @@ def calibrate_to_milliseconds(
     rule: Rule | None = None,
 ) -> LatencyCalibration:
     """Choose thresholds for a mean time per sample, by measured times of the parts."""
-    _check_budget(budget_ms)
+    if not 0 < budget_ms < math.inf:
+        raise InvalidArgumentError(
+            f"The 'budget_ms' parameter must be a number of milliseconds above 0. Got {budget_ms}."
+        )
     num_exits = logits.costs.num_exits
     _check_fits(profile, num_exits=num_exits, batch_size=batch_size)
     policy, *others = logits.policies(rule)
@@ -144,7 +146,7 @@ def calibrate_to_milliseconds(
 
     def within(allowed_ns: float) -> tuple[float, Calibration]:
         """Milliseconds of a batch, predicted, with the most accurate thresholds for a cost."""
-        chosen = calibrate_within(logits, policy, allowed_ns, worth_KN=worth_KN, costs=costs)
+        chosen = logits.reach(Budget(allowed_ns), policy, worth_KN=worth_KN, costs=costs)
         reaching = _reaching(logits, chosen.policy, batch_size)
         return profile.batch_ms(reaching, chosen.policy.off_exits), chosen
 
@@ -168,13 +170,6 @@ def calibrate_to_milliseconds(
             high_ns = middle_ns
     plain_ms = profile.batch_ms([batch_size] * num_exits, off=range(num_exits - 1))
     return LatencyCalibration(chosen=best[1], switched_off=(), batch_ms=best[0], plain_ms=plain_ms)
-
-
-def _check_budget(budget_ms: float) -> None:
-    if not 0 < budget_ms < math.inf:
-        raise InvalidArgumentError(
-            f"The 'budget_ms' parameter must be a number of milliseconds above 0. Got {budget_ms}."
-        )
 
 
 def _cheapest_of(
@@ -218,7 +213,7 @@ def _costs_in_ns(profile: Profile, batch_size: int) -> ExitCosts:
 
 
 def _reaching(logits: ExitLogits, policy: ThresholdedPolicy, batch_size: int) -> list[float]:
-    """How many samples of a batch reach each stage, a mean over the population."""
+    """Count the samples of a batch that reach each stage, a mean over the population."""
     reached_KN = reached_under(logits, policy)
     shares_K = np.average(reached_KN, axis=1, weights=logits.weights_N)
     return [batch_size * float(share) for share in shares_K]

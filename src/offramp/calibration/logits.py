@@ -1,12 +1,14 @@
-"""What every exit says of labelled samples: a class for each, or one for every pixel.
+"""Logits of every exit on labelled samples: a class for each, or one for every pixel.
 
 Shapes: ``K`` exits, ``N`` samples, ``C`` classes, ``H W`` pixels of masks, ``h w`` cells of logits.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -16,21 +18,15 @@ from torch import Tensor
 from typing_extensions import Self
 
 from offramp.calibration.asked import Asked
-from offramp.calibration.chosen import Calibration, ExitAlone, Figures
+from offramp.calibration.chosen import Calibration, ExitAlone, ExitOfCalibration, Figures
 from offramp.calibration.evidence import Evidence
+from offramp.calibration.risk import RISKS, cautious_losses, check_risk_fits
 from offramp.calibration.rules import Rule, policies_named
-from offramp.calibration.search import Floats
-from offramp.calibration.targets import QUALITY_GAP, Budget, RiskLimit
+from offramp.calibration.search import Floats, exits_left_by
+from offramp.calibration.targets import QUALITY_GAP, Budget, RiskLimit, feasible
 from offramp.calibration.temperature import fit_temperature
-from offramp.calibration.thresholds import (
-    best_thresholds,
-    candidates_on,
-    least_macs,
-    losses_under,
-    macs_alone,
-    measure_policy,
-)
-from offramp.errors import InvalidArgumentError, ShapeError
+from offramp.calibration.thresholds import confidences, search_for, search_thresholds
+from offramp.errors import InfeasibleTargetError, InvalidArgumentError, ShapeError
 from offramp.measure.cost import ExitCosts
 from offramp.measure.dense import (
     IGNORED_LABEL,
@@ -44,7 +40,7 @@ from offramp.policy.policies import ThresholdedPolicy
 
 @dataclass(frozen=True, kw_only=True)
 class ExitLogits(Evidence[ThresholdedPolicy]):
-    """What every exit says about every sample, and what the exits cost.
+    """Logits of every exit on every sample, and the costs of the exits.
 
     Attributes:
         logits_KNC: Raw logits, shape (K, N, C), float32, on the CPU.
@@ -78,7 +74,7 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
 
     @property
     def scores_KN(self) -> Floats:
-        """What samples count at each exit: of their mean, :meth:`quality` is to be high.
+        """Scores of the samples at each exit: of their mean, :meth:`quality` is to be high.
 
         Shape (K, N), or (K, N, D) where they are vectors.
         """
@@ -128,13 +124,18 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
         logits_KNC = self.logits_KNC.clamp(-largest, largest).half().float()
         return replace(self, logits_KNC=logits_KNC)
 
+    def kept_tensors(self) -> dict[str, Tensor]:
+        """Name the tensors that a file of logits holds, at half precision."""
+        half_KNC = at_half_precision(self.logits_KNC).contiguous()
+        return {"logits_KNC": half_KNC, "labels_N": self.labels_N}
+
     @property
     def quality_K(self) -> Floats:
         """Quality of each exit, shape (K,)."""
         return self.quality(np.average(self.scores_KN, axis=1, weights=self.weights_N))
 
     def figures(self, exit_N: npt.NDArray[np.int64]) -> Figures:
-        """How good the answers are that samples get by certain exits.
+        """Measure the answers that samples get by certain exits.
 
         Args:
             exit_N: Number of an exit for each sample, counted in these logits, shape (N,).
@@ -145,7 +146,7 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
         return Figures(accuracy=float(np.average(left_by, weights=self.weights_N)))
 
     def samples_at(self, exit_index: int) -> tuple[Tensor, Tensor, npt.NDArray[np.int64]]:
-        """What an exit says of everything that has a label.
+        """Gather the logits of an exit wherever there is a label.
 
         Args:
             exit_index: Which exit, counted in these logits.
@@ -179,32 +180,114 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
         off: frozenset[int] = frozenset(),
     ) -> Calibration:
         """Search the thresholds of each policy."""
-        return best_thresholds(self, target, policies, off=off)
+        if not off <= set(range(self.costs.num_exits - 1)):
+            raise InvalidArgumentError(
+                f"The 'off' parameter must hold exits in [0, {self.costs.num_exits - 2}], the "
+                f"final one never. Got {sorted(off)}."
+            )
+        if isinstance(target, Budget):
+            worth_KN = self.expected_scores_KN
+        elif target.risk == QUALITY_GAP:  # the final exit itself is always within it
+            target = replace(target, whole=float(self.quality_K[-1]))
+            worth_KN = self.scores_KN
+        else:
+            check_risk_fits(target.risk, self)
+            worth_KN = -RISKS[target.risk].losses(self)
+        reached = feasible(
+            policies, lambda policy: self.reach(target, policy, worth_KN=worth_KN, off=off)
+        )
+        return min(reached, key=target.rank)
+
+    def reach(
+        self,
+        target: Budget | RiskLimit,
+        policy: ThresholdedPolicy,
+        *,
+        worth_KN: Floats,
+        costs: ExitCosts | None = None,
+        off: frozenset[int] = frozenset(),
+    ) -> Calibration:
+        """Search the thresholds of one policy; ``costs`` may be in another unit than MACs."""
+        costs = costs or self.costs.with_decisions(policy.decision_macs)
+        score = partial(target.score, plain_macs=costs.plain_macs)
+        found, best_score, cheapest = search_thresholds(
+            self, policy, worth_KN, score, costs=costs, off=off
+        )
+        if best_score == -math.inf:
+            highest = float(np.average(worth_KN, axis=1, weights=self.weights_N).max())
+            raise target.out_of_reach(worth=highest, macs=cheapest, where="any exit")
+        return self.measure(found)
 
     def measure(self, policy: ThresholdedPolicy) -> Calibration:
         """Let the samples leave as a policy says."""
-        return measure_policy(self, policy)
+        confidence_KN = confidences(self, policy, policy.off_exits)
+        exit_N = exits_left_by(confidence_KN, policy.thresholds)
+        exit_macs = self.costs.with_decisions(policy.decision_macs).exit_macs(policy.off_exits)
+        macs_N, weights_N = np.array(exit_macs, dtype=np.float64)[exit_N], self.weights_N
+        leaving_K = np.bincount(exit_N, weights=weights_N, minlength=len(exit_macs)) / len(exit_N)
+        rows = zip(self.numbers, leaving_K.tolist(), exit_macs, strict=True)
+        return Calibration(
+            policy=policy,
+            mean_macs=float(np.average(macs_N, weights=weights_N)),
+            final_exit=self.figures(np.full_like(exit_N, len(exit_macs) - 1)),
+            plain_macs=self.plain_macs,
+            num_samples=len(exit_N),
+            exits=tuple(
+                ExitOfCalibration(index=k, share=share, macs=macs) for k, share, macs in rows
+            ),
+            **vars(self.figures(exit_N)),
+        )
 
     def safest_first(
         self, policies: Sequence[ThresholdedPolicy], limit: RiskLimit
     ) -> list[ThresholdedPolicy]:
-        """Walk from where nobody leaves to the cheap end, with the policy that saves most here."""
+        """Walk from where nobody leaves to the cheap end, with the policy that saves most here.
+
+        Of right and wrong, a few hundred samples tell little: there, answers are judged by how
+        likely the final exit finds them.
+        """
         policy = policies[0] if len(policies) == 1 else self.best(limit, policies).policy
-        return candidates_on(self, policy, limit.risk)
+        finding, counted = self.rounded(), RISKS[limit.risk]
+        worth_KN = finding.plausibility_KN if counted.counts_errors else -counted.losses(finding)
+        costs = self.costs.with_decisions(policy.decision_macs)
+        confidence_KN = confidences(finding, policy)
+        search = search_for(finding, policy, worth_KN, confidence_KN, costs=costs)
+        return [policy.with_thresholds(thresholds) for thresholds in search.front()]
 
     def losses(self, policies: Sequence[ThresholdedPolicy], risk: str) -> Iterator[Floats]:
         """Yield what each sample loses by the exit it leaves by."""
-        return losses_under(self, policies, risk)
+        losses_KN = cautious_losses(risk, self) * self.weights_N
+        known: dict[frozenset[int], Floats] = {}  # of policies with the same exits off
+        for policy in policies:
+            off = policy.off_exits
+            if off not in known:
+                known[off] = confidences(self, policy, off)
+            exit_N = exits_left_by(known[off], policy.thresholds)
+            yield losses_KN[exit_N, np.arange(len(exit_N))]
 
     def least_macs(self, policies: Sequence[ThresholdedPolicy]) -> float:
         """Mean MACs where as many leave at the cheapest exit as may."""
-        return least_macs(self, policies)
+        cheapest_macs, worth_KN = float(min(self._macs_alone)), self.expected_scores_KN
+        least = []
+        for policy in policies:
+            try:
+                self.reach(Budget(cheapest_macs), policy, worth_KN=worth_KN)
+            except InfeasibleTargetError as error:  # NaN, or a policy that waits, holds some back
+                least.append(error.best_achievable)
+            else:
+                least.append(cheapest_macs)
+        return min(least)
+
+    @property
+    def _macs_alone(self) -> list[int]:
+        """MACs of a sample that leaves at each exit, no head before it run."""
+        return [self.costs.exit_macs(frozenset(range(k)))[k] for k in range(self.costs.num_exits)]
 
     def alone(self) -> tuple[ExitAlone, ...]:
         """Measure each exit, no head before it run."""
         everybody = np.ones(len(self.labels_N), dtype=np.int64)
         figures = [self.figures(k * everybody) for k in range(self.costs.num_exits)]
-        rows = zip(self.numbers, figures, macs_alone(self.costs), strict=True)
+        rows = zip(self.numbers, figures, self._macs_alone, strict=True)
         return tuple(ExitAlone(index=k, macs=macs, **vars(reached)) for k, reached, macs in rows)
 
     def _check_same_network(self, other: ExitLogits) -> None:
@@ -224,9 +307,15 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
             )
 
 
+def at_half_precision(logits: Tensor) -> Tensor:
+    """Round logits; what half precision does not reach becomes its largest number, not infinite."""
+    largest = torch.finfo(torch.float16).max
+    return torch.where(logits.isinf(), logits, logits.clamp(-largest, largest)).half()
+
+
 @dataclass(frozen=True, kw_only=True)
 class DenseLogits(ExitLogits):
-    """What every exit says of every pixel.
+    """Logits of every exit on every pixel.
 
     Logits are kept at half precision and at the network's own resolution. Figures come from
     confusion matrices, which are counted at full precision and at the masks' resolution.
@@ -240,6 +329,7 @@ class DenseLogits(ExitLogits):
 
     outputs: ClassVar[Outputs] = MAPS
     drop_risk: ClassVar[str] = QUALITY_GAP
+    tensors_KN: ClassVar[tuple[str, ...]] = ("logits_KNC", "confusion_KNCC")
 
     confusion_KNCC: Tensor
 
@@ -267,6 +357,22 @@ class DenseLogits(ExitLogits):
         """Keep the logits, which are at half precision already."""
         return self
 
+    def kept_tensors(self) -> dict[str, Tensor]:
+        """Raise InvalidArgumentError: files of maps would be too large."""
+        raise InvalidArgumentError(
+            "Expected logits of one class a sample. Got those of every pixel, which are not kept: "
+            "collect them anew."
+        )
+
+    def for_population(self, shares: tuple[float, ...] | None) -> Self:
+        """Take the images as they were drawn; raise InvalidArgumentError for shares of classes."""
+        if shares is not None:
+            raise InvalidArgumentError(
+                "--prior weights samples by their class. Images with a class for every pixel have "
+                "none."
+            )
+        return self
+
     def doubt(self, asked: Asked | None) -> str | None:
         """Say nothing: how few images tell too little is not known."""
         return None
@@ -285,20 +391,10 @@ class DenseLogits(ExitLogits):
         )
 
     def samples_at(self, exit_index: int) -> tuple[Tensor, Tensor, npt.NDArray[np.int64]]:
-        """What an exit says of every cell whose middle has a label."""
+        """Gather the logits of every cell whose middle has a label."""
         logits_NChw = self.logits_KNC[exit_index]
         labels_Nhw = labels_of_cells(self.labels_N, logits_NChw.shape[-2:])
         is_known_Nhw = labels_Nhw != IGNORED_LABEL
         image_M = is_known_Nhw.nonzero()[:, 0].numpy()
         logits_MC = logits_NChw.movedim(1, -1)[is_known_Nhw].double()
         return logits_MC, labels_Nhw[is_known_Nhw].long(), image_M
-
-    def take(self, rows: npt.ArrayLike) -> Self:
-        """Some of the images."""
-        rows_N = torch.as_tensor(np.asarray(rows, dtype=np.int64))
-        return replace(
-            self,
-            logits_KNC=self.logits_KNC[:, rows_N],
-            labels_N=self.labels_N[rows_N],
-            confusion_KNCC=self.confusion_KNCC[:, rows_N],
-        )

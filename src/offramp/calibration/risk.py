@@ -1,4 +1,4 @@
-"""What early exit can get wrong, and how sure one can be that it seldom does.
+"""Risks of early exit, and tests of how sure one can be that they are low.
 
 A risk is the mean of a loss over the population. A p-value says how likely losses as low as those
 seen would be if the risk were above the target: below delta, the target holds with probability
@@ -137,7 +137,7 @@ RISKS = {
 """The risks by the name that files and the command line use; no loss is above 1."""
 
 RISKS_OF_SAMPLES = tuple(name for name in RISKS if RISKS[name].outputs is LABELS)
-"""Those where a sample has one class."""
+"""Names of the risks where a sample has one class."""
 
 
 _OTHERS_RISK = {
@@ -245,7 +245,7 @@ def _chance_of_so_few(lost: int, gained: int, n: int, max_risk: float, delta: fl
 
 
 def _part_of_gains(num_samples: int, max_risk: float, delta: float) -> float:
-    """How much a -1 weighs against a 1.
+    """Weight of a -1 against a 1.
 
     Less than 1, since more of both make the sum vary more: then no share of -1s is much worse
     than the others. Any number in (0, 1] that is fixed before the samples are seen is valid.
@@ -329,7 +329,7 @@ def fixed_bet_p_value(
 
 
 def _stakes(variance: Floats, *, delta: float, num_samples: int) -> Floats:
-    """What would be best to bet if the mean were where it just suffices, and safe whatever comes.
+    """Size bets that are best if the mean just suffices, and safe whatever comes.
 
     It does not depend on the target, so that a looser one never fails where a tighter one passes.
     """

@@ -40,7 +40,7 @@ _FRONT_LEVELS = 64
 as their neighbours, and the last bits of confidences would decide where the walk goes."""
 
 _BETWEEN = (0.25, 0.5, 0.75)
-"""Where candidates are put between two neighbours on the front."""
+"""Places of candidates between two neighbours on the front."""
 
 _MAX_ROUNDS = 8
 """Rounds over the exits for one price; most settle in three."""
@@ -167,20 +167,16 @@ class ThresholdSearch:
                 candidates_J, worth_J, macs_J = self._scan(k, thresholds)
                 self.cheapest_macs = min(self.cheapest_macs, float(macs_J.min()))
                 if self._score is not None:
-                    self._remember(k, thresholds, candidates_J, self._score(worth_J, macs_J))
+                    scores_J = self._score(worth_J, macs_J)
+                    j = int(scores_J.argmax())
+                    if scores_J[j] > self._best[0]:
+                        point = (*thresholds[:k], float(candidates_J[j]), *thresholds[k + 1 :])
+                        self._best = float(scores_J[j]), point
                 values_J = objective(worth_J, macs_J)
                 if np.isfinite(values_J).any():
                     thresholds[k] = float(candidates_J[values_J.argmax()])
             if thresholds == before:
                 return
-
-    def _remember(
-        self, k: int, thresholds: list[float], candidates_J: Floats, scores_J: Floats
-    ) -> None:
-        j = int(scores_J.argmax())
-        if scores_J[j] > self._best[0]:
-            point = (*thresholds[:k], float(candidates_J[j]), *thresholds[k + 1 :])
-            self._best = float(scores_J[j]), point
 
     def _scan(self, k: int, thresholds: list[float]) -> tuple[Floats, Floats, Floats]:
         """Mean worth and MACs for every threshold of exit k, the others held fixed."""
@@ -210,7 +206,7 @@ class ThresholdSearch:
         return np.append(1.0, cuts)[first:], worth_J[first:], macs_J[first:]
 
     def _cuts_of(self, k: int, descending: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
-        """How many samples leave at thresholds of exit k, and the thresholds."""
+        """Count the samples that leave at thresholds of exit k, and name the thresholds."""
         if self._levels is None:
             ends, cuts = _cuts(descending)
             return ends + 1, cuts
@@ -227,7 +223,7 @@ def _levels(descending: Floats) -> Floats:
 
 
 def _cuts(descending: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
-    """Where a threshold can part samples sorted by confidence, and the thresholds that do.
+    """Find where a threshold can part samples sorted by confidence, and the thresholds that do.
 
     A cut is possible where the confidence changes, and after everyone who may leave (at least 0).
     """

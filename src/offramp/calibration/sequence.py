@@ -199,7 +199,7 @@ def _binomial_value(
 
 
 def _conformal_value(found_N: Floats, tested_N: Floats, max_risk: float, n: int) -> float:
-    """How far the bound on the mean risk is above the target; no loss is above 1."""
+    """Distance of the bound on the mean risk above the target; no loss is above 1."""
     return (n * float(tested_N.mean()) + 1) / (n + 1) - max_risk
 
 

@@ -10,12 +10,10 @@ Shapes: ``K`` thresholds, ``N`` samples, ``C`` classes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from offramp.calibration.chosen import Calibration, ExitAlone, Figures
@@ -23,7 +21,7 @@ from offramp.calibration.evidence import Evidence
 from offramp.calibration.risk import RISKS, cautious_losses, check_risk_fits
 from offramp.calibration.rules import Rule
 from offramp.calibration.search import Floats
-from offramp.calibration.targets import Budget, RiskLimit, budget_too_low, risk_too_low
+from offramp.calibration.targets import Budget, RiskLimit
 from offramp.errors import InvalidArgumentError, ShapeError
 from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
 from offramp.tables import Lines, Table
@@ -31,7 +29,7 @@ from offramp.tables import Lines, Table
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep(Evidence[RoutingPolicy]):
-    """What a network says of every sample at each of several thresholds, and what that costs.
+    """Logits of a network on every sample at each of several thresholds, and their costs.
 
     Attributes:
         logits_KNC: Raw logits, shape (K, N, C), float32, on the CPU.
@@ -47,6 +45,7 @@ class Sweep(Evidence[RoutingPolicy]):
     """
 
     has_fixed_candidates: ClassVar[bool] = True
+    tensors_KN: ClassVar[tuple[str, ...]] = ("logits_KNC", "macs_KN")
 
     thresholds: tuple[float, ...]
     macs_KN: Tensor
@@ -76,16 +75,6 @@ class Sweep(Evidence[RoutingPolicy]):
         """Mean MACs per sample at each threshold, shape (K,)."""
         return self._mean_K(self.macs_KN)
 
-    def take(self, rows: npt.ArrayLike) -> Sweep:
-        """Some of the samples: see :meth:`LabelledLogits.take`."""
-        rows_N = torch.as_tensor(np.asarray(rows, dtype=np.int64))
-        return replace(
-            self,
-            logits_KNC=self.logits_KNC[:, rows_N],
-            labels_N=self.labels_N[rows_N],
-            macs_KN=self.macs_KN[:, rows_N],
-        )
-
     def policies(self, rule: Rule | None) -> tuple[RoutingPolicy, ...]:
         """Policies of all thresholds, the cheapest first; a rule is refused."""
         _refuse("rule", rule)
@@ -103,21 +92,17 @@ class Sweep(Evidence[RoutingPolicy]):
         _refuse("off", off or None)
         rows_K = [self._row(policy) for policy in policies]
         mean_macs_K = self.mean_macs_K[rows_K]
-        if isinstance(target, RiskLimit):
+        if isinstance(target, Budget):
+            worth_K = self.accuracy_K[rows_K]
+        else:
             check_risk_fits(target.risk, self)
             losses_KN = RISKS[target.risk].losses(self)[rows_K]
-            risk_K = np.average(losses_KN, axis=1, weights=self.weights_N)
-            is_allowed_K = risk_K <= target.most + 1e-12
-            if not is_allowed_K.any():
-                raise risk_too_low(target, lowest=float(risk_K.min()), where="any threshold")
-            score_K = -mean_macs_K
-        else:
-            is_allowed_K = mean_macs_K <= target.macs * (1 + 1e-12)  # a mean is rounded
-            if not is_allowed_K.any():
-                raise budget_too_low(target.macs, cheapest_macs=float(mean_macs_K.min()))
-            # A trace of cost prefers the cheaper of equally accurate thresholds.
-            score_K = self.accuracy_K[rows_K] - 1e-9 * mean_macs_K / self.plain_macs
-        return self.measure(policies[int(np.where(is_allowed_K, score_K, -np.inf).argmax())])
+            worth_K = -np.average(losses_KN, axis=1, weights=self.weights_N)
+        score_K = target.score(worth_K, mean_macs_K, plain_macs=self.plain_macs)
+        if score_K.max() == -np.inf:
+            highest, cheapest = float(worth_K.max()), float(mean_macs_K.min())
+            raise target.out_of_reach(worth=highest, macs=cheapest, where="any threshold")
+        return self.measure(policies[int(score_K.argmax())])
 
     def measure(self, policy: RoutingPolicy) -> ChosenThreshold:
         """Look up what the network reached at a threshold."""

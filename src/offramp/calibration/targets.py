@@ -1,4 +1,4 @@
-"""What a policy is chosen for, and what is said where that cannot be reached."""
+"""Targets that a policy is chosen for, and errors for targets out of reach."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
+
+from offramp.calibration.chosen import Calibration
 from offramp.calibration.risk import check_risk
+from offramp.calibration.search import Floats
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError
 from offramp.policy.policies import ThresholdedPolicy
 
@@ -28,6 +32,24 @@ class Budget:
 
     macs: float
 
+    def score(self, worth_J: Floats, macs_J: Floats, *, plain_macs: int) -> Floats:
+        """Score candidates by mean worth and mean MACs; -inf for those beyond the budget."""
+        is_allowed_J = macs_J <= self.macs * (1 + 1e-12)  # a weighted mean is rounded
+        # A trace of cost prefers the cheaper of equally accurate candidates.
+        return np.where(is_allowed_J, worth_J - 1e-9 * macs_J / plain_macs, -np.inf)
+
+    def rank(self, chosen: Calibration[Any]) -> tuple[float, float]:
+        """Order what several policies reached: the best comes first."""
+        return -chosen.quality, chosen.mean_macs
+
+    def out_of_reach(self, *, worth: float, macs: float, where: str) -> InfeasibleTargetError:
+        """Say what the least budget is."""
+        return InfeasibleTargetError(
+            f"The 'budget_macs' parameter must be at least {math.ceil(macs):,}, the "
+            f"cheapest there is on these samples. Got {self.macs:,.0f}.",
+            best_achievable=macs,
+        )
+
 
 @dataclass(frozen=True)
 class RiskLimit:
@@ -36,10 +58,28 @@ class RiskLimit:
     Attributes:
         risk: Its name.
         most: The limit, a fraction in [0, 1).
+        whole: Worth without the risk, of which so much may be lost.
     """
 
     risk: str
     most: float
+    whole: float = 0.0
+
+    def score(self, worth_J: Floats, macs_J: Floats, *, plain_macs: int) -> Floats:
+        """Score candidates as a budget does; -inf for those that are worth too little."""
+        return np.where(worth_J >= self.whole - self.most - 1e-12, -macs_J, -np.inf)
+
+    def rank(self, chosen: Calibration[Any]) -> tuple[float, float]:
+        """Order what several policies reached: the best comes first."""
+        return chosen.mean_macs, -chosen.quality
+
+    def out_of_reach(self, *, worth: float, macs: float, where: str) -> InfeasibleTargetError:
+        """Say what the least risk is, which is minus the highest worth."""
+        return InfeasibleTargetError(
+            f"The risk {self.risk!r} must be allowed to reach {rounded_up(-worth)}, the lowest of "
+            f"{where} on these samples. Got {self.most}.",
+            best_achievable=-worth,
+        )
 
 
 def as_target(
@@ -81,24 +121,6 @@ def as_target(
     assert max_risk is not None  # one of four is given
     check_risk(risk, max_risk)
     return RiskLimit(risk, max_risk)
-
-
-def budget_too_low(budget_macs: float, *, cheapest_macs: float) -> InfeasibleTargetError:
-    """Say what the least budget is."""
-    return InfeasibleTargetError(
-        f"The 'budget_macs' parameter must be at least {math.ceil(cheapest_macs):,}, the "
-        f"cheapest there is on these samples. Got {budget_macs:,.0f}.",
-        best_achievable=cheapest_macs,
-    )
-
-
-def risk_too_low(limit: RiskLimit, *, lowest: float, where: str) -> InfeasibleTargetError:
-    """Say what the least risk is."""
-    return InfeasibleTargetError(
-        f"The risk {limit.risk!r} must be allowed to reach {rounded_up(lowest)}, the lowest of "
-        f"{where} on these samples. Got {limit.most}.",
-        best_achievable=lowest,
-    )
 
 
 def rounded_up(target: float) -> str:

@@ -37,7 +37,7 @@ _LOWEST, _HIGHEST = 0.05, 20.0
 
 @dataclass(frozen=True, kw_only=True)
 class ExitCalibration:
-    """What a temperature does to one exit.
+    """Effect of a temperature on one exit.
 
     Before is at temperature 1. The figures are None where the exit has no sample.
 
@@ -130,7 +130,7 @@ def fit_temperature(
 
 
 def reached(confidence_KN: Floats, thresholds: Sequence[float]) -> BoolArray:
-    """Which samples reach each exit: those that left by no exit before it.
+    """Find the samples that reach each exit: those that left by no exit before it.
 
     Example:
         >>> reached(np.array([[0.9, 0.4], [0.8, 0.8]]), (0.5,)).tolist()

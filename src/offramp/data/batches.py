@@ -34,7 +34,7 @@ class Labelled(TakesInputs, Protocol):
 
     @property
     def outputs(self) -> Outputs:
-        """What it says of a sample."""
+        """Labels or maps."""
         ...
 
 
@@ -149,7 +149,7 @@ def _check_others(given: object, others: Sequence[object], network: Labelled | N
 
 
 def _may_matter(part: object, given: object, num_classes: int | None) -> bool:
-    """Whether a part could be inputs, labels or weights; not so names and numbers of samples."""
+    """Tell if a part could be inputs, labels or weights; names and numbers of samples cannot."""
     if isinstance(part, list | tuple) and part and isinstance(part[0], int | float):
         part = np.asarray(part)
     if not isinstance(part, Tensor | np.ndarray) or part.ndim == 0 or not len(part):
@@ -270,14 +270,14 @@ def _row(columns: Any, index: int) -> Any:
 
 
 def _has_rows(values: object) -> bool:
-    """Whether something is a column, or lists of numbers for each of several samples."""
+    """Tell if something is a column, or lists of numbers for each of several samples."""
     if _is_column(values):
         return True
     return isinstance(values, list) and all(isinstance(v, list) and _has_rows(v) for v in values)
 
 
 def _is_column(values: object) -> bool:
-    """Whether something has a number or name for each of several samples."""
+    """Tell if something has a number or name for each of several samples."""
     if isinstance(values, Tensor | np.ndarray):
         return values.ndim > 0
     return isinstance(values, list) and all(
@@ -322,7 +322,7 @@ def _grouped(items: Iterator[Any], batch_size: int) -> Iterator[Any]:
 
 
 def _are_samples(items: Sequence[Any]) -> bool:
-    """Whether each item is one sample: its label has no batch axis that its inputs share."""
+    """Tell if each item is one sample: its label has no batch axis that its inputs share."""
     return bool(items) and all(map(_is_sample, items))
 
 

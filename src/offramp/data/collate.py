@@ -40,7 +40,7 @@ def collate(samples: Sequence[Any]) -> Any:
 
 
 def _holds_parts(sample: Sequence[Any]) -> bool:
-    """Whether a list is a sample of several parts; one of numbers alone is a part itself."""
+    """Tell if a list is a sample of several parts; one of numbers alone is a part itself."""
     if all(isinstance(value, list) for value in sample):
         return any(map(_holds_parts, sample))
     return not all(isinstance(value, int | float) for value in sample)

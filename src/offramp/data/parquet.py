@@ -45,7 +45,7 @@ MOST_TEXT_BYTES = 2**20
 
 _MOST_BYTES_A_PIXEL = 16
 _MOST_BYTES_BESIDE_PIXELS = 4 * 2**20
-"""What a compressed image may take for colour profiles and notes."""
+"""Bytes that a compressed image may take for colour profiles and notes."""
 
 _MOST_FILE_BYTES = 64 * 2**20
 """A compressed picture of any size is refused if it takes more."""
@@ -233,7 +233,7 @@ def known_labels(labels: Tensor) -> Tensor:
 
 
 class _Column(NamedTuple):
-    """What pyarrow calls the values of a column, and the most bytes that one may take."""
+    """Type of a column as pyarrow names it, and the most bytes that a value may take."""
 
     kind: str
     most_bytes: int

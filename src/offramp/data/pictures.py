@@ -28,7 +28,7 @@ MAX_IMAGE_PIXELS = 64 * 2**20
 _MOST_PIXELS = f"{MAX_IMAGE_PIXELS // 2**20} million pixels: make it smaller"
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""What is opened. Others are not even tried: Pillow would start Ghostscript for EPS."""
+"""Formats that are opened. Others are not tried: Pillow would start Ghostscript for EPS."""
 
 _ORIENTATION = 0x0112
 _TURNS = {

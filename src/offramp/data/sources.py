@@ -1,4 +1,4 @@
-"""Where data sets come from: a folder of Parquet files, scikit-learn, or torchvision's download.
+"""Sources of data sets: a folder of Parquet files, scikit-learn, or torchvision's download.
 
 A folder holds ``<split>.parquet`` in the Hugging Face image convention: a column ``image``
 (struct of bytes and path), a column ``label`` (int64), class names in the schema's metadata.

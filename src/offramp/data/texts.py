@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PAD_ID = 0
-"""What stands where a shorter text has no token."""
+"""Stands where a shorter text has no token."""
 
 
 class TextBatches(Batches):

@@ -1,4 +1,4 @@
-"""What each cut of a network costs, drawn as bars: edge, link and cloud."""
+"""Costs of each cut of a network, drawn as bars: edge, link and cloud."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each exit of a segmentation network says of an image, drawn side by side.
+"""Class maps of a segmentation network's exits, drawn side by side.
 
 Shapes: ``C`` channels or classes, ``K`` exits, ``H W`` pixels, ``h w`` cells of logits.
 """
@@ -31,7 +31,7 @@ _UNSURE = 0.35
 
 @dataclass(frozen=True, kw_only=True)
 class ExitMap:
-    """What an exit says of an image.
+    """The class map of an exit for an image.
 
     Attributes:
         exit_index: Its number.

@@ -1,4 +1,4 @@
-"""What early exit reached on a data set, with the interval that the samples allow.
+"""The drop that early exit reached on a data set, with the interval that the samples allow.
 
 Shapes: ``N`` samples, ``C`` classes, ``R`` resamples.
 """

@@ -65,7 +65,7 @@ def bundle_contenders(
 
 
 def _carried_to_survivors(session: Session, batch: Array) -> list[tuple[int, list[Array]]]:
-    """What each step that runs is given, when the batch runs early."""
+    """Collect the inputs of each step that runs, when the batch runs early."""
     carried = [batch]
     given = []
     for index in range(len(session.bundle.steps)):

@@ -59,7 +59,7 @@ Chosen = Policy | RoutingPolicy | Choice | None
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What a runner said of every sample of a loader.
+    """Answers of a runner to every sample of a loader.
 
     Attributes:
         predictions_N: Predicted classes, shape (N,), int64; of each pixel, shape (N, H, W), uint8,
@@ -120,7 +120,7 @@ def answer(runner: Runner, loader: Iterable[tuple[Any, Tensor]]) -> Answers:
 
 @dataclass
 class _Gathered:
-    """What a runner says, batch after batch."""
+    """Yield the answers of a runner, batch after batch."""
 
     results: list[AdaptiveResult[Tensor]] = field(default_factory=list)
     predictions: list[Tensor] = field(default_factory=list)

@@ -77,7 +77,7 @@ class Rival:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Evaluation(Printed):
-    """What a runner reached on a data set; print it for a table.
+    """Figures of a runner on a data set; print it for a table.
 
     Attributes:
         num_samples: How many samples were answered.

@@ -1,4 +1,4 @@
-"""Where exits could hang on a backbone, by the clock: cuts that share its time out evenly."""
+"""Placing exits on a backbone by the clock: cuts that share its time out evenly."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Placement(Printed):
-    """Where to put exits, and the milliseconds that say so; print it for a table.
+    """Places for exits, and the milliseconds that say so; print it for a table.
 
     Attributes:
         at: The proposed paths in order, for ``add_exits(backbone, at=...)``.

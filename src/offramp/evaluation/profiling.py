@@ -116,7 +116,7 @@ def _ask(
 
 
 def _compact(output: Tensor, carried: Sequence[Tensor]) -> object:
-    """What a runner does after an exit, half of the samples staying."""
+    """Do what a runner does after an exit, half of the samples staying."""
     rows_B = torch.arange(len(output), device=output.device)
     answers = output.clone()
     stay_B = (rows_B % 2 == 0).nonzero()[:, 0]

@@ -43,7 +43,7 @@ def representative_rows(cost_N: Sequence[float] | None, count: int) -> list[int]
 
 
 class Prepared(NamedTuple):
-    """What a stopwatch is ready to time.
+    """Contenders that a stopwatch is ready to time.
 
     Attributes:
         contenders: Their names.
@@ -55,7 +55,7 @@ class Prepared(NamedTuple):
 
 
 class Laps(NamedTuple):
-    """What was timed.
+    """Times of the contenders.
 
     Attributes:
         batch_ms: Milliseconds a batch of each round, by contender.

@@ -89,7 +89,10 @@ def collect_sweep(
             "Expected a network that one threshold steers, by gates or halting tokens. Got a "
             f"{type(network).__name__}: collect() gathers the logits of its exits."
         )
-    cheap_first = _cheap_first(family.thresholds, thresholds)
+    own = family.thresholds  # in order, up to the one where most runs
+    cheap_first = own
+    if thresholds is not None:
+        cheap_first = tuple(sorted({own[-1], *thresholds}, reverse=own[0] > own[-1]))
     runners = [family.runner(network, family.policy(threshold)) for threshold in cheap_first]
     outputs, macs, plain_macs, labels, chosen_by = [], [], [], [], ""
     for batch in batches_of(data, batch_size=batch_size):
@@ -107,17 +110,10 @@ def collect_sweep(
     return Sweep(
         logits_KNC=torch.cat(outputs, dim=1),
         labels_N=torch.cat(labels),
-        thresholds=tuple(cheap_first),
+        thresholds=cheap_first,
         macs_KN=torch.cat(macs, dim=1),
         plain_macs=round(float(torch.cat(plain_macs).double().mean())),
         policy=family.policy,
         is_ragged=network.ragged is not None,
         checkpoint_chosen_by=chosen_by,
     )
-
-
-def _cheap_first(own: tuple[float, ...], asked: Sequence[float] | None) -> list[float]:
-    """The thresholds to run, in the order of a family's own, with the one where most runs."""
-    if asked is None:
-        return list(own)
-    return sorted({own[-1], *asked}, reverse=own[0] > own[-1])

@@ -250,7 +250,7 @@ def time_engines(
 
 @dataclass(frozen=True)
 class Spent:
-    """What samples cost, each beside what the plain network takes for it.
+    """Costs of samples, each beside what the plain network takes for it.
 
     Attributes:
         macs: That ran for each sample.

@@ -35,7 +35,7 @@ SINGLE_SAMPLES = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How the answers of a runner compare with choosing afterwards.
+    """Comparison of a runner's answers with choosing afterwards.
 
     Attributes:
         num_samples: Samples compared.
@@ -54,7 +54,7 @@ class Agreement:
 
     @property
     def holds(self) -> bool:
-        """Whether both say the same but for at most one sample in a thousand, and for rounding."""
+        """True if both say the same but for at most one sample in a thousand, and for rounding."""
         few = self.moved <= max(1, self.num_samples / 1000)
         return few and self.moved_far == 0 and not self.differs
 

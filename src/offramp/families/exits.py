@@ -200,7 +200,7 @@ class _AskButStay(Policy):
 
 
 def _features_of_survivors(runner: ExitRunner, batch: Tensor) -> list[tuple[int, Features]]:
-    """What each stage that runs is given, when the batch runs early."""
+    """Collect the inputs of each stage that runs, when the batch runs early."""
     last_exit_B = runner.run(batch).exit_index
     features: Features = (batch,)
     given = []

@@ -136,7 +136,7 @@ def _start(x_BTD: Tensor, is_valid_BT: Tensor | None) -> _Running | None:
 
 
 def _drop(running: _Running, halts_N: Tensor) -> _Running | None:
-    """What goes on: no token that halts, and no sample whose class token does."""
+    """Take what goes on: no token that halts, and no sample whose class token does."""
     x_ND, total_N, rows_B, packing = running
     stays_N = ~(halts_N | halts_N[packing.starts_B][packing.sample_N])
     kept = stays_N.nonzero()[:, 0]  # one wait for the device; another for the lengths

@@ -26,7 +26,7 @@ _FEW = 4
 
 
 class Packing:
-    """Where each sample's tokens lie: one sample after the other.
+    """Places of the tokens: one sample after the other.
 
     For attention, samples of about one length are padded to one that is quick, and share a call.
 
@@ -87,7 +87,7 @@ def _padded(length_B: np.ndarray) -> np.ndarray:
 def _lay_out(
     length_B: np.ndarray, start_B: np.ndarray, padded_B: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where tokens stand once samples are padded, from those that are padded least on."""
+    """Lay tokens out in padded samples, from those that are padded least on."""
     order_B = padded_B.argsort(kind="stable")
     padded_B = padded_B[order_B]
     sample_P = order_B.repeat(padded_B)

@@ -18,7 +18,7 @@ from scipy.stats import beta, norm
 Array = npt.NDArray[Any]
 
 LEVEL = 0.95
-"""How often an interval covers the population's value."""
+"""Probability that an interval covers the population's value."""
 _RESAMPLES = 1000
 _AT_A_TIME = 50
 _SEED = 0
@@ -74,7 +74,7 @@ def difference_interval(more: int, less: int, num_samples: int) -> Interval:
     value, z = (more - less) / num_samples, float(norm.ppf(1 - (1 - LEVEL) / 2))
 
     def refused_by(mean: float) -> float:
-        """How far the test goes beyond its limit, falling from the value to both sides."""
+        """Distance of the test from its limit, falling from the value to both sides."""
         double, diff = 2 * num_samples, more - less
         middle = -more - less + (double - diff) * mean
         root = math.sqrt(max(0.0, middle**2 + 4 * double * less * mean * (1 - mean)))

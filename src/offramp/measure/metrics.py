@@ -1,4 +1,4 @@
-"""How far probabilities can be trusted: Brier score, reliability, and whether the sure are right.
+"""Metrics of probabilities: Brier score, reliability, and whether the sure are right.
 
 Samples may have weights, in any unit: a weight of 2 counts as the sample given twice.
 
@@ -21,12 +21,12 @@ Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 
 _ROUNDING = 1e-6
-"""How far single precision may lead a probability out of [0, 1]."""
+"""Rounding at single precision may lead a probability so far out of [0, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reliability:
-    """How often answers are right, by how sure they are: a reliability diagram in numbers.
+    """Share of right answers, by how sure they are: a reliability diagram in numbers.
 
     Attributes:
         edges: Of the bins of the largest probability, M + 1 numbers from 0 to 1. A bin holds its
@@ -123,7 +123,7 @@ def reliability(
 
 
 def auroc(confidence_N: Tensor, correct_N: Tensor, weights_N: Tensor | None = None) -> float | None:
-    """How well confidence tells right answers from wrong ones, whatever its scale.
+    """Measure how well confidence tells right answers from wrong ones, whatever its scale.
 
     The probability that a right answer is surer than a wrong one, equally sure ones counting half:
     1 where a threshold parts them, 1/2 where confidence says nothing.

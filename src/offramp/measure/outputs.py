@@ -1,4 +1,4 @@
-"""What a network says of a sample: a class for it (labels), or one for every pixel (maps).
+"""Outputs of a network: a class for a sample (labels), or one for every pixel (maps).
 
 Code in higher layers that needs more of a kind keeps a table of its own by the record's name.
 
@@ -95,10 +95,10 @@ class SaysClasses:
 
     @property
     def outputs(self) -> Outputs:
-        """What it says of a sample."""
+        """Labels or maps."""
         return LABELS
 
     @property
     def is_dense(self) -> bool:
-        """Whether it says a class for every pixel: logits of shape (B, C, h, w)."""
+        """True if it says a class for every pixel: logits of shape (B, C, h, w)."""
         return self.outputs is MAPS

@@ -1,4 +1,4 @@
-"""What the parts of a network take on the clock, and what a batch takes by that.
+"""Times of a network's parts, and of a batch by these.
 
 Shapes: ``K`` exits, ``S`` batch sizes that were timed.
 """
@@ -62,11 +62,11 @@ class Profile:
         )
 
     def running_ms(self, stage: int, reaching: float) -> float:
-        """What a stage takes, without what follows it."""
+        """Predict the milliseconds of a stage, without what follows it."""
         return self._at(self.stage_ms[stage], reaching)
 
     def asking_ms(self, exit_index: int, reaching: float) -> float:
-        """What an exit costs that is on."""
+        """Predict the milliseconds that an exit costs that is on."""
         parts = (self.exit_ms[exit_index], self.compaction_ms[exit_index])
         return sum(self._at(part_S, reaching) for part_S in parts)
 

@@ -25,7 +25,7 @@ ANSWER_DTYPES = {
     "answered_by": "int64",
     "fell_back": "bool",
 }
-"""What a part answers, by name, and of which type."""
+"""Outputs of a part by name, and their types."""
 
 
 _ROUNDING = 1e-5
@@ -35,7 +35,7 @@ _MOST_LINKS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class PartAnswer:
-    """What a part of a network and those behind it answered to a batch.
+    """Answers of a part of a network, and of those behind it, to a batch.
 
     Attributes:
         output: Raw logits, shape (B, C) or dense.
@@ -104,7 +104,7 @@ def _fits(array: Array, rows: int, sample_shape: tuple[int, ...] | None) -> bool
 
 
 def answer_specs(output_shape: tuple[int | None, ...]) -> tuple[TensorSpec, ...]:
-    """What a part answers, as a server describes it."""
+    """Describe the outputs of a part, as a server does."""
     return tuple(
         TensorSpec(name=name, dtype=dtype, sample_shape=output_shape if name == "output" else ())
         for name, dtype in ANSWER_DTYPES.items()

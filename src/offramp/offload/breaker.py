@@ -33,7 +33,7 @@ class CircuitBreaker:
 
     @property
     def is_open(self) -> bool:
-        """Whether calls are not to be tried."""
+        """True if calls are not to be tried."""
         return self._is_open
 
     def succeeded(self) -> None:

@@ -1,4 +1,4 @@
-"""What a call over a link takes where the link itself takes nothing: bytes and milliseconds."""
+"""Costs of a call over a link that itself takes nothing: bytes and milliseconds."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _cost(
 def _survivors(
     bundle: Bundle, inputs: Sequence[npt.ArrayLike], cut: int, threads: int | None
 ) -> list[list[Array]]:
-    """What crosses a cut, a sample at a time: unequal ones are then as long as they are."""
+    """Compute what crosses a cut, a sample at a time: each is then as long as it is."""
     arrays = [np.asarray(array) for array in inputs]
     local = PartSession(bundle, split_after=cut, threads=threads) if cut >= 0 else None
     macs, samples = StepMacs(bundle), []

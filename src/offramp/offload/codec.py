@@ -1,4 +1,4 @@
-"""How features are written for a link: as they are, at half precision, or in 8 bits a number.
+"""Codecs write features for a link: as they are, at half precision, or in 8 bits a number.
 
 Shapes: ``S`` samples that go on, ``C`` channels.
 """
@@ -98,7 +98,7 @@ def decode(carried: Sequence[Array], step: Step) -> list[Array]:
 
 
 def channel_scales(features: Array) -> tuple[float, ...]:
-    """How much a step of 8 bits stands for in each channel.
+    """Find the number that a step of 8 bits stands for in each channel.
 
     Example:
         >>> channel_scales(np.array([[127.0, 0.0], [-254.0, 0.0]]))
@@ -145,7 +145,7 @@ def check_scales(step: Step) -> None:
 
 
 def _changes(step: Step, index: int) -> bool:
-    """Whether codecs write a tensor that crosses in types of their own."""
+    """Tell if codecs write a tensor that crosses in types of their own."""
     return index < len(step.features) and step.features[index].dtype == "float32"
 
 

@@ -49,7 +49,7 @@ _BACKOFF_S = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class EdgeConfig:
-    """How an edge part deals with its link.
+    """Settings for an edge part's use of its link.
 
     Attributes:
         codec: How features cross: float32, float16, int8 or int8+zstd.
@@ -83,7 +83,7 @@ class EdgeConfig:
 
 @dataclass(kw_only=True)
 class Traffic:
-    """What an edge part and its link did so far.
+    """Counts of what an edge part and its link did so far.
 
     Attributes:
         samples: Samples that were answered.
@@ -363,7 +363,7 @@ class EdgeRunner:
 
 
 def _may_pass(error: OfframpError) -> bool:
-    """Whether the same call may go well a moment later."""
+    """Tell if the same call may go well a moment later."""
     return isinstance(error, OffloadError) and not isinstance(
         error, (LinkTimeoutError, AuthenticationError)
     )

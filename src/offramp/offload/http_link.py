@@ -47,7 +47,7 @@ _HANDED_OVER_S = 0.05
 
 
 class _Response(NamedTuple):
-    """What came back of a call, to be read by whoever called."""
+    """Answer to a call, to be read by whoever called."""
 
     content: bytes
     header_length: str | None

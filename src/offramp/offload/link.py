@@ -1,4 +1,4 @@
-"""What connects two parts of a network.
+"""Links connect two parts of a network.
 
 A link takes what a part is given, brings it there, and brings back what was answered. This module
 has the contract, and the link of a part in the same process; ``http_link.py`` has the one that
@@ -22,7 +22,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What came back over a link.
+    """Answer that came back over a link.
 
     Attributes:
         outputs: Answers by name, each with the batch axis first.

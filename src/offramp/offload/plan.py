@@ -1,4 +1,4 @@
-"""Where to cut a network between an edge and a cloud: what a sample takes at each cut.
+"""Planning the cut between an edge and a cloud: what a sample takes at each cut.
 
 Shapes: ``K`` steps of a bundle, one per exit that is on.
 """
@@ -20,7 +20,7 @@ _P95 = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class CutCost:
-    """What single samples take when the network is cut at one place.
+    """Times and bytes of single samples when the network is cut at one place.
 
     Attributes:
         split_after: The last stage on the edge; -1 for all in the cloud.
@@ -47,7 +47,7 @@ class CutCost:
 
 @dataclass(frozen=True, kw_only=True)
 class LinkTerms:
-    """What is known of the link.
+    """Speed and delay of the link.
 
     Attributes:
         mbit: Megabits a second, each way.
@@ -65,7 +65,7 @@ class LinkTerms:
             )
 
     def crossing_ms(self, num_bytes: float) -> float:
-        """What bytes take that cross it, there and back.
+        """Count the milliseconds that bytes take to cross it, there and back.
 
         Example:
             >>> LinkTerms(mbit=8, rtt_ms=20).crossing_ms(5000)

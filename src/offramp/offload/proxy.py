@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from offramp.errors import InvalidArgumentError
 
 _CHUNK_BYTES = 1448
-"""What a TCP packet holds on an Ethernet."""
+"""Bytes that a TCP packet holds on an Ethernet."""
 _BUFFER_S = 0.1
 _TIMER_S = 1.5e-3
 """An event loop's timers are late by up to a millisecond: the rest is waited for by asking."""
@@ -17,7 +17,7 @@ _TIMER_S = 1.5e-3
 
 @dataclass(frozen=True, kw_only=True)
 class LinkShape:
-    """What a link is like; both directions alike.
+    """Conditions of a link; both directions alike.
 
     Attributes:
         mbit: Megabits a second, each way; as fast as it goes unless told.

@@ -28,7 +28,7 @@ _KINDS: dict[str, type[Any]] = {
     HaltingPolicy.kind: HaltingPolicy,
 }
 _ADDED_LATER = {"threshold": {"temperatures": None}, "patience": {"thresholds": None}}
-"""What older files lack, by kind."""
+"""Fields that older files lack, by kind."""
 _NUMBERS: Any = float | list[float | list[float]]
 """A tensor of up to two axes."""
 

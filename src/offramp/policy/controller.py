@@ -177,15 +177,11 @@ class ControllerPolicy(ThresholdedPolicy):
         """See :meth:`Policy.macs`; those of the exit's scorer."""
         return 0 if exit_index == len(self.scorers) else self.scorers[exit_index].macs
 
-    def setting(self, exit_index: int) -> Setting:
-        """See :meth:`Policy.setting`; the final exit's threshold is 0."""
-        return Setting(threshold=(*self.thresholds, 0.0)[exit_index])
-
 
 def scorer_inputs(
     exit_index: int, logits_BC: Tensor, state: State, *, num_early: int
 ) -> tuple[Tensor, State]:
-    """What the scorer of an exit sees.
+    """Make what the scorer of an exit sees, and the state after it.
 
     Confidences come twice, as they are and as the logarithm of what they lack to 1, which parts
     the sure from the very sure.
@@ -208,7 +204,7 @@ def scorer_inputs(
 
 
 def count_inputs(exit_index: int, *, num_classes: int) -> int:
-    """How many numbers :func:`scorer_inputs` makes."""
+    """Count the numbers that :func:`scorer_inputs` makes."""
     agreements = 0 if exit_index == 0 else 2
     return num_classes + 2 * len(_RULES) * (exit_index + 1) + agreements
 

@@ -52,6 +52,8 @@ class DensePolicy(ThresholdedPolicy):
         (3, True)
     """
 
+    takes_temperatures: ClassVar[bool] = True
+
     thresholds: tuple[float, ...]
     rule: str = PIXEL_SHARE
     pixel_threshold: float = 0.9
@@ -89,9 +91,8 @@ class DensePolicy(ThresholdedPolicy):
         return confidence_B >= setting.threshold, confidence_B, state
 
     def setting(self, exit_index: int) -> Setting:
-        """See :meth:`Policy.setting`; the final exit's threshold is 0."""
-        temperature = 1.0 if self.temperatures is None else self.temperatures[exit_index]
-        return Setting(temperature, (*self.thresholds, 0.0)[exit_index], self.pixel_threshold)
+        """See :meth:`Policy.setting`; adds the threshold of a pixel."""
+        return super().setting(exit_index)._replace(pixel_threshold=self.pixel_threshold)
 
 
 @dataclass(frozen=True)
@@ -134,10 +135,6 @@ class AgreementPolicy(ThresholdedPolicy):
         else:
             leave_B = leave_B & ~confidence_B.isnan()
         return leave_B, confidence_B, (labels_BHW,)
-
-    def setting(self, exit_index: int) -> Setting:
-        """See :meth:`Policy.setting`; the final exit's threshold is 0."""
-        return Setting(threshold=(*self.thresholds, 0.0)[exit_index])
 
 
 def dense_policy(rule: str, thresholds: Sequence[float]) -> ThresholdedPolicy:

@@ -20,10 +20,10 @@ from offramp.errors import InvalidArgumentError
 from offramp.policy.confidence import CONFIDENCE_RULES, confidence_from_entropy_nats
 
 State = tuple[Tensor, ...]
-"""What a policy remembers of each sample: tensors with their batch axis first."""
+"""Memory of a policy about each sample: tensors with their batch axis first."""
 
 Decision = tuple[Tensor, Tensor, State]
-"""Who leaves, shape (B,), bool; each sample's confidence, shape (B,); the state after that."""
+"""Leavers, shape (B,), bool; each sample's confidence, shape (B,); the state after that."""
 
 
 class Setting(NamedTuple):
@@ -92,7 +92,7 @@ class Policy(ABC):
         return self.decide(exit_index, output, state, self.setting(exit_index))
 
     def is_off(self, exit_index: int) -> bool:
-        """Whether nobody can leave at this exit, so that its head need not run.
+        """Tell if nobody can leave at this exit, so that its head need not run.
 
         Args:
             exit_index: Number of the exit, from 0.
@@ -118,7 +118,7 @@ class Policy(ABC):
 
     @property
     def decision_macs(self) -> tuple[int, ...]:
-        """What :meth:`macs` says of each exit."""
+        """MACs of each exit, as :meth:`macs` counts them."""
         return tuple(self.macs(k) for k in range(self.num_exits))
 
     @property
@@ -135,12 +135,21 @@ class ThresholdedPolicy(Policy):
 
     Attributes:
         thresholds: One per exit but the final one, each in [0, 1], or +inf to switch the exit off.
+        temperatures: Divide each exit's logits, the final one counted; None for 1 everywhere.
+        takes_temperatures: Whether they may be set: they change what the policy goes by.
         needs_every_exit: Whether an exit's decision suffers when an earlier exit is off; then
             calibration switches off all exits or none.
     """
 
     thresholds: tuple[float, ...]
+    temperatures: tuple[float, ...] | None = None
+    takes_temperatures: ClassVar[bool] = False
     needs_every_exit: ClassVar[bool] = False
+
+    def setting(self, exit_index: int) -> Setting:
+        """See :meth:`Policy.setting`; the final exit's threshold is 0."""
+        temperature = 1.0 if self.temperatures is None else self.temperatures[exit_index]
+        return Setting(temperature, (*self.thresholds, 0.0)[exit_index])
 
     def with_thresholds(self, thresholds: Sequence[float]) -> Self:
         """The same policy with other thresholds.
@@ -172,6 +181,8 @@ class ThresholdPolicy(ThresholdedPolicy):
         >>> policy.num_exits, policy.is_off(1)
         (3, True)
     """
+
+    takes_temperatures: ClassVar[bool] = True
 
     thresholds: tuple[float, ...]
     rule: str = "entropy"
@@ -210,11 +221,6 @@ class ThresholdPolicy(ThresholdedPolicy):
         if exit_index == len(self.thresholds):
             return torch.ones_like(confidence_B, dtype=torch.bool), confidence_B, state
         return confidence_B >= setting.threshold, confidence_B, state
-
-    def setting(self, exit_index: int) -> Setting:
-        """See :meth:`Policy.setting`; the final exit's threshold is 0."""
-        temperature = 1.0 if self.temperatures is None else self.temperatures[exit_index]
-        return Setting(temperature, (*self.thresholds, 0.0)[exit_index])
 
 
 @dataclass(frozen=True)
@@ -270,11 +276,6 @@ class PatiencePolicy(ThresholdedPolicy):
         if exit_index == self.num_exits - 1:
             leave_B = torch.ones_like(leave_B)
         return leave_B, confidence_B, (label_B, streak_B)
-
-    def setting(self, exit_index: int) -> Setting:
-        """See :meth:`Policy.setting`; the final exit's threshold is 0."""
-        assert self.thresholds is not None  # __post_init__ filled it
-        return Setting(threshold=(*self.thresholds, 0.0)[exit_index])
 
 
 def never_leave(num_exits: int) -> ThresholdPolicy:

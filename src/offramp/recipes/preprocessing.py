@@ -1,4 +1,4 @@
-"""How images are normalised and augmented, where several recipes do it alike."""
+"""Normalisations and augmentations of images that several recipes share."""
 
 from __future__ import annotations
 

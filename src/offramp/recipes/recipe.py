@@ -105,7 +105,7 @@ class Recipe:
         return options
 
     def config_as_trained(self) -> FitConfig:
-        """How to train with the variant taken into account: one exit needs no exit's settings."""
+        """Settings of training for the variant: one exit needs no exit's settings."""
         if self.variant == "adaptive":
             return self.fit
         return replace(

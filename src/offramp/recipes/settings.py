@@ -1,4 +1,4 @@
-"""How ``--set`` changes a recipe."""
+"""Changing a recipe by ``--set``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from offramp.training.config import FitConfig, GateConfig, HaltingConfig
 _KINDS = {"gates": GateConfig, "halting": HaltingConfig}
 """Settings of one kind of network, by the field of FitConfig that holds them."""
 _LAST_PHASES = {"gates": ("reward_epochs", "settled_epochs"), "halting": ("halting_epochs",)}
-"""Which of them say how many last epochs are of another kind, each within the one before."""
+"""Settings that make so many last epochs another kind, each within the one before."""
 
 
 def override(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:

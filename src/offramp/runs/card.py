@@ -171,7 +171,7 @@ def _metadata(
 
 
 def _task(recipe: Recipe) -> str:
-    """What the recipe is for, in the hub's words."""
+    """Name what the recipe is for, in the hub's words."""
     source = SOURCES[recipe.data]
     if source.image_shape is None:
         return "text-classification"
@@ -230,7 +230,7 @@ def _describe_exits(policy: Any) -> str:
 
 
 def _describe_choice(calibration: Mapping[str, Any]) -> str:
-    """What was asked, on which data, what it reached there, and the promise."""
+    """Say what was asked, on which data, what it reached there, and the promise."""
     asked, data = calibration.get("asked") or {}, calibration.get("data")
     reached, promise = calibration.get("reached"), calibration.get("guarantee")
     wishes = ", ".join(f"{key} {_plain(x)}" for key, x in asked.items() if x is not None)

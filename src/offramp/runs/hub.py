@@ -46,7 +46,7 @@ SHARED_FILES = (
     *(RECIPE_FILE, WEIGHTS_FILE, POLICY_FILE, CHOICE_FILE, TOKENIZER_FILE),
     *(_METRICS_FILE, CARD_FILE),
 )
-"""What is sent and fetched; nothing else of a run folder or a repository is."""
+"""Files that are sent and fetched; nothing else of a run folder or a repository is."""
 
 
 def save_pretrained(
@@ -179,7 +179,7 @@ def pull(repo_id: str, folder: Path | str, *, revision: str | None = None) -> Pa
 
 @dataclass(frozen=True, kw_only=True)
 class _Contents:
-    """What a run folder holds, checked as far as can be without a network of the user's own."""
+    """Content of a run folder, checked as far as can be without a network of the user's own."""
 
     folder: Path
     recipe: Recipe | None

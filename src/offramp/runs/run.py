@@ -100,13 +100,15 @@ class Run:
         Raises:
             InvalidArgumentError: If it is one that skips blocks, or whose tokens halt.
         """
-        if not isinstance(self.network, MultiExitNetwork):
+        family = family_of(self.network)
+        if family.thresholds is not None:
             raise InvalidArgumentError(
                 "Expected a run of a network with exits. "
-                f"{self.folder} {family_of(self.network).words.does} inside and has one exit: this "
-                "is not for it."
+                f"{self.folder} {family.words.does} inside and has one exit: this is not for it."
             )
-        return self.network
+        network: Any = self.network
+        exits: MultiExitNetwork = network
+        return exits
 
     def require_recipe(self) -> Recipe:
         """The recipe, where a command cannot do without.
@@ -337,7 +339,9 @@ def load_batches(
         batches = train if calibration is None or split == "train" else calibration
     else:
         batches = _as_batches(recipe, whole).unaugmented()
-    return batches, whole.class_names, _fingerprint(whole.fingerprint(), batches)
+    rows = hashlib.sha256(batches.rows_N.numpy().tobytes()).hexdigest()
+    fingerprint = hashlib.sha256(json.dumps([whole.fingerprint(), rows]).encode()).hexdigest()
+    return batches, whole.class_names, fingerprint
 
 
 def load_training_data(
@@ -380,11 +384,6 @@ def _cut_train(recipe: Recipe, whole: Split | TextSplit) -> tuple[Batches, Batch
 
 
 def is_in_sample(run: Run, split: str, fingerprint: str) -> bool:
-    """Whether figures on these samples would be too good."""
+    """Tell if figures on these samples would be too good."""
     chosen_on = ((run.calibration or {}).get("data") or {}).get("sha256")
     return split == "train" or chosen_on == fingerprint
-
-
-def _fingerprint(whole: str, batches: Batches) -> str:
-    rows = hashlib.sha256(batches.rows_N.numpy().tobytes()).hexdigest()
-    return hashlib.sha256(json.dumps([whole, rows]).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a network says of single samples, in words: the same for a run and its bundle. No torch.
+"""Answers to single samples in words: the same for a run and its bundle. No torch.
 
 Shapes: ``B`` batch, ``C`` classes.
 """

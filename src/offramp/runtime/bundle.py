@@ -46,7 +46,7 @@ MacsBySize = Annotated[
     Meta(min_length=1 + len(MAP_STRIDES), max_length=1 + len(MAP_STRIDES)),
 ]
 SINGLE_OUTPUTS = ("output", "confidence", "step")
-"""What the file for single samples puts out: logits, confidence, number of the step left by.
+"""Outputs of the file for single samples: logits, confidence, number of the step left by.
 
 Of a network with exits; those of others are in ``skip_parts.py`` and ``halting_parts.py``.
 """
@@ -110,7 +110,7 @@ class Step:
 
     @property
     def numbers(self) -> dict[str, float]:
-        """What the policy compares with there, by the names of the step's last inputs."""
+        """Numbers that the policy compares with there, by the names of the step's last inputs."""
         numbers = {"temperature": self.temperature, "threshold": self.threshold}
         if self.pixel_threshold is not None:
             numbers["pixel_threshold"] = self.pixel_threshold
@@ -119,7 +119,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Padding:
-    """Where a bundle for samples of unequal length marks what is no part of a sample.
+    """Padding of a bundle for samples of unequal length: how it is marked.
 
     Attributes:
         mask_index: Number of the feature that crosses each cut and is 0 on padding, shape (B, T).
@@ -133,7 +133,7 @@ class Padding:
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """What ``bundle.json`` says.
+    """Content of ``bundle.json``.
 
     Attributes:
         folder: Where the bundle is, as an absolute path: files are loaded later too.
@@ -383,7 +383,7 @@ def _check_file(path: Path, sha256: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _PolicyNumbers:
-    """What a policy of any kind may say; ``offramp.policy`` makes one of it, which takes torch."""
+    """Fields of policies of all kinds; ``offramp.policy`` makes one of them, which takes torch."""
 
     kind: Literal["threshold", "patience", "controller", "dense", "agreement", "gates", "halting"]
     rule: str | None = None

@@ -16,6 +16,7 @@ from offramp.errors import ArtifactError
 from offramp.results import AdaptiveResult
 from offramp.runtime.bundle import SINGLE_OUTPUTS, Bundle, single_numbers
 from offramp.runtime.deadline import Deadline
+from offramp.runtime.family_steps import FamilySteps
 from offramp.runtime.loading import Loader
 from offramp.runtime.loop import PartResult, run_steps, time_steps
 from offramp.runtime.padding import trim_tokens
@@ -58,10 +59,11 @@ class _NumpyEngine:
 _ENGINE = _NumpyEngine()
 
 
-class ExitSteps:
+class ExitSteps(FamilySteps):
     """Runs the steps of a bundle with exits; ``part`` are those to load, all if None."""
 
     def __init__(self, bundle: Bundle, loader: Loader, part: range | None = None) -> None:
+        super().__init__(bundle)
         self._single = None
         if part is None:
             self._single = loader.single(SINGLE_OUTPUTS, single_numbers(bundle.steps))
@@ -87,8 +89,16 @@ class ExitSteps:
             macs=self._macs.of_exits(exit_index_B, measured),
         )
 
+    def run_in_time(
+        self, inputs: list[Array], deadline_ms: float, step_ms: Sequence[float] | None
+    ) -> AdaptiveResult[Array]:
+        """Answer a batch; a step that would end too late is not started."""
+        return self.run(inputs, Deadline(deadline_ms, step_ms))
+
     def plain_macs(self, inputs: list[Array]) -> Array:
-        """See :meth:`offramp.runtime.Session.plain_macs`."""
+        """Count by the size of the images, or the length of each text, where these differ."""
+        if self.bundle.padding is None and self.bundle.pixel_multiple is None:
+            return super().plain_macs(inputs)
         _, measured = self._macs.trim(inputs)
         return np.broadcast_to(self._macs.of_plain(measured), len(inputs[0]))
 
@@ -148,7 +158,7 @@ class _LoadedStep:
         return tuple(size if isinstance(size, int) else None for size in shape)
 
     def feed(self, carried: Sequence[Array]) -> dict[str, Array]:
-        """What the ONNX file is given, by name."""
+        """Name the inputs of the ONNX file."""
         return dict(zip(self._names, (*carried, *self._numbers), strict=True))
 
     def compute(self, feed: dict[str, Array]) -> list[Array]:

@@ -1,4 +1,4 @@
-"""What a bundle's ONNX files are, and the tensors that go into them."""
+"""ONNX files of a bundle, and the tensors that go into them."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class TensorSpec:
 
     @property
     def has_tokens(self) -> bool:
-        """Whether its first axis after the batch is as long as the longest sample."""
+        """True if its first axis after the batch is as long as the longest sample."""
         return None in self.sample_shape
 
     def fits(self, sample_shape: Sequence[int], multiple: int = 1) -> bool:
-        """Whether a tensor has this shape, the batch axis left out; free axes some multiple."""
+        """Tell if a tensor has this shape, the batch axis left out; free axes some multiple."""
         return len(sample_shape) == len(self.sample_shape) and all(
             size == expected if expected is not None else size > 0 and size % multiple == 0
             for size, expected in zip(sample_shape, self.sample_shape, strict=True)

@@ -1,4 +1,4 @@
-"""What ``bundle.json`` says of a network whose tokens halt.
+"""Description of a network whose tokens halt, in ``bundle.json``.
 
 An ONNX file each for the embedding, for groups of layers, and for the head.
 """
@@ -15,7 +15,7 @@ from offramp.errors import InvalidArgumentError
 from offramp.runtime.files import OnnxFile, TensorSpec
 
 HALTING_OUTPUTS = ("output", "confidence", "tokens")
-"""What the file for single samples puts out: logits, confidence, and the tokens in each step."""
+"""Outputs of the file for single samples: logits, confidence, and the tokens in each step."""
 
 
 @dataclass(frozen=True, kw_only=True)

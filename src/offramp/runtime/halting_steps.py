@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from offramp.results import AdaptiveResult
 from offramp.runtime.bundle import Bundle
-from offramp.runtime.halting_parts import HALTING_OUTPUTS, HaltingParts
+from offramp.runtime.family_steps import FamilySteps
+from offramp.runtime.halting_parts import HALTING_OUTPUTS
 from offramp.runtime.loading import LoadedFile, Loader
 from offramp.runtime.padding import mask_of_inputs, require_first_tokens, trim_tokens
 
@@ -24,12 +25,13 @@ _RUNS_ALONE_MACS = 2e8
 call costs little beside it, and what it computes stays in the cache."""
 
 
-class HaltingSteps:
+class HaltingSteps(FamilySteps):
     """Runs step after step on the tokens that have not halted."""
 
-    def __init__(self, bundle: Bundle, parts: HaltingParts, loader: Loader) -> None:
-        self._bundle = bundle
-        self._parts = parts
+    def __init__(self, bundle: Bundle, loader: Loader) -> None:
+        super().__init__(bundle)
+        assert bundle.halting is not None  # of this family
+        self._parts = parts = bundle.halting
         self._single = loader.single(HALTING_OUTPUTS, {"threshold": parts.threshold})
         self._runs_alone = bundle.plain_macs >= _RUNS_ALONE_MACS
         self._embed = LoadedFile(loader, parts.embed.name)
@@ -58,9 +60,10 @@ class HaltingSteps:
         )
 
     def plain_macs(self, inputs: list[Array]) -> Array:
-        """See :meth:`offramp.runtime.Session.plain_macs`; of samples of unequal length."""
-        assert self._bundle.padding is not None
-        lengths_B = mask_of_inputs(self._bundle.padding, inputs).sum(1)
+        """Count each sample by its length, where these differ."""
+        if self.bundle.padding is None:
+            return super().plain_macs(inputs)
+        lengths_B = mask_of_inputs(self.bundle.padding, inputs).sum(1)
         return self._macs(np.repeat(lengths_B[:, None], len(self._token_macs_L), axis=1))
 
     def _macs(self, tokens_BL: Array) -> Array:
@@ -102,7 +105,7 @@ class HaltingSteps:
 
     def _trimmed(self, inputs: list[Array]) -> tuple[list[Array], bool]:
         """Inputs without padding that all samples have, and whether anything else is there."""
-        padding = self._bundle.padding
+        padding = self.bundle.padding
         if padding is None:
             return inputs, True
         mask_BT = mask_of_inputs(padding, inputs)
@@ -140,7 +143,7 @@ class HaltingSteps:
 
 
 def lay_out(lengths_B: Array) -> tuple[Array, Array, Array]:
-    """Where tokens that lie one after the other stand in a padded batch, and the way back.
+    """Places in a padded batch of tokens that lie one after the other, and the way back.
 
     Example:
         >>> rows, _, places = lay_out(np.array([2, 3]))
@@ -155,7 +158,7 @@ def lay_out(lengths_B: Array) -> tuple[Array, Array, Array]:
 
 
 def _kept(stays_N: Array, lengths_B: Array) -> tuple[Array, Array]:
-    """Which tokens go on, none of a sample whose class token does not, and how many of each."""
+    """Find the tokens that go on, none of a sample whose class token does not; count each's."""
     ends_B = lengths_B.cumsum()
     goes_on_B = stays_N[ends_B - lengths_B]
     kept_N: Array = stays_N & goes_on_B.repeat(lengths_B)

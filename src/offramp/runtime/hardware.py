@@ -1,4 +1,4 @@
-"""What computes here, in words."""
+"""Name of the hardware that computes here."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from offramp.runtime.deadline import Deadline
 A = TypeVar("A", bound=Sized)
 """An array of an engine, with the batch axis first."""
 C = TypeVar("C")
-"""What is carried from step to step."""
+"""Anything that is carried from step to step."""
 
 _TIMED_ROUNDS = 7
 _WARM_UP_ROUNDS = 2
@@ -34,7 +34,7 @@ class Step(Protocol[A, C]):
 
     @property
     def is_final(self) -> bool:
-        """Whether all leave here, so that nobody is asked."""
+        """True if all leave here, so that nobody is asked."""
 
     def run(self, carried: C) -> tuple[A, A, A, C]:
         """Output, confidence and leave of each sample, then what the next step is given."""

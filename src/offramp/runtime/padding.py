@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 
 
 def mask_of_inputs(padding: Padding, inputs: Sequence[Array]) -> Array:
-    """What is no padding in a network's inputs."""
+    """Mark what is no padding in a network's inputs."""
     if padding.pad_id is not None:
         is_token_BT: Array = inputs[0] != padding.pad_id
         return is_token_BT

@@ -69,7 +69,7 @@ class PartSession:
 
 
 def cuts(bundle: Bundle) -> tuple[int, ...]:
-    """Where a bundle can be cut between machines."""
+    """List the places where a bundle can be cut between machines."""
     if bundle.family != "exits":
         raise InvalidArgumentError(
             f"Expected a bundle of a network with exits. {bundle.folder} holds one of the family "
@@ -91,7 +91,7 @@ def first_step(bundle: Bundle, after: int, name: str) -> int:
 
 
 def carried_specs(bundle: Bundle, step: int) -> tuple[TensorSpec, ...]:
-    """What crosses to a step."""
+    """List the tensors that cross to a step."""
     return (*bundle.steps[step].features, *bundle.steps[step].state)
 
 

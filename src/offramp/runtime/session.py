@@ -5,7 +5,7 @@ Shapes: ``B`` batch, ``C`` classes, ``G`` gates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
@@ -18,15 +18,22 @@ import onnxruntime
 from offramp.errors import ArtifactError, InvalidArgumentError, ShapeError, reason
 from offramp.results import AdaptiveResult
 from offramp.runtime.bundle import Bundle, read_bundle
-from offramp.runtime.deadline import Deadline
 from offramp.runtime.dense import label_maps
 from offramp.runtime.exit_steps import ExitSteps
+from offramp.runtime.family_steps import FamilySteps
 from offramp.runtime.halting_steps import HaltingSteps
 from offramp.runtime.loading import Loader
 from offramp.runtime.padding import mask_of_inputs, trim_tokens
 from offramp.runtime.skip_steps import SkipSteps
 
 Array = npt.NDArray[Any]
+
+_STEPS: dict[str, Callable[[Bundle, Loader], FamilySteps]] = {
+    "exits": ExitSteps,
+    "skip": SkipSteps,
+    "halting": HaltingSteps,
+}
+"""By the family of a bundle, what runs it."""
 
 
 class Session:
@@ -60,15 +67,9 @@ class Session:
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
         loader = Loader(self.bundle, threads=threads, providers=providers, options=options)
-        self._steps: ExitSteps | SkipSteps | HaltingSteps
-        if self.bundle.skip is not None:
-            self._steps = SkipSteps(self.bundle.skip, loader)
-        elif self.bundle.halting is not None:
-            self._steps = HaltingSteps(self.bundle, self.bundle.halting, loader)
-        else:
-            self._steps = ExitSteps(self.bundle, loader)
+        self._steps = _STEPS[self.bundle.family](self.bundle, loader)
         self.step_ms: tuple[float, ...] | None = None
-        """What :meth:`time_steps` measured; None before."""
+        """Result of :meth:`time_steps`; None before."""
 
     def run(
         self, *inputs: npt.ArrayLike, deadline_ms: float | None = None
@@ -93,7 +94,7 @@ class Session:
         arrays = check_inputs(self.bundle, inputs)
         if deadline_ms is None:
             return self._steps.run(arrays)
-        return self._exit_steps().run(arrays, Deadline(deadline_ms, self.step_ms))
+        return self._steps.run_in_time(arrays, deadline_ms, self.step_ms)
 
     def label_maps(
         self, *inputs: npt.ArrayLike, deadline_ms: float | None = None
@@ -122,11 +123,7 @@ class Session:
         Raises:
             ShapeError: As :meth:`run`.
         """
-        arrays = check_inputs(self.bundle, inputs)
-        if self.bundle.padding is None and self.bundle.pixel_multiple is None:
-            return np.full(len(arrays[0]), self.bundle.plain_macs)
-        assert not isinstance(self._steps, SkipSteps)  # all of whose samples are of one size
-        return self._steps.plain_macs(arrays)
+        return self._steps.plain_macs(check_inputs(self.bundle, inputs))
 
     def time_steps(self, *inputs: npt.ArrayLike) -> tuple[float, ...]:
         """Measure what each step takes, so that a deadline can be kept.
@@ -139,8 +136,7 @@ class Session:
             InvalidArgumentError: If the network skips blocks.
             ShapeError: If the inputs are not of the shape that the bundle was exported for.
         """
-        steps = self._exit_steps()
-        self.step_ms = steps.time_steps(check_inputs(self.bundle, inputs))
+        self.step_ms = self._steps.time_steps(check_inputs(self.bundle, inputs))
         return self.step_ms
 
     def run_step(
@@ -157,15 +153,7 @@ class Session:
         Raises:
             InvalidArgumentError: If the network has one exit: its steps end with none.
         """
-        return self._exit_steps().run_step(index, carried)
-
-    def _exit_steps(self) -> ExitSteps:
-        if not isinstance(self._steps, ExitSteps):
-            raise InvalidArgumentError(
-                f"Expected a bundle of a network with exits. {self.bundle.folder} holds one of the "
-                f"family {self.bundle.family}: its steps give no answers of their own."
-            )
-        return self._steps
+        return self._steps.run_step(index, carried)
 
     def run_every_block(self, *inputs: npt.ArrayLike) -> tuple[Array, Array, Array]:
         """Run every gate and every block on every sample, and choose afterwards.
@@ -182,11 +170,6 @@ class Session:
             InvalidArgumentError: If the network skips no blocks.
             ShapeError: If the input is not of the shape that the bundle was exported for.
         """
-        if not isinstance(self._steps, SkipSteps):
-            raise InvalidArgumentError(
-                f"Expected a bundle of a network that skips blocks. {self.bundle.folder} holds one "
-                f"of the family {self.bundle.family}: it has no gates."
-            )
         return self._steps.run_every_block(check_inputs(self.bundle, inputs))
 
     def run_every_token(self, *inputs: npt.ArrayLike) -> tuple[Array, Array, Array]:
@@ -205,11 +188,6 @@ class Session:
             InvalidArgumentError: If no tokens halt.
             ShapeError: If the inputs are not of the shape that the bundle was exported for.
         """
-        if not isinstance(self._steps, HaltingSteps):
-            raise InvalidArgumentError(
-                f"Expected a bundle of a network whose tokens halt. {self.bundle.folder} holds one "
-                f"of the family {self.bundle.family}."
-            )
         return self._steps.run_every_token(check_inputs(self.bundle, inputs))
 
 

@@ -1,4 +1,4 @@
-"""What ``bundle.json`` says of a network that skips blocks.
+"""Description of a network that skips blocks, in ``bundle.json``.
 
 An ONNX file each for the stem, the gates, the blocks and the head; also for the way around a block
 where it is more than handing on the features.
@@ -12,7 +12,7 @@ from offramp.decoding import Count, Share
 from offramp.runtime.files import OnnxFile, TensorSpec
 
 SKIP_OUTPUTS = ("output", "confidence", "blocks", "macs")
-"""What the file for single samples puts out: logits, confidence, which blocks ran, and the MACs."""
+"""Outputs of the file for single samples: logits, confidence, the blocks that ran, and MACs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,16 +11,21 @@ import numpy as np
 import numpy.typing as npt
 
 from offramp.results import AdaptiveResult
+from offramp.runtime.bundle import Bundle
+from offramp.runtime.family_steps import FamilySteps
 from offramp.runtime.loading import LoadedFile, Loader
-from offramp.runtime.skip_parts import SKIP_OUTPUTS, SkipParts, SkipStep
+from offramp.runtime.skip_parts import SKIP_OUTPUTS, SkipStep
 
 Array = npt.NDArray[Any]
 
 
-class SkipSteps:
+class SkipSteps(FamilySteps):
     """Runs gate after gate, and each block on the samples that want it."""
 
-    def __init__(self, parts: SkipParts, loader: Loader) -> None:
+    def __init__(self, bundle: Bundle, loader: Loader) -> None:
+        super().__init__(bundle)
+        assert bundle.skip is not None  # of this family
+        parts = bundle.skip
         self._single = loader.single(SKIP_OUTPUTS, {"threshold": parts.threshold})
         self._stem = LoadedFile(loader, parts.stem.name)
         self._steps = [_LoadedStep(loader, step) for step in parts.steps]

@@ -1,4 +1,4 @@
-"""What samples cost that left a network by some exit, as ``bundle.json`` counts it.
+"""MACs of samples by the exit that they left by, as ``bundle.json`` counts them.
 
 Shapes: ``B`` batch, ``S`` steps, ``K`` exits, ``P`` numbers that MACs are made of.
 """
@@ -16,7 +16,7 @@ from offramp.runtime.padding import mask_of_inputs, trim_tokens
 
 Array = npt.NDArray[Any]
 Measured = Array | tuple[int, ...]
-"""What MACs go by: tokens of each sample, shape (B,), or height and width of the images."""
+"""Sizes that MACs go by: tokens of each sample, shape (B,), or the images' height and width."""
 
 
 class MeanMacs(NamedTuple):
@@ -79,7 +79,7 @@ class StepMacs:
         return MeanMacs(stages, heads)
 
     def _basis(self, measured: Measured) -> Array:
-        """What the numbers are multiplied with, shape (B, P), or (1, P) for all samples."""
+        """Factors of the numbers, shape (B, P), or (1, P) for all samples."""
         if self._bundle.pixel_multiple is not None:
             height, width = measured
             return map_cells(int(height), int(width))[None]

@@ -1,4 +1,4 @@
-"""What each step of a bundle takes on this machine, for single samples: a device's profile."""
+"""Times of a bundle's steps on this machine, for single samples: a device's profile."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from offramp.errors import PayloadError
 from offramp.serving.refusals import EncodingError, PayloadTooLargeError
 
 _ZLIB_WINDOW = {"gzip": 31, "deflate": 15}
-"""How zlib is told the format; HTTP's deflate is what RFC 1950 calls zlib."""
+"""The ``wbits`` that tell zlib the format; HTTP's deflate is what RFC 1950 calls zlib."""
 _ZSTD_MOST_WINDOW = 1 << 23
 """Bytes of history that a zstd frame may ask for: 8 MiB, what RFC 9659 allows on the web."""
 

@@ -44,7 +44,7 @@ _CONTENTS = {
     "FP32": "fp32_contents",
     "FP64": "fp64_contents",
 }
-"""Where elements of each datatype are, if not in raw bytes; FP16 can be in those only."""
+"""Fields of each datatype's elements, if not in raw bytes; FP16 can be in those only."""
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def make_handler(service: Service, max_payload_bytes: int) -> grpc.GenericRpcHan
 def _handler(
     service: Service, name: str, method: Method, *, is_guarded: bool
 ) -> grpc.RpcMethodHandler:
-    """What stands before every method: the token, reading the message, and errors' codes."""
+    """Stands before every method: checks the token, reads the message, and gives errors codes."""
     request_class = getattr(service_pb2, f"{name}Request")
 
     async def answer(content: bytes, context: grpc.aio.ServicerContext) -> Message:

@@ -21,7 +21,7 @@ from offramp.serving.service import Service
 HEADER_LENGTH = "Inference-Header-Content-Length"
 """The header that says how much of a body is JSON, where tensors follow as bytes."""
 OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
-"""What needs no token: whoever watches over processes has none."""
+"""Paths that need no token: whoever watches over processes has none."""
 _LONGEST_READ_S = 60
 _LEAST_COMPRESSED = 1024
 """Bytes of an answer below which compressing it gains nothing."""
@@ -46,7 +46,7 @@ def make_app(service: Service, max_payload_bytes: int) -> web.Application:
 
 
 def _guard(service: Service) -> Middleware:
-    """What stands before every route: the token, and errors in the protocol's words."""
+    """Stands before every route: checks the token, and puts errors in the protocol's words."""
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:

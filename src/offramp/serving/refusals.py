@@ -1,4 +1,4 @@
-"""What a server says when it does not answer: one outcome for both protocols.
+"""Refusals of a server: one outcome for both protocols.
 
 ``OUTCOMES`` is the whole table; an error that is not in it is the server's own fault.
 """
@@ -32,7 +32,7 @@ class EncodingError(PayloadError):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a request ended.
+    """Outcome of a request.
 
     Attributes:
         name: In the metrics.
@@ -73,7 +73,7 @@ def outcome_of(error: BaseException) -> Outcome:
 
 
 def words_of(error: BaseException) -> str:
-    """What the client is told: one line, and nothing of the server's inside."""
+    """Message to the client: one line, and nothing of the server's inside."""
     if outcome_of(error) is FAILED:
         return "The model failed on this request; the server's log says why."
     return reason(error)

@@ -1,4 +1,4 @@
-"""What a server serves: models that check and decode requests, then answer them in batches.
+"""Served models: they check and decode requests, then answer them in batches.
 
 Shapes: ``B`` batch.
 """
@@ -22,7 +22,7 @@ from offramp.runtime.session import check_inputs
 
 Array = npt.NDArray[Any]
 Parameter = bool | int | float | str
-"""What the protocol allows as the value of a request parameter."""
+"""Types that the protocol allows for the value of a request parameter."""
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -230,7 +230,7 @@ def _has_free_axes(bundle: Bundle) -> bool:
 
 
 def _free_axes(name: str, array: Array, *, is_free: bool) -> TensorSpec:
-    """What an output looks like; height and width are free where those of the input are."""
+    """Describe an output; height and width are free where those of the input are."""
     shape: tuple[int | None, ...] = array.shape[1:]
     if is_free:
         shape = (*shape[:-2], None, None)

@@ -27,11 +27,10 @@ _MESSAGE_ROOM = 1 << 16
 _MOST_PAYLOADS = 16
 """Requests of the largest size that may be in memory at a time."""
 _LAST_WORDS_S = 0.5
-"""How long requests on connections that are open are still refused in words, before they close."""
+"""Seconds in which open connections still refuse requests in words, before they close."""
 _unlogged = logging.getLogger(f"{__name__}.unlogged")
 _unlogged.setLevel(logging.CRITICAL + 1)
-"""Where aiohttp says what is wrong with bytes that are no HTTP: clients are told, and could fill a
-log."""
+"""Logger of aiohttp for bytes that are no HTTP: clients are told, and could fill a log."""
 
 
 class Server:
@@ -57,7 +56,7 @@ class Server:
 
     @property
     def addresses(self) -> str:
-        """Where clients find it, for people to read."""
+        """Address for clients, for people to read."""
         config = self._config
         host = f"[{config.host}]" if ":" in config.host else config.host
         secure = "s" if self._tls else ""

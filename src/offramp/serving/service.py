@@ -1,4 +1,4 @@
-"""What both protocols ask for: models by name, tokens, answers, and how it all ended."""
+"""Everything that both protocols ask for: models by name, tokens, answers, and outcomes."""
 
 from __future__ import annotations
 
@@ -151,13 +151,13 @@ class Service:
         return {name: answers[name] for name in wanted or names}
 
     def server_metadata(self) -> dict[str, Any]:
-        """What the protocol tells of a server."""
+        """Describe the server as the protocol does."""
         # Not offramp.__version__: that module knows all the others, torch's among them.
         version = importlib.metadata.version("offramp")
         return {"name": "offramp", "version": version, "extensions": list(EXTENSIONS)}
 
     def model_metadata(self, model: ServedModel) -> dict[str, Any]:
-        """What the protocol tells of a model."""
+        """Describe a model as the protocol does."""
         return {
             "name": model.name,
             "versions": [model.version],
@@ -167,7 +167,7 @@ class Service:
         }
 
     def model_config(self, model: ServedModel) -> dict[str, Any]:
-        """What Triton's extension tells of a model."""
+        """Describe a model as Triton's extension does."""
         return {
             "name": model.name,
             "platform": "offramp",

@@ -169,6 +169,6 @@ def _is_size(value: object) -> bool:
 
 
 def _quoted(value: object) -> str:
-    """What a client sent, short enough for a message."""
+    """Shorten what a client sent for a message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

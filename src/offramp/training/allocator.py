@@ -1,4 +1,4 @@
-"""What the C library does with memory that a training step has freed."""
+"""Telling the C library what to do with memory that a training step has freed."""
 
 from __future__ import annotations
 

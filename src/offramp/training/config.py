@@ -1,4 +1,4 @@
-"""How to train, in plain values; free of Lightning, so that reading a run needs none."""
+"""Settings of training as plain values; free of Lightning, so that reading a run needs none."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
-    """How the gates of a network that skips blocks are trained, after supervised pre-training.
+    """Settings for gates of a network that skips blocks, after supervised pre-training.
 
     Attributes:
         reward_epochs: So many last epochs train by hybrid reinforcement learning; those before
@@ -70,7 +70,7 @@ class GateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HaltingConfig:
-    """How a transformer is trained so that its tokens halt, after it was trained plain.
+    """Settings for a transformer that learns to halt its tokens, after it was trained plain.
 
     Attributes:
         halting_epochs: So many last epochs train with halting tokens; those before train the
@@ -109,7 +109,7 @@ class HaltingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
-    """How to train. The defaults suit a small network trained from scratch.
+    """Settings of training. The defaults suit a small network trained from scratch.
 
     Attributes:
         epochs: Passes over the training data, at least 1.
@@ -223,21 +223,17 @@ class FitConfig:
             "precision": (self.precision in ("float32", "bfloat16"), "float32 or bfloat16"),
             "seed": (0 <= self.seed < 2**32, "an int in [0, 2**32 - 1]"),
         }
-        _check(self, checks | self._last_phase_checks())
+        fits = self._last_phase() <= self.epochs
+        for kind, name in (("gates", "reward_epochs"), ("halting", "halting_epochs")):
+            if getattr(self, kind) is not None:
+                expected = f"of at most {self.epochs} {name}, as many as there are epochs"
+                checks[kind] = (fits, expected)
+        _check(self, checks)
 
     def _last_phase(self) -> int:
         """Epochs of reinforcement learning, or with halting tokens."""
         reward = 0 if self.gates is None else self.gates.reward_epochs
         return reward if self.halting is None else self.halting.halting_epochs
-
-    def _last_phase_checks(self) -> dict[str, tuple[bool, str]]:
-        fits = self._last_phase() <= self.epochs
-        names = {"gates": "reward_epochs", "halting": "halting_epochs"}
-        return {
-            kind: (fits, f"of at most {self.epochs} {name}, as many as there are epochs")
-            for kind, name in names.items()
-            if getattr(self, kind) is not None
-        }
 
 
 def _check_types(config: DataclassInstance) -> None:

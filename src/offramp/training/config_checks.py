@@ -1,4 +1,4 @@
-"""Whether a network can be trained as configured, asked before anything is written."""
+"""Checks that a network can be trained as configured, before anything is written."""
 
 from __future__ import annotations
 

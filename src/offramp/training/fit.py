@@ -167,7 +167,7 @@ def _task_of(network: Network | Task, config: FitConfig | None) -> Task:
 
 @dataclass(frozen=True)
 class _Reports:
-    """What the user wants to see and be called by."""
+    """Callbacks, loggers and progress bar as the user wants them."""
 
     callbacks: list[Callback]
     logger: Loggers
@@ -183,7 +183,7 @@ class _Reports:
 
     @property
     def is_watched(self) -> bool:
-        """Whether a bar of ours is to be seen."""
+        """True if a bar of ours is to be seen."""
         return self.prints and sys.stdout.isatty()
 
     def loggers(self, folder: Path | None) -> Loggers:
@@ -312,7 +312,7 @@ def _trainer(
 
 
 _OF_TRAINING = ("train_", "lr", "step", "epoch")
-"""What begins the names of figures that tell nothing of held-out samples."""
+"""Prefixes of figures that tell nothing of held-out samples."""
 
 
 def _note_choosers(task: Task, sets: _Sets, callbacks: Sequence[Callback]) -> None:

@@ -22,12 +22,12 @@ from offramp.training.tasks.task import ACCURACY_METRIC, VAL_LOSS
 METRICS_FILE = "metrics.jsonl"
 
 _SHARES = {BLOCKS_METRIC: "blocks run", TOKENS_METRIC: "tokens run"}
-"""What a line per epoch calls the shares of a network that is run."""
+"""Names of the shares of a network that is run, in the line of an epoch."""
 
 
 @dataclass(frozen=True)
 class History(Sequence[Mapping[str, Any]]):
-    """What each epoch of a training came to; ``print`` it for a table.
+    """Figures of each epoch of a training; ``print`` it for a table.
 
     Attributes:
         epochs: A dict an epoch: ``epoch`` from 1, ``train_loss``, ``epoch_s``, ``data_share`` (of

@@ -1,4 +1,4 @@
-"""How the exits' gradients reach the backbone: not at all, or balanced over the exits behind."""
+"""Regimes for the exits' gradients: kept from the backbone, or balanced over the exits behind."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def frozen_backbone(network: MultiExitNetwork) -> Iterator[None]:
 
 
 def head_parameters(network: MultiExitNetwork) -> list[nn.Parameter]:
-    """What a frozen backbone leaves to be trained."""
+    """List the parameters that a frozen backbone leaves to be trained."""
     frozen = {id(p) for module in _frozen_modules(network) for p in module.parameters()}
     return [p for head in network.exits[:-1] for p in head.parameters() if id(p) not in frozen]
 

@@ -1,1 +1,1 @@
-"""What a command does, callable from Python: nothing here prints or reads options."""
+"""Work of the commands, callable from Python: nothing here prints or reads options."""

@@ -1,4 +1,4 @@
-"""What RUN names: a run folder or a bundle, opened so that commands need not ask which."""
+"""Opening what RUN names, a run folder or a bundle, so that commands need not ask which."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from offramp.errors import ArtifactError, InvalidArgumentError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.utils.data import DataLoader
 
     from offramp.calibration.asked import Asked
     from offramp.calibration.logits import ExitLogits
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from offramp.runtime import Bundle, Session
     from offramp.runtime.answers import SampleAnswer
     from offramp.zoo import Network
-
-    Loader = DataLoader[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +40,7 @@ class Artifact:
         family: Of the network.
         target: What its policy was asked for; None where that is not known, as of a bundle.
         answer: From a batch of inputs on the device to what is said of each sample.
-        collect: From a loader to the logits of every exit; of those that are on, for a bundle.
+        collect: From samples to the logits of every exit; of those that are on, for a bundle.
         has_seen: From a split and the fingerprint of its samples to whether they trained the
             network or may have chosen its thresholds.
     """
@@ -57,12 +54,12 @@ class Artifact:
     family: Family[Any, Any]
     target: Asked | None
     answer: Callable[[Tensor], list[SampleAnswer]]
-    collect: Callable[[Loader], ExitLogits]
+    collect: Callable[[object], ExitLogits]
     has_seen: Callable[[str, str], bool]
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether a folder is to be read as a bundle; any other is read as a run."""
+    """Tell if a folder is to be read as a bundle; any other is read as a run."""
     from offramp.runtime.bundle import BUNDLE_FILE
 
     return (folder / BUNDLE_FILE).is_file()
@@ -194,7 +191,7 @@ def _open_bundle(folder: Path, device: str | None) -> Artifact:
 
 
 def recipe_of(bundle: Bundle) -> Recipe:
-    """How the network of a bundle was trained."""
+    """Find the recipe that a bundle's network was trained by."""
     from offramp.recipes.recipe import Recipe
     from offramp.runtime.bundle import BUNDLE_FILE
 

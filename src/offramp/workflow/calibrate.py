@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -44,10 +43,10 @@ from offramp.workflow.held_out import HeldOut, find_on_train, hold_out
 from offramp.workflow.wanted import LEARNED, Timing, Wanted
 
 _LEAST_SURVIVORS = 100
-"""Where fewer samples reach an exit, its temperature is the one fitted on all."""
+"""An exit that fewer samples reach has the temperature that was fitted on all."""
 
 PROFILE_FILE = "profile.json"
-"""Where a run folder keeps the times of its parts."""
+"""File of a run folder that keeps the times of its parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,14 +155,17 @@ def calibrate(
         "guarantee": promise,
     }
     write_policy(run.folder, chosen.policy, calibration=about)
-    known = held_out.evidence
-    temperatures = getattr(chosen.policy, "temperatures", None)
+    known: Any = held_out.evidence
+    described = None
+    if temperatures := getattr(chosen.policy, "temperatures", None):
+        reached_KN = reached_under(known, chosen.policy)
+        described = describe_temperatures(known, temperatures, reached_KN=reached_KN)
     return Chosen(
         calibration=chosen,
         num_samples=len(held_out.batches),
         about=about,
         doubt=known.doubt(Asked.from_record(about)),
-        temperatures=_described(known, chosen.policy, temperatures) if temperatures else None,
+        temperatures=described,
         timed=timed,
         profile=profile,
     )
@@ -176,14 +178,6 @@ def _promise(chosen: Calibration[Any], held_out: HeldOut, found_on: str) -> dict
         held_out.population, way=words.way, last=words.whole_network
     )
     return asdict(chosen.guarantee) | {"sentence": sentence, "found_on": found_on}
-
-
-def _described(
-    logits: Any, policy: ThresholdedPolicy, temperatures: Sequence[float]
-) -> tuple[ExitCalibration, ...]:
-    """What temperatures do, on those who reach each exit."""
-    reached_KN = reached_under(logits, policy)
-    return describe_temperatures(logits, temperatures, reached_KN=reached_KN)
 
 
 def make_policies(wanted: Wanted, logits: ExitLogits) -> tuple[ThresholdedPolicy, ...]:
@@ -210,12 +204,12 @@ def _patient(patience: int, rule: str, logits: ExitLogits) -> PatiencePolicy:
 
 
 def _tempered(wanted: Wanted, logits: ExitLogits, policy: ThresholdedPolicy) -> ThresholdedPolicy:
-    if not isinstance(policy, ThresholdPolicy | DensePolicy):
+    if not policy.takes_temperatures:
         raise InvalidArgumentError(
             f"--temperatures do not change what --rule {wanted.rule} goes by: leave them out."
         )
     of_all = fit_temperatures(logits)
-    tempered = replace(policy, temperatures=of_all)
+    tempered = _with(policy, temperatures=of_all)
     if wanted.temperatures == "all":
         return tempered
     # Who survives depends on the thresholds, and those on the temperatures: one round of both.
@@ -226,7 +220,13 @@ def _tempered(wanted: Wanted, logits: ExitLogits, policy: ThresholdedPolicy) -> 
         own if count >= _LEAST_SURVIVORS else common
         for own, common, count in zip(of_survivors, of_all, reached_KN.sum(1), strict=True)
     )
-    return replace(policy, temperatures=temperatures)
+    return _with(policy, temperatures=temperatures)
+
+
+def _with(policy: Any, **fields: Any) -> ThresholdedPolicy:
+    """Change fields of a policy, whatever its kind."""
+    changed: ThresholdedPolicy = replace(policy, **fields)
+    return changed
 
 
 def _check_rule_of_labels(wanted: Wanted) -> None:
@@ -250,11 +250,11 @@ _CHECK_RULE = {LABELS.name: _check_rule_of_labels, MAPS.name: _check_rule_of_map
 
 
 def _with_pixel_threshold(policy: ThresholdedPolicy, threshold: float) -> ThresholdedPolicy:
-    if not isinstance(policy, DensePolicy) or "pixel_threshold" not in policy.number_names:
+    if "pixel_threshold" not in policy.number_names:
         raise InvalidArgumentError(
             "--pixel-threshold is for --rule pixel_share, which counts them."
         )
-    return replace(policy, pixel_threshold=threshold)
+    return _with(policy, pixel_threshold=threshold)
 
 
 def _choose_by_the_clock(
@@ -336,9 +336,9 @@ def _maps_by_hand(
 ) -> ThresholdedPolicy:
     assert wanted.rule is not None  # settled
     policy = dense_policy(wanted.rule, values)
-    if wanted.pixel_threshold is None:
-        return policy
-    return _with_pixel_threshold(policy, wanted.pixel_threshold)
+    if wanted.pixel_threshold is not None:
+        policy = _with_pixel_threshold(policy, wanted.pixel_threshold)
+    return policy
 
 
 _BY_HAND = {LABELS.name: _labels_by_hand, MAPS.name: _maps_by_hand}

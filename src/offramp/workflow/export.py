@@ -37,7 +37,7 @@ _BEYOND_THRESHOLDS = ("guarantee", "patience", "temperatures")
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """What int8 does to accuracy and to who leaves where.
+    """Effects of int8 on accuracy and on who leaves where.
 
     Attributes:
         before: What the float32 bundle said of the samples.

@@ -15,7 +15,6 @@ from offramp.calibration.temperature import (
     describe_temperatures,
     fit_temperatures,
 )
-from offramp.data.images import make_loader
 from offramp.data.sources import SOURCES
 from offramp.errors import InSampleError, InvalidArgumentError
 from offramp.families import family_of
@@ -25,7 +24,7 @@ from offramp.recipes.recipe import Recipe
 from offramp.runs.run import CALIBRATION_SPLIT, load, load_batches
 from offramp.workflow.artifact import is_bundle, open_artifact, pick_device
 from offramp.workflow.calibrate import rule_named
-from offramp.workflow.held_out import Loader, evidence_by
+from offramp.workflow.held_out import evidence_by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +37,7 @@ class Opened:
         data: What ``--data`` was then; None for the default.
         num_exits: Exits of the network, those that are off in a bundle counted.
         family: Of the network; where one threshold steers it, no exits are to be chosen.
-        collect: From a loader to what choosing needs; of a bundle, of the exits that are on.
+        collect: From samples to what choosing needs; of a bundle, of the exits that are on.
     """
 
     name: str
@@ -46,12 +45,12 @@ class Opened:
     data: str | None
     num_exits: int
     family: Family[Any, Any]
-    collect: Callable[[Loader], Evidence[Any]]
+    collect: Callable[[object], Evidence[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """What one run adds to the plot.
+    """The part of the plot that is one run's.
 
     Attributes:
         run: The run.
@@ -178,7 +177,7 @@ def follow(
 
 def _collect(run: Opened, split: str, data: str | None) -> tuple[Any, str]:
     batches, _, fingerprint = load_batches(run.recipe, split, data or run.data)
-    return run.collect(make_loader(batches, batch_size=batches.run_batch_size)), fingerprint
+    return run.collect(batches), fingerprint
 
 
 def check_same_samples(curves: Sequence[Curve], split: str) -> None:

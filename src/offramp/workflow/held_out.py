@@ -10,24 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from offramp.calibration.collect import collect
 from offramp.calibration.evidence import Evidence
-from offramp.data.images import Batches, make_loader
+from offramp.data.images import Batches
 from offramp.decoding import parse_json
 from offramp.errors import DataError, InvalidArgumentError
 from offramp.evaluation.sweeping import collect_sweep
 from offramp.families import family_of
-from offramp.measure.outputs import LABELS, MAPS
 from offramp.runs.run import CALIBRATION_SPLIT, Run, load_batches
 from offramp.workflow.artifact import pick_device
 from offramp.zoo import Network
 
 _NUM_FINDING, _NUM_SIZING = 4_000, 1_000
 """Training samples that find the candidates of a promise, or size its bets where they are fixed."""
-
-Loader = DataLoader[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +46,7 @@ class HeldOut:
 
     @property
     def population(self) -> str:
-        """What the samples stand for, in words."""
+        """Name what the samples stand for."""
         prior = self.data["class_prior"]
         words = f"{self.data['name']}, classes {'as given' if isinstance(prior, dict) else prior}"
         if not self.data["weighted"]:
@@ -66,8 +62,8 @@ class HeldOut:
         return self.evidence
 
 
-def evidence_by(network: Network) -> Callable[[Loader], Evidence[Any]]:
-    """Make the function from a loader to all that choosing needs to know of its samples."""
+def evidence_by(network: Network) -> Callable[[object], Evidence[Any]]:
+    """Make the function from samples to all that choosing needs to know of them."""
     return partial(collect if family_of(network).thresholds is None else collect_sweep, network)
 
 
@@ -83,8 +79,7 @@ def hold_out(
     batches, names, fingerprint = load_batches(recipe, CALIBRATION_SPLIT, data or run.data)
     shares = None if prior is None else _read_prior(prior, names)
     network = run.network.to(where)
-    evidence = evidence_by(network)(make_loader(batches, batch_size=batches.run_batch_size))
-    evidence = _FOR_POPULATION[evidence.outputs.name](evidence, shares)
+    evidence = evidence_by(network)(batches).for_population(shares)
     named: str | dict[str, float] = "uniform" if recipe.uniform_prior else "as in train"
     if shares is not None:
         named = prior if prior == "uniform" else dict(zip(names, shares, strict=True))
@@ -100,24 +95,6 @@ def hold_out(
     return HeldOut(run=run, device=where, batches=batches, evidence=evidence, data=about)
 
 
-def _by_class(evidence: Evidence[Any], shares: tuple[float, ...] | None) -> Evidence[Any]:
-    # So many of each class were drawn: a promise is about a population of these shares.
-    drawn = tuple((evidence.class_counts / len(evidence.labels_N)).tolist())
-    return replace(evidence, prior=shares or drawn)
-
-
-def _as_drawn(evidence: Evidence[Any], shares: tuple[float, ...] | None) -> Evidence[Any]:
-    if shares is not None:
-        raise InvalidArgumentError(
-            "--prior weights samples by their class. Images with a class for every pixel have none."
-        )
-    return evidence
-
-
-_FOR_POPULATION = {LABELS.name: _by_class, MAPS.name: _as_drawn}
-"""By outputs, what lets evidence stand for a population of given shares of classes."""
-
-
 def find_on_train(held_out: HeldOut, *, data: str | None) -> Evidence[Any]:
     """Run the network on training samples: they find what all samples set aside then test.
 
@@ -129,7 +106,7 @@ def find_on_train(held_out: HeldOut, *, data: str | None) -> Evidence[Any]:
     count = _NUM_SIZING if known.has_fixed_candidates else _NUM_FINDING
     rows_B = _drawn_evenly(train.strata_N, count, seed=recipe.fit.seed)
     batches = train.subset(rows_B).unaugmented()
-    found = evidence_by(run.network)(make_loader(batches, batch_size=batches.run_batch_size))
+    found = evidence_by(run.network)(batches)
     prior = known.prior
     if prior is None or any(share and not found.class_counts[c] for c, share in enumerate(prior)):
         return found

@@ -1,4 +1,4 @@
-"""What a policy is asked for; light to import, so that options are refused at once."""
+"""Wishes for a policy; light to import, so that options are refused at once."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ LEARNED = "learned"
 """The rule that is no confidence function: scorers are fitted on the calibration data."""
 
 TARGETS = ("max_drop", "max_risk", "budget_macs", "budget_share")
-"""What ``calibrate`` of the library aims at, without a clock."""
+"""Targets of ``calibrate`` of the library, without a clock."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """How the parts of a network are timed.
+    """Settings for timing the parts of a network.
 
     Attributes:
         batch_size: Samples a batch.
@@ -27,7 +27,7 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What a policy is asked for; one target is given, the others are None.
+    """Wishes for a policy; one target is given, the others are None.
 
     Attributes:
         max_drop: Spend least; lose at most this fraction of accuracy.
@@ -68,12 +68,12 @@ class Wanted:
 
     @property
     def is_fitted(self) -> bool:
-        """Whether the policy itself is fitted on samples, which training must not have seen."""
+        """True if the policy itself is fitted on samples, which training must not have seen."""
         return self.rule == LEARNED or self.temperatures is not None
 
     @property
     def risk_limit(self) -> dict[str, Any]:
-        """What a guarantee is asked for, as the library takes it."""
+        """The target of a guarantee as the library takes it."""
         limit = self.max_drop if self.max_risk is None else self.max_risk
         return {"max_risk": limit, "risk": self.risk_name, "guarantee": self.guarantee}
 
@@ -85,7 +85,7 @@ class Wanted:
         return target | ({"risk": self.risk_name} if "max_risk" in target else {})
 
     def to_dict(self) -> dict[str, Any]:
-        """What was asked, without what was not."""
+        """Name what was asked, without what was not."""
         given = {name: value for name, value in vars(self).items() if value is not None}
         if self.max_risk is not None:
             given["risk"] = self.risk_name

@@ -1,4 +1,4 @@
-"""Which exits a network keeps, where only the last are asked for."""
+"""Choosing the exits that a network keeps, where only the last are asked for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def kept_exits(ends: tuple[int, ...], num_exits: int | None) -> tuple[int, ...]:
 
 
 def is_plain(num_exits: int | None) -> bool:
-    """Whether a network of one exit, that saves inside, is asked for without what saves."""
+    """Tell if a network that saves inside is asked for as a plain one, without what saves."""
     if num_exits not in (None, 1):
         raise InvalidArgumentError(
             "The 'num_exits' parameter must be 1, for the plain network, or None: this network "

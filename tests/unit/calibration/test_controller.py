@@ -9,7 +9,6 @@ from offramp.calibration.collect import ExitLogits
 from offramp.calibration.controller import fit_controller
 from offramp.calibration.evidence import calibrate
 from offramp.calibration.guarantee import calibrate_with_guarantee
-from offramp.calibration.thresholds import measure_policy
 from offramp.errors import InvalidArgumentError
 from offramp.measure.cost import ExitCosts
 from offramp.policy.controller import ControllerPolicy
@@ -23,7 +22,7 @@ COSTS = ExitCosts(stage_macs=(40_000_000, 20_000_000, 40_000_000), head_macs=(0,
 
 def mean_percent(logits: ExitLogits, policy: ControllerPolicy) -> float:
     """Mean MACs, in percent of the plain network's."""
-    return 100 * measure_policy(logits, policy).mean_macs / COSTS.plain_macs
+    return 100 * logits.measure(policy).mean_macs / COSTS.plain_macs
 
 
 def said(predicted_KN, labels_N, *, seed, num_classes, prior=None) -> ExitLogits:
@@ -62,8 +61,8 @@ def test_controller_knows_what_no_confidence_tells(draw, budget_share, gain):
     held_out, new = draw(0), draw(1)
     by_entropy = calibrate(held_out, budget_share=budget_share)
     by_controller = calibrate(held_out, budget_share=budget_share, rule=fit_controller)
-    expected = measure_policy(new, by_entropy.policy)
-    found = measure_policy(new, by_controller.policy)
+    expected = new.measure(by_entropy.policy)
+    found = new.measure(by_controller.policy)
     assert found.accuracy > expected.accuracy + gain
     assert found.accuracy > 0.97
     assert found.mean_macs < 1.03 * budget_share * COSTS.plain_macs
@@ -71,7 +70,7 @@ def test_controller_knows_what_no_confidence_tells(draw, budget_share, gain):
 
 def test_thresholds_of_its_own_leave_where_it_pays():
     held_out, new = class_tells(0), class_tells(1)
-    found = measure_policy(new, fit_controller(held_out, price=0.1))
+    found = new.measure(fit_controller(held_out, price=0.1))
     assert found.accuracy > 0.99
     assert found.mean_macs == pytest.approx(70e6, abs=8e6)  # half leave at 40, half stay to 100
     dear = fit_controller(held_out, price=3.0)
@@ -83,7 +82,7 @@ def test_exits_can_be_switched_off_afterwards():
     policy = fit_controller(held_out)
     found = calibrate(held_out, budget_share=0.8, rule=policy, off=frozenset({0}))
     assert found.policy.off_exits == {0}
-    assert measure_policy(new, found.policy).accuracy > 0.99  # half leave at 60, half at 100
+    assert new.measure(found.policy).accuracy > 0.99  # half leave at 60, half at 100
 
 
 def test_same_seed_same_policy():
@@ -116,7 +115,7 @@ def test_nan_teaches_nothing_and_goes_to_the_end():
     logits.logits_KNC[0, ::2] = torch.nan
     logits.logits_KNC[1] = torch.nan
     policy = fit_controller(logits)
-    found = measure_policy(logits, policy)
+    found = logits.measure(policy)
     assert found.accuracy > 0.99
     assert found.mean_macs == pytest.approx(85e6, abs=5e6)  # a quarter leaves at 40
 

@@ -21,7 +21,7 @@ from offramp import (
     frontier,
 )
 from offramp.calibration.collect import write_logits
-from offramp.calibration.thresholds import confidences, measure_policy
+from offramp.calibration.thresholds import confidences
 from offramp.data.images import Normalisation, make_loader
 from offramp.data.masks import MaskBatches
 from offramp.errors import ShapeError
@@ -112,7 +112,7 @@ def test_a_drop_of_mean_iou_is_kept_at_the_least_cost_of_all_thresholds(logits, 
     best = INF
     cuts = [[INF, *np.unique(confidence_KN[k])] for k in (0, 1)]
     for thresholds in itertools.product(*cuts):
-        reached = measure_policy(logits, policy.with_thresholds(thresholds))
+        reached = logits.measure(policy.with_thresholds(thresholds))
         if reached.mean_iou >= logits.quality_K[-1] - most:
             best = min(best, reached.mean_macs)
     assert chosen.mean_iou >= logits.quality_K[-1] - most - 1e-9
@@ -129,7 +129,7 @@ def test_both_thresholds_are_chosen(logits):
 
 
 def test_agreement_says_what_the_least_is(logits):
-    least = measure_policy(logits, AgreementPolicy((0, 0))).mean_macs
+    least = logits.measure(AgreementPolicy((0, 0))).mean_macs
     assert least < logits.costs.plain_macs
     with pytest.raises(InfeasibleTargetError) as caught:
         calibrate(logits, budget_macs=least - 1, rule="agreement")
@@ -141,12 +141,12 @@ def test_agreement_says_what_the_least_is(logits):
 def test_agreement_keeps_its_memory(logits):
     chosen = calibrate(logits, budget_share=0.9, rule="agreement")
     assert chosen.mean_macs <= 0.9 * logits.costs.plain_macs
-    assert measure_policy(logits, chosen.policy) == chosen
+    assert logits.measure(chosen.policy) == chosen
 
 
 def test_calibration_is_what_runs(network, loader, logits):
     policy = calibrate(logits, budget_share=0.7).policy
-    expected = measure_policy(logits, policy)
+    expected = logits.measure(policy)
     found = evaluate(AdaptiveRunner(network, policy), loader, logits)
     assert found.mean_macs == pytest.approx(expected.mean_macs)
     assert found.mean_iou == pytest.approx(expected.mean_iou)
@@ -162,7 +162,7 @@ def test_thresholds_inside_the_range_let_the_same_images_leave(
     policy = DensePolicy((0, 0), rule=rule, pixel_threshold=pixel_threshold)
     middle_K = np.median(confidences(logits, policy), axis=1)
     policy = policy.with_thresholds(tuple(middle_K[:2]))  # of ten: between two of them
-    expected = measure_policy(logits, policy)
+    expected = logits.measure(policy)
     found = evaluate(AdaptiveRunner(network, policy), loader, logits)
     assert found.exits[0].share == 0.5
     assert found.mean_macs == pytest.approx(expected.mean_macs)

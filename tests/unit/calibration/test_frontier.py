@@ -11,7 +11,6 @@ from offramp.calibration.collect import ExitLogits
 from offramp.calibration.evidence import calibrate
 from offramp.calibration.frontier import frontier
 from offramp.calibration.sweep import Sweep
-from offramp.calibration.thresholds import measure_policy
 from offramp.errors import InvalidArgumentError, ShapeError
 from offramp.measure.cost import ExitCosts
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, always_leave_at
@@ -99,8 +98,7 @@ def test_points_keep_their_budgets_on_calibration_data_and_are_what_the_policy_r
     assert found.points[0].budget_macs == 120
     for point in found.points:
         there, here = (
-            measure_policy(logits, ThresholdPolicy(point.thresholds))
-            for logits in (calibration, test)
+            logits.measure(ThresholdPolicy(point.thresholds)) for logits in (calibration, test)
         )
         assert there.mean_macs <= point.budget_macs
         assert there.accuracy == point.calibration_accuracy
@@ -128,7 +126,7 @@ def test_area_agrees_with_a_fine_sum():
 def test_exits_alone_are_what_always_leaving_there_reaches():
     test = three_exits(1, 200)
     for alone in frontier(three_exits(0, 200), test, num_points=2).exits:
-        reached = measure_policy(test, always_leave_at(alone.index, num_exits=3))
+        reached = test.measure(always_leave_at(alone.index, num_exits=3))
         assert (reached.accuracy, reached.mean_macs) == (alone.accuracy, alone.macs)
 
 
@@ -161,7 +159,7 @@ def test_a_policy_that_waits_starts_where_it_may_leave():
     # Nobody may leave at exit 0, so everybody pays its head and two stages at least.
     assert found.points[0].budget_macs > 120 + 155
     for point in found.points:
-        there = measure_policy(three_exits(0, 200), policy.with_thresholds(point.thresholds))
+        there = three_exits(0, 200).measure(policy.with_thresholds(point.thresholds))
         assert there.mean_macs <= point.budget_macs * (1 + 1e-9)
 
 

@@ -14,7 +14,7 @@ from offramp.calibration.guarantee import calibrate_with_guarantee
 from offramp.calibration.risk import RISKS
 from offramp.calibration.search import exits_left_by
 from offramp.calibration.sequence import part_samples
-from offramp.calibration.thresholds import confidences, measure_policy
+from offramp.calibration.thresholds import confidences
 from offramp.errors import DataError, InfeasibleTargetError, InvalidArgumentError, ShapeError
 from offramp.measure.cost import ExitCosts
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy
@@ -177,7 +177,7 @@ def test_says_what_it_rests_on():
         "exit loses at most 2 percentage points of accuracy against the final exit on new samples "
         "drawn alike."
     )
-    whole = measure_policy(POOL, found.policy)
+    whole = POOL.measure(found.policy)
     assert (found.accuracy, found.mean_macs) == (whole.accuracy, whole.mean_macs)
     assert found.mean_macs < THREE_COSTS.plain_macs
 
@@ -271,8 +271,8 @@ def test_all_samples_test_where_others_find():
     assert (promise.num_samples, promise.num_tested, promise.num_finding) == (4000, 4000, 3000)
     assert (found.accuracy, found.mean_macs) == (
         *(
-            measure_policy(POOL, found.policy).accuracy,
-            measure_policy(POOL, found.policy).mean_macs,
+            POOL.measure(found.policy).accuracy,
+            POOL.measure(found.policy).mean_macs,
         ),
     )
 

@@ -35,7 +35,7 @@ class HaltingTask(Task):
 
     @property
     def halting(self) -> HaltingConfig:
-        """How tokens are trained to halt."""
+        """Settings of the training in which tokens learn to halt."""
         return self.config.halting or HaltingConfig()
 
     @property
@@ -51,7 +51,7 @@ class HaltingTask(Task):
 
     @property
     def is_halting(self) -> bool:
-        """Whether tokens halt in this epoch."""
+        """True if tokens halt in this epoch."""
         return self.current_epoch >= self.first_halting_epoch
 
     def loss(self, inputs: Features, labels_B: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from offramp.routing.halting import HaltingOutput
 
 
 def ponder_loss(output: HaltingOutput) -> Tensor:
-    """How long tokens ponder: layers run and remainder, the mean over all that are no padding.
+    """Ponder loss: layers run and remainder, the mean over all tokens that are no padding.
 
     The number of layers has no gradient; a smaller remainder means larger scores before it.
 
@@ -23,7 +23,7 @@ def ponder_loss(output: HaltingOutput) -> Tensor:
 
 
 def prior_loss(output: HaltingOutput, target_depth: float) -> Tensor:
-    """How far the mean halting distribution is from a normal one around a depth.
+    """Distance of the mean halting distribution from a normal one around a depth.
 
     The distribution is that of the tokens' weights over all layers, the mean over all tokens that
     are no padding: each token's weights sum to one, so it does too.

@@ -18,7 +18,7 @@ _LEAST_PROBABILITY = 1e-6
 
 
 def skip_rewards(action_BG: Tensor, alpha: float, weights: Sequence[float] | None = None) -> Tensor:
-    """What each gate earns at once: a share of alpha for each block that it skips.
+    """Reward that each gate earns at once: a share of alpha for each block that it skips.
 
     Reference: Wang et al. (2018), SkipNet, section 3.2: alpha over the number of gates.
     """
@@ -26,7 +26,7 @@ def skip_rewards(action_BG: Tensor, alpha: float, weights: Sequence[float] | Non
 
 
 def run_share(probability_BG: Tensor, weights: Sequence[float] | None = None) -> Tensor:
-    """What share of the gated blocks would run.
+    """Share of the gated blocks that would run.
 
     Example:
         >>> run_share(torch.tensor([[0.5, 1.0]]), weights=(3, 1))
@@ -37,7 +37,7 @@ def run_share(probability_BG: Tensor, weights: Sequence[float] | None = None) ->
 
 
 def returns_to_go(reward_BG: Tensor, final_B: Tensor) -> Tensor:
-    """What a gate's decision leads to: its own reward, all later ones, and the final one.
+    """Return of a gate's decision: its own reward, all later ones, and the final one.
 
     Example:
         >>> returns_to_go(torch.tensor([[1.0, 2.0]]), torch.tensor([10.0]))

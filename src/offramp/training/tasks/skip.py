@@ -50,7 +50,7 @@ class SkipTask(Task):
 
     @property
     def gates(self) -> GateConfig:
-        """How the gates are trained."""
+        """Settings of the gates' training."""
         return self.config.gates or GateConfig()
 
     @property
@@ -65,7 +65,7 @@ class SkipTask(Task):
 
     @property
     def _choice(self) -> Choice:
-        """What gates do in this epoch."""
+        """Mode of the gates in this epoch."""
         if self.current_epoch >= self.first_settled_epoch:
             return at_threshold(_FINAL)
         return sampled if self.current_epoch >= self.first_reward_epoch else straight_through

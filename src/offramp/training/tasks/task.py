@@ -70,7 +70,7 @@ class Task(LightningModule):
     takes: type[nn.Module] = nn.Module
     """The networks that it trains."""
     outputs: Outputs = LABELS
-    """What those say of a sample."""
+    """The outputs of these networks."""
 
     def __init__(
         self,
@@ -272,7 +272,7 @@ class Task(LightningModule):
 
     @property
     def _has_peers(self) -> bool:
-        """Whether several processes train; none does without a Trainer."""
+        """True if several processes train; none does without a Trainer."""
         return self._trainer is not None and self.trainer.world_size > 1
 
     def over_processes(self, counts: Tensor) -> Tensor:
