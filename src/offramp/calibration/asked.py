@@ -39,13 +39,6 @@ class Asked(Brief):
     guarantee: float | str | None = None
 
     @classmethod
-    def of(cls, num_samples: int, *, risk: str, **targets: float | None) -> Asked:
-        """Name the one target that is given."""
-        ((target, limit),) = ((name, x) for name, x in targets.items() if x is not None)
-        named = risk if target == "max_risk" else None
-        return cls(target=target, limit=float(limit), num_samples=num_samples, risk=named)
-
-    @classmethod
     def from_record(cls, calibration: Mapping[str, Any] | None) -> Asked | None:
         """Read what ``policy.json`` says of the choice."""
         asked, data = ((calibration or {}).get(name) for name in ("asked", "data"))

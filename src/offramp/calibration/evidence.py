@@ -159,7 +159,14 @@ def choose_policy(
     require_evidence(logits)
     target = as_target(**targets, risk=risk, plain_macs=logits.plain_macs, drop=logits.drop_risk)
     best = logits.best(target, logits.policies(rule), off=off)
-    return replace(best, asked=Asked.of(len(logits.labels_N), risk=risk, **targets))
+    ((name, limit),) = ((name, x) for name, x in targets.items() if x is not None)
+    asked = Asked(
+        target=name,
+        limit=float(limit),
+        num_samples=len(logits.labels_N),
+        risk=risk if name == "max_risk" else None,
+    )
+    return replace(best, asked=asked)
 
 
 def require_evidence(*given: object) -> None:

@@ -51,8 +51,9 @@ def policy_to_dict(policy: Policy | RoutingPolicy) -> dict[str, Any]:
 def policy_from_dict(content: Any) -> Policy | RoutingPolicy:
     """Rebuild a policy from :func:`policy_to_dict`."""
     try:
-        policy = decode_tagged(_migrated(content), _KINDS, hook=_tensor)
-        lacking = [f.name for f in fields(policy) if f.name not in _migrated(content)]
+        content = _migrated(content)
+        policy = decode_tagged(content, _KINDS, hook=_tensor)
+        lacking = [f.name for f in fields(policy) if f.name not in content]
         if lacking:
             raise ArtifactError(f"Object lacks the field {lacking[0]}")
     except ArtifactError as error:

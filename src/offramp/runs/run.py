@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -106,9 +106,7 @@ class Run:
                 "Expected a run of a network with exits. "
                 f"{self.folder} {family.words.does} inside and has one exit: this is not for it."
             )
-        network: Any = self.network
-        exits: MultiExitNetwork = network
-        return exits
+        return cast(MultiExitNetwork, self.network)
 
     def require_recipe(self) -> Recipe:
         """The recipe, where a command cannot do without.
