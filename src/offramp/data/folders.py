@@ -25,7 +25,7 @@ _PICTURES = frozenset(
     (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 )
 _MOST_FILES = 2**24
-_MOST_SHOWN = 8
+_MOST_SHOWN = 12
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,12 +50,14 @@ class OwnSplit:
         batches: The samples, as the network takes them.
         fingerprint: Identifies all samples of the split, of which ``batches`` may be a subset.
         num_samples: As many as the split has.
+        shares: Of each class in the split.
     """
 
     name: str
     batches: Batches
     fingerprint: str
     num_samples: int
+    shares: tuple[float, ...]
 
 
 def load_own(
@@ -121,6 +123,7 @@ def load_own(
         batches=batches,
         fingerprint=fingerprint.hexdigest(),
         num_samples=len(labels_N),
+        shares=tuple((np.bincount(labels_N, minlength=num_classes or 0) / len(labels_N)).tolist()),
     )
 
 

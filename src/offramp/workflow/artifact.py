@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offramp.artifacts import BUNDLE_FOLDER
 from offramp.errors import ArtifactError, InvalidArgumentError
+from offramp.runtime.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from offramp.recipes.recipe import Recipe
     from offramp.runtime import Bundle, Session
     from offramp.runtime.answers import SampleAnswer
+    from offramp.runtime.preprocessing import AnyPreprocessing
+    from offramp.workflow.samples import AnySamples
     from offramp.zoo import Network
 
 
@@ -32,14 +35,15 @@ class Artifact:
     Attributes:
         runner: Answers batches that are on the device.
         device: Where its inputs belong.
-        recipe: How the network was trained.
+        name: What figures call it: the recipe's name, or the folder's.
+        recipe: Name of its recipe; None for a network of the user's own.
+        samples: Loads splits of its data, or of data as users have it.
         class_names: Name of each class; empty where none were given.
-        data: What ``--data`` was when it was trained; None if the default was taken or a bundle
-            does not say.
         num_exits: Exits of the network, those that are off counted.
         family: Of the network.
-        target: What its policy was asked for; None where that is not known, as of a bundle.
-        answer: From a batch of inputs on the device to what is said of each sample.
+        target: What its policy was asked for; None where that is not known.
+        preprocessing: Says how samples become inputs.
+        note: What a bundle does not say and was taken for granted; None where it says all.
         collect: From samples to the logits of every exit; of those that are on, for a bundle.
         has_seen: From a split and the fingerprint of its samples to whether they trained the
             network or may have chosen its thresholds.
@@ -47,15 +51,17 @@ class Artifact:
 
     runner: TorchRunner[Any, Any] | Session
     device: str
-    recipe: Recipe
+    name: str
+    recipe: str | None
+    samples: AnySamples
     class_names: tuple[str, ...]
-    data: str | None
     num_exits: int
     family: Family[Any, Any]
     target: Asked | None
-    answer: Callable[[Tensor], list[SampleAnswer]]
+    preprocessing: Callable[[], AnyPreprocessing]
     collect: Callable[[object], ExitLogits]
     has_seen: Callable[[str, str], bool]
+    note: str | None = None
 
 
 def is_bundle(folder: Path) -> bool:
@@ -103,6 +109,7 @@ def _open_run(folder: Path, device: str | None) -> Artifact:
     from offramp.calibration.collect import collect
     from offramp.families import family_of, make_runner
     from offramp.runs.run import is_in_sample, load
+    from offramp.workflow.samples import RecipeSamples
 
     loaded = load(folder)
     recipe = loaded.require_recipe()
@@ -111,13 +118,14 @@ def _open_run(folder: Path, device: str | None) -> Artifact:
     return Artifact(
         runner=make_runner(network, loaded.policy),
         device=where,
-        recipe=recipe,
+        name=recipe.name,
+        recipe=recipe.name,
+        samples=RecipeSamples(recipe=recipe, data=loaded.data, class_names=loaded.class_names),
         class_names=loaded.class_names,
-        data=loaded.data,
         num_exits=network.num_exits,
         family=family_of(network),
         target=Asked.from_record(loaded.calibration),
-        answer=partial(answer_run, network, loaded.policy, loaded.class_names),
+        preprocessing=recipe.preprocessing,
         collect=partial(collect, network),
         has_seen=partial(is_in_sample, loaded),
     )
@@ -149,45 +157,80 @@ def answer_run(
     )
 
 
-def _answer_bundle(session: Session, inputs: Tensor) -> list[SampleAnswer]:
-    from offramp.runtime.answers import describe_answers
-
-    return describe_answers(
-        session.run(inputs),
-        policy=session.bundle.policy,
-        class_names=session.bundle.class_names,
-        plain_macs_B=session.plain_macs(inputs),
-        size=tuple(inputs.shape[2:]),
-    )
-
-
 def _open_bundle(folder: Path, device: str | None) -> Artifact:
+    from offramp.calibration.asked import Asked
     from offramp.calibration.collect import collect_from_session
     from offramp.families import FAMILIES
-    from offramp.runs.run import CALIBRATION_SPLIT
     from offramp.runtime import Session, read_bundle
+    from offramp.runtime.examples import example_inputs
+    from offramp.workflow.samples import OwnSamples, RecipeSamples
 
     if pick_device(device or "cpu") != "cpu":
         raise InvalidArgumentError(
             f"The device of a bundle must be cpu: onnxruntime runs it there. Got {device!r}."
         )
     bundle = read_bundle(folder)
-    recipe = recipe_of(bundle)
     session = Session(bundle)
+    recipe = None if bundle.recipe is None else recipe_of(bundle)
+    note: str | None = None
+    chosen = bundle.calibration
+    samples: AnySamples
+    if recipe is None:
+        preprocessing, note = preprocessing_of(bundle)
+        num_classes = session.run(*example_inputs(bundle)).output.shape[1]
+        samples = OwnSamples(bundle=bundle, preprocessing=preprocessing, num_classes=num_classes)
+    else:
+        samples = RecipeSamples(recipe=recipe, data=None, class_names=bundle.class_names)
     return Artifact(
         runner=session,
         device="cpu",
-        recipe=recipe,
+        name=bundle.folder.name if recipe is None else recipe.name,
+        recipe=None if recipe is None else recipe.name,
+        samples=samples,
         class_names=bundle.class_names,
-        data=None,
         num_exits=bundle.num_exits,
         family=FAMILIES[bundle.family],
-        target=None,
-        answer=partial(_answer_bundle, session),
+        target=Asked.from_record(None if chosen is None else asdict(chosen)),
+        preprocessing=lambda: preprocessing_of(bundle)[0],
         collect=partial(collect_from_session, session),
-        # A bundle does not say which samples chose its thresholds.
-        has_seen=lambda split, _: split in ("train", CALIBRATION_SPLIT),
+        has_seen=partial(_bundle_has_seen, bundle),
+        note=note,
     )
+
+
+def _bundle_has_seen(bundle: Bundle, split: str, fingerprint: str) -> bool:
+    from offramp.runs.run import CALIBRATION_SPLIT
+
+    known = None if bundle.calibration is None else bundle.calibration.data
+    if known is not None and known.sha256 == fingerprint:
+        return True
+    # One of a recipe may not say which samples chose its thresholds.
+    return split == "train" or (split == CALIBRATION_SPLIT and bundle.recipe is not None)
+
+
+def preprocessing_of(bundle: Bundle) -> tuple[AnyPreprocessing, str | None]:
+    """Say how samples become inputs, and in a note what had to be taken for granted."""
+    known = bundle.preprocessing
+    if known is not None:
+        return known, None
+    if bundle.recipe is not None:  # exported before bundles said it
+        return recipe_of(bundle).preprocessing(), None
+    shape, *others = [spec.sample_shape for spec in bundle.inputs]
+    is_float = bundle.inputs[0].dtype.startswith("float")
+    if others or not is_float or len(shape) != 3 or shape[0] not in (1, 3) or None in shape:
+        shown = ", ".join(f"{spec.dtype} {spec.sample_shape}" for spec in bundle.inputs)
+        raise ArtifactError(
+            f"The bundle {bundle.folder} does not say how samples become its inputs, {shown}. "
+            "Export it with preprocessing=Preprocessing(...) or TextPreprocessing(...), or use "
+            "Session(...).run() from Python."
+        )
+    channels, height, width = (size or 1 for size in shape)
+    note = (
+        f"note: {bundle.folder} does not say how pictures become its inputs. They are stretched to "
+        f"{height}x{width}, and pixels go from 0 to 1; if it was trained otherwise, export it with "
+        "preprocessing=Preprocessing(...)"
+    )
+    return Preprocessing(height=height, width=width, channels=1 if channels == 1 else 3), note
 
 
 def recipe_of(bundle: Bundle) -> Recipe:
