@@ -78,6 +78,8 @@ from offramp.runs.run import Run as Run
 from offramp.runs.run import load as load
 from offramp.runs.run import save as save
 from offramp.runtime import Session as Session
+from offramp.runtime.preprocessing import Preprocessing as Preprocessing
+from offramp.runtime.preprocessing import TextPreprocessing as TextPreprocessing
 from offramp.training.config import FitConfig as FitConfig
 from offramp.training.config import GateConfig as GateConfig
 from offramp.training.config import HaltingConfig as HaltingConfig

@@ -121,11 +121,30 @@ def test_a_bundle_with_an_exit_off_is_timed_alone(bundle_with_an_exit_off, figur
     assert len(timing["results"][0]["stage_ms"]) == 2
 
 
-@pytest.mark.parametrize("command", ["evaluate", "predict", "time"])
-def test_bundle_of_a_network_of_ones_own_is_refused(bundle, refuses, edit_json, pictures, command):
+@pytest.mark.parametrize("command", ["evaluate", "time"])
+def test_bundle_of_a_network_of_ones_own_names_no_data(bundle, refuses, edit_json, command):
     edit_json(bundle / "bundle.json", recipe=None)
-    files = pictures if command == "predict" else []
-    refuses(command, bundle, *files, words=("run/bundle", "network of your own", "recipe"))
+    refuses(command, bundle, words=("run/bundle", "network of your own", "--data PATH"))
+
+
+def test_bundle_says_itself_how_pictures_are_prepared(bundle, offramp, edit_json, pictures):
+    before = offramp("predict", bundle, *pictures)
+    edit_json(bundle / "bundle.json", recipe=None)
+    assert offramp("predict", bundle, *pictures) == before
+
+
+def test_older_bundle_takes_pictures_as_its_recipe_does(bundle, offramp, edit_json, pictures):
+    before = offramp("predict", bundle, *pictures)
+    edit_json(bundle / "bundle.json", pictures=None, schema_version=2)
+    assert offramp("predict", bundle, *pictures) == before
+
+
+def test_what_a_bundle_does_not_say_is_said(bundle, offramp, edit_json, pictures):
+    edit_json(bundle / "bundle.json", pictures=None, recipe=None)
+    outcome = offramp("predict", bundle, *pictures)
+    assert (outcome.code, outcome.stdout.count("\n")) == (0, len(pictures))
+    assert "does not say how pictures become its inputs" in outcome.stderr
+    assert outcome.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -146,7 +165,7 @@ def test_damaged_bundle_is_refused(bundle, refuses, edit_json, changes, words):
 def test_pictures_of_another_shape_than_the_bundles_are_refused(
     bundle, refuses, edit_json, pictures
 ):
-    edit_json(bundle / "bundle.json", recipe__data="cifar10")
+    edit_json(bundle / "bundle.json", recipe__data="cifar10", pictures=None)
     refuses("predict", bundle, *pictures, words=("(B, 1, 8, 8)", "(20, 3, 32, 32)"))
 
 

@@ -9,7 +9,7 @@ from offramp import InvalidArgumentError, ThresholdPolicy, load
 from offramp.runtime import Session
 from offramp.workflow.calibrate import calibrate, set_by_hand
 from offramp.workflow.export import export
-from offramp.workflow.frontier import follow, judging_split, open_all
+from offramp.workflow.frontier import follow, open_all
 from offramp.workflow.wanted import Wanted
 
 
@@ -22,7 +22,7 @@ def test_commands_work_from_python_and_print_nothing(run, capsys):
     exported = export(run, plain=False)
     assert Session(exported.folder).bundle.num_steps == exported.num_steps
     opened = open_all([run])
-    curve = follow(opened[0], judging_split(opened[0]), num_points=2)
+    curve = follow(opened[0], num_points=2)
     assert len(curve.frontier.exits) == load(run).network.num_exits
     assert capsys.readouterr().out == ""
 

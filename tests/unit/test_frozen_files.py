@@ -38,6 +38,7 @@ def frozen_bundle(tmp_path):
         text = (FROZEN / "bundles" / f"{name}.json").read_text()
         for file in onnx_names(json.loads(text)):
             (tmp_path / file).write_bytes(b"frozen")
+        (tmp_path / "tokenizer.json").write_text('{"model": {}}')
         (tmp_path / "bundle.json").write_text(text)
         return read_bundle(tmp_path)
 
@@ -45,9 +46,16 @@ def frozen_bundle(tmp_path):
 
 
 def test_there_is_a_frozen_file_of_each_family_and_schema():
-    assert {"exits-1", "exits-2", "skip-2", "halting-2", "dense-2", "text-2"} <= set(
-        names("bundles")
-    )
+    assert {
+        "exits-1",
+        "exits-2",
+        "exits-3",
+        "skip-2",
+        "halting-2",
+        "dense-2",
+        "text-2",
+        "text-3",
+    } <= set(names("bundles"))
     kinds = {json.loads(p.read_text())["policy"]["kind"] for p in (FROZEN / "policies").iterdir()}
     assert len(kinds) == 7
 
@@ -82,6 +90,14 @@ def test_policy_is_read_and_comes_back(name):
     described = policy_to_dict(policy)
     assert described["kind"] == name.split("-")[0]
     assert described.items() >= content["policy"].items()
+
+
+def test_bundles_say_how_samples_are_prepared_from_3_on(frozen_bundle):
+    assert frozen_bundle("exits-2").preprocessing is None
+    pictures = frozen_bundle("exits-3")
+    assert pictures.preprocessing.mean == (0.1, 0.2, 0.3)
+    assert pictures.calibration.data.num_samples == 500
+    assert frozen_bundle("text-3").preprocessing.max_tokens == 128
 
 
 def test_exits_that_are_off_stay_off():

@@ -9,21 +9,33 @@ from rich.console import Console
 from rich.table import Table
 
 from offramp.cli.calibrate_options import Calibrate
-from offramp.families import family_of
+from offramp.errors import InvalidArgumentError
+from offramp.families import FAMILIES, family_of
 from offramp.families.family import Family
 from offramp.policy.as_dict import policy_to_dict
 from offramp.policy.policies import ThresholdedPolicy
 from offramp.runs.run import load
 from offramp.runtime.answers import rule_in_words
+from offramp.runtime.bundle import is_bundle
 from offramp.tables import percent
 from offramp.workflow import calibrate as workflow
 from offramp.workflow.calibrate import Chosen
-from offramp.workflow.wanted import Timing
+from offramp.workflow.calibrate_bundle import calibrate_bundle, set_bundle_by_hand
+from offramp.workflow.wanted import Timing, Wanted
 
 
 def calibrate(asked: Calibrate) -> None:
     """Choose a policy and print it."""
     wanted = asked.wanted
+    if is_bundle(asked.run):
+        _calibrate_bundle(asked, wanted)
+        return
+    for name, value in (("--split", asked.split), ("--subset", asked.subset)):
+        if value is not None:
+            raise InvalidArgumentError(
+                f"{name} is for a bundle. The run {asked.run} has set its own samples aside: leave "
+                "it out."
+            )
     if asked.thresholds is not None:
         loaded = load(asked.run)
         family = family_of(loaded.network)
@@ -45,6 +57,25 @@ def calibrate(asked: Calibrate) -> None:
     if wanted.timing is not None:
         _print_times(chosen, wanted.timing, switches_off=wanted.budget_ms is None)
     _print_chosen(chosen, family)
+
+
+def _calibrate_bundle(asked: Calibrate, wanted: Wanted) -> None:
+    """Choose thresholds and write them into a bundle."""
+    if asked.thresholds is not None:
+        bundle = set_bundle_by_hand(asked.run, asked.thresholds, wanted)
+        print(f"thresholds {asked.thresholds} set by hand in {bundle.folder}")
+        return
+    workflow.check_wanted(wanted)
+    chosen = calibrate_bundle(
+        asked.run,
+        wanted,
+        data=asked.data,
+        split=asked.split,
+        subset=asked.subset,
+        prior=asked.prior,
+    )
+    _print_chosen(chosen, FAMILIES["exits"])
+    print(f"written into {asked.run}")
 
 
 def _print_times(chosen: Chosen, timing: Timing, *, switches_off: bool) -> None:

@@ -7,16 +7,25 @@ from typing import Annotated
 
 import typer
 
-from offramp.cli.options import DataOption, DeviceOption, RunFolder
+from offramp.cli.options import (
+    CalibrationSplitOption,
+    DataOption,
+    DeviceOption,
+    RunOrBundle,
+    SubsetOption,
+)
 from offramp.errors import InvalidArgumentError
 from offramp.workflow.wanted import LEARNED, Timing, Wanted
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrate:
-    """Choose when to stop, skip or drop, on data set aside from training; write policy.json."""
+    """Choose when to stop, skip or drop, on data set aside from training; write it down.
 
-    run: RunFolder
+    Into the policy.json of a run, or into a bundle, whose files stay as they are.
+    """
+
+    run: RunOrBundle
     thresholds: Annotated[
         str | None,
         typer.Option(
@@ -55,6 +64,8 @@ class Calibrate:
         typer.Option(metavar="NAME", help="torch or onnxruntime, which is the default, to time."),
     ] = None
     data: DataOption = None
+    split: CalibrationSplitOption = None
+    subset: SubsetOption = None
     device: DeviceOption = None
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,9 @@ from typing import Any
 from offramp.calibration.asked import Asked
 from offramp.cli.options import Evaluate, write_figures
 from offramp.data.images import make_loader
-from offramp.data.sources import SOURCES
 from offramp.errors import InSampleError, InvalidArgumentError
 from offramp.evaluation.evaluate import evaluate as evaluate_runner
 from offramp.evaluation.figures import Evaluation, Rival
-from offramp.runs.run import load_batches
 from offramp.workflow.artifact import Artifact, open_artifact
 
 
@@ -27,31 +26,33 @@ def evaluate(asked: Evaluate) -> None:
 def measure(asked: Evaluate) -> dict[str, Any]:
     """Evaluate a run or a bundle."""
     opened = open_artifact(asked.run, asked.device)
-    recipe = opened.recipe
-    split = asked.split or SOURCES[recipe.data].judging_split
-    batches, _, fingerprint = load_batches(recipe, split, asked.data or opened.data)
-    seen = opened.has_seen(split, fingerprint)
+    samples = opened.samples.load(asked.split, data=asked.data, subset=asked.subset)
+    batches, split = samples.batches, samples.split
+    seen = opened.has_seen(split, samples.fingerprint)
     if seen and not asked.in_sample:
+        judging = opened.samples.judging_split
+        other = "another split" if judging is None else f"--split {judging}"
         raise InSampleError(
             f"The samples of {split} trained {asked.run} or may have chosen its thresholds: "
-            "figures on them can be too good. Use --split "
-            f"{SOURCES[recipe.data].judging_split}, or --in-sample to see them labelled as such."
+            f"figures on them can be too good. Use {other}, or --in-sample to see them "
+            "labelled as such."
         )
+    if opened.note is not None:
+        print(opened.note, file=sys.stderr)
 
     def figures(of: Artifact, target: Asked | None = None) -> Evaluation:
-        loader = make_loader(batches.unaugmented(), batch_size=batches.run_batch_size)
-        on_device = ((inputs.to(of.device), labels) for inputs, labels in loader)
-        return evaluate_runner(of.runner, on_device, asked=target)
+        loader = make_loader(batches, batch_size=batches.run_batch_size)
+        return evaluate_runner(of.runner, loader, asked=target)
 
     beside = {}
     if asked.plain is not None:
         beside = _beside(asked.plain, figures(_open_rival(asked.plain, asked.device, opened)))
     evaluation = replace(figures(opened, opened.target), **beside)
-    content = {"recipe": recipe.name, "split": split, **evaluation.to_dict()}
+    content = {"recipe": opened.recipe, "split": split, **evaluation.to_dict()}
     if seen:
         content["in_sample"] = True
     if asked.json_file != "-":
-        print(evaluation.to_text(f"{recipe.name}, {split}" + " (IN SAMPLE)" * seen))
+        print(evaluation.to_text(f"{opened.name}, {split}" + " (IN SAMPLE)" * seen))
     return content
 
 
@@ -66,13 +67,14 @@ def _beside(run: Path, rival: Evaluation) -> dict[str, Any]:
 
 def _open_rival(folder: Path, device: str | None, asked: Artifact) -> Artifact:
     """The plain network to stand beside: one exit, no gates, no halting, same data."""
-    rival, recipe = open_artifact(folder, device), asked.recipe
+    rival, data = open_artifact(folder, device), asked.samples.name
     thresholds = rival.family.thresholds
-    if rival.num_exits != 1 or thresholds is not None or rival.recipe.data != recipe.data:
+    if rival.num_exits != 1 or thresholds is not None or rival.samples.name != data:
+        trained = asked.recipe or "RECIPE"
         routed = "" if thresholds is None else " and gates or halting tokens"
         raise InvalidArgumentError(
-            f"--plain must name a run with one exit, no gates and no halting on {recipe.data}. "
-            f"{folder} has {rival.num_exits}{routed} on {rival.recipe.data}: train one with "
-            f"offramp train {recipe.name} --set variant=plain, or variant=static."
+            f"--plain must name a run with one exit, no gates and no halting on {data}. "
+            f"{folder} has {rival.num_exits}{routed} on {rival.samples.name}: train one with "
+            f"offramp train {trained} --set variant=plain, or variant=static."
         )
     return rival

@@ -14,27 +14,35 @@ def frontier(asked: Frontier) -> None:
     """Print a curve for each run."""
     workflow.check_asked(asked.split, asked.points, asked.rule)
     opened = workflow.open_all(asked.runs, asked.device)
-    split = asked.split or workflow.judging_split(opened[0])
     curves: list[Curve] = []
     for run in opened:
         curve = workflow.follow(
-            run, split, data=asked.data, num_points=asked.points, rule=asked.rule
+            run,
+            asked.split,
+            data=asked.data,
+            subset=asked.subset,
+            num_points=asked.points,
+            rule=asked.rule,
         )
         curves.append(curve)
-        workflow.check_same_samples(curves, split)
+        workflow.check_same_samples(curves)
         if asked.json_file != "-":
-            _print_curve(curve, split)
+            _print_curve(curve)
     if asked.json_file != "-" and len(curves) > 1:
         _print_areas(curves)
     if asked.json_file is not None:
         rules = [curve.rule for curve in curves if curve.rule is not None]
-        about = {"split": split, "data": opened[0].recipe.data, "rule": (*rules, "entropy")[0]}
+        about = {
+            "split": curves[0].split,
+            "data": opened[0].samples.name,
+            "rule": (*rules, "entropy")[0],
+        }
         write_figures(about | {"runs": [curve.to_dict() for curve in curves]}, asked.json_file)
 
 
-def _print_curve(curve: Curve, split: str) -> None:
+def _print_curve(curve: Curve) -> None:
     found = curve.frontier
-    print(found.to_text(f"{curve.run.name}, {split}, {curve.num_samples:,} samples"))
+    print(found.to_text(f"{curve.run.name}, {curve.split}, {curve.num_samples:,} samples"))
     if len(found.exits) > 1 or curve.run.family.thresholds is not None:
         print(
             f"thresholds chosen on {curve.num_calibration_samples:,} calibration samples"

@@ -24,9 +24,21 @@ Repository = Annotated[
 DataOption = Annotated[
     str | None,
     typer.Option(
-        metavar="DIR",
-        help="Folder with <split>.parquet, or emnist-balanced; else $OFFRAMP_DATA/<name>.",
+        metavar="PATH",
+        help="Parquet, CSV, JSON lines, or folders of pictures by class; or emnist-balanced; else "
+        "$OFFRAMP_DATA/<name>.",
     ),
+]
+SplitOption = Annotated[
+    str | None,
+    typer.Option(help="A split of the data; default what there is of test or validation."),
+]
+CalibrationSplitOption = Annotated[
+    str | None,
+    typer.Option(help="For a bundle: a split of --data; default calibration or validation."),
+]
+SubsetOption = Annotated[
+    int | None, typer.Option(metavar="N", help="Only so many samples, drawn evenly by class.")
 ]
 DeviceOption = Annotated[
     str | None, typer.Option(metavar="cpu|cuda", help="Default: cuda where there is one.")
@@ -79,6 +91,7 @@ class Evaluate:
         typer.Option(help="A split of the data, or calibration; default the data's last."),
     ] = None
     data: DataOption = None
+    subset: SubsetOption = None
     plain: PlainOption = None
     in_sample: Annotated[
         bool, typer.Option("--in-sample", help="Report on data that training or thresholds saw.")
@@ -101,6 +114,7 @@ class Frontier:
         str | None, typer.Option(help="The split that judges; default the data's last.")
     ] = None
     data: DataOption = None
+    subset: SubsetOption = None
     points: Annotated[
         int, typer.Option(help="Budgets, from the cheapest exit to the plain network.")
     ] = 10
@@ -144,6 +158,8 @@ class Time:
         ),
     ] = False
     data: DataOption = None
+    split: SplitOption = None
+    subset: SubsetOption = None
     device: DeviceOption = None
     json_file: JsonOption = None
 

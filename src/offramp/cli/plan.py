@@ -16,14 +16,15 @@ from offramp.artifacts import atomic_path
 from offramp.cli.options import write_figures
 from offramp.cli.server_options import Plan
 from offramp.drawing.cut_costs import draw_bars
+from offramp.errors import InvalidArgumentError
 from offramp.offload.calls import plan_bundle
 from offramp.offload.plan import CutCost, best_cut
-from offramp.runs.run import CALIBRATION_SPLIT, load_batches
-from offramp.runtime import Bundle, read_bundle
+from offramp.runtime import Bundle
 from offramp.runtime.bundle import find_bundle
 from offramp.runtime.step_profile import profile_steps, read_step_profile
 from offramp.tables import percent
-from offramp.workflow.artifact import recipe_of
+from offramp.workflow.artifact import Artifact, open_artifact
+from offramp.workflow.samples import CALIBRATION
 
 Array = npt.NDArray[Any]
 
@@ -31,8 +32,10 @@ Array = npt.NDArray[Any]
 def plan(asked: Plan) -> None:
     """Print what each cut costs."""
     link, codec, threads = asked.link, asked.codec, asked.threads
-    bundle = read_bundle(find_bundle(asked.run))
-    samples = _calibration_samples(bundle, asked.data)
+    opened = open_artifact(find_bundle(asked.run))
+    session: Any = opened.runner
+    bundle: Bundle = session.bundle
+    samples = _calibration_samples(opened, asked)
     edge = _step_ms(bundle, asked.edge_profile, threads, samples)
     if asked.edge_ms is not None:
         edge = [ms * asked.edge_ms / sum(edge) for ms in edge]
@@ -51,12 +54,18 @@ def plan(asked: Plan) -> None:
         write_figures(content, asked.json_file)
 
 
-def _calibration_samples(bundle: Bundle, data: str | None) -> Array:
+def _calibration_samples(opened: Artifact, asked: Plan) -> Array:
     """The samples that chose the thresholds, or that might have: exit shares come from them."""
-    recipe = recipe_of(bundle)
-    split = CALIBRATION_SPLIT if recipe.calibration_share else "train"
-    batches = load_batches(recipe, split, data)[0].unaugmented()
+    split = asked.split or (None if opened.samples.has_calibration else "train")
+    samples = opened.samples.load(
+        split, data=asked.data, subset=asked.subset, preferred=CALIBRATION
+    )
+    batches = samples.batches
     inputs, _ = batches.__getitems__(list(range(min(len(batches), 16 * batches.run_batch_size))))
+    if isinstance(inputs, tuple):
+        raise InvalidArgumentError(
+            f"Expected a network of one input to plan for. {asked.run} takes {len(inputs)}."
+        )
     array: np.ndarray[Any, Any] = inputs.numpy()
     return array
 

@@ -11,7 +11,13 @@ from typing import Annotated
 import typer
 
 from offramp.artifacts import BUNDLE_FOLDER
-from offramp.cli.options import DataOption, JsonOption, RunOrBundle
+from offramp.cli.options import (
+    CalibrationSplitOption,
+    DataOption,
+    JsonOption,
+    RunOrBundle,
+    SubsetOption,
+)
 from offramp.errors import InvalidArgumentError
 from offramp.offload.edge import EdgeConfig
 from offramp.offload.plan import LinkTerms
@@ -140,6 +146,8 @@ class Plan:
     threads: Annotated[int | None, typer.Option(help="Threads that compute here.")] = None
     picture: Annotated[Path | None, typer.Option(help="Draw the cuts, a PNG.")] = None
     data: DataOption = None
+    split: CalibrationSplitOption = None
+    subset: SubsetOption = None
     json_file: JsonOption = None
 
     def __post_init__(self) -> None:

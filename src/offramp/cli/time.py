@@ -29,6 +29,8 @@ def time(asked: Time) -> None:
         batch_sizes=sizes,
         threads=asked.threads,
         data=asked.data,
+        split=asked.split,
+        subset=asked.subset,
         device=asked.device,
     )
     if asked.json_file != "-":

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from offramp.data.collate import collate
 from offramp.data.colour import recoloured
+from offramp.data.preprocessing import scaled
 from offramp.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -53,8 +54,8 @@ class Normalisation:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Turn uint8 pixels of any shape into normalised float32."""
-        scaled = images * (1 / (255 * self.deviation))
-        return scaled.sub_(self.mean / self.deviation)
+        pixels = images.numpy()
+        return torch.from_numpy(scaled(pixels, mean=(self.mean,), deviation=(self.deviation,)))
 
 
 class Batches(Dataset[tuple[Tensor, Tensor]], ABC):
@@ -112,7 +113,7 @@ class ImageBatches(Batches):
         store: ImageStore,
         labels_N: Tensor,
         *,
-        normalise: Normalisation,
+        normalise: Callable[[Tensor], Tensor],
         augment: Callable[[Tensor], Tensor] | None = None,
         rows_N: Tensor | None = None,
     ) -> None:

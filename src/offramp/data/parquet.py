@@ -10,17 +10,19 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from rich.progress import track
 from torch import Tensor
 
+from offramp.data.folders import one_column
 from offramp.data.images import ImageStore
 from offramp.data.pictures import (
     Pixels,
@@ -38,12 +40,17 @@ MAX_DECODED_BYTES = 4 * 2**30
 _MOST_ROWS = 2**26
 """A column that repeats one value takes next to nothing in a file, however many rows it has."""
 
-_MOST_TEXT_BYTES = 2**20
+MOST_TEXT_BYTES = 2**20
 """A text of more bytes is refused."""
 
 _MOST_BYTES_A_PIXEL = 16
 _MOST_BYTES_BESIDE_PIXELS = 4 * 2**20
 """Bytes that a compressed image may take for colour profiles and notes."""
+
+_MOST_FILE_BYTES = 64 * 2**20
+"""A compressed picture of any size is refused if it takes more."""
+_MOST_NAME_BYTES = 4096
+"""The name of a class."""
 
 _MOST_UNNAMED_CLASSES = 2**20
 _MISSING = -1
@@ -108,13 +115,13 @@ def read_parquet(
         path=path,
         is_light_on_dark=is_light_on_dark,
     )
-    store = _decoded(streamed, len(labels_N), image_shape, path)
+    store = decoded(streamed, len(labels_N), image_shape, path)
     return Split(store=store, labels_N=labels_N, class_names=class_names)
 
 
 def read_text_parquet(path: Path, *, class_names: tuple[str, ...]) -> TextSplit:
     """Read a Parquet file of labelled texts."""
-    table = _read_table(path, {"text": _Column("string", _MOST_TEXT_BYTES), "label": _LABELS})
+    table = _read_table(path, {"text": _Column("string", MOST_TEXT_BYTES), "label": _LABELS})
     labels_N = torch.from_numpy(table["label"].to_numpy().astype(np.int64))
     _check_labels(labels_N, len(class_names), path)
     return TextSplit(
@@ -145,8 +152,79 @@ def read_mask_parquet(
     labels_NHW = masks[torch.arange(len(table))][:, 0]
     labels_NHW[labels_NHW == ignored_label] = IGNORED_LABEL
     _check_labels(known_labels(labels_NHW), len(class_names), path)
-    store = _decoded(images, len(table), image_shape, path)
+    store = decoded(images, len(table), image_shape, path)
     return Split(store=store, labels_N=labels_NHW, class_names=class_names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnTable:
+    """Samples and labels of Parquet files as users have them.
+
+    Attributes:
+        content: From a row to the bytes of its picture or text.
+        labels: Numbers, shape (N,), int64; or names.
+        class_names: Of the numbers; empty where the files do not say them.
+    """
+
+    content: Callable[[int], bytes]
+    labels: npt.NDArray[np.int64] | list[str]
+    class_names: tuple[str, ...]
+
+
+def read_own_table(
+    paths: Sequence[Path],
+    value_names: Sequence[str],
+    label_names: Sequence[str],
+    *,
+    is_text: bool,
+) -> OwnTable:
+    """Read Parquet files, shards of a split, whose columns are found by their names."""
+    import pyarrow as pa
+
+    read = [_read_own(path, value_names, label_names, is_text=is_text) for path in paths]
+    tables = [table for table, _ in read]
+    if any(other != read[0][1] or tables[0].schema != table.schema for table, other in read):
+        raise DataError(
+            f"Expected shards of the same columns and classes in {paths[0].parent}. Found others."
+        )
+    whole = pa.concat_tables(tables)
+    if len(whole) == 0:
+        raise DataError(f"Expected labelled samples in {paths[0]}. Got no rows.")
+    values, labels = _Values(whole["value"]), whole["label"]
+    return OwnTable(
+        content=lambda row: values[row].encode() if is_text else values[row],
+        labels=labels.to_numpy().astype(np.int64)
+        if pa.types.is_integer(labels.type)
+        else labels.to_pylist(),
+        class_names=read[0][1],
+    )
+
+
+def _read_own(
+    path: Path, value_names: Sequence[str], label_names: Sequence[str], *, is_text: bool
+) -> tuple[Any, tuple[str, ...]]:
+    """Read a column of samples, ``value``, and one of labels, ``label``; and names of classes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        schema = pq.read_schema(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(
+            f"Expected a Parquet file in {path}. It is none: {reason(error)}"
+        ) from error
+    what = "texts" if is_text else "pictures"
+    name = one_column(schema.names, value_names, what, path)
+    label = one_column(schema.names, label_names, "labels", path)
+    kind = _Column("string", MOST_TEXT_BYTES) if is_text else _Column("binary", _MOST_FILE_BYTES)
+    value = f"{name}.bytes" if pa.types.is_struct(schema.field(name).type) else name
+    numbered = pa.types.is_integer(schema.field(label).type)
+    named = _LABELS if numbered else _Column("string", _MOST_NAME_BYTES)
+    table = _read_table(path, {value: kind, label: named})
+    return (
+        pa.table({"value": table[value], "label": table[label]}),
+        _names_of(schema.metadata, label) or (),
+    )
 
 
 def known_labels(labels: Tensor) -> Tensor:
@@ -241,8 +319,8 @@ def _check_labels(labels_N: Tensor, num_classes: int, path: Path) -> None:
         )
 
 
-def _decoded(
-    streamed: EncodedImages, count: int, image_shape: tuple[int, int, int], path: Path
+def decoded(
+    streamed: ImageStore, count: int, image_shape: tuple[int, int, int], path: Path
 ) -> ImageStore:
     """All images decoded, if they fit in memory."""
     if count * math.prod(image_shape) > MAX_DECODED_BYTES:
@@ -253,6 +331,29 @@ def _decoded(
     for rows in track(chunks, shown, transient=True, disable=not sys.stdout.isatty()):
         decoded[rows[0] : rows[-1] + 1] = streamed[rows]
     return decoded
+
+
+class _Values:
+    """A column of bytes or texts that came as dictionaries, row by row."""
+
+    def __init__(self, column: Any) -> None:
+        import pyarrow as pa
+
+        dictionaries = [chunk.dictionary for chunk in column.chunks]
+        starts = accumulate(map(len, dictionaries), initial=0)
+        self._known = pa.chunked_array(dictionaries)
+        self._number_N = np.concatenate(
+            [
+                np.where(chunk.is_valid(), chunk.indices.fill_null(0).to_numpy() + start, _MISSING)
+                for chunk, start in zip(column.chunks, starts, strict=False)
+            ]
+        )
+
+    def __getitem__(self, row: int) -> Any:
+        number = self._number_N[row]
+        if number == _MISSING:
+            raise DataError("its bytes are missing")
+        return self._known[int(number)].as_py()
 
 
 class EncodedImages:
@@ -267,17 +368,7 @@ class EncodedImages:
         is_mask: bool = False,
         is_light_on_dark: bool = False,
     ) -> None:
-        import pyarrow as pa
-
-        dictionaries = [chunk.dictionary for chunk in encoded.chunks]
-        starts = accumulate(map(len, dictionaries), initial=0)
-        self._files = pa.chunked_array(dictionaries)
-        self._file_N = np.concatenate(
-            [
-                np.where(chunk.is_valid(), chunk.indices.fill_null(0).to_numpy() + start, _MISSING)
-                for chunk, start in zip(encoded.chunks, starts, strict=False)
-            ]
-        )
+        self._content = _Values(encoded)
         self._image_shape = image_shape
         self._path = path
         self._is_mask = is_mask
@@ -293,11 +384,8 @@ class EncodedImages:
 
     def _decode(self, row: int) -> Pixels:
         channels, height, width = self._image_shape
-        number = self._file_N[row]
         try:
-            if number == _MISSING:
-                raise DataError("its bytes are missing")
-            content = self._files[int(number)].as_py()
+            content = self._content[row]
             if self._is_mask:
                 return read_mask_file(content, size=(width, height))
             picture = read_picture_file(content, channels=channels, size=(width, height))
@@ -308,14 +396,22 @@ class EncodedImages:
         return np.asarray(picture).reshape(height, width, channels).transpose(2, 0, 1)
 
 
+def _names_of(metadata: dict[bytes, bytes] | None, column: str) -> tuple[str, ...] | None:
+    """Names of classes, as Hugging Face's features say them; None where they do not."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return tuple(map(str, features[column]["names"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
 def _class_names(
     metadata: dict[bytes, bytes] | None, labels_N: Tensor, path: Path
 ) -> tuple[str, ...]:
-    try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        return tuple(features["label"]["names"])
-    except (KeyError, TypeError, ValueError):
-        largest = int(labels_N.max()) if len(labels_N) else -1
+    named = _names_of(metadata, "label")
+    if named is not None:
+        return named
+    largest = int(labels_N.max()) if len(labels_N) else -1
     if largest >= _MOST_UNNAMED_CLASSES:
         raise DataError(
             f"Expected labels below {_MOST_UNNAMED_CLASSES} in {path}, which names no classes. "

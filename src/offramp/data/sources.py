@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import difflib
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from offramp.data.known_sources import EMNIST_BALANCED, SOURCES, DataSource
 from offramp.data.parquet import (
     Split,
     TextSplit,
@@ -23,73 +23,7 @@ from offramp.data.parquet import (
 )
 from offramp.errors import DataNotFoundError, InvalidArgumentError, MissingExtraError, reason
 
-
-@dataclass(frozen=True, kw_only=True)
-class DataSource:
-    """A data set that recipes can name.
-
-    Attributes:
-        splits: Names of its splits.
-        image_shape: Channels, height, width; None for texts.
-        class_names: Where the files do not say them.
-        ignored_label: Of masks, which give every pixel a class: the number that stands for none;
-            None where an image has one class.
-        transposed: Whether height and width are swapped against an upright image.
-        light_on_dark: Whether strokes are light on a dark ground; images with a light ground are
-            inverted.
-        ink_margin: Blank border around the strokes, as a share of the side.
-        download: What ``--data`` takes to download it; None where it needs no download.
-    """
-
-    splits: tuple[str, ...]
-    image_shape: tuple[int, int, int] | None
-    class_names: tuple[str, ...] = ()
-    ignored_label: int | None = None
-    transposed: bool = False
-    light_on_dark: bool = False
-    ink_margin: float = 0.0
-    download: str | None = None
-
-    @property
-    def judging_split(self) -> str:
-        """The split that figures are on where none is named: the last."""
-        return self.splits[-1]
-
-
-EMNIST_BALANCED = "emnist-balanced"
-"""Given as ``--data``: download the official EMNIST Balanced split through torchvision."""
-
-SOURCES = {
-    "digits": DataSource(splits=("train", "test"), image_shape=(1, 8, 8), light_on_dark=True),
-    "emnist47": DataSource(
-        splits=("train", "test"),
-        image_shape=(1, 28, 28),
-        transposed=True,
-        light_on_dark=True,
-        ink_margin=2 / 28,
-        download=EMNIST_BALANCED,
-    ),
-    "cifar10": DataSource(splits=("train", "test"), image_shape=(3, 32, 32)),
-    "camvid": DataSource(
-        splits=("train", "val"),
-        image_shape=(3, 180, 240),
-        class_names=(
-            *("Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence"),
-            *("Car", "Pedestrian", "Bicyclist"),
-        ),
-        ignored_label=11,
-    ),
-    "sst2_sentences": DataSource(
-        splits=("train", "validation", "test"),
-        image_shape=None,
-        class_names=("negative", "positive"),
-    ),
-    "trec6": DataSource(
-        splits=("train", "test"),
-        image_shape=None,
-        class_names=("description", "entity", "abbreviation", "human", "location", "number"),
-    ),
-}
+__all__ = ["EMNIST_BALANCED", "SOURCES", "DataSource", "load_split", "nearest"]
 
 
 def load_split(name: str, split: str, data: str | None = None) -> Split | TextSplit:

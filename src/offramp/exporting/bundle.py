@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import offramp
 from offramp.artifacts import atomic_folder
+from offramp.decoding import decode
 from offramp.errors import ArtifactError, ExportMismatchError, InvalidArgumentError
 from offramp.exporting.exits import ExitsExport
 from offramp.exporting.graph import Graph, write_single
@@ -38,8 +39,10 @@ from offramp.policy.choice import Choice
 from offramp.policy.policies import Policy
 from offramp.policy.routing_policy import RoutingPolicy
 from offramp.runtime import Bundle, Session
-from offramp.runtime.bundle import BUNDLE_FILE, write_bundle
+from offramp.runtime.bundle import BUNDLE_FILE, check_preprocessing, write_bundle
+from offramp.runtime.chosen_on import Choosing
 from offramp.runtime.files import OnnxFile
+from offramp.runtime.preprocessing import AnyPreprocessing, write_preprocessing
 from offramp.zoo import Network
 
 
@@ -92,6 +95,8 @@ def export(
     *,
     class_names: tuple[str, ...] = (),
     recipe: Mapping[str, Any] | None = None,
+    preprocessing: AnyPreprocessing | None = None,
+    calibration: Mapping[str, Any] | None = None,
     plain: bool = True,
     layers_per_step: int = 1,
 ) -> Bundle:
@@ -112,6 +117,9 @@ def export(
             or a dict where the network takes several inputs.
         class_names: Name of each class.
         recipe: How the network was trained, to be kept in the bundle.
+        preprocessing: How pictures or texts become inputs, to be kept in the bundle: with it, the
+            command line takes them as they are.
+        calibration: How the policy was chosen, as ``Run.calibration`` has it.
         plain: Whether to add the plain network, so that a device can time its own baseline.
         layers_per_step: Where tokens halt, layers that run before they are dropped; 1 for others.
     Returns:
@@ -129,7 +137,9 @@ def export(
     chosen = policy.as_policy() if isinstance(policy, Choice) else policy
     exporter = _exporter_of(network.eval(), inputs, chosen, layers_per_step)
     described = policy_to_dict(chosen)
+    choosing = None if calibration is None else _choosing(calibration)
     with new_bundle_folder(Path(folder)) as making:
+        pictures, texts = write_preprocessing(making, preprocessing)
         parts = exporter.parts()
         if not plain:
             del parts[PLAIN]
@@ -145,11 +155,15 @@ def export(
             quantized=None,
             weights_sha256=_weights_sha256(network),
             versions=_versions(),
+            pictures=pictures,
+            texts=texts,
+            calibration=choosing,
             plain_file=files[PLAIN].name if plain else None,
             plain_sha256=files[PLAIN].sha256 if plain else None,
             **exporter.describe(files),
         )
         bundle = write_single(bundle, exporter.join, models)
+        _check_preprocessing(bundle)
         write_bundle(bundle)
         _check_bundle(Session(bundle), exporter, inputs)
     return replace(bundle, folder=Path(folder))
@@ -243,6 +257,19 @@ def _check(agreement: Agreement) -> Agreement:
             f"exit {worst}. Nothing was written: please report this."
         )
     return agreement
+
+
+def _check_preprocessing(bundle: Bundle) -> None:
+    try:
+        check_preprocessing(bundle)
+    except ArtifactError as error:
+        raise InvalidArgumentError(
+            f"The 'preprocessing' parameter must make inputs of the network. Got {error}."
+        ) from error
+
+
+def _choosing(calibration: Mapping[str, Any]) -> Choosing:
+    return decode({k: v for k, v in calibration.items() if k != "policy"}, Choosing)
 
 
 def _versions() -> dict[str, str]:

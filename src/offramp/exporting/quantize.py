@@ -23,6 +23,7 @@ from offramp.exporting.graph import write_single
 from offramp.runtime import Bundle, Session, Step
 from offramp.runtime.bundle import write_bundle
 from offramp.runtime.files import file_sha256
+from offramp.runtime.preprocessing import write_preprocessing
 
 Array = npt.NDArray[Any]
 
@@ -66,6 +67,8 @@ def quantize(bundle: Bundle | Path | str, folder: Path | str, samples: npt.Array
                 bundle.folder / bundle.plain_file, making / bundle.plain_file, plain_inputs
             )
             plain_sha256 = file_sha256(making / bundle.plain_file)
+        write_preprocessing(making, bundle.preprocessing)
+        known = bundle.calibration
         made = replace(
             bundle,
             folder=making,
@@ -74,6 +77,8 @@ def quantize(bundle: Bundle | Path | str, folder: Path | str, samples: npt.Array
             single_file=None,
             single_sha256=None,
             quantized="int8",
+            # What was reached and promised is of another network.
+            calibration=known and replace(known, reached=None, guarantee=None),
         )
         made = write_single(made, join_exits)
         write_bundle(made)

@@ -9,11 +9,14 @@ from typing import Any, Literal, get_args
 import torch
 
 from offramp.data.images import Normalisation, RandomWarp
-from offramp.data.sources import SOURCES
+from offramp.data.known_sources import SOURCES
+from offramp.data.texts import PAD_ID
 from offramp.decoding import decode
 from offramp.errors import ArtifactError, InvalidArgumentError
+from offramp.runtime.preprocessing import AnyPreprocessing, TextPreprocessing
 from offramp.training.config import FitConfig
 from offramp.zoo import NETWORKS, Network, build
+from offramp.zoo.text import load_tokenizer
 
 Variant = Literal["adaptive", "plain", "static"]
 
@@ -83,6 +86,14 @@ class Recipe:
                 "Train the run again."
             )
         return self.normalisation
+
+    def preprocessing(self) -> AnyPreprocessing:
+        """How pictures, or texts, become the network's inputs."""
+        source = SOURCES[self.data]
+        if source.image_shape is None:
+            return TextPreprocessing.from_tokenizer(load_tokenizer(), pad_id=PAD_ID)
+        pixels = self.require_normalisation()
+        return source.preprocessing(mean=pixels.mean, deviation=pixels.deviation)
 
     def options_as_built(self) -> dict[str, Any]:
         """The network's options with the variant taken into account."""

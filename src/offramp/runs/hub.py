@@ -32,15 +32,20 @@ from offramp.runs.run import (
     Run,
     load,
     read_policy,
+    read_preprocessing,
     read_recipe,
     write_recipe,
 )
+from offramp.runtime.preprocessing import TOKENIZER_FILE
 from offramp.training.checkpoint_choice import CHOICE_FILE
 from offramp.zoo import Network
 
 CARD_FILE = "README.md"
 _METRICS_FILE = "metrics.jsonl"  # as training.fit has it, which takes Lightning to import
-SHARED_FILES = (RECIPE_FILE, WEIGHTS_FILE, POLICY_FILE, CHOICE_FILE, _METRICS_FILE, CARD_FILE)
+SHARED_FILES = (
+    *(RECIPE_FILE, WEIGHTS_FILE, POLICY_FILE, CHOICE_FILE, TOKENIZER_FILE),
+    *(_METRICS_FILE, CARD_FILE),
+)
 """Files that are sent and fetched; nothing else of a run folder or a repository is."""
 
 
@@ -239,6 +244,7 @@ def _write(
         recipe=recipe,
         class_names=contents.class_names,
         data=data if travels else None,
+        preprocessing=read_preprocessing(contents.folder),
     )
     for file in (WEIGHTS_FILE, POLICY_FILE, CHOICE_FILE, _METRICS_FILE):
         if (contents.folder / file).is_file():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from offramp.data.masks import MaskBatches
 from offramp.data.parquet import Split, TextSplit, known_labels
 from offramp.data.sources import load_split
 from offramp.data.texts import TextBatches, encode
-from offramp.decoding import Count, Share, decode
+from offramp.decoding import decode
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.families import family_of
 from offramp.model.checkpoint import load_weights, save_weights
@@ -28,6 +28,14 @@ from offramp.policy.policies import Policy
 from offramp.policy.routing_policy import RoutingPolicy
 from offramp.policy.rules import RULES
 from offramp.recipes.recipe import Recipe
+from offramp.runtime.chosen_on import Choosing
+from offramp.runtime.preprocessing import (
+    AnyPreprocessing,
+    Preprocessing,
+    TokenizerFile,
+    read_texts,
+    write_preprocessing,
+)
 from offramp.training.checkpoint_choice import read_choice, write_choice
 from offramp.zoo import Network
 from offramp.zoo.text import load_tokenizer
@@ -45,30 +53,15 @@ class _RecipeFile:
     recipe: Mapping[str, Any] | None
     class_names: tuple[str, ...]
     data: str | None
+    pictures: Preprocessing | None = None
+    texts: TokenizerFile | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ChosenOn:
-    """The samples that chose a policy, as ``policy.json`` has them."""
-
-    name: str
-    split: str
-    num_samples: Count
-    class_prior: str | Mapping[str, Share]
-    sha256: str
-    weighted: bool = False
-    effective_num_samples: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _PolicyFile:
+class _PolicyFile(Choosing):
     """All that ``policy.json`` may say; what is beside the policy tells how it was chosen."""
 
     policy: Mapping[str, Any]
-    asked: Mapping[str, Any] | None = None
-    data: _ChosenOn | None = None
-    reached: Mapping[str, float] | None = None
-    guarantee: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +77,8 @@ class Run:
         calibration: What was asked of the policy, on which data, and what it reached there.
         recipe: How it was trained; None for a network of the user's own.
         data: What ``--data`` was when it was trained; None if the default was taken.
+        preprocessing: How samples become inputs of a network of the user's own; None where that
+            was not said, and for a recipe, whose own method says it.
     """
 
     folder: Path
@@ -93,6 +88,7 @@ class Run:
     calibration: dict[str, Any] | None
     recipe: Recipe | None
     data: str | None
+    preprocessing: AnyPreprocessing | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", self.folder.absolute())
@@ -132,6 +128,7 @@ def save(
     *,
     policy: Policy | RoutingPolicy | None = None,
     class_names: tuple[str, ...] = (),
+    preprocessing: AnyPreprocessing | None = None,
 ) -> None:
     """Save a network of your own, and its policy, as a run folder.
 
@@ -140,6 +137,7 @@ def save(
         network: The network.
         policy: Its policy, if it has one; gates and tokens as they were trained if None.
         class_names: Name of each class.
+        preprocessing: How pictures or texts become its inputs, to be kept with it.
     Raises:
         ArtifactError: If the folder holds a run or cannot be written.
     """
@@ -152,7 +150,9 @@ def save(
     if policy is not None:
         policy_to_dict(policy)  # refuses one that cannot be written, before anything is
     folder = create_folder(folder)
-    write_recipe(folder, recipe=None, class_names=class_names, data=None)
+    write_recipe(
+        folder, recipe=None, class_names=class_names, data=None, preprocessing=preprocessing
+    )
     write_choice(folder, network)
     save_weights(network, folder / WEIGHTS_FILE)
     if policy is not None:
@@ -198,6 +198,7 @@ def load(folder: Path | str, network: Network | None = None) -> Run:
         calibration=calibration,
         recipe=recipe,
         data=data,
+        preprocessing=read_preprocessing(folder),
     )
 
 
@@ -264,14 +265,24 @@ def create_folder(folder: Path | str) -> Path:
 
 
 def write_recipe(
-    folder: Path, *, recipe: Recipe | None, class_names: tuple[str, ...], data: str | None
+    folder: Path,
+    *,
+    recipe: Recipe | None,
+    class_names: tuple[str, ...],
+    data: str | None,
+    preprocessing: AnyPreprocessing | None = None,
 ) -> None:
-    """Write ``recipe.json``."""
-    content = {
+    """Write ``recipe.json``, and the tokenizer beside it where there is one."""
+    content: dict[str, Any] = {
         "recipe": None if recipe is None else recipe.to_dict(),
         "class_names": list(class_names),
         "data": data,
     }
+    pictures, texts = write_preprocessing(folder, preprocessing)
+    if pictures is not None:
+        content["pictures"] = asdict(pictures)
+    if texts is not None:
+        content["texts"] = asdict(texts)
     write_json(folder / RECIPE_FILE, content)
 
 
@@ -282,13 +293,26 @@ def read_recipe(folder: Path) -> tuple[Recipe | None, tuple[str, ...], str | Non
             f"Expected a run folder with a {RECIPE_FILE} in it. {folder} has none. "
             "Make one: offramp train RECIPE --out RUN"
         )
-    content = read_json(folder / RECIPE_FILE)
+    said = _read_recipe_file(folder)
     try:
-        said = decode(content, _RecipeFile)
         recipe = None if said.recipe is None else Recipe.from_dict(said.recipe)
     except ArtifactError as error:
         raise ArtifactError(f"{folder / RECIPE_FILE} is damaged: {error}") from error
     return recipe, said.class_names, said.data
+
+
+def read_preprocessing(folder: Path) -> AnyPreprocessing | None:
+    """Read how samples become inputs, as ``recipe.json`` says it of a network of one's own."""
+    said = _read_recipe_file(folder)
+    return said.pictures if said.texts is None else read_texts(folder, said.texts)
+
+
+def _read_recipe_file(folder: Path) -> _RecipeFile:
+    content = read_json(folder / RECIPE_FILE)
+    try:
+        return decode(content, _RecipeFile)
+    except ArtifactError as error:
+        raise ArtifactError(f"{folder / RECIPE_FILE} is damaged: {error}") from error
 
 
 def write_policy(

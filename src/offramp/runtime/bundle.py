@@ -20,9 +20,16 @@ from msgspec import Meta
 from offramp.artifacts import BUNDLE_FOLDER, read_json, write_json
 from offramp.decoding import Count, Positive, Share, decode
 from offramp.errors import ArtifactError, InvalidArgumentError
+from offramp.runtime.chosen_on import Choosing
 from offramp.runtime.dense import MAP_STRIDES
 from offramp.runtime.files import OnnxFile, TensorSpec, has_weights_outside
 from offramp.runtime.halting_parts import HaltingParts
+from offramp.runtime.preprocessing import (
+    AnyPreprocessing,
+    Preprocessing,
+    TokenizerFile,
+    read_texts,
+)
 from offramp.runtime.skip_parts import SkipParts
 
 BUNDLE_FILE = "bundle.json"
@@ -151,6 +158,9 @@ class Bundle:
         halting: The parts of a network whose tokens halt; else None.
         pixel_multiple: Of a network that says a class for every pixel, and takes images of any
             size: of what height and width are multiples. None for other networks.
+        pictures: How a picture becomes an input; None where that was not said, or for texts.
+        texts: The tokenizer, beside the ONNX files; None where that was not said, or for pictures.
+        calibration: How the policy was chosen; None where that was not said.
     """
 
     folder: Path
@@ -172,9 +182,17 @@ class Bundle:
     skip: SkipParts | None = None
     halting: HaltingParts | None = None
     pixel_multiple: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    pictures: Preprocessing | None = None
+    texts: TokenizerFile | None = None
+    calibration: Choosing | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", self.folder.absolute())
+
+    @property
+    def preprocessing(self) -> AnyPreprocessing | None:
+        """How samples become inputs; None where the bundle does not say."""
+        return self.pictures if self.texts is None else read_texts(self.folder, self.texts)
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -279,7 +297,7 @@ def write_bundle(bundle: Bundle) -> None:
     content = asdict(bundle)
     del content["folder"]
     # What an older Offramp does not know is written only where it is needed.
-    _delete_none(content, "skip", "halting", "pixel_multiple")
+    _delete_none(content, "skip", "halting", "pixel_multiple", "pictures", "texts", "calibration")
     for step in content["steps"]:
         _delete_none(step, "exit_macs_by_size", "pixel_threshold", "channel_scales")
         _delete_none(step, "stage_macs_by_length", "stage_macs_by_size")
@@ -342,6 +360,8 @@ def read_bundle(folder: Path | str) -> Bundle:
         ) from error
     for file in bundle.files:
         _check_file(folder / file.name, file.sha256)
+    if bundle.texts is not None:
+        read_texts(folder, bundle.texts)
     return bundle
 
 
@@ -407,6 +427,7 @@ def _check(bundle: Bundle) -> None:
     for spec in bundle.inputs:
         if prod(free if size is None else size for size in spec.sample_shape) > _MOST_NUMBERS:
             raise ArtifactError(f"{spec.name} of more than {_MOST_NUMBERS} numbers a sample")
+    check_preprocessing(bundle)
     if bundle.padding is not None:
         marked = [step.features for step in bundle.steps[1:]]
         if bundle.padding.pad_id is None:
@@ -417,6 +438,23 @@ def _check(bundle: Bundle) -> None:
     if exits and (exits != sorted(set(exits)) or exits[-1] != bundle.num_exits - 1):
         raise ArtifactError(f"steps of exits {exits}, which do not grow up to the final one")
     _check_policy(bundle)
+
+
+def check_preprocessing(bundle: Bundle) -> None:
+    """Raise where prepared samples are no inputs of the network."""
+    if bundle.pictures is not None and bundle.texts is not None:
+        raise ArtifactError("pictures and texts: one of them")
+    first = bundle.inputs[0]
+    if bundle.pictures is not None:
+        shape, multiple = bundle.pictures.shape, bundle.pixel_multiple or 1
+        if len(bundle.inputs) > 1 or first.dtype[:5] != "float" or not first.fits(shape, multiple):
+            raise ArtifactError(f"pictures of shape {shape} for inputs {_shapes(bundle)}")
+    if bundle.texts is not None and (len(first.sample_shape) != 1 or first.dtype[:3] != "int"):
+        raise ArtifactError(f"token ids for inputs {_shapes(bundle)}")
+
+
+def _shapes(bundle: Bundle) -> str:
+    return ", ".join(f"{spec.dtype} {spec.sample_shape}" for spec in bundle.inputs)
 
 
 def _check_policy(bundle: Bundle) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,21 @@ from torch import Tensor
 from offramp.calibration.asked import Asked
 from offramp.calibration.collect import collect, collect_from_session
 from offramp.calibration.logits import ExitLogits
-from offramp.errors import ArtifactError, InvalidArgumentError
+from offramp.errors import InvalidArgumentError
 from offramp.families import FAMILIES, family_of, make_runner
 from offramp.families.family import Family, TorchRunner
 from offramp.policy.as_dict import policy_to_dict
 from offramp.policy.policies import Policy
 from offramp.policy.routing_policy import RoutingPolicy
-from offramp.recipes.recipe import Recipe
 from offramp.results import AdaptiveResult
 from offramp.runs.run import CALIBRATION_SPLIT, is_in_sample, load
 from offramp.runtime import Bundle, Session, read_bundle
 from offramp.runtime.answers import SampleAnswer, describe_answers
-from offramp.runtime.bundle import BUNDLE_FILE, is_bundle
+from offramp.runtime.bundle import is_bundle
+from offramp.runtime.examples import example_inputs
+from offramp.runtime.preprocessing import AnyPreprocessing
+from offramp.workflow.preprocessing import preprocessing_of, recipe_of
+from offramp.workflow.samples import AnySamples, OwnSamples, RecipeSamples
 from offramp.zoo import Network
 
 
@@ -36,14 +39,15 @@ class Artifact:
     Attributes:
         runner: Answers batches that are on the device.
         device: Where its inputs belong.
-        recipe: How the network was trained.
+        name: What figures call it: the recipe's name, or the folder's.
+        recipe: Name of its recipe; None for a network of the user's own.
+        samples: Loads splits of its data, or of data as users have it.
         class_names: Name of each class; empty where none were given.
-        data: What ``--data`` was when it was trained; None if the default was taken or a bundle
-            does not say.
         num_exits: Exits of the network, those that are off counted.
         family: Of the network.
-        target: What its policy was asked for; None where that is not known, as of a bundle.
-        answer: From a batch of inputs on the device to what is said of each sample.
+        target: What its policy was asked for; None where that is not known.
+        preprocessing: Says how samples become inputs.
+        note: What a bundle does not say and was taken for granted; None where it says all.
         collect: From samples to the logits of every exit; of those that are on, for a bundle.
         has_seen: From a split and the fingerprint of its samples to whether they trained the
             network or may have chosen its thresholds.
@@ -51,15 +55,17 @@ class Artifact:
 
     runner: TorchRunner[Any, Any] | Session
     device: str
-    recipe: Recipe
+    name: str
+    recipe: str | None
+    samples: AnySamples
     class_names: tuple[str, ...]
-    data: str | None
     num_exits: int
     family: Family[Any, Any]
     target: Asked | None
-    answer: Callable[[Tensor], list[SampleAnswer]]
+    preprocessing: Callable[[], AnyPreprocessing]
     collect: Callable[[object], ExitLogits]
     has_seen: Callable[[str, str], bool]
+    note: str | None = None
 
 
 def pick_device(device: str | None) -> str:
@@ -90,13 +96,14 @@ def _open_run(folder: Path, device: str | None) -> Artifact:
     return Artifact(
         runner=make_runner(network, loaded.policy),
         device=where,
-        recipe=recipe,
+        name=recipe.name,
+        recipe=recipe.name,
+        samples=RecipeSamples(recipe=recipe, data=loaded.data, class_names=loaded.class_names),
         class_names=loaded.class_names,
-        data=loaded.data,
         num_exits=network.num_exits,
         family=family_of(network),
         target=Asked.from_record(loaded.calibration),
-        answer=partial(answer_run, network, loaded.policy, loaded.class_names),
+        preprocessing=recipe.preprocessing,
         collect=partial(collect, network),
         has_seen=partial(is_in_sample, loaded),
     )
@@ -123,48 +130,43 @@ def answer_run(
     )
 
 
-def _answer_bundle(session: Session, inputs: Tensor) -> list[SampleAnswer]:
-    return describe_answers(
-        session.run(inputs),
-        policy=session.bundle.policy,
-        class_names=session.bundle.class_names,
-        plain_macs_B=session.plain_macs(inputs),
-        size=tuple(inputs.shape[2:]),
-    )
-
-
 def _open_bundle(folder: Path, device: str | None) -> Artifact:
     if pick_device(device or "cpu") != "cpu":
         raise InvalidArgumentError(
             f"The device of a bundle must be cpu: onnxruntime runs it there. Got {device!r}."
         )
     bundle = read_bundle(folder)
-    recipe = recipe_of(bundle)
     session = Session(bundle)
+    recipe = None if bundle.recipe is None else recipe_of(bundle)
+    note: str | None = None
+    chosen = bundle.calibration
+    samples: AnySamples
+    if recipe is None:
+        preprocessing, note = preprocessing_of(bundle)
+        num_classes = session.run(*example_inputs(bundle)).output.shape[1]
+        samples = OwnSamples(bundle=bundle, preprocessing=preprocessing, num_classes=num_classes)
+    else:
+        samples = RecipeSamples(recipe=recipe, data=None, class_names=bundle.class_names)
     return Artifact(
         runner=session,
         device="cpu",
-        recipe=recipe,
+        name=bundle.folder.name if recipe is None else recipe.name,
+        recipe=None if recipe is None else recipe.name,
+        samples=samples,
         class_names=bundle.class_names,
-        data=None,
         num_exits=bundle.num_exits,
         family=FAMILIES[bundle.family],
-        target=None,
-        answer=partial(_answer_bundle, session),
+        target=Asked.from_record(None if chosen is None else asdict(chosen)),
+        preprocessing=lambda: preprocessing_of(bundle)[0],
         collect=partial(collect_from_session, session),
-        # A bundle does not say which samples chose its thresholds.
-        has_seen=lambda split, _: split in ("train", CALIBRATION_SPLIT),
+        has_seen=partial(_bundle_has_seen, bundle),
+        note=note,
     )
 
 
-def recipe_of(bundle: Bundle) -> Recipe:
-    """Find the recipe that a bundle's network was trained by."""
-    if bundle.recipe is None:
-        raise ArtifactError(
-            f"The bundle {bundle.folder} holds a network of your own, without a recipe that names "
-            "its data. Use Session(...).run() from Python."
-        )
-    try:
-        return Recipe.from_dict(bundle.recipe)
-    except ArtifactError as error:
-        raise ArtifactError(f"{bundle.folder / BUNDLE_FILE} is damaged: {error}") from error
+def _bundle_has_seen(bundle: Bundle, split: str, fingerprint: str) -> bool:
+    known = None if bundle.calibration is None else bundle.calibration.data
+    if known is not None and known.sha256 == fingerprint:
+        return True
+    # One of a recipe may not say which samples chose its thresholds.
+    return split == "train" or (split == CALIBRATION_SPLIT and bundle.recipe is not None)

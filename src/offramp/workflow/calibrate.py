@@ -297,7 +297,7 @@ def set_by_hand(run: Run, thresholds: str, wanted: Wanted) -> ThresholdedPolicy 
     else:
         outputs = run.network.outputs
         asked |= {name: getattr(wanted, name) for name in RULES[outputs.name].fields}
-        values = _read_thresholds(thresholds, run.network.num_exits)
+        values = read_thresholds(thresholds, run.network.num_exits)
         policy = _BY_HAND[outputs.name](run, thresholds, values, wanted)
     write_policy(run.folder, policy, calibration={"asked": asked, "data": None, "reached": None})
     return policy
@@ -345,7 +345,8 @@ _BY_HAND = {LABELS.name: _labels_by_hand, MAPS.name: _maps_by_hand}
 """By outputs, what makes a policy of thresholds, which are given as they were written too."""
 
 
-def _read_thresholds(text: str, num_exits: int) -> tuple[float, ...]:
+def read_thresholds(text: str, num_exits: int) -> tuple[float, ...]:
+    """Read thresholds, one per exit but the last, separated by commas; "off" is infinite."""
     try:
         values = [math.inf if part == "off" else float(part) for part in text.split(",")]
     except ValueError as error:

@@ -137,6 +137,8 @@ def _write_float(
         samples,
         class_names=loaded.class_names,
         recipe=loaded.require_recipe().to_dict(),
+        preprocessing=loaded.require_recipe().preprocessing(),
+        calibration=loaded.calibration,
         plain=plain,
         layers_per_step=layers_per_step,
     )

@@ -15,17 +15,16 @@ from offramp.calibration.temperature import (
     describe_temperatures,
     fit_temperatures,
 )
-from offramp.data.sources import SOURCES
 from offramp.errors import InSampleError, InvalidArgumentError
 from offramp.families import family_of
 from offramp.families.family import Family
 from offramp.policy.rules import RULES
-from offramp.recipes.recipe import Recipe
-from offramp.runs.run import CALIBRATION_SPLIT, load, load_batches
+from offramp.runs.run import CALIBRATION_SPLIT, load
 from offramp.runtime.bundle import is_bundle
 from offramp.workflow.artifact import open_artifact, pick_device
 from offramp.workflow.calibrate import rule_named
 from offramp.workflow.held_out import evidence_by
+from offramp.workflow.samples import CALIBRATION, AnySamples, RecipeSamples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +33,16 @@ class Opened:
 
     Attributes:
         name: As it was given.
-        recipe: How it was trained.
-        data: What ``--data`` was then; None for the default.
+        recipe: Name of its recipe; None for a network of the user's own.
+        samples: Loads splits of its data.
         num_exits: Exits of the network, those that are off in a bundle counted.
         family: Of the network; where one threshold steers it, no exits are to be chosen.
         collect: From samples to what choosing needs; of a bundle, of the exits that are on.
     """
 
     name: str
-    recipe: Recipe
-    data: str | None
+    recipe: str | None
+    samples: AnySamples
     num_exits: int
     family: Family[Any, Any]
     collect: Callable[[object], Evidence[Any]]
@@ -62,6 +61,7 @@ class Curve:
         num_samples: That judged.
         num_calibration_samples: That chose the thresholds.
         fingerprint: Identifies the samples that judged.
+        split: That they are of.
     """
 
     run: Opened
@@ -71,13 +71,14 @@ class Curve:
     num_samples: int
     num_calibration_samples: int
     fingerprint: str
+    split: str
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain values for JSON."""
         reliability = None if self.reliability is None else [r.to_dict() for r in self.reliability]
         return {
             "run": self.run.name,
-            "recipe": self.run.recipe.name,
+            "recipe": self.run.recipe,
             "num_samples": self.num_samples,
             "num_calibration_samples": self.num_calibration_samples,
             **self.frontier.to_dict(),
@@ -102,11 +103,11 @@ def open_all(folders: Sequence[Path], device: str | None = None) -> list[Opened]
     opened = [_open(folder, device) for folder in folders]
     first, *others = opened
     for run in others:
-        if run.recipe.data != first.recipe.data:
+        if run.samples.name != first.samples.name:
             raise InvalidArgumentError(
                 "Expected runs of one data set: curves on different data do not belong in one "
-                f"plot. Got {first.name} on {first.recipe.data} and {run.name} on "
-                f"{run.recipe.data}."
+                f"plot. Got {first.name} on {first.samples.name} and {run.name} on "
+                f"{run.samples.name}."
             )
     return opened
 
@@ -122,43 +123,48 @@ def _open(folder: Path, device: str | None) -> Opened:
         return Opened(
             name=str(folder),
             recipe=bundle.recipe,
-            data=bundle.data,
+            samples=bundle.samples,
             num_exits=bundle.num_exits,
             family=bundle.family,
             collect=bundle.collect,
         )
     loaded = load(folder)
+    recipe = loaded.require_recipe()
     network = loaded.network.to(pick_device(device))
     return Opened(
         name=str(folder),
-        recipe=loaded.require_recipe(),
-        data=loaded.data,
+        recipe=recipe.name,
+        samples=RecipeSamples(recipe=recipe, data=loaded.data, class_names=loaded.class_names),
         num_exits=network.num_exits,
         family=family_of(network),
         collect=evidence_by(network),
     )
 
 
-def judging_split(run: Opened) -> str:
-    """Name the split that judges a run where none is given."""
-    return SOURCES[run.recipe.data].judging_split
-
-
 def follow(
     run: Opened,
-    split: str,
+    split: str | None = None,
     *,
     data: str | None = None,
+    subset: int | None = None,
     num_points: int = 10,
     rule: str | None = None,
 ) -> Curve:
     """Collect what the network says on both splits, and choose on the one for the other."""
     calibration: Any = None
+    held_out = None
     reliability = None
     thresholds = run.family.thresholds
-    if run.num_exits > 1 or thresholds is not None or run.recipe.calibration_share > 0:
-        calibration, _ = _collect(run, CALIBRATION_SPLIT, data)
-    test, fingerprint = _collect(run, split, data)
+    if run.num_exits > 1 or thresholds is not None or run.samples.has_calibration:
+        held_out = run.samples.load(data=data, subset=subset, preferred=CALIBRATION)
+        calibration = run.collect(held_out.batches)
+    judging = run.samples.load(split, data=data, subset=subset)
+    if held_out is not None and held_out.fingerprint == judging.fingerprint:
+        raise InSampleError(
+            f"The split {judging.split} would choose thresholds and judge them. Give data of two "
+            f"splits, one of them {' or '.join(CALIBRATION)}."
+        )
+    test: Any = run.collect(judging.batches)
     rule = None if thresholds is not None else rule or RULES[test.outputs.name].default
     found = measure(
         calibration, test, num_points=num_points, rule=None if rule is None else rule_named(rule)
@@ -172,21 +178,17 @@ def follow(
         reliability=reliability,
         num_samples=len(test.labels_N),
         num_calibration_samples=0 if calibration is None else len(calibration.labels_N),
-        fingerprint=fingerprint,
+        fingerprint=judging.fingerprint,
+        split=judging.split,
     )
 
 
-def _collect(run: Opened, split: str, data: str | None) -> tuple[Any, str]:
-    batches, _, fingerprint = load_batches(run.recipe, split, data or run.data)
-    return run.collect(batches), fingerprint
-
-
-def check_same_samples(curves: Sequence[Curve], split: str) -> None:
+def check_same_samples(curves: Sequence[Curve]) -> None:
     """Refuse curves that other samples judged."""
     first, last = curves[0], curves[-1]
     if last.fingerprint != first.fingerprint:
         raise InvalidArgumentError(
-            f"Expected one {split} split for all runs. Got {first.num_samples:,} samples for "
+            f"Expected one {first.split} split for all runs. Got {first.num_samples:,} samples for "
             f"{first.run.name} and {last.num_samples:,} others for {last.run.name}: give all runs "
             "the same with --data DIR."
         )

@@ -77,7 +77,7 @@ def hold_out(
     where = pick_device(device)
     recipe = run.require_recipe()
     batches, names, fingerprint = load_batches(recipe, CALIBRATION_SPLIT, data or run.data)
-    shares = None if prior is None else _read_prior(prior, names)
+    shares = None if prior is None else read_prior(prior, names)
     network = run.network.to(where)
     evidence = evidence_by(network)(batches).for_population(shares)
     named: str | dict[str, float] = "uniform" if recipe.uniform_prior else "as in train"
@@ -122,7 +122,8 @@ def _drawn_evenly(strata_N: Tensor, count: int, *, seed: int) -> Tensor:
     return torch.cat(drawn).sort().values
 
 
-def _read_prior(prior: str, class_names: tuple[str, ...]) -> tuple[float, ...]:
+def read_prior(prior: str, class_names: tuple[str, ...]) -> tuple[float, ...]:
+    """Read the share of each class: uniform, or a JSON file of shares by name."""
     if prior == "uniform":
         return (1 / len(class_names),) * len(class_names)
     try:

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from offramp.artifacts import BUNDLE_FOLDER
-from offramp.data.sources import SOURCES
 from offramp.errors import InvalidArgumentError
 from offramp.evaluation.processes import time_bundle, time_in_processes
 from offramp.evaluation.stopwatch import LEAST_SAMPLES
 from offramp.evaluation.timing import Timing, time_runner
-from offramp.runs.run import load_batches
 from offramp.runtime import Session
-from offramp.workflow.artifact import Artifact, open_artifact
+from offramp.workflow.artifact import open_artifact
+from offramp.workflow.samples import draw
 
 _SIZES = (1, 32, 256)
 _SAMPLES = 2048
@@ -31,12 +30,21 @@ def time(
     batch_sizes: list[int] | None = None,
     threads: int | None = None,
     data: str | None = None,
+    split: str | None = None,
+    subset: int | None = None,
     device: str | None = None,
 ) -> Timing:
     """Time each backend on its folder; a lone one in this process."""
     opened = open_artifact(run, device)
     use_threads(threads)
-    inputs = _real_samples(opened, data)
+    batches = opened.samples.load(split, data=data, subset=subset).batches
+    count = min(_SAMPLES, max(LEAST_SAMPLES, 8 * batches.run_batch_size))
+    inputs = draw(batches, count)
+    if not isinstance(inputs, Tensor):
+        raise InvalidArgumentError(
+            f"Expected a network of one input to time. {run} takes {len(inputs)}: use "
+            "offramp time --steps, which times its steps."
+        )
     runner = opened.runner
     sizes = batch_sizes or [size for size in _SIZES if size <= len(inputs)]
     if isinstance(runner, Session):
@@ -57,12 +65,3 @@ def use_threads(threads: int | None) -> None:
     if threads < 1:
         raise InvalidArgumentError(f"--threads must be an int of at least 1. Got {threads}.")
     torch.set_num_threads(threads)
-
-
-def _real_samples(opened: Artifact, data: str | None) -> Tensor:
-    split = SOURCES[opened.recipe.data].judging_split
-    batches, _, _ = load_batches(opened.recipe, split, data or opened.data)
-    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0))
-    count = min(_SAMPLES, max(LEAST_SAMPLES, 8 * batches.run_batch_size))
-    inputs, _ = batches.__getitems__(order[:count].tolist())
-    return inputs

@@ -14,12 +14,14 @@ from offramp.errors import ArtifactError, ExportMismatchError, InvalidArgumentEr
 from offramp.exporting.bundle import check_parity, export
 from offramp.exporting.graph import write_single
 from offramp.exporting.onnx import plan_steps
+from offramp.exporting.quantize import quantize
 from offramp.families.exits import AdaptiveRunner
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.as_dict import policy_to_dict
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, never_leave
 from offramp.runtime import PlainSession, Session, read_bundle
 from offramp.runtime.files import file_sha256
+from offramp.runtime.preprocessing import Preprocessing, TextPreprocessing
 from offramp.zoo.mlp import mlp
 
 X = torch.randn(200, 6, generator=torch.Generator().manual_seed(1))
@@ -363,3 +365,63 @@ def test_buffers_that_are_not_computed_with_may_be_of_any_precision(tmp_path):
         network.register_buffer(str(precision).replace(".", "_"), buffer)
     bundle = export(network, ThresholdPolicy((0.5,)), tmp_path / "bundle", X, plain=False)
     assert Session(bundle).run(X[:3]).output.dtype == np.float32
+
+
+def pictures_network():
+    torch.manual_seed(0)
+    stages = [nn.Sequential(nn.Conv2d(1, 4, 3, 2), nn.ReLU()), nn.Sequential(nn.Conv2d(4, 4, 2))]
+    heads = [nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)) for _ in stages]
+    return MultiExitNetwork(stages, heads).eval()
+
+
+CHOSEN = {
+    "asked": {"max_drop": 0.01},
+    "data": {
+        "name": "mine",
+        "split": "validation",
+        "num_samples": 9,
+        "class_prior": "as drawn",
+        "sha256": "0" * 64,
+    },
+    "reached": {"accuracy": 0.5, "mean_macs": 3.0},
+}
+
+
+def test_preprocessing_and_calibration_are_kept(tmp_path):
+    preprocessing = Preprocessing(height=8, width=8, channels=1, mean=0.5, deviation=0.25)
+    bundle = export(
+        pictures_network(),
+        ThresholdPolicy((0.3,)),
+        tmp_path / "bundle",
+        torch.randn(20, 1, 8, 8),
+        preprocessing=preprocessing,
+        calibration={"policy": {"kind": "threshold"}, **CHOSEN},
+    )
+    read = read_bundle(tmp_path / "bundle")
+    assert read == bundle
+    assert read.preprocessing == preprocessing
+    assert (read.calibration.data.split, read.calibration.guarantee) == ("validation", None)
+    small = quantize(bundle, tmp_path / "int8", torch.randn(20, 1, 8, 8))
+    assert read_bundle(tmp_path / "int8").preprocessing == preprocessing
+    assert (small.calibration.data, small.calibration.reached) == (read.calibration.data, None)
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "words"),
+    [
+        (Preprocessing(height=9, width=8, channels=1), r"\(1, 9, 8\)"),
+        (Preprocessing(height=8, width=8), r"\(3, 8, 8\)"),
+        (TextPreprocessing(tokenizer='{"model": {}}', max_tokens=3), "token ids"),
+        ({"height": 8}, "Got a dict"),
+    ],
+)
+def test_preprocessing_for_other_inputs_is_refused(preprocessing, words, tmp_path):
+    with pytest.raises(InvalidArgumentError, match=words):
+        export(
+            pictures_network(),
+            ThresholdPolicy((0.3,)),
+            tmp_path / "bundle",
+            torch.randn(20, 1, 8, 8),
+            preprocessing=preprocessing,
+        )
+    assert not (tmp_path / "bundle").exists()

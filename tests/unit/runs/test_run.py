@@ -11,6 +11,7 @@ from offramp.model.checkpoint import save_weights
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, never_leave
 from offramp.policy.routing_policy import GatePolicy
 from offramp.recipes.exits import find_recipe
+from offramp.runs.hub import save_pretrained
 from offramp.runs.run import (
     CALIBRATION_SPLIT,
     create_folder,
@@ -22,6 +23,7 @@ from offramp.runs.run import (
     write_policy,
     write_recipe,
 )
+from offramp.runtime.preprocessing import Preprocessing, TextPreprocessing
 from offramp.zoo.mlp import mlp
 from offramp.zoo.skipnet import skipnet
 
@@ -221,6 +223,20 @@ def test_folder_that_cannot_be_made(tmp_path):
 def test_recipe_file_comes_back(recipe, tmp_path, data):
     write_recipe(tmp_path, recipe=recipe, class_names=("a",), data=data)
     assert read_recipe(tmp_path) == (recipe, ("a",), data)
+
+
+@pytest.mark.parametrize(
+    "preprocessing",
+    [
+        Preprocessing(height=2, width=3, resize="shorter_side", mean=(0.1, 0.2, 0.3)),
+        TextPreprocessing(tokenizer='{"model": {}}', max_tokens=9, pad_id=1),
+    ],
+)
+def test_preprocessing_of_an_own_network_comes_back(network, tmp_path, preprocessing):
+    save(tmp_path / "run", network, preprocessing=preprocessing)
+    assert load(tmp_path / "run", network).preprocessing == preprocessing
+    assert save_pretrained(tmp_path / "run", tmp_path / "shared").is_dir()
+    assert load(tmp_path / "shared", network).preprocessing == preprocessing
 
 
 # Data of a recipe

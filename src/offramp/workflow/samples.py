@@ -1,0 +1,219 @@
+"""Samples for a run or a bundle: of its recipe's data set, or of data as users have it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offramp.data.folders import draw_evenly, find_split
+from offramp.data.images import Batches
+from offramp.data.known_sources import SOURCES
+from offramp.data.own import OwnSplit, load_own
+from offramp.errors import DataError, InvalidArgumentError
+from offramp.recipes.recipe import Recipe
+from offramp.runs.run import CALIBRATION_SPLIT, load_batches
+from offramp.runtime import Bundle
+from offramp.runtime.preprocessing import AnyPreprocessing
+
+JUDGING = ("test", "validation", "val", "valid", "dev")
+"""Splits of data of one's own that figures are on where none is named, the first that there is."""
+CALIBRATION = (CALIBRATION_SPLIT, "validation", "val", "valid", "dev")
+"""The same of those that choose thresholds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Samples of a split.
+
+    Attributes:
+        name: Of the data.
+        split: Name of the split.
+        batches: The samples, not augmented.
+        fingerprint: Identifies them; of data of one's own, the whole split that they are of.
+        class_names: As the data has them.
+        class_prior: What is known of the shares of classes.
+        shares: The share of each class in the split, where the samples are an even subset of it.
+    """
+
+    name: str
+    split: str
+    batches: Batches
+    fingerprint: str
+    class_names: tuple[str, ...]
+    class_prior: str
+    shares: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeSamples:
+    """The data set that a recipe names, wherever it lies.
+
+    Attributes:
+        recipe: The recipe.
+        data: What ``--data`` was in training; None for the default.
+        class_names: Of the network.
+    """
+
+    recipe: Recipe
+    data: str | None
+    class_names: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """What the data is called."""
+        return self.recipe.data
+
+    @property
+    def has_calibration(self) -> bool:
+        """True if samples were set aside to choose thresholds on."""
+        return self.recipe.calibration_share > 0
+
+    @property
+    def judging_split(self) -> str | None:
+        """The split that figures are on where none is named."""
+        return SOURCES[self.recipe.data].judging_split
+
+    def load(
+        self,
+        split: str | None = None,
+        *,
+        data: str | None = None,
+        subset: int | None = None,
+        preferred: Sequence[str] = JUDGING,
+    ) -> Samples:
+        """Load a split."""
+        recipe, where = self.recipe, data or self.data
+        if preferred == CALIBRATION and split is None:
+            split = CALIBRATION_SPLIT
+        named = split or SOURCES[recipe.data].judging_split
+        if self._is_own(named, where):
+            own = load_own(
+                str(where),
+                split,
+                recipe.preprocessing(),
+                class_names=self.class_names,
+                num_classes=int(recipe.network_options["num_classes"]),
+                subset=subset,
+                preferred=preferred,
+            )
+            return _samples(own, name=recipe.data, class_names=self.class_names, subset=subset)
+        batches, class_names, fingerprint = load_batches(recipe, named, where)
+        batches = batches.unaugmented()
+        if subset is not None:
+            batches = batches.subset(torch.tensor(draw_evenly(batches.strata_N.numpy(), subset)))
+        return Samples(
+            name=recipe.data,
+            split=named,
+            batches=batches,
+            fingerprint=fingerprint,
+            class_names=class_names,
+            class_prior="uniform" if recipe.uniform_prior else "as in train",
+        )
+
+    def _is_own(self, split: str, data: str | None) -> bool:
+        """Whether the samples lie there in another way than the data set does."""
+        source = SOURCES[self.recipe.data]
+        if data is None or data == source.download or source.ignored_label is not None:
+            return False
+        if split in ("train", CALIBRATION_SPLIT) or (Path(data) / f"{split}.parquet").is_file():
+            return False
+        try:
+            find_split(Path(data), None, preferred=JUDGING)
+        except DataError:
+            return False
+        except InvalidArgumentError:
+            return True
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnSamples:
+    """Data for a bundle of a network of one's own, which says how samples become inputs.
+
+    Attributes:
+        bundle: The bundle.
+        preprocessing: As the bundle says, or as it is taken to be.
+        num_classes: Of the network.
+    """
+
+    bundle: Bundle
+    preprocessing: AnyPreprocessing
+    num_classes: int
+
+    name = "own data"
+    has_calibration = True
+    judging_split = None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the network."""
+        return self.bundle.class_names
+
+    def load(
+        self,
+        split: str | None = None,
+        *,
+        data: str | None = None,
+        subset: int | None = None,
+        preferred: Sequence[str] = JUDGING,
+    ) -> Samples:
+        """Load a split."""
+        bundle = self.bundle
+        if data is None:
+            raise InvalidArgumentError(
+                f"The bundle {bundle.folder} holds a network of your own, and does not name its "
+                "data. Say where it is: data=PATH."
+            )
+        if says_maps(bundle):
+            raise InvalidArgumentError(
+                f"The bundle {bundle.folder} says a class for every pixel, and masks are read for "
+                "recipes only. Use Session(...).run() from Python."
+            )
+        first = bundle.inputs[0].sample_shape
+        own = load_own(
+            data,
+            split,
+            self.preprocessing,
+            class_names=bundle.class_names,
+            num_classes=self.num_classes,
+            num_inputs=len(bundle.inputs),
+            length=first[0] if len(first) == 1 else None,
+            subset=subset,
+            preferred=preferred,
+        )
+        return _samples(
+            own, name=Path(data).resolve().name, class_names=bundle.class_names, subset=subset
+        )
+
+
+AnySamples = RecipeSamples | OwnSamples
+
+
+def _samples(
+    own: OwnSplit, *, name: str, class_names: tuple[str, ...], subset: int | None
+) -> Samples:
+    return Samples(
+        name=name,
+        split=own.name,
+        batches=own.batches,
+        fingerprint=own.fingerprint,
+        class_names=class_names,
+        class_prior="as in the split",
+        shares=None if subset is None else own.shares,
+    )
+
+
+def says_maps(bundle: Bundle) -> bool:
+    """Tell if a network says a class for every pixel."""
+    return bundle.pixel_multiple is not None or bundle.policy.get("kind") in ("dense", "agreement")
+
+
+def draw(batches: Batches, count: int, *, seed: int = 0) -> Any:
+    """Inputs of so many samples, drawn at random."""
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed))
+    inputs, _ = batches.__getitems__(order[:count].tolist())
+    return inputs

@@ -1,0 +1,180 @@
+"""Own network, own pictures in folders: ten lines of Python, and the command line from there on.
+
+Pictures are scikit-learn's digits as PNG files, in a folder for each class. 700 of them choose
+thresholds for a loss of at most 1 point, promised with probability 0.9.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import offramp as off
+from offramp.runtime import Session, read_bundle
+
+BY_DIGIT = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+NAMES = tuple(sorted(BY_DIGIT))
+SPLITS = {"train": slice(0, 700), "validation": slice(700, 1400), "test": slice(1400, None)}
+
+
+def write_pictures(folder):
+    digits = load_digits()
+    pixels = (digits.images * 255 / 16).round().astype(np.uint8)
+    order = np.random.default_rng(0).permutation(len(pixels))
+    for split, rows in SPLITS.items():
+        for row in order[rows].tolist():
+            of_class = folder / split / BY_DIGIT[digits.target[row]]
+            of_class.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[row]).save(of_class / f"{row:04}.png")
+
+
+def train_and_export(pictures, bundle):
+    """Read pictures as anybody does, train a CNN of one's own, and export it."""
+    files = sorted((pictures / "train").glob("*/*.png"))
+    pixels = np.stack([np.asarray(Image.open(file)) for file in files])[:, None] / 255
+    x = torch.tensor((pixels - 0.3) / 0.35, dtype=torch.float32)
+    y = torch.tensor([NAMES.index(file.parent.name) for file in files])
+    backbone = nn.Sequential(
+        nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Flatten()),
+        nn.Sequential(nn.Linear(1024, 256), nn.ReLU()),
+        nn.Sequential(nn.Linear(256, 256), nn.ReLU()),
+        nn.Linear(256, 10),
+    )
+    net = off.add_exits(backbone, at=["0", "1"], num_classes=10, example=x[:1])
+    off.fit(net, TensorDataset(x, y), config=off.FitConfig(epochs=12, device="cpu"), progress=False)
+    pictures_as = off.Preprocessing(height=8, width=8, channels=1, mean=0.3, deviation=0.35)
+    policy = off.ThresholdPolicy((0.9, 0.9))
+    off.export(net, policy, bundle, x[:100], class_names=NAMES, preprocessing=pictures_as)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own")
+    torch.manual_seed(0)
+    write_pictures(folder / "pictures")
+    train_and_export(folder / "pictures", folder / "bundle")
+    return folder
+
+
+@pytest.fixture
+def own(made, workplace):
+    """The bundle as it was exported, and where the pictures are."""
+    shutil.copytree(made / "bundle", workplace / "bundle")
+    (workplace / "pictures").symlink_to(made / "pictures")
+    return workplace / "bundle"
+
+
+def test_the_whole_story(own, offramp, figures_of, refuses):
+    data = ("--data", "pictures")
+    few = ("--max-drop", "0.01", "--guarantee", "0.9", "--subset", "100")
+    refuses("calibrate", own, *data, *few, words=("samples",))
+    before = figures_of("evaluate", own, *data)
+    assert (before["recipe"], before["split"], before["num_samples"]) == (None, "test", 397)
+
+    outcome = offramp("calibrate", own, *data, "--max-drop", "0.01", "--guarantee", "0.9")
+    assert (outcome.code, outcome.stderr) == (0, "")
+    assert "chosen on 700 calibration samples" in outcome.stdout
+    assert "With probability at least 90 %" in outcome.stdout
+    assert "(pictures, validation, classes as in the split)" in outcome.stdout
+    chosen = read_bundle(own)
+    assert chosen.calibration.asked == {"max_drop": 0.01, "guarantee": 0.9}
+    assert (chosen.calibration.data.split, chosen.calibration.data.num_samples) == (
+        "validation",
+        700,
+    )
+    assert chosen.calibration.guarantee["risk"] == "accuracy_gap"
+
+    after = figures_of("evaluate", own, *data)
+    assert after["mean_macs"] < before["plain_macs"]
+    assert before["final_exit_accuracy"] - after["accuracy"] < 0.02
+    timing = figures_of("time", own, *data, "--batch-size", "1,64")
+    assert timing["mean_macs"] == pytest.approx(after["mean_macs"])
+    picture = next((own.parent / "pictures" / "test" / "four").glob("*.png"))
+    answer = offramp("predict", own, picture)
+    assert (answer.code, answer.stderr) == (0, "")
+    assert "probability" in answer.stdout
+    plan = offramp("plan", own, *data, "--mbit", "10", "--rtt", "20")
+    assert (plan.code, plan.stderr) == (0, "")
+    assert "best: --split-after" in plan.stdout
+
+
+def test_accuracy_is_that_of_torch_s_own_loop(own, figures_of):
+    digits = sorted((own.parent / "pictures" / "test").glob("*/*.png"))
+    pixels = np.stack([np.asarray(Image.open(file)) for file in digits])[:, None]
+    x = (pixels / 255 - 0.3) / 0.35
+    labels = np.array([NAMES.index(file.parent.name) for file in digits])
+    result = Session(own).run(x.astype(np.float32))
+    figures = figures_of("evaluate", own, "--data", "pictures")
+    assert figures["accuracy"] == (result.output.argmax(1) == labels).mean()
+
+
+def test_samples_that_chose_the_thresholds_are_refused(own, offramp, refuses):
+    data = ("--data", "pictures")
+    assert offramp("calibrate", own, *data, "--budget-share", "0.6", "--subset", "200").code == 0
+    refuses("evaluate", own, *data, "--split", "validation", words=("validation", "--in-sample"))
+    refuses("evaluate", own, *data, "--split", "train", words=("train", "--in-sample"))
+    said = offramp("evaluate", own, *data, "--split", "validation", "--in-sample")
+    assert "IN SAMPLE" in said.stdout
+    refuses("calibrate", own, *data, "--split", "train", "--max-drop", "0.01", words=("train",))
+
+
+def test_single_samples_leave_by_the_thresholds_that_were_chosen(own, offramp):
+    outcome = offramp("calibrate", own, "--data", "pictures", "--budget-share", "0.6")
+    assert outcome.code == 0, outcome.stderr
+    x = np.random.default_rng(0).normal(size=(40, 1, 8, 8)).astype(np.float32)
+    session = Session(own)
+    together = session.run(x).exit_index
+    alone = np.concatenate([session.run(one[None]).exit_index for one in x])
+    assert (together == alone).mean() > 0.9
+    assert len(set(together.tolist())) > 1
+
+
+def test_thresholds_by_hand(own, offramp, refuses):
+    outcome = offramp("calibrate", own, "--thresholds", "0.4,off")
+    assert outcome.code == 0, outcome.stderr
+    bundle = read_bundle(own)
+    assert bundle.policy["thresholds"] == [0.4, None]
+    assert (bundle.calibration.asked, bundle.calibration.data) == ({"thresholds": "0.4,off"}, None)
+    refuses("calibrate", own, "--thresholds", "0.4", words=("Expected 2 thresholds",))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--max-drop", "0.01"), ("network of your own", "--data PATH")),
+        (("--data", "pictures", "--max-drop", "0.01", "--split", "dev"), ("no split dev",)),
+        (("--data", "pictures", "--max-drop", "0.01", "--rule", "margin"), ("entropy", "margin")),
+        (("--data", "pictures", "--max-drop", "0.01", "--patience", "2"), ("--patience", "run")),
+        (("--data", "pictures", "--budget-ms", "1"), ("--budget-ms", "run")),
+        (("--data", "pictures", "--max-drop", "0.01", "--subset", "900"), ("--subset", "700")),
+        (("--data", "none", "--max-drop", "0.01"), ("none", "no such file")),
+    ],
+)
+def test_what_a_bundle_cannot_take_is_refused(own, refuses, options, words):
+    refuses("calibrate", own, *options, words=words)
+
+
+def test_folders_that_the_network_does_not_know_are_refused(own, refuses, workplace):
+    (workplace / "more" / "eleven").mkdir(parents=True)
+    Image.new("L", (8, 8)).save(workplace / "more" / "eleven" / "a.png")
+    refuses("evaluate", own, "--data", "more", words=("Found eleven", "eight, five"))
+
+
+def test_curve_of_a_bundle(own, figures_of, refuses):
+    figures = figures_of("frontier", own, "--data", "pictures", "--points", "3")
+    (curve,) = figures["runs"]
+    assert (figures["split"], figures["data"], curve["recipe"]) == ("test", "own data", None)
+    assert (curve["num_samples"], curve["num_calibration_samples"]) == (397, 700)
+    refuses("frontier", own, "--data", "pictures/test", words=("choose thresholds and judge",))
+
+
+def test_json_of_a_subset(own, figures_of):
+    figures = figures_of("evaluate", own, "--data", "pictures", "--subset", "50")
+    assert figures["num_samples"] == 50
+    assert json.dumps(figures)
