@@ -22,11 +22,11 @@ demo-split: demo  ## The same network over two machines: cloud, slow link and ed
 	$(BIN)/python examples/split.py $(DEMO_RUN)
 
 test: $(READY)  ## The fast tests.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
 		--cov --cov-report=term:skip-covered --cov-fail-under=90
 
 test-data: $(READY)  ## Tests on real data, under a minute each; needs OFFRAMP_DATA.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "data and not slow" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "data and not slow" tests
 
 test-slow: $(READY)  ## The tests that take minutes; some need OFFRAMP_DATA.
 	$(BIN)/python -m pytest -q -m slow

@@ -25,9 +25,10 @@ from offramp.data.sources import SOURCES
 from offramp.offload.codec import CODECS, Codec, decode, encode
 from offramp.runs.run import load_batches
 from offramp.runtime import Bundle, read_bundle
+from offramp.runtime.bundle import find_bundle
 from offramp.runtime.part import PartSession, carried_specs, cuts
 from offramp.serving.http_client import write_request
-from offramp.workflow.artifact import find_bundle, recipe_of
+from offramp.workflow.artifact import recipe_of
 from record import circumstances, write_json
 
 Array = npt.NDArray[Any]

@@ -34,9 +34,10 @@ from offramp.offload.edge import Traffic
 from offramp.offload.plan import CutCost, LinkTerms, best_cut
 from offramp.runs.run import CALIBRATION_SPLIT, load_batches
 from offramp.runtime import Bundle, Session, read_bundle
+from offramp.runtime.bundle import find_bundle
 from offramp.runtime.part import PartSession, cuts
 from offramp.runtime.step_profile import profile_steps
-from offramp.workflow.artifact import find_bundle, recipe_of
+from offramp.workflow.artifact import recipe_of
 from record import circumstances, write_json
 
 Array = npt.NDArray[Any]

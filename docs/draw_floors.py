@@ -64,7 +64,8 @@ def draw() -> str:
     rooms = [room for floor in layers() for room in floor]
     parts, top = [], PAD
     for room in rooms:
-        below = [other.split(".")[1] for other in rooms if other in imports_of(room)]
+        imported = imports_of(room)
+        below = [other.split(".")[1] for other in rooms if other in imported]
         lines = [("modules", line) for line in wrap("  ".join(names_in(room)), NAMES)]
         if below:
             words = "  ".join(["imports from:", *below])

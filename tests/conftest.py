@@ -1,6 +1,14 @@
 """Small networks and data that several tests need; nothing is written outside tmp_path."""
 
+import fcntl
+import functools
+import os
+import shutil
+import sys
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -27,6 +35,63 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _quick_export():
+    """Keep coverage's tracer out of torch's exporter, which takes twice as long under it.
+
+    The network that is exported is measured as ever.
+    """
+    export = torch.onnx.export
+
+    def export_unmeasured(module, *arguments, **options):
+        tracer = sys.gettrace()
+        forward = module.forward
+
+        @functools.wraps(forward)
+        def measured(*inputs, **named):
+            sys.settrace(tracer)
+            try:
+                return forward(*inputs, **named)
+            finally:
+                sys.settrace(None)
+
+        sys.settrace(None)
+        try:
+            with mock.patch.object(module, "forward", measured):
+                return export(module, *arguments, **options)
+        finally:
+            sys.settrace(tracer)
+
+    with mock.patch.object(torch.onnx, "export", export_unmeasured if sys.gettrace() else export):
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Fill a folder once for all processes that test: ``shared(name, build)``. Only to be read.
+
+    A name stands for one thing: whoever gives it gives the same ``build`` with it.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # which the workers share
+
+    def make(name: str, build: Callable[[Path], object]) -> Path:
+        folder = root / "shared" / name
+        is_done, lock_file = (folder.parent / f"{name}.{what}" for what in ("done", "lock"))
+        folder.parent.mkdir(exist_ok=True)
+        with lock_file.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not is_done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of one who failed
+                folder.mkdir()
+                build(folder)
+                is_done.touch()
+        return folder
+
+    return make
+
+
 @pytest.fixture
 def network() -> MultiExitNetwork:
     """Three exits, 6 inputs, 4 classes; stage MACs 30, 40, 56 and head MACs 20, 32, 28."""
@@ -50,11 +115,11 @@ def constant_network():
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory):
+def tiny_bundle(shared):
     """A bundle to be served: two exits, 6 inputs, 4 classes. Not to be written to."""
     from served import make_bundle
 
-    return make_bundle(tmp_path_factory.mktemp("served") / "tiny" / "bundle")
+    return shared("served", lambda folder: make_bundle(folder / "tiny" / "bundle")) / "tiny/bundle"
 
 
 @pytest.fixture

@@ -16,6 +16,9 @@ TIMM = {
     "deit_tiny_patch16_224": {"qk_norm": True, "init_values": 0.1},
     "deit3_small_patch16_224": {},
     "vit_small_patch14_reg4_dinov2": {"global_pool": "token"},
+    "vit_wee_patch16_reg1_gap_256": {},
+    "deit_tiny_distilled_patch16_224": {},
+    "eva02_tiny_patch14_224": {},
 }
 
 
@@ -34,16 +37,9 @@ def test_timm_halts(import_or_skip, name):
     check(backbone, add_halting(backbone, **GATE), [IMAGES], backbone)
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("vit_tiny_patch16_224", {"global_pool": "avg"}),
-        ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
-    ],
-)
-def test_timm_s_networks_that_answer_by_all_tokens_are_refused(import_or_skip, name, options):
-    with pytest.raises(BackboneCutError, match="answers by its class token"):
-        add_halting(timm_vit(import_or_skip, name, **options))
+def test_timm_s_pooling_by_attention_is_refused(import_or_skip):
+    with pytest.raises(BackboneCutError, match="class token or by the mean of its patches"):
+        add_halting(timm_vit(import_or_skip, "vit_base_patch16_siglip_224"))
 
 
 SMALL = {
@@ -55,22 +51,73 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("family", ["ViT", "DeiT"])
-def test_transformers_vits_halt(import_or_skip, family):
+IMAGE_KINDS = {
+    "ViTForImageClassification": "ViTConfig",
+    "DeiTForImageClassification": "DeiTConfig",
+    "DeiTForImageClassificationWithTeacher": "DeiTConfig",
+    "ViTMSNForImageClassification": "ViTMSNConfig",
+    "BeitForImageClassification": "BeitConfig",
+    "Dinov2ForImageClassification": "Dinov2Config",
+    "Dinov2WithRegistersForImageClassification": "Dinov2WithRegistersConfig",
+}
+
+
+@pytest.mark.parametrize("name", IMAGE_KINDS)
+def test_transformers_vits_halt(import_or_skip, name):
     transformers = import_or_skip("transformers")
-    config = getattr(transformers, f"{family}Config")(**SMALL, image_size=32, patch_size=8)
+    config = getattr(transformers, IMAGE_KINDS[name])(**SMALL, image_size=32, patch_size=8)
     torch.manual_seed(0)
-    model = disturbed(getattr(transformers, f"{family}ForImageClassification")(config))
+    model = disturbed(getattr(transformers, name)(config))
     check(model, add_halting(model, **GATE), [IMAGES], lambda x: model(x).logits)
 
 
+@pytest.mark.parametrize("name", ["CLIP", "Siglip"])
+def test_transformers_vision_parts_halt(import_or_skip, name):
+    transformers = import_or_skip("transformers")
+    vision = {**SMALL, "image_size": 32, "patch_size": 8}
+    config = getattr(transformers, f"{name}Config")(vision_config=vision, num_labels=5)
+    torch.manual_seed(0)
+    model = disturbed(getattr(transformers, f"{name}ForImageClassification")(config))
+    check(model, add_halting(model, **GATE), [IMAGES], lambda x: model(x).logits)
+
+
+def test_torchvision_s_vit_halts(import_or_skip):
+    torchvision = import_or_skip("torchvision")
+    torch.manual_seed(0)
+    model = disturbed(torchvision.models.VisionTransformer(32, 8, 3, 4, 24, 48, num_classes=5))
+    check(model, add_halting(model, **GATE), [IMAGES], model)
+
+
+def test_a_beit_with_a_bias_by_position_is_refused(import_or_skip):
+    transformers = import_or_skip("transformers")
+    config = transformers.BeitConfig(
+        **SMALL, image_size=32, patch_size=8, use_relative_position_bias=True
+    )
+    with pytest.raises(BackboneCutError, match="use_relative_position_bias=False"):
+        add_halting(transformers.BeitForImageClassification(config))
+
+
+TEXT_KINDS = {
+    "Bert": {},
+    "Roberta": {},
+    "XLMRoberta": {},
+    "Camembert": {},
+    "Electra": {"embedding_size": 12},
+    "Albert": {"embedding_size": 12},
+    "DistilBert": {"dim": 24, "n_layers": 3, "n_heads": 3, "hidden_dim": 48},
+}
+
+
+@pytest.mark.parametrize("family", TEXT_KINDS)
 @pytest.mark.parametrize("has_padding", [False, True])
-def test_transformers_bert_halts(import_or_skip, has_padding):
+def test_transformers_of_texts_halt(import_or_skip, family, has_padding):
     transformers = import_or_skip("transformers")
     torch.manual_seed(0)
-    config = transformers.BertConfig(**SMALL, vocab_size=50)
-    model = disturbed(transformers.BertForSequenceClassification(config))
-    ids_BT = torch.randint(50, (5, 12))
+    sizes = {"num_labels": 5} if family == "DistilBert" else SMALL
+    options = {**sizes, **TEXT_KINDS[family], "vocab_size": 50, "pad_token_id": 0}
+    config = getattr(transformers, f"{family}Config")(**options, max_position_embeddings=32)
+    model = disturbed(getattr(transformers, f"{family}ForSequenceClassification")(config))
+    ids_BT = torch.randint(1, 50, (5, 12))
     mask_BT = torch.ones_like(ids_BT)
     if has_padding:
         mask_BT[0, 7:] = mask_BT[1, 3:] = 0

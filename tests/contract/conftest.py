@@ -66,7 +66,7 @@ def skip():
 
 
 def halting():
-    size = {"in_channels": 3, "side": 12, "patch": 4, "width": 16, "depth": 4, "num_heads": 2}
+    size = {"in_channels": 3, "side": 12, "patch": 4, "width": 16, "depth": 2, "num_heads": 2}
     network = vit(**size, num_classes=NUM_CLASSES, gate_scale=1.0, gate_center=1.0).eval()
     for name, parameter in network.named_parameters():
         if parameter.ndim > 1 and "norm" not in name:

@@ -5,6 +5,7 @@ import urllib.request
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from served import serve_in_thread
@@ -64,6 +65,14 @@ def test_a_bundle_is_read_as_it_was_written(exported):
     }
     for file in bundle.files:
         assert b"site-packages" not in (bundle.folder / file.name).read_bytes()
+
+
+def test_its_files_are_valid_onnx(exported):
+    _, bundle = exported
+    for file in bundle.files:
+        model = onnx.load(bundle.folder / file.name)
+        onnx.checker.check_model(model, full_check=True)
+        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
 
 
 def test_the_plain_network_is_in_it(exported):

@@ -9,8 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 
 from offramp.cli import main
+from offramp.evaluation import profiling, stopwatch, timing
 
 SETTINGS = {
     "widths": "128,256,256",
@@ -77,6 +78,18 @@ def finish(process: subprocess.Popen[str]) -> Outcome:
     return Outcome(process.returncode, stdout, stderr)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _short_timing() -> Iterator[None]:
+    """Time in two rounds of eight samples or batches: no test here asks how exact a time is."""
+    with (
+        mock.patch.object(timing, "_MOST_S", 0.0),
+        mock.patch.object(stopwatch, "_MAX_BATCHES", 8),
+        mock.patch.object(stopwatch, "LEAST_SAMPLES", 8),
+        mock.patch.object(profiling, "_SECONDS", 0.0),
+    ):
+        yield
+
+
 @pytest.fixture(scope="session")
 def offramp() -> Callable[..., Outcome]:
     return call
@@ -114,13 +127,45 @@ def train_command() -> list[str]:
 
 @pytest.fixture(scope="session")
 def training(
-    tmp_path_factory: pytest.TempPathFactory, train_command: list[str]
+    shared: Callable[[str, Callable[[Path], object]], Path], train_command: list[str]
 ) -> tuple[Path, Outcome]:
     """The default recipe, trained for eight epochs by a real process: its folder and output."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    outcome = finish(start(*train_command, "--out", folder))
-    assert outcome.code == 0, outcome.stderr
-    return folder, outcome
+
+    def train(folder: Path) -> None:
+        outcome = finish(start(*train_command, "--out", folder / "run"))
+        assert outcome.code == 0, outcome.stderr
+        (folder / "outcome.json").write_text(json.dumps(asdict(outcome)))
+
+    folder = shared("digits", train)
+    return folder / "run", Outcome(**json.loads((folder / "outcome.json").read_text()))
+
+
+@pytest.fixture(scope="session")
+def export_digits(
+    shared: Callable[[str, Callable[[Path], object]], Path], training: tuple[Path, Outcome]
+) -> Callable[[str], Path]:
+    """Set thresholds of the shared run by hand and export it: a folder to copy from.
+
+    What the command printed is kept in ``said.txt`` beside it.
+    """
+
+    def exported(thresholds: str) -> Path:
+        def build(folder: Path) -> None:
+            run = copy_run(training[0], folder / "run")
+            assert call("calibrate", run, "--thresholds", thresholds).code == 0
+            outcome = call("export", run)
+            assert (outcome.code, outcome.stderr) == (0, "")
+            (folder / "said.txt").write_text(outcome.stdout)
+
+        return shared(f"digits {thresholds}", build) / "run"
+
+    return exported
+
+
+def copy_run(trained: Path, folder: Path) -> Path:
+    """The run without what training leaves behind, and without a policy."""
+    ignore = shutil.ignore_patterns("logs", "last.ckpt", "policy.json")
+    return Path(shutil.copytree(trained, folder, ignore=ignore))
 
 
 @pytest.fixture
@@ -134,10 +179,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def run(workplace: Path, training: tuple[Path, Outcome]) -> Path:
     """A trained run that a test may change: the folder ``run`` in the current one, no policy."""
-    folder = workplace / "run"
-    ignore = shutil.ignore_patterns("logs", "last.ckpt", "policy.json")
-    shutil.copytree(training[0], folder, ignore=ignore)
-    return folder
+    return copy_run(training[0], workplace / "run")
 
 
 @pytest.fixture
@@ -145,6 +187,12 @@ def calibrated_run(run: Path) -> Path:
     """The run with thresholds set by hand that spread the samples over the exits."""
     assert call("calibrate", run, "--thresholds", "0.4,0.6").code == 0
     return run
+
+
+@pytest.fixture
+def exported_run(workplace: Path, export_digits: Callable[[str], Path]) -> Path:
+    """The run with those thresholds, and its bundle in ``bundle``."""
+    return Path(shutil.copytree(export_digits("0.4,0.6"), workplace / "run"))
 
 
 @pytest.fixture

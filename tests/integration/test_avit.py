@@ -168,7 +168,7 @@ def test_export_says_what_was_compared(exported):
 
 
 def test_layers_can_share_a_step(run, offramp, figures_of):
-    outcome = offramp("export", run, "--layers-per-step", 3, "--out", "coarse")
+    outcome = offramp("export", run, "--layers-per-step", 3, "--no-plain", "--out", "coarse")
     assert (outcome.code, outcome.stderr) == (0, "")
     assert outcome.stdout.startswith("2 steps answer")
     fine, coarse = (figures_of("evaluate", bundle) for bundle in (run / "bundle", "coarse"))

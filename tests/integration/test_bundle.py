@@ -25,14 +25,16 @@ np.savez(outputs, output=result.output, exit_index=result.exit_index, macs=resul
 
 
 @pytest.fixture
-def bundle(calibrated_run, offramp):
+def bundle(exported_run):
     """The bundle that ``offramp export run`` leaves."""
-    outcome = offramp("export", calibrated_run)
-    assert (outcome.code, outcome.stderr) == (0, "")
-    lines = outcome.stdout.splitlines()
+    return exported_run / "bundle"
+
+
+def test_export_says_what_was_compared_and_where_the_bundle_is(export_digits):
+    run = export_digits("0.4,0.6")
+    lines = (run.parent / "said.txt").read_text().splitlines()
     assert lines[0].startswith("3 steps answer 269 samples as torch does")
-    assert lines[-1] == f"exported {calibrated_run}: {calibrated_run / 'bundle'}"
-    return calibrated_run / "bundle"
+    assert lines[-1] == f"exported {run}: {run / 'bundle'}"
 
 
 def samples(count: int) -> np.ndarray:

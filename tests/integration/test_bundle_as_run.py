@@ -1,6 +1,5 @@
 """Commands that need no weights take a bundle where they take a run."""
 
-import functools
 import shutil
 from dataclasses import replace
 
@@ -13,29 +12,15 @@ from offramp.recipes.recipe import Recipe
 from offramp.runtime import Session, read_bundle
 
 
-@pytest.fixture(scope="module")
-def export(training, offramp, tmp_path_factory):
-    """Export the run that tests share with the given thresholds: a folder to copy from."""
-
-    def exported(thresholds):
-        run = tmp_path_factory.mktemp("exported") / "run"
-        shutil.copytree(training[0], run, ignore=shutil.ignore_patterns("logs", "last.ckpt"))
-        assert offramp("calibrate", run, "--thresholds", thresholds).code == 0
-        assert offramp("export", run).code == 0
-        return run
-
-    return functools.cache(exported)
-
-
 @pytest.fixture
-def bundle(workplace, export):
+def bundle(exported_run):
     """A run that spreads the samples over the exits, in ``run``, and its bundle."""
-    return shutil.copytree(export("0.4,0.6"), workplace / "run") / "bundle"
+    return exported_run / "bundle"
 
 
 @pytest.fixture
-def bundle_with_an_exit_off(workplace, export):
-    return shutil.copytree(export("off,0.6"), workplace / "run") / "bundle"
+def bundle_with_an_exit_off(workplace, export_digits):
+    return shutil.copytree(export_digits("off,0.6"), workplace / "run") / "bundle"
 
 
 @pytest.fixture

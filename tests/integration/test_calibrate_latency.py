@@ -44,7 +44,7 @@ def test_int8_chooses_anew_for_the_target_alone(run, offramp, monkeypatch):
     monkeypatch.setattr(latency_module, "_LEAST_GAIN", 1.0)  # no exit goes
     asked = ("--max-drop", "0.0", "--for", "latency", "--backend", "torch")
     assert offramp("calibrate", run, *asked).code == 0
-    outcome = offramp("export", run, "--quantize", "int8", "--out", "int8")
+    outcome = offramp("export", run, "--quantize", "int8", "--no-plain", "--out", "int8")
     assert (outcome.code, outcome.stderr) == (0, "")
     assert [line.split()[0] for line in outcome.stdout.splitlines()][1:4] == [
         *("float32", "int8", "anew")

@@ -1,17 +1,34 @@
 """Training over two CPU processes."""
 
 import json
+import multiprocessing
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ddp
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import offramp as off
 from offramp.training.config import GateConfig
 from offramp.zoo.skipnet import skipnet
+
+
+@pytest.fixture
+def _imported_once(monkeypatch):
+    """Processes that part from one which has imported Lightning, as that takes ten seconds.
+
+    What they train still comes by pickle. Those that start from nothing are in ``distributed``.
+    """
+    launcher = ddp._MultiProcessingLauncher
+    multiprocessing.set_forkserver_preload(["offramp.training.fit"])
+    monkeypatch.setattr(
+        ddp,
+        "_MultiProcessingLauncher",
+        lambda strategy, start_method: launcher(strategy, {"spawn": "forkserver"}[start_method]),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +60,7 @@ def test_two_processes_report_the_accuracy_that_the_saved_weights_have(distribut
     assert all(accuracy > 0.6 for accuracy in measured)
 
 
+@pytest.mark.usefixtures("_imported_once")
 def test_two_processes_train_gates_that_settle(tmp_path):
     """In the last epoch no gate gets a gradient, which processes that wait for all would refuse."""
     network = skipnet(in_channels=1, widths=(4,), blocks=(3,), num_classes=3)
@@ -76,6 +94,7 @@ class FirstProcessAsks(Callback):
         trainer.strategy.barrier()
 
 
+@pytest.mark.usefixtures("_imported_once")
 def test_two_processes_share_out_a_loader_and_report_all_samples(tmp_path):
     """Unused parameters, a last batch of one in each process, and callbacks that go by val_loss."""
     network = off.add_exits(Net(), at=["norm"], num_classes=3, example=torch.randn(2, 8))
@@ -101,10 +120,10 @@ def test_what_cannot_be_sent_to_a_process_is_named(network):
         off.fit(task, TensorDataset(torch.randn(16, 6), torch.arange(16) % 4))
 
 
-def test_error_in_a_process_is_one_line(tmp_path, start_offramp, finish_offramp, assert_one_line):
+@pytest.mark.usefixtures("_imported_once")
+def test_error_in_a_process_is_one_line(tmp_path, offramp, assert_one_line):
     settings = ("--set", "devices=2", "--set", "learning_rate=1e30", "--set", "optimizer=sgd")
-    process = start_offramp("train", "--epochs", 5, *settings, "--out", tmp_path / "run")
-    outcome = finish_offramp(process)
+    outcome = offramp("train", "--epochs", 5, *settings, "--out", tmp_path / "run")
     assert outcome.code == 2
     said_last = outcome.stderr.splitlines(keepends=True)[-1]  # Lightning reports the processes
     assert_one_line(said_last, ("diverged", "learning_rate"))

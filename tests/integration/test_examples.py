@@ -8,9 +8,8 @@ from pathlib import Path
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def test_split_answers_every_image_over_two_machines(calibrated_run, offramp):
-    assert offramp("export", calibrated_run, "--no-plain").code == 0
-    command = [sys.executable, EXAMPLES / "split.py", calibrated_run, "--samples", "12"]
+def test_split_answers_every_image_over_two_machines(exported_run):
+    command = [sys.executable, EXAMPLES / "split.py", exported_run, "--samples", "12"]
     outcome = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (outcome.returncode, outcome.stderr) == (0, "")
     _, title, table = outcome.stdout.partition("12 images, one at a time")

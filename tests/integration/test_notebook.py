@@ -16,7 +16,7 @@ from PIL import Image
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "tutorial.ipynb"
 PICTURES = 4
 """Letters, exits, easy and hard, accuracy against MACs."""
-SAMPLES = 300
+SAMPLES = 120
 """Of train and of test: at batch 1 each costs the clock a few milliseconds."""
 
 
@@ -93,7 +93,7 @@ def test_pictures_and_costs_are_shown(notebook):
 
 
 def test_the_small_run_had_few_images(executed):
-    assert "300 images to train on, 300 to test, 47 classes" in text_of(executed)
+    assert f"{SAMPLES} images to train on, {SAMPLES} to test, 47 classes" in text_of(executed)
 
 
 def test_the_committed_run_had_all_images_and_no_noise(committed):

@@ -9,10 +9,8 @@ LINK = ("--mbit", "10", "--rtt-ms", "20")
 
 
 @pytest.fixture
-def bundle(calibrated_run, offramp):
-    outcome = offramp("export", calibrated_run, "--no-plain")
-    assert (outcome.code, outcome.stderr) == (0, "")
-    return calibrated_run / "bundle"
+def bundle(exported_run):
+    return exported_run / "bundle"
 
 
 def test_the_plan_lists_every_cut_and_marks_the_best(bundle, figures_of, offramp, workplace):

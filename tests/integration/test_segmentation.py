@@ -153,7 +153,7 @@ def test_a_smaller_plain_network_goes_through_the_same_commands(seg_run, scenes,
         ("train", "camvid-seg", "--data", scenes, "--out", rival, "--device", "cpu", *settings),
         ("predict", rival, image),
         ("show", rival, "--image", image, "--out", tmp_path / "sheet.png"),
-        ("export", rival),
+        ("export", rival, "--no-plain"),
         ("time", rival, "--batch-size", 1, "--threads", 1),
         ("evaluate", seg_run, "--plain", rival),
     ):

@@ -138,6 +138,7 @@ def test_a_bundle_of_an_older_policy_is_not_timed_with_the_run(run, offramp, ref
     [
         ("export run --quantize int8 --out int8", ("--quantize", "threshold of gates")),
         ("evaluate run/bundle --plain run/bundle", ("--plain", "gates")),
+        ("frontier run/bundle", ("skips blocks", "Give the run")),
     ],
 )
 def test_what_is_about_exits_is_refused_in_a_line(run, refuses, command, words):

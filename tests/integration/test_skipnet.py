@@ -204,11 +204,6 @@ def test_frontier_is_that_of_the_sweeps_and_agrees_with_evaluate(skip_run, offra
     assert told.splitlines()[-1] == "thresholds chosen on 121 calibration samples"
 
 
-def test_a_bundle_that_skips_blocks_is_not_followed(skip_run, offramp, refuses):
-    assert offramp("export", skip_run).code == 0
-    refuses("frontier", skip_run / "bundle", words=("skips blocks", "Give the run"))
-
-
 def test_predict_tells_how_many_blocks_ran(skip_run, offramp, workplace):
     Image.fromarray(np.zeros((28, 28), dtype=np.uint8)).save(workplace / "black.png")
     outcome = offramp("predict", skip_run, "black.png")

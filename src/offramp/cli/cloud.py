@@ -6,9 +6,9 @@ from offramp.cli.server_options import Cloud
 from offramp.errors import InvalidArgumentError
 from offramp.offload.cloud import cloud_models
 from offramp.runtime import read_bundle
+from offramp.runtime.bundle import find_bundle
 from offramp.runtime.part import PartSession, cuts
 from offramp.serving import server
-from offramp.workflow.artifact import find_bundle
 
 
 def cloud(asked: Cloud) -> None:

@@ -11,9 +11,9 @@ from offramp.offload.cloud import middle_model
 from offramp.offload.edge import EdgeRunner
 from offramp.offload.http_link import HttpLink
 from offramp.runtime import Bundle, read_bundle
+from offramp.runtime.bundle import find_bundle
 from offramp.serving.served import RunnerModel
 from offramp.serving.server import serve
-from offramp.workflow.artifact import find_bundle
 
 _FIRST_LOOK_S = 5.0
 

@@ -57,7 +57,7 @@ def measure(asked: Evaluate) -> dict[str, Any]:
 
 
 def _beside(run: Path, rival: Evaluation) -> dict[str, Any]:
-    """What the figures say of a rival, under its own name."""
+    """Name a rival's figures as its own."""
     return {
         "plain_accuracy": rival.final_exit_accuracy,
         "plain_mean_iou": rival.final_exit_mean_iou,

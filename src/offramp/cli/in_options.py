@@ -16,7 +16,7 @@ _WORDS = (
     ("plain=True", "--plain"),
     ("max_risk=... and risk=", "--max-risk and --risk "),
 )
-"""What a Python caller writes, and the option that is the same."""
+"""Pairs of a Python argument and the option that is the same."""
 
 
 def in_options(message: str) -> str:

@@ -20,9 +20,10 @@ from offramp.errors import InvalidArgumentError
 from offramp.offload.calls import plan_bundle
 from offramp.offload.plan import CutCost, best_cut
 from offramp.runtime import Bundle
+from offramp.runtime.bundle import find_bundle
 from offramp.runtime.step_profile import profile_steps, read_step_profile
 from offramp.tables import percent
-from offramp.workflow.artifact import Artifact, find_bundle, open_artifact
+from offramp.workflow.artifact import Artifact, open_artifact
 from offramp.workflow.samples import CALIBRATION
 
 Array = npt.NDArray[Any]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from offramp.cli.server_options import Serve
 from offramp.runtime import Session, read_bundle
+from offramp.runtime.bundle import find_bundle
 from offramp.serving import server
 from offramp.serving.served import RunnerModel
-from offramp.workflow.artifact import find_bundle
 
 
 def serve(asked: Serve) -> None:

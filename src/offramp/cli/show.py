@@ -19,7 +19,8 @@ from offramp.errors import InvalidArgumentError
 from offramp.families import family_of, make_runner
 from offramp.families.exits import all_exits_loop
 from offramp.runs.run import Run, load
-from offramp.workflow.artifact import answer_run, is_bundle, pick_device
+from offramp.runtime.bundle import is_bundle
+from offramp.workflow.artifact import answer_run, pick_device
 
 
 def show(asked: Show) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from offramp.cli.options import Time, write_figures
 from offramp.errors import InvalidArgumentError
 from offramp.runtime import read_bundle
+from offramp.runtime.bundle import find_bundle, is_bundle
 from offramp.runtime.step_profile import PROFILE_FILE, profile_steps, write_step_profile
-from offramp.workflow.artifact import find_bundle, is_bundle
 
 
 def time(asked: Time) -> None:

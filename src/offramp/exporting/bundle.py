@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import onnxruntime
 import torch
@@ -19,10 +19,19 @@ from offramp.artifacts import atomic_folder
 from offramp.decoding import decode
 from offramp.errors import ArtifactError, ExportMismatchError, InvalidArgumentError
 from offramp.exporting.exits import ExitsExport
+from offramp.exporting.graph import Graph, write_single
 from offramp.exporting.halting import HaltingExport
+from offramp.exporting.onnx import PLAIN
+from offramp.exporting.parts import Part, trace_parts, write_parts
 from offramp.exporting.skip import SkipExport
 from offramp.families import family_of
-from offramp.families.agreement import SINGLE_SAMPLES, Agreement, answer_in_batches, compare
+from offramp.families.agreement import (
+    SINGLE_SAMPLES,
+    Agreement,
+    Reference,
+    answer_in_batches,
+    compare,
+)
 from offramp.model.inputs import Given, as_inputs
 from offramp.model.multi_exit import Features
 from offramp.policy.as_dict import policy_to_dict
@@ -33,18 +42,43 @@ from offramp.policy.rules import RULES
 from offramp.runtime import Bundle, Session
 from offramp.runtime.bundle import BUNDLE_FILE, check_preprocessing, write_bundle
 from offramp.runtime.chosen_on import Choosing
+from offramp.runtime.files import OnnxFile
 from offramp.runtime.preprocessing import AnyPreprocessing, write_preprocessing
 from offramp.zoo import Network
 
-Exporter = ExitsExport | SkipExport | HaltingExport
-"""What writes and checks bundles of a family."""
+
+class Exporter(Protocol):
+    """A network of a family, samples to export with, and its policy, as a bundle."""
+
+    def parts(self) -> dict[str, Part]:
+        """Parts that become files, and the plain network."""
+        ...
+
+    def describe(self, files: Mapping[str, OnnxFile]) -> dict[str, Any]:
+        """Describe the network for ``bundle.json``, given the file of each part."""
+        ...
+
+    def join(self, graph: Graph, bundle: Bundle) -> dict[str, str]:
+        """Put the parts together for single samples; the outputs by their names in the file."""
+        ...
+
+    def reference(self, inputs: Features) -> Reference:
+        """Compute the expected answers: everything is computed, and chosen afterwards."""
+        ...
+
+    def extremes(self, bundle: Bundle) -> Sequence[tuple[Bundle, Exporter]]:
+        """The bundle at thresholds that run every part of it."""
+        ...
+
 
 EXPORTERS: dict[str, Callable[..., Exporter]] = {
     "exits": ExitsExport,
-    "skip": lambda network, policy: SkipExport(network, policy.threshold),
-    "halting": lambda network, policy, **steps: HaltingExport(network, policy.threshold, **steps),
+    "skip": lambda network, inputs, policy: SkipExport(network, inputs, policy.threshold),
+    "halting": lambda network, inputs, policy, **steps: HaltingExport(
+        network, inputs, policy.threshold, **steps
+    ),
 }
-"""From a family's name to what makes its exporter of a network and its policy."""
+"""From a family's name to what makes its exporter of a network, samples and a policy."""
 
 _WHOLE = {f"torch.{name}" for name in ("bool", "uint8", "int8", "int16", "int32", "int64")}
 """Types of numbers that are counted with, and never rounded."""
@@ -104,12 +138,16 @@ def export(
     _check_precision(network)
     chosen = _uncalibrated(network) if policy is None else policy
     chosen = chosen.as_policy() if isinstance(chosen, Choice) else chosen
-    exporter = _exporter_of(network.eval(), chosen, layers_per_step)
+    exporter = _exporter_of(network.eval(), inputs, chosen, layers_per_step)
     described = policy_to_dict(chosen)
     choosing = None if calibration is None else _choosing(calibration)
     with new_bundle_folder(Path(folder)) as making:
         pictures, texts = write_preprocessing(making, preprocessing)
-        files = exporter.write_files(inputs, making, plain=plain)
+        parts = exporter.parts()
+        if not plain:
+            del parts[PLAIN]
+        models = trace_parts(network, parts)
+        files = write_parts(parts, models, making)
         bundle = Bundle(
             folder=making,
             family=family_of(network).name,
@@ -120,12 +158,15 @@ def export(
             quantized=None,
             weights_sha256=_weights_sha256(network),
             versions=_versions(),
+            plain_file=files[PLAIN].name if plain else None,
+            plain_sha256=files[PLAIN].sha256 if plain else None,
             pictures=pictures,
             texts=texts,
             calibration=choosing,
-            **files,
+            **exporter.describe(files),
         )
         _check_preprocessing(bundle)
+        bundle = write_single(bundle, exporter.join, models)
         write_bundle(bundle)
         _check_bundle(Session(bundle), exporter, inputs)
     return replace(bundle, folder=Path(folder))
@@ -140,9 +181,8 @@ def check_parity(
     """Make sure that a bundle answers what the network answers, whichever way samples go."""
     halting = session.bundle.halting
     layers_per_step = 1 if halting is None else halting.steps[0].num_layers
-    return _check_bundle(
-        session, _exporter_of(network, policy, layers_per_step), as_inputs(samples, network)
-    )
+    inputs = as_inputs(samples, network)
+    return _check_bundle(session, _exporter_of(network, inputs, policy, layers_per_step), inputs)
 
 
 def _check_bundle(session: Session, exporter: Exporter, inputs: Features) -> Agreement:
@@ -185,7 +225,7 @@ def _precision(weight: Tensor) -> str:
 
 
 def _exporter_of(
-    network: Network, policy: Policy | RoutingPolicy, layers_per_step: int
+    network: Network, inputs: Features, policy: Policy | RoutingPolicy, layers_per_step: int
 ) -> Exporter:
     family = family_of(network)
     make = EXPORTERS[family.name]
@@ -207,7 +247,7 @@ def _exporter_of(
             f"Expected a policy for the network's {network.num_exits} exits. "
             f"Got one for {policy.num_exits}."
         )
-    return make(network, policy)
+    return make(network, inputs, policy)
 
 
 def _check(agreement: Agreement) -> Agreement:

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from io import StringIO
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from offramp.errors import ArtifactError
+from offramp.exporting.graph import Graph
 from offramp.exporting.onnx import (
-    PLAIN_FILE,
-    SINGLE_FILE,
+    PLAIN,
     StepModule,
     StepPlan,
+    example_inputs,
     plan_steps,
     tensor_specs,
-    write_onnx,
 )
-from offramp.exporting.single import write_single
+from offramp.exporting.parts import Part
 from offramp.families.agreement import Reference
 from offramp.families.exits import EXITS
 from offramp.measure.cost import ExitCosts, parameter_bytes, payload_bytes
@@ -32,9 +33,9 @@ from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.offload.codec import channel_scales
 from offramp.policy.policies import Policy, State, ThresholdedPolicy, never_leave
 from offramp.runtime import Bundle, Step, with_thresholds
-from offramp.runtime.bundle import Padding
+from offramp.runtime.bundle import SINGLE_OUTPUTS, Padding, single_numbers
 from offramp.runtime.dense import map_cells
-from offramp.runtime.files import file_sha256
+from offramp.runtime.files import OnnxFile, TensorSpec
 
 Array = npt.NDArray[Any]
 
@@ -45,44 +46,65 @@ _SIZES = ((8, 8), (9, 8), (10, 11), (12, 16), (13, 9), (16, 9), (17, 25), (21, 1
 """In multiples of what images may measure: where the MACs of images of any size are counted."""
 
 
+def join_exits(graph: Graph, bundle: Bundle) -> dict[str, str]:
+    """After each step, ``If`` leave, the answer is handed out; else the next step runs."""
+    for name, value in single_numbers(bundle.steps).items():
+        graph.number(name, value)
+
+    def run(inside: Graph, index: int, carried: Sequence[str]) -> Sequence[str]:
+        step = bundle.steps[index]
+        numbers = [f"{name}_{index}" for name in step.numbers]
+        output, confidence, leave, *handed_on = inside.add(step.file, [*carried, *numbers])
+        answer = output, confidence, inside.constant([index])
+        if index == len(bundle.steps) - 1:
+            return answer
+        return inside.choose(
+            leave, lambda _: answer, lambda branch: run(branch, index + 1, handed_on)
+        )
+
+    first = bundle.steps[0]
+    inputs = graph.take_inputs(first.file, len(first.features))
+    return dict(zip(SINGLE_OUTPUTS, run(graph, 0, inputs), strict=True))
+
+
 @dataclass(frozen=True)
 class ExitsExport:
     """A network with exits, and who leaves where.
 
     Attributes:
         network: The network, in evaluation mode, on the CPU.
+        inputs: Samples to export with.
         policy: Its policy.
     """
 
-    family: ClassVar[str] = "exits"
-
     network: MultiExitNetwork
+    inputs: Features
     policy: Policy
 
-    def write_files(self, inputs: Features, folder: Path, *, plain: bool) -> dict[str, Any]:
-        """Write the ONNX files."""
-        network, policy = self.network, self.policy
-        costs = network.costs(*inputs).with_decisions(policy.decision_macs)
-        by_size = _macs_by_size(network, policy, inputs)
-        steps = _write_steps(network, policy, inputs, costs, folder, by_size)
-        write_single(folder, steps, folder / SINGLE_FILE)
+    def parts(self) -> dict[str, Part]:
+        """Steps, and the plain network."""
         return {
-            "steps": steps,
-            "plain_file": PLAIN_FILE if plain else None,
-            "plain_sha256": (
-                _write_plain(network, inputs, folder, free_pixels=by_size is not None)
-                if plain
-                else None
+            **{f"step_{step.plan.exit_index}": self._part_of(step) for step in self._steps},
+            PLAIN: replace(
+                self._part(self.network.plain().eval(), self._steps[0].features), is_apart=True
             ),
-            "plain_macs": costs.plain_macs,
-            "single_file": SINGLE_FILE,
-            "single_sha256": file_sha256(folder / SINGLE_FILE),
-            "padding": None if network.ragged is None else Padding(**asdict(network.ragged)),
-            "pixel_multiple": None if by_size is None else network.pixel_multiple,
         }
 
+    def describe(self, files: Mapping[str, OnnxFile]) -> dict[str, Any]:
+        """Describe the network for ``bundle.json``."""
+        network = self.network
+        costs = network.costs(*self.inputs).with_decisions(self.policy.decision_macs)
+        return {
+            "steps": tuple(self._described(files, costs)),
+            "plain_macs": costs.plain_macs,
+            "padding": None if network.ragged is None else Padding(**asdict(network.ragged)),
+            "pixel_multiple": None if self._by_size is None else network.pixel_multiple,
+        }
+
+    join = staticmethod(join_exits)
+
     def reference(self, inputs: Features) -> Reference:
-        """What the bundle must answer: the all-exits loop."""
+        """Compute the expected answers: the all-exits loop."""
         return EXITS.reference(self.network, self.policy, inputs)
 
     def extremes(self, bundle: Bundle) -> list[tuple[Bundle, ExitsExport]]:
@@ -93,68 +115,108 @@ class ExitsExport:
             stays = stays.with_thresholds([math.inf] * (self.network.num_exits - 1))
         else:
             stays = never_leave(self.network.num_exits)
-        return [(nobody, ExitsExport(self.network, stays))]
+        return [(nobody, replace(self, policy=stays))]
 
+    @cached_property
+    def _by_size(self) -> _Formula | None:
+        return _macs_by_size(self.network, self.policy, self.inputs)
 
-def _write_steps(
-    network: MultiExitNetwork,
-    policy: Policy,
-    inputs: Features,
-    costs: ExitCosts,
-    folder: Path,
-    by_size: _Formula | None,
-) -> tuple[Step, ...]:
-    exit_macs = costs.exit_macs(policy.off_exits)
-    by_length = _macs_by_length(network, policy, inputs)
-    features = _first_sample(network, inputs)
-    num_tokens = None if network.ragged is None else features[0].shape[1]
-    state: State = ()
-    scales = _channel_scales(network, inputs)
-    counts_pixels = "pixel_threshold" in policy.number_names
-    steps = []
-    for plan in plan_steps(policy):
-        k, is_last = plan.exit_index, plan.exit_index == network.num_exits - 1
-        setting = policy.setting(k)
-        module = StepModule(network, policy, plan, num_features=len(features)).eval()
-        next_features = features
-        for stage in plan.stages:
-            next_features = network.run_stage(stage, next_features)
-        _, _, next_state = policy.step(k, network.run_exit(k, next_features), state)
-        specs = tensor_specs(features, state, num_tokens, free_pixels=by_size is not None)
-        handed_on = () if is_last else tensor_specs(next_features, next_state, num_tokens)
-        path = folder / f"step_{k}.onnx"
-        write_onnx(
-            module,
-            (*features, *state),
-            path,
-            scalars=policy.number_names,
-            input_names=[spec.name for spec in specs],
-            output_names=["output", "confidence", "leave", *(f"next_{s.name}" for s in handed_on)],
-            free_tokens=[spec.has_tokens for spec in specs],
-            free_pixels=by_size is not None,
+    @cached_property
+    def _steps(self) -> list[_PlannedStep]:
+        """Collect the inputs of each step for one sample that never leaves."""
+        network, policy = self.network, self.policy
+        features = _first_sample(network, self.inputs)
+        state: State = ()
+        steps = []
+        for plan in plan_steps(policy):
+            step = _PlannedStep(plan, features, state)
+            steps.append(step)
+            for stage in plan.stages:
+                features = network.run_stage(stage, features)
+            k = plan.exit_index
+            _, _, state = policy.step(k, network.run_exit(k, features), state)
+        return steps
+
+    def _specs(self, features: Features, state: State = ()) -> tuple[TensorSpec, ...]:
+        num_tokens = None if self.network.ragged is None else self._steps[0].features[0].shape[1]
+        return tensor_specs(features, state, num_tokens, free_pixels=self._by_size is not None)
+
+    def _part_of(self, step: _PlannedStep) -> Part:
+        later = [other for other in self._steps if other.plan.exit_index > step.plan.exit_index]
+        handed_on = self._specs(later[0].features, later[0].state) if later else ()
+        return self._part(
+            step.module(self.network, self.policy),
+            step.features,
+            step.state,
+            scalars=self.policy.number_names,
+            output_names=("output", "confidence", "leave", *(f"next_{s.name}" for s in handed_on)),
         )
-        steps.append(
-            Step(
-                file=path.name,
-                sha256=file_sha256(path),
+
+    def _part(
+        self,
+        module: nn.Module,
+        features: Features,
+        state: State = (),
+        *,
+        scalars: tuple[str, ...] = (),
+        output_names: tuple[str, ...] = ("output",),
+    ) -> Part:
+        specs = self._specs(features, state)
+        # How the sizes of several maps hang together is for torch to find out.
+        size = "positions" if self._by_size is None else None
+        free = [
+            {i: size for i, n in enumerate(spec.sample_shape, 1) if n is None} for spec in specs
+        ]
+        return Part(
+            call=module,
+            example=example_inputs((*features, *state), ()),
+            free_axes=tuple({0: "batch", **axes} for axes in free),
+            scalars=scalars,
+            input_names=tuple(spec.name for spec in specs),
+            output_names=output_names,
+        )
+
+    def _described(self, files: Mapping[str, OnnxFile], costs: ExitCosts) -> Iterator[Step]:
+        network, policy = self.network, self.policy
+        exit_macs = costs.exit_macs(policy.off_exits)
+        by_length = _macs_by_length(network, policy, self.inputs)
+        scales = _channel_scales(network, self.inputs)
+        counts_pixels = "pixel_threshold" in policy.number_names
+        for step, after in zip(self._steps, [*self._steps[1:], None], strict=True):
+            plan, k = step.plan, step.plan.exit_index
+            file, setting = files[f"step_{k}"], policy.setting(k)
+            specs = self._specs(step.features, step.state)
+            yield Step(
+                file=file.name,
+                sha256=file.sha256,
                 exit_index=k,
                 temperature=float(setting.temperature),
                 threshold=float(setting.threshold),
-                features=specs[: len(features)],
-                state=specs[len(features) :],
+                features=specs[: len(step.features)],
+                state=specs[len(step.features) :],
                 stage_macs=sum(costs.stage_macs[stage] for stage in plan.stages),
                 head_macs=costs.head_macs[k],
                 exit_macs=exit_macs[k],
-                payload_bytes=0 if is_last else payload_bytes(*next_features, *next_state),
-                parameter_bytes=parameter_bytes(module),
+                payload_bytes=0 if after is None else payload_bytes(*after.features, *after.state),
+                parameter_bytes=parameter_bytes(step.module(network, policy)),
                 **_by("length", by_length, plan),
-                **_by("size", by_size, plan),
+                **_by("size", self._by_size, plan),
                 pixel_threshold=float(setting.pixel_threshold) if counts_pixels else None,
                 channel_scales=scales[plan.stages[0]],
             )
-        )
-        features, state = next_features, next_state
-    return tuple(steps)
+
+
+@dataclass(frozen=True)
+class _PlannedStep:
+    """A step, and what it is given of one sample."""
+
+    plan: StepPlan
+    features: Features
+    state: State
+
+    def module(self, network: MultiExitNetwork, policy: Policy) -> StepModule:
+        """The step as a module."""
+        return StepModule(network, policy, self.plan, num_features=len(self.features)).eval()
 
 
 def _channel_scales(
@@ -254,23 +316,3 @@ def _macs_by_size(network: MultiExitNetwork, policy: Policy, inputs: Features) -
     except Exception:  # whatever a network for images of one size raises on others
         return None
     return _fitted(np.stack([map_cells(*size) for size in sizes]), policy, costs)
-
-
-def _write_plain(
-    network: MultiExitNetwork, inputs: Features, folder: Path, *, free_pixels: bool
-) -> str:
-    path = folder / PLAIN_FILE
-    plain = network.plain().eval()
-    example = _first_sample(network, inputs)
-    num_tokens = None if network.ragged is None else example[0].shape[1]
-    specs = tensor_specs(example, (), num_tokens, free_pixels=free_pixels)
-    write_onnx(
-        plain,
-        example,
-        path,
-        input_names=[spec.name for spec in specs],
-        output_names=["output"],
-        free_tokens=[spec.has_tokens for spec in specs],
-        free_pixels=free_pixels,
-    )
-    return file_sha256(path)

@@ -6,21 +6,21 @@ width of a token, ``A`` width of all heads together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from offramp.errors import InvalidArgumentError
-from offramp.exporting.halting_single import THRESHOLD, write_halting_single
-from offramp.exporting.onnx import PLAIN_FILE, SINGLE_FILE, tensor_specs
-from offramp.exporting.parts import Part, write_parts
+from offramp.exporting.graph import Graph
+from offramp.exporting.onnx import PLAIN, THRESHOLD, tensor_specs
+from offramp.exporting.parts import Part
 from offramp.families.agreement import Reference
 from offramp.families.halting import masked_pass
 from offramp.model.multi_exit import Features
@@ -29,7 +29,7 @@ from offramp.routing.halting import HaltingNetwork, advance
 from offramp.routing.layers import attend
 from offramp.runtime import Bundle
 from offramp.runtime.bundle import Padding
-from offramp.runtime.files import OnnxFile, TensorSpec, file_sha256
+from offramp.runtime.files import OnnxFile, TensorSpec
 from offramp.runtime.halting_parts import HALTING_OUTPUTS, HaltingParts, HaltingStep
 
 _TRACED_TOKENS = 5
@@ -40,20 +40,76 @@ Meet = Callable[[Tensor, Tensor, Tensor, int, Tensor | None], Tensor]
 shape (N,), everybody if None; to what it makes of each token, shape (N, A)."""
 
 
+def join_halting(graph: Graph, bundle: Bundle) -> dict[str, str]:
+    """Behind every step the tokens that go on are taken out.
+
+    What follows lies inside an ``If``, which an answered sample does not enter.
+    """
+    from onnx import TensorProto, numpy_helper
+
+    parts = bundle.halting
+    assert parts is not None
+    graph.number(THRESHOLD, parts.threshold)
+    embed = parts.embed.name
+    x_BTD, is_valid_BT = graph.add(embed, graph.take_inputs(embed))
+    batch_axis, num_steps = graph.constant([0]), len(parts.steps)
+    tokens = graph.node("Squeeze", [x_BTD, batch_axis])
+    if bundle.padding is not None:
+        is_valid = graph.node("Squeeze", [is_valid_BT, batch_axis])
+        tokens = graph.node("Compress", [tokens, is_valid], axis=0)
+    length = graph.node("Shape", [tokens], start=0, end=1)
+    zero = numpy_helper.from_array(np.zeros(1, np.float32))
+    total = graph.node("ConstantOfShape", [length], value=zero)
+
+    def run(
+        inside: Graph, given: Sequence[str], answer: str | None, counts: Sequence[str]
+    ) -> Sequence[str]:
+        """A step and all that follow: the answer, and the tokens in each step."""
+        num_left = num_steps - len(counts)
+        *given, stays, part = inside.add(_single_file(len(counts) - 1), [*given, THRESHOLD])
+        so_far = part if answer is None else inside.node("Add", [answer, part])
+        if num_left == 0:
+            return so_far, inside.node("Concat", counts, axis=0)
+
+        def go_on(branch: Graph) -> Sequence[str]:
+            kept = [branch.node("Compress", [one, stays], axis=0) for one in given]
+            length = branch.node("Shape", kept[:1], start=0, end=1)
+            return run(branch, kept, so_far, [*counts, length])
+
+        def stop(branch: Graph) -> Sequence[str]:
+            none = branch.constant([0] * num_left)
+            return so_far, branch.node("Concat", [*counts, none], axis=0)
+
+        goes_on = inside.node("Gather", [stays, inside.constant(0)])
+        return inside.choose(goes_on, go_on, stop)
+
+    answer, counts = run(graph, (tokens, total), None, [length])
+    of_steps = graph.node("Unsqueeze", [counts, batch_axis])
+    graph.declare(of_steps, TensorProto.INT64, [1, num_steps])
+    return dict(
+        zip(HALTING_OUTPUTS, (*graph.add(parts.head.name, [answer]), of_steps), strict=True)
+    )
+
+
+def _single_file(step: int) -> str:
+    """The part that only the file for single samples holds."""
+    return f"single_{step}.onnx"
+
+
 @dataclass(frozen=True)
 class HaltingExport:
     """A network whose tokens halt, and when they do.
 
     Attributes:
         network: The network, in evaluation mode, on the CPU.
+        inputs: Samples to export with.
         threshold: What the sum of a token's scores must reach for it to halt.
         layers_per_step: Layers that run before tokens are dropped again; the last step may have
             fewer.
     """
 
-    family: ClassVar[str] = "halting"
-
     network: HaltingNetwork
+    inputs: Features
     threshold: float
     layers_per_step: int = 1
 
@@ -65,24 +121,23 @@ class HaltingExport:
                 f"Got {self.layers_per_step}."
             )
 
-    def write_files(self, inputs: Features, folder: Path, *, plain: bool) -> dict[str, Any]:
-        """Write the ONNX files."""
-        network, groups = self.network, self._groups()
-        inputs = network.trimmed(inputs)
-        num_tokens = None if network.ragged is None else inputs[0].shape[1]
-        specs = tensor_specs(inputs, num_tokens=num_tokens)
-        ones = [f"single_{k}" for k in range(len(groups))]
-        parts = _parts_of(network, groups, inputs, specs)
-        if plain:
-            parts[Path(PLAIN_FILE).stem] = _on_inputs(network.plain(), inputs, specs, ("output",))
-        files = write_parts(network, parts, folder)
-        costs = network.costs(*inputs)
+    def parts(self) -> dict[str, Part]:
+        """Embedding, groups of layers for many samples and for one, and the head."""
+        network, inputs, specs = self.network, self._trimmed(), self._specs()
+        return {
+            **_parts_of(network, self._groups(), inputs, specs),
+            PLAIN: _on_inputs(network.plain(), inputs, specs, ("output",)),
+        }
+
+    def describe(self, files: Mapping[str, OnnxFile]) -> dict[str, Any]:
+        """Describe the network for ``bundle.json``."""
+        costs, ragged = self.network.costs(*self._trimmed()), self.network.ragged
         halting = HaltingParts(
-            inputs=specs,
+            inputs=self._specs(),
             embed=files["embed"],
             steps=tuple(
                 HaltingStep(file=files[f"step_{k}"], num_layers=len(group))
-                for k, group in enumerate(groups)
+                for k, group in enumerate(self._groups())
             ),
             head=files["head"],
             threshold=self.threshold,
@@ -90,29 +145,17 @@ class HaltingExport:
             token_macs=costs.token_macs,
             pair_macs=costs.pair_macs,
         )
-        write_halting_single(
-            folder,
-            halting,
-            [files[name] for name in ones],
-            folder / SINGLE_FILE,
-            has_padding=network.ragged is not None,
-        )
-        for name in ones:  # joined into the file for single samples
-            (folder / files[name].name).unlink()
-        plain_file: OnnxFile | None = files.get(Path(PLAIN_FILE).stem)
         return {
             "steps": (),
             "halting": halting,
-            "plain_file": None if plain_file is None else plain_file.name,
-            "plain_sha256": None if plain_file is None else plain_file.sha256,
             "plain_macs": costs.plain_macs,
-            "single_file": SINGLE_FILE,
-            "single_sha256": file_sha256(folder / SINGLE_FILE),
-            "padding": None if network.ragged is None else Padding(**asdict(network.ragged)),
+            "padding": None if ragged is None else Padding(**asdict(ragged)),
         }
 
+    join = staticmethod(join_halting)
+
     def reference(self, inputs: Features) -> Reference:
-        """What the bundle must answer: the masked pass, which computes every token."""
+        """Compute the expected answers: the masked pass, which computes every token."""
         first_layers = [group[0] for group in self._groups()]
         return masked_pass(self.network, self.threshold, inputs, first_layers)
 
@@ -126,6 +169,14 @@ class HaltingExport:
             )
         ]
 
+    def _trimmed(self) -> Features:
+        return self.network.trimmed(self.inputs)
+
+    def _specs(self) -> tuple[TensorSpec, ...]:
+        inputs = self._trimmed()
+        num_tokens = None if self.network.ragged is None else inputs[0].shape[1]
+        return tensor_specs(inputs, num_tokens=num_tokens)
+
     def _groups(self) -> list[range]:
         """Numbers of the layers in each step."""
         num_layers = self.network.num_layers
@@ -136,7 +187,6 @@ class HaltingExport:
 def _parts_of(
     network: HaltingNetwork, groups: list[range], inputs: Features, specs: tuple[TensorSpec, ...]
 ) -> dict[str, Part]:
-    """Embedding, groups of layers for many samples and for one, and the head."""
     embed = _on_inputs(network.embed, inputs, specs, ("tokens", "is_valid"))
     x_BTD, _ = network.embed(*(tensor[:1] for tensor in inputs))
     parts = {"embed": embed}
@@ -161,10 +211,11 @@ def _parts_of(
             scalars=(THRESHOLD,),
             input_names=("tokens", "total"),
             output_names=outputs,
+            is_kept=False,
         )
     parts["head"] = Part(
         call=partial(_answer, network),
-        example=(x_BTD[:, 0],),
+        example=(network.read(x_BTD[:, 0]),),
         input_names=("answer",),
         output_names=HALTING_OUTPUTS[:2],
     )
@@ -214,7 +265,8 @@ def _run_packed(
         context_BTA = attend(query, key, value, num_heads, is_key_BT=is_key_BT)
         return context_BTA.flatten(0, 1).index_select(0, places_N)
 
-    return _run_group(network, group, meet, x_ND, total_N, rows_BT[:, 0], threshold)
+    laid_out = _LaidOut(rows_BT, is_token_BT)
+    return _run_group(network, group, meet, x_ND, total_N, laid_out, threshold)
 
 
 def _run_one(
@@ -228,8 +280,30 @@ def _run_one(
         is_key = None if is_key_N is None else _with_class(is_key_N)
         return attend(query_NA, key_NA, value_NA, num_heads, is_key_BT=is_key)
 
-    class_B = torch.zeros(1, dtype=torch.int64)
-    return _run_group(network, group, meet, x_ND, total_N, class_B, threshold)
+    return _run_group(network, group, meet, x_ND, total_N, _LaidOut(), threshold)
+
+
+class _LaidOut(NamedTuple):
+    """The positions of samples' tokens; those of a single sample in their order.
+
+    Attributes:
+        rows_BT: Their numbers.
+        is_token_BT: Where there is one.
+    """
+
+    rows_BT: Tensor | None = None
+    is_token_BT: Tensor | None = None
+
+    @property
+    def class_B(self) -> Tensor:
+        """Numbers of the class tokens."""
+        if self.rows_BT is None:
+            return torch.zeros(1, dtype=torch.int64)
+        return self.rows_BT[:, 0]
+
+    def by_sample(self, x_ND: Tensor) -> Tensor:
+        """Tokens in the rows of their samples, shape (B, T, D)."""
+        return x_ND[None] if self.rows_BT is None else F.embedding(self.rows_BT, x_ND)
 
 
 def _run_group(
@@ -238,11 +312,12 @@ def _run_group(
     meet: Meet,
     x_ND: Tensor,
     total_N: Tensor,
-    class_B: Tensor,
+    laid_out: _LaidOut,
     threshold: Tensor,
 ) -> Features:
     """Layers in a row; tokens that halt on the way are looked at no more, and computed."""
     halts_N: Tensor | None = None
+    class_B = laid_out.class_B
     parts_BD = []
     for index in group:
         layer = network.parts().layers[index]
@@ -252,14 +327,38 @@ def _run_group(
         # The threshold comes in as float32; see the gates of ``skip.py``.
         step = advance(total_N, network.score(x_ND).float(), threshold)
         is_last = index == network.num_layers - 1
-        weight_B = (1 - total_N if is_last else step.weight).index_select(0, class_B)
-        if halts_N is not None:  # whose class token has halted, is answered
-            weight_B = weight_B * ~halts_N.index_select(0, class_B)
-        parts_BD.append(weight_B[:, None] * x_ND.index_select(0, class_B))
+        weight_N = 1 - total_N if is_last else step.weight
+        if network.readout is None:
+            weight_B = weight_N.index_select(0, class_B)
+            if halts_N is not None:  # whose class token has halted, is answered
+                weight_B = weight_B * ~halts_N.index_select(0, class_B)
+            parts_BD.append(weight_B[:, None] * x_ND.index_select(0, class_B))
+        else:
+            numbers = (weight_N, 1 - total_N, step.halts, *(() if halts_N is None else (halts_N,)))
+            table_N3 = torch.stack([number.to(weight_N.dtype) for number in numbers], 1)
+            parts_BD.append(_read_all(network, laid_out, x_ND, table_N3))
         total_N, halts_N = step.total, step.halts
     assert halts_N is not None  # a group has at least one layer
     (*_, answer_BD) = accumulate(parts_BD)
     return x_ND, total_N, ~halts_N, answer_BD
+
+
+def _read_all(
+    network: HaltingNetwork, laid_out: _LaidOut, x_ND: Tensor, numbers_NX: Tensor
+) -> Tensor:
+    """Sum what all tokens of each sample add to its answer, shape (B, A).
+
+    Of each token the table holds its weight, what is left of it, whether it halts here and, behind
+    the first layer of a group, whether it has halted before.
+    """
+    weight_BT, rest_BT, halts_BT, *before = laid_out.by_sample(numbers_NX).unbind(-1)
+    weight_BT = torch.where(halts_BT[:, :1] > 0, rest_BT, weight_BT)
+    for halted_BT in before:  # nor does who belongs to a sample that is answered
+        weight_BT = weight_BT * (1 - halted_BT) * (1 - halted_BT[:, :1])
+    if laid_out.is_token_BT is not None:
+        weight_BT = weight_BT * laid_out.is_token_BT
+    share_BTA = laid_out.by_sample(network.read(x_ND))
+    return (weight_BT[..., None] * share_BTA).sum(1)
 
 
 def _with_class(is_key: Tensor) -> Tensor:

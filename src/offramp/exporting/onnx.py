@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch._export import utils as export_utils
 
 from offramp.errors import ArtifactError, MissingExtraError, reason
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
@@ -24,17 +25,17 @@ from offramp.runtime.files import TensorSpec
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-PLAIN_FILE = "plain.onnx"
-SINGLE_FILE = "single.onnx"
+PLAIN = "plain"
+"""Name of the part that is the plain network."""
+
+THRESHOLD = "threshold"
+"""The number of a gate, or of tokens that halt, which whoever loads the file may replace."""
 
 Axes = dict[int, Any] | None
 """Free axes of a tensor, each a ``torch.export.Dim``; None for a scalar."""
 
 _EXAMPLE_BATCH = 2
 """Samples that an export traces with; 1 and 0 are special to the tracer."""
-
-_MOST_TOKENS = 512
-"""Longest sample of a network of tokens; the table of positions of BERT is as long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,24 +108,13 @@ def write_onnx(
     scalars: tuple[str, ...] = (),
     input_names: Sequence[str],
     output_names: Sequence[str],
-    free_tokens: Sequence[bool] | None = None,
-    free_pixels: bool = False,
 ) -> None:
     """Write a module as one ONNX file, its batch size free."""
     batch = torch.export.Dim("batch", min=1)
-    tokens = torch.export.Dim("tokens", min=1, max=_MOST_TOKENS)
-    axes: list[Axes] = [
-        {0: batch, 1: tokens} if is_free else {0: batch}
-        for is_free in free_tokens or [False] * len(example)
-    ]
-    if free_pixels:
-        # How the sizes of several maps hang together is for the tracer to find out.
-        any_size = torch.export.Dim.AUTO
-        axes = [{0: batch, t.ndim - 2: any_size, t.ndim - 1: any_size} for t in example]
     model = run_exporter(
         module,
         example_inputs(example, scalars),
-        [*axes, *(None for _ in scalars)],
+        [*({0: batch} for _ in example), *(None for _ in scalars)],
         input_names=[*input_names, *scalars],
         output_names=output_names,
     )
@@ -143,7 +133,7 @@ def run_exporter(
 ) -> ModelProto:
     """Trace a module as an ONNX model."""
     try:
-        with _quiet_export(), _torchlib_read_once():
+        with _quiet_export(), _torchlib_read_once(), _operators_listed_once():
             program = torch.onnx.export(
                 module,
                 inputs,
@@ -264,3 +254,18 @@ def _torchlib_read_once() -> Iterator[None]:
 @cache
 def _torchlib(read: Callable[..., Any], args: tuple[Any, ...], kwargs: tuple[Any, ...]) -> Any:
     return read(*args, **dict(kwargs))
+
+
+@contextmanager
+def _operators_listed_once() -> Iterator[None]:
+    """Keep torch from listing all its operators anew for every table, fifty times a file.
+
+    The function is private to torch. Without it, torch does as it likes.
+    """
+    name = "_materialize_cpp_cia_ops"
+    fill = getattr(export_utils, name, None)
+    if fill is None:
+        yield
+        return
+    with patch.object(export_utils, name, cache(fill)):
+        yield

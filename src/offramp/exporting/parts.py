@@ -17,6 +17,9 @@ from offramp.runtime.files import OnnxFile, file_sha256
 if TYPE_CHECKING:
     import onnx
 
+MOST = {"positions": 512}
+"""Longest text of a network of tokens; the table of positions of BERT is as long."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
@@ -26,19 +29,25 @@ class Part:
         call: The function, of tensors and scalars to a tensor or several.
         example: Its tensors, each with the batch axis first, one sample at least.
         free_axes: Names of the free axes of each tensor, for a part whose tensors have several;
-            axes of one name are of one size, and the example is traced as it is, so that no size
-            in it may be 1 or stand for two names. None if the batch axis alone is free.
+            axes of one name are of one size, of those without a name torch finds out, and the
+            example is traced as it is, so that no size in it may be 1 or stand for two names. None
+            if the batch axis alone is free.
         scalars: Names of the scalars that follow.
         input_names: Names of the tensors in the file.
         output_names: Names of what comes out.
+        is_kept: Whether it becomes a file of its own, and not only a piece of another.
+        is_apart: Whether it is traced apart: what torch folds into weights, such as batch norms, it
+            does not fold into those that parts of one program share.
     """
 
     call: Callable[..., Any]
     example: Features
-    free_axes: tuple[Mapping[int, str], ...] | None = None
+    free_axes: tuple[Mapping[int, str | None], ...] | None = None
     scalars: tuple[str, ...] = ()
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    is_kept: bool = True
+    is_apart: bool = False
 
     @property
     def all_inputs(self) -> tuple[str, ...]:
@@ -46,7 +55,7 @@ class Part:
         return (*self.input_names, *self.scalars)
 
     def inputs(self) -> Features:
-        """What the part is traced with."""
+        """The example inputs that the part is traced with."""
         if self.free_axes is None:
             return example_inputs(self.example, self.scalars)
         # The tracer takes one tensor that is given twice for one input.
@@ -56,31 +65,54 @@ class Part:
     def axes(self, name: str) -> list[Axes]:
         """The free axes of each input, under names of a part of this name alone."""
         free = self.free_axes or ({0: "batch"},) * len(self.example)
-        names = {axis for axes in free for axis in axes.values()}
-        sizes = {axis: torch.export.Dim(f"{axis}_{name}", min=1) for axis in names}
+        sizes: dict[str | None, Any] = {
+            axis: torch.export.Dim(f"{axis}_{name}", min=1, max=MOST.get(axis))
+            for axis in {axis for axes in free for axis in axes.values() if axis is not None}
+        }
+        sizes[None] = torch.export.Dim.AUTO
         by_tensor = [{index: sizes[axis] for index, axis in axes.items()} for axes in free]
         return [*by_tensor, *(None for _ in self.scalars)]
 
 
-def write_parts(network: nn.Module, parts: Mapping[str, Part], folder: Path) -> dict[str, OnnxFile]:
-    """Write parts of a network as ONNX files, their batch sizes free.
+def trace_parts(network: nn.Module, parts: Mapping[str, Part]) -> dict[str, onnx.ModelProto]:
+    """Make ONNX models of parts of a network, their batch sizes free; by the names of files.
 
-    All are traced side by side in one program, each with inputs and a batch size of its own, and
-    then cut out of it.
+    They are traced side by side in one program, which takes seconds to start, each with inputs and
+    a batch size of its own, and then cut out of it.
     """
+    together = {name: part for name, part in parts.items() if not part.is_apart}
+    programs = [together, *({name: part} for name, part in parts.items() if part.is_apart)]
+    return {name: model for program in programs for name, model in _cut(network, program).items()}
+
+
+def _cut(network: nn.Module, parts: Mapping[str, Part]) -> dict[str, onnx.ModelProto]:
+    """Parts of one program."""
     model = _trace(network, parts)
-    from onnx import save
     from onnx.utils import Extractor
 
     extractor = Extractor(model)
-    files = {}
+    models = {}
     for name, part in parts.items():
         inputs, outputs = (
             [_inside(name, one) for one in names] for names in (part.all_inputs, part.output_names)
         )
-        path = folder / f"{name}.onnx"
-        save(_without_prefix(extractor.extract_model(inputs, outputs), _inside(name, "")), path)
-        files[name] = OnnxFile(name=path.name, sha256=file_sha256(path))
+        extracted = extractor.extract_model(inputs, outputs)
+        models[f"{name}.onnx"] = _without_prefix(extracted, _inside(name, ""))
+    return models
+
+
+def write_parts(
+    parts: Mapping[str, Part], models: Mapping[str, onnx.ModelProto], folder: Path
+) -> dict[str, OnnxFile]:
+    """Write the parts that are kept, each as a file; what they are, by the names of the parts."""
+    from onnx import save
+
+    files = {}
+    for name, part in parts.items():
+        if part.is_kept:
+            path = folder / f"{name}.onnx"
+            save(models[path.name], path)
+            files[name] = OnnxFile(name=path.name, sha256=file_sha256(path))
     return files
 
 
@@ -119,7 +151,7 @@ class _SideBySide(nn.Module):
 
 
 def _inside(part: str, name: str) -> str:
-    """What an input or output of a part is called in the whole program."""
+    """Name an input or output of a part in the whole program."""
     return f"{part}/{name}"
 
 

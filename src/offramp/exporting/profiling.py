@@ -162,6 +162,6 @@ def _parts(calls: Calls, batch: Array) -> Parts:
 
 
 def _compact(carried: list[Array]) -> list[Array]:
-    """What a session does after a step, half of the samples staying."""
+    """Do a session's work after a step at which half of the samples stay."""
     stay_B = np.flatnonzero(np.arange(len(carried[0])) % 2 == 0)
     return [array.take(stay_B, axis=0) for array in carried]

@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from offramp.errors import InvalidArgumentError, MissingExtraError
 from offramp.exporting.bundle import new_bundle_folder
-from offramp.exporting.onnx import SINGLE_FILE
-from offramp.exporting.single import write_single
+from offramp.exporting.exits import join_exits
+from offramp.exporting.graph import write_single
 from offramp.runtime import Bundle, Session, Step
 from offramp.runtime.bundle import write_bundle
 from offramp.runtime.files import file_sha256
@@ -67,7 +67,6 @@ def quantize(bundle: Bundle | Path | str, folder: Path | str, samples: npt.Array
                 bundle.folder / bundle.plain_file, making / bundle.plain_file, plain_inputs
             )
             plain_sha256 = file_sha256(making / bundle.plain_file)
-        write_single(making, steps, making / SINGLE_FILE)
         write_preprocessing(making, bundle.preprocessing)
         known = bundle.calibration
         made = replace(
@@ -75,12 +74,13 @@ def quantize(bundle: Bundle | Path | str, folder: Path | str, samples: npt.Array
             folder=making,
             steps=tuple(steps),
             plain_sha256=plain_sha256,
-            single_file=SINGLE_FILE,
-            single_sha256=file_sha256(making / SINGLE_FILE),
+            single_file=None,
+            single_sha256=None,
             quantized="int8",
             # What was reached and promised is of another network.
             calibration=known and replace(known, reached=None, guarantee=None),
         )
+        made = write_single(made, join_exits)
         write_bundle(made)
     return replace(made, folder=Path(folder))
 
@@ -98,7 +98,7 @@ def _weight_bytes(path: Path) -> int:
 
 
 def _inputs_of_steps(session: Session, samples: Array) -> list[dict[str, Array]]:
-    """What every step is given when nobody leaves, by the names of its ONNX inputs."""
+    """Collect the inputs of every step, by their ONNX names, if no sample leaves."""
     given = []
     carried: Sequence[Array] = [samples]
     for index in range(len(session.bundle.steps)):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
-from offramp.exporting.onnx import PLAIN_FILE, SINGLE_FILE, tensor_specs
-from offramp.exporting.parts import Part, write_parts
-from offramp.exporting.skip_single import THRESHOLD, write_skip_single
+from offramp.exporting.graph import Graph
+from offramp.exporting.onnx import PLAIN, THRESHOLD, tensor_specs
+from offramp.exporting.parts import Part
 from offramp.families.agreement import Reference
 from offramp.families.skip import gated_sum
 from offramp.model.multi_exit import Features
@@ -20,13 +19,57 @@ from offramp.policy.confidence import max_probability_confidence
 from offramp.routing.gates import GateState
 from offramp.routing.skip import SkipNetwork, runs_block
 from offramp.runtime import Bundle
-from offramp.runtime.files import TensorSpec, file_sha256
-from offramp.runtime.skip_parts import SkipParts, SkipStep
+from offramp.runtime.files import OnnxFile, TensorSpec
+from offramp.runtime.skip_parts import SKIP_OUTPUTS, SkipParts, SkipStep
 
 _FEATURES = "features"
 _NEXT_FEATURES = "next_features"
+_AXES_OF_MAPS = 4
 _ABOVE_ALL = 2.0
 """A threshold that no probability reaches: some may round to 1 in one engine and not in another."""
+
+
+def join_skip(graph: Graph, bundle: Bundle) -> dict[str, str]:
+    """Gates lie outside, one after the other; each block lies inside an ``If``.
+
+    A small network's gates take longer than their sums do: every node costs about a microsecond,
+    so that there shall be few.
+    """
+    from onnx import TensorProto
+
+    parts = bundle.skip
+    assert parts is not None
+    graph.number(THRESHOLD, parts.threshold)
+    (x,) = graph.add(parts.stem.name, graph.take_inputs(parts.stem.name))
+    state: list[str] = []
+    skips = []
+    for step in parts.steps:
+        run, _, *state = graph.add(step.gate.name, [x, *state, THRESHOLD])
+        skips.append(graph.opposite(run))
+        (x,) = graph.choose(skips[-1], partial(_go_around, step, x), partial(_run, step, x))
+    output, confidence = graph.add(parts.head.name, [x])
+    in_a_row = graph.node("Concat", skips, axis=0)
+    blocks = graph.node("Not", [graph.node("Unsqueeze", [in_a_row, graph.constant([0])])])
+    # numpy would take 20 microseconds for the MACs.
+    ran = graph.node("Cast", [blocks], to=TensorProto.INT64)
+    block_macs = graph.constant([step.block_macs for step in parts.steps])
+    macs = graph.node("MatMul", [ran, block_macs])
+    macs = graph.node("Add", [macs, graph.constant([parts.always_macs])])
+    graph.declare(blocks, TensorProto.BOOL, [1, len(skips)])
+    graph.declare(macs, TensorProto.INT64, [1])
+    return dict(zip(SKIP_OUTPUTS, (output, confidence, blocks, macs), strict=True))
+
+
+def _go_around(step: SkipStep, x: str, branch: Graph) -> Sequence[str]:
+    return [x] if step.around is None else branch.add(step.around.name, [x])
+
+
+def _run(step: SkipStep, x: str, branch: Graph) -> Sequence[str]:
+    if step.around is None and branch.num_axes(step.block.name) == _AXES_OF_MAPS:
+        # Only what one of its own operations puts out does onnxruntime keep in its layout, and add
+        # within a convolution. Pooling single pixels is such an operation, and changes nothing.
+        x = branch.node("MaxPool", [x], kernel_shape=[1, 1])
+    return branch.add(step.block.name, [x])
 
 
 @dataclass(frozen=True)
@@ -35,28 +78,32 @@ class SkipExport:
 
     Attributes:
         network: The network, in evaluation mode, on the CPU.
+        inputs: Samples to export with.
         threshold: What a gate's probability must reach for its block to run.
     """
 
-    family: ClassVar[str] = "skip"
-
     network: SkipNetwork
+    inputs: Features
     threshold: float
 
-    def write_files(self, inputs: Features, folder: Path, *, plain: bool) -> dict[str, Any]:
-        """Write the ONNX files."""
-        (images,) = inputs
-        (spec,) = tensor_specs((images,))
-        parts = _parts_of(self.network, images[:1], spec)
-        if plain:
-            parts[Path(PLAIN_FILE).stem] = Part(
+    def parts(self) -> dict[str, Part]:
+        """Stem, gates, blocks, ways around them and head, each with an example of its inputs."""
+        (spec,) = tensor_specs(self.inputs)
+        image = self.inputs[0][:1]
+        return {
+            **_parts_of(self.network, image, spec),
+            PLAIN: Part(
                 call=self.network.plain(),
-                example=(images[:1],),
+                example=(image,),
                 input_names=(spec.name,),
                 output_names=("output",),
-            )
-        files = write_parts(self.network, parts, folder)
-        costs = self.network.costs(images)
+            ),
+        }
+
+    def describe(self, files: Mapping[str, OnnxFile]) -> dict[str, Any]:
+        """Describe the network for ``bundle.json``."""
+        (spec,) = tensor_specs(self.inputs)
+        costs = self.network.costs(*self.inputs)
         skip = SkipParts(
             input=spec,
             stem=files["stem"],
@@ -74,20 +121,12 @@ class SkipExport:
             threshold=self.threshold,
             fixed_macs=costs.fixed_macs,
         )
-        write_skip_single(folder, skip, folder / SINGLE_FILE)
-        plain_file = files.get(Path(PLAIN_FILE).stem)
-        return {
-            "steps": (),
-            "skip": skip,
-            "plain_file": None if plain_file is None else plain_file.name,
-            "plain_sha256": None if plain_file is None else plain_file.sha256,
-            "plain_macs": costs.plain_macs,
-            "single_file": SINGLE_FILE,
-            "single_sha256": file_sha256(folder / SINGLE_FILE),
-        }
+        return {"steps": (), "skip": skip, "plain_macs": costs.plain_macs}
+
+    join = staticmethod(join_skip)
 
     def reference(self, inputs: Features) -> Reference:
-        """What the bundle must answer: the gated sum, which computes every block."""
+        """Compute the expected answers: the gated sum, which computes every block."""
         return gated_sum(self.network, self.threshold, inputs)
 
     def extremes(self, bundle: Bundle) -> list[tuple[Bundle, SkipExport]]:
@@ -96,14 +135,13 @@ class SkipExport:
         return [
             (
                 replace(bundle, skip=replace(bundle.skip, threshold=threshold)),
-                SkipExport(self.network, threshold),
+                replace(self, threshold=threshold),
             )
             for threshold in (0.0, _ABOVE_ALL)
         ]
 
 
 def _parts_of(network: SkipNetwork, image: Tensor, spec: TensorSpec) -> dict[str, Part]:
-    """Stem, gates, blocks, ways around them and head, each with an example of what it is given."""
     x = network.stem(image)
     parts = {
         "stem": Part(

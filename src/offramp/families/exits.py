@@ -134,7 +134,8 @@ class AdaptiveRunner(ExitRunner):
             if isinstance(size, int):
                 costs = self.network.costs_at(size, inputs)
             else:
-                costs = self.network.costs(*(t.new_zeros((1, *t.shape[1:])) for t in inputs))
+                one = (t[:1] if len(t) else t.new_zeros((1, *t.shape[1:])) for t in inputs)
+                costs = self.network.costs(*one)
             exit_macs = costs.with_decisions(self.policy.decision_macs).exit_macs(
                 self.policy.off_exits
             )

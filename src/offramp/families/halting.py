@@ -81,7 +81,7 @@ class HaltingRunner(TorchRunner[HaltingNetwork, HaltingPolicy]):
     def _run_layers(self, x_BTD: Tensor, is_valid_BT: Tensor) -> tuple[Tensor, Tensor]:
         """The accumulated class token of each sample, and the tokens that ran each layer."""
         network, num_layers = self.network, self.network.num_layers
-        answer_BD = torch.zeros_like(x_BTD[:, 0])
+        answer_BD = torch.zeros_like(network.read(x_BTD[:, 0]))
         tokens_BL = is_valid_BT.new_zeros((len(x_BTD), num_layers), dtype=torch.int64)
         running = _start(x_BTD, is_valid_BT if network.ragged else None)
         for index, layer in enumerate(network.parts().layers):
@@ -95,8 +95,16 @@ class HaltingRunner(TorchRunner[HaltingNetwork, HaltingPolicy]):
             is_last = index == num_layers - 1
             weight_N = 1 - total_N if is_last else step.weight
             class_B = packing.starts_B
-            class_BD = x_ND.index_select(0, class_B) * weight_N.index_select(0, class_B)[:, None]
-            answer_BD.index_add_(0, rows_B, class_BD)
+            if network.readout is None:
+                class_BD = (
+                    x_ND.index_select(0, class_B) * weight_N.index_select(0, class_B)[:, None]
+                )
+                answer_BD.index_add_(0, rows_B, class_BD)
+            else:  # every token's, and the rest of it where its sample ends
+                is_over_N = step.halts[class_B][packing.sample_N]
+                weight_N = torch.where(is_over_N, 1 - total_N, weight_N)
+                share_ND = network.read(x_ND) * weight_N[:, None]
+                answer_BD.index_add_(0, rows_B[packing.sample_N], share_ND)
             if not is_last:
                 running = _drop(_Running(x_ND, step.total, rows_B, packing), step.halts)
         return answer_BD, tokens_BL

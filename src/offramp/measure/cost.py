@@ -1,15 +1,17 @@
-"""What a network costs a sample: multiply-accumulates (MACs) that really run, weights, payload."""
+"""Costs of a network per sample: multiply-accumulates (MACs) that run, weights, payload."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from offramp.errors import ShapeError
@@ -87,7 +89,7 @@ def count_macs(module: nn.Module, *inputs: Tensor) -> int:
 
     The module runs once, in evaluation mode and without gradients, on the first sample of the
     inputs. Matrix products, convolutions, attention and recurrent layers are counted; element-wise
-    work is not.
+    work is not, nor what makes a weight of other weights, since no sample needs it.
 
     Args:
         module: Any module.
@@ -101,9 +103,10 @@ def count_macs(module: nn.Module, *inputs: Tensor) -> int:
         7840
     """
     require_samples("inputs", inputs)
-    with torch.no_grad(), evaluation_mode(module), counting_macs() as counted:
-        module(*(tensor[:1] for tensor in inputs))
-    return counted()
+    with torch.no_grad(), evaluation_mode(module), _settled_weights(module):
+        with counting_macs() as counted:
+            module(*(tensor[:1] for tensor in inputs))
+        return counted()
 
 
 def require_samples(what: str, tensors: Sequence[Tensor]) -> None:
@@ -138,6 +141,27 @@ def payload_bytes(*tensors: Tensor) -> int:
 
 
 @contextmanager
+def _settled_weights(module: nn.Module) -> Iterator[None]:
+    """Freeze weights inside the block, and make those that are made of others, once.
+
+    The counter hangs hooks on what needs a gradient, which fails where a module is given a weight:
+    that of a parametrised layer, or the query of a pooling by attention.
+    """
+    trained = [p for p in module.parameters() if p.requires_grad and p.is_leaf]
+    with ExitStack() as stack:
+        for parameter in trained:
+            stack.callback(parameter.requires_grad_)
+            parameter.requires_grad_(False)
+        stack.enter_context(parametrize.cached())
+        for child in module.modules():
+            if parametrize.is_parametrized(child):
+                assert isinstance(child.parametrizations, nn.ModuleDict)
+                for name in child.parametrizations:
+                    getattr(child, name)
+        yield
+
+
+@contextmanager
 def counting_macs() -> Iterator[_MacCounter]:
     """Count the MACs of everything that runs inside the block; call the result to read them."""
     # Fused attention and recurrent kernels are invisible to the counter: go around all of them.
@@ -146,11 +170,22 @@ def counting_macs() -> Iterator[_MacCounter]:
     torch.backends.mha.set_fastpath_enabled(False)
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        counter = FlopCounterMode(display=False, custom_mapping=_quantised_flops())
+        with counter, sdpa_kernel(SDPBackend.MATH):
             yield _MacCounter(counter)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         torch.backends.mkldnn.enabled = mkldnn
+
+
+def _quantised_flops() -> dict[Any, Any]:
+    """Counters for layers of dynamic quantisation, which torch's counter does not know."""
+
+    def linear(inputs: torch.Size, *_: object, out_shape: torch.Size, **__: object) -> int:
+        return 2 * inputs[-1] * out_shape.numel()
+
+    names = ("linear_dynamic", "linear_relu_dynamic", "linear_dynamic_fp16")
+    return {getattr(torch.ops.quantized, name): linear for name in names}
 
 
 class _MacCounter:

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from offramp.errors import BackboneCutError, InvalidArgumentError, reason
 from offramp.measure.cost import count_macs, evaluation_mode, require_samples
 from offramp.model.chain import Chain
+from offramp.model.exported import Exported
 from offramp.model.graph import Graph
 from offramp.model.head_choice import fit_heads
-from offramp.model.inputs import Given, InputSpec, example_inputs, explained
-from offramp.model.layer_lists import find_layer_list, refuse_unknown
+from offramp.model.inputs import Given, InputSpec, example_inputs, explained, takes_texts
+from offramp.model.layer_lists import find_layer_list
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
 from offramp.model.outputs import check_logits, find_pixel_multiple
 from offramp.model.proof import find_difference, logits_of
@@ -224,7 +225,8 @@ class WorksOnCopies(nn.Module):
 
 def _check_example(backbone: nn.Module, example: Given) -> tuple[Features, tuple[InputSpec, ...]]:
     layers = find_layer_list(backbone)
-    inputs, specs = example_inputs(backbone, example, None if layers is None else layers.ragged)
+    ragged = Ragged(mask_index=1) if takes_texts(backbone) else None
+    inputs, specs = example_inputs(backbone, example, layers.ragged if layers else ragged)
     require_samples("an example", inputs)
     return inputs, specs
 
@@ -266,17 +268,18 @@ def _find_cutter(backbone: nn.Module, inputs: Features, at: Sequence[str]) -> Cu
     wanted = {path for path, _ in backbone.named_modules()} & set(at)
     if chain is not None and wanted <= chain.places.keys() | chain.refused.keys():
         return chain
-    try:
-        return Graph(backbone, inputs)
-    except NotTraceableError as error:
-        if chain is not None:
-            return chain
-        refuse_unknown(backbone)
-        raise BackboneCutError(
-            f"{type(backbone).__name__} cannot be cut: its forward cannot be followed "
-            f"({reason(error)}). Move that part into a module of its own without children, which "
-            "stays whole, or wrap the backbone in an nn.Sequential of pieces that run in order."
-        ) from error
+    for other in (Graph, Exported):
+        try:
+            return other(backbone, inputs)
+        except NotTraceableError as error:
+            failure = error
+    if chain is not None:
+        return chain
+    raise BackboneCutError(
+        f"{type(backbone).__name__} cannot be cut: its forward cannot be followed "
+        f"({reason(failure)}). Move that part into a module of its own without children, which "
+        "stays whole, or wrap the backbone in an nn.Sequential of pieces that run in order."
+    ) from failure
 
 
 def _check_logits(backbone: nn.Module, inputs: Features, num_classes: int) -> None:

@@ -10,9 +10,9 @@ the same modules; each of its stages runs the graph of the mode that it is in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,9 +34,12 @@ class Graph:
         first, second = (
             trace(backbone, num_inputs=len(inputs), is_training=mode) for mode in (False, True)
         )
-        evaluation = training = _Mode(backbone, first, inputs)
-        if not _are_equal(first, second):
-            training = _Mode(backbone, second, inputs, is_training=True)
+        evaluation = training = TracedMode(backbone, first, inputs)
+        if not are_equal(first, second):
+            training = TracedMode(backbone, second, inputs, is_training=True)
+        self._set_modes(evaluation, training)
+
+    def _set_modes(self, evaluation: Mode, training: Mode) -> None:
         self._modes = (evaluation, training)
         self.refused: dict[str, str] = {}
         ends: dict[str, tuple[int, int]] = {}
@@ -122,9 +125,11 @@ class TracedStage(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         del state["_forwards"]  # made of the graphs
+        state["_graphs"] = tuple(_with_targets(graph, _named) for graph in self._graphs)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state["_graphs"] = tuple(_with_targets(graph, _found) for graph in state["_graphs"])
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._compile()
 
@@ -138,36 +143,76 @@ def _function(graph: fx.Graph) -> Callable[..., Any]:
     return _forward_from_src(code.src, code.globals)
 
 
-class _Mode:
-    """The graph of a backbone in one mode.
+class _Operator(NamedTuple):
+    """The name of one of torch's operators, which cannot be pickled."""
+
+    name: str
+    overload: str
+
+    def __call__(self) -> None:
+        raise NotImplementedError
+
+
+def _named(target: Any) -> Any:
+    if not isinstance(target, torch._ops.OpOverload):
+        return target
+    return _Operator(target._schema.name, target._overloadname)
+
+
+def _found(target: Any) -> Any:
+    if not isinstance(target, _Operator):
+        return target
+    packet = getattr(getattr(torch.ops, target.name.split("::")[0]), target.name.split("::")[1])
+    return getattr(packet, target.overload)
+
+
+def _with_targets(graph: fx.Graph, change: Callable[[Any], Any]) -> fx.Graph:
+    changed, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in graph.nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
+        target = change(node.target)
+        copies[node] = changed.create_node(node.op, target, args, kwargs, node.name, node.type)
+    return changed
+
+
+class Mode:
+    """The graph of a backbone in one mode, and its parts.
+
+    Nodes that are *placed* run where they stand, once. All others are made anew in each part that
+    reads them: what does not depend on the inputs, and what is too small to cross.
 
     Attributes:
-        ends: By path of a module, the position after its run, and what it returns.
+        objects: Every module and tensor that the graph names, by its target.
+        ends: By path of a module, the position after its run, and what it returns; None where
+            that is not one tensor.
+        along: Inputs that cross every cut, after the output of the module that ends there.
     """
 
+    along: tuple[fx.Node, ...] = ()
+
     def __init__(
-        self, backbone: nn.Module, tracer: Tracer, inputs: Features, *, is_training: bool = False
+        self,
+        nodes: Sequence[fx.Node],
+        *,
+        objects: Mapping[str, Any],
+        placed: Set[fx.Node],
+        ends: Mapping[str, tuple[int, fx.Node | None]],
+        repeated: Set[str],
     ) -> None:
-        self.objects = tracer.objects
-        self._nodes = list(tracer.graph.nodes)
-        self._final = self._nodes[-1].args[0]
-        if not isinstance(self._final, fx.Node):
-            mode = "training" if is_training else "evaluation"
-            raise NotTraceableError(
-                f"in {mode} it returns more than logits; switch its other outputs off"
-            )
-        index = {node: i for i, node in enumerate(self._nodes)}
-        self._last_use = {n: max((index[u] for u in n.users), default=-1) for n in self._nodes}
-        self._fed = _fed_by_inputs(self._nodes)
-        # Where a function normalises over the batch, in training one sample is not enough.
-        sizes = (2, 3) if is_training else (1, 2)
-        self._found = _record(backbone, tracer, inputs, sizes)
-        if self._shapes(self._final) is None:
-            raise NotTraceableError(
-                "it returns something else than a tensor of logits: return the logits alone"
-            )
-        self._repeated = tracer.repeated
-        self.ends = {path: (index[n] + 1, out) for path, (n, out) in tracer.ends.items()}
+        self.objects, self.ends = objects, ends
+        self._nodes, self._placed, self._repeated = list(nodes), placed, repeated
+        self._final: fx.Node = self._nodes[-1].args[0]  # type: ignore[assignment]
+        self._last_use = dict.fromkeys(self._nodes, -1)
+        roots: dict[fx.Node, Set[fx.Node]] = {}
+        for index, node in enumerate(self._nodes):
+            sources = self._sources(node)
+            read = {n for s in sources for n in ([s] if s in placed else roots.get(s, ()))}
+            roots[node] = read
+            if node in placed or node.op == "output":
+                self._last_use |= dict.fromkeys(read, index)
+
+    def _sources(self, node: fx.Node) -> Sequence[fx.Node]:
+        return node.all_input_nodes
 
     def slices(self, paths: Sequence[str]) -> list[fx.Graph]:
         """The parts between the ends of modules, one more than there are."""
@@ -184,24 +229,26 @@ class _Mode:
     def _nodes_handed_on(self, path: str) -> list[fx.Node]:
         """What crosses, the output of the module that ends there first."""
         position, output = self.ends[path]
-        return [output.node, *(n for n in self.crossing(position) if n is not output.node)]
+        assert output is not None
+        first = [output, *self.along]
+        return [*first, *(n for n in self.crossing(position) if n not in first)]
 
     def crossing(self, position: int) -> list[fx.Node]:
         """What is made before a position from the inputs, and read after it."""
         made = self._nodes[:position]
-        return [n for n in made if n in self._fed and self._last_use[n] >= position]
+        return [n for n in made if n in self._placed and self._last_use[n] >= position]
 
     def why_no_cut(self, path: str) -> str | None:
         """What speaks against a cut after a module; None if nothing does."""
         if path in self._repeated:
             return "it runs more than once"
         position, output = self.ends[path]
-        if not isinstance(output, fx.Proxy) or self._shapes(output.node) is None:
+        if output is None or self._shapes(output) is None:
             return "it returns something else than one tensor"
         if position == len(self._nodes) - 1:
             return "the backbone ends there, in the final exit"
         crossing = self.crossing(position)
-        if output.node not in crossing:
+        if output not in crossing:
             return "nothing after it reads its output"
         for node in crossing:
             shapes = self._shapes(node)
@@ -214,27 +261,72 @@ class _Mode:
 
     def _shapes(self, node: fx.Node) -> dict[int, torch.Size] | None:
         """A tensor's shape by batch size; None for another value."""
-        shapes = {batch: found[node.name] for batch, found in self._found.items()}
-        return None if None in shapes.values() else shapes  # type: ignore[return-value]
+        raise NotImplementedError
 
     def _slice(
         self, start: int, end: int, given: Sequence[fx.Node], returned: Sequence[fx.Node]
     ) -> fx.Graph:
         graph = fx.Graph()
-        copies = {node: graph.placeholder(node.name) for node in given}
+        copies: dict[fx.Node, fx.Node] = {node: graph.placeholder(node.name) for node in given}
 
         def copy(node: fx.Node) -> fx.Node:
             if node not in copies:
-                copies[node] = graph.node_copy(node, copy)
+                copies[node] = self._copied(node, graph, copies, copy)
                 copies[node].meta = {}  # where it came from: classes that may not be pickled
             return copies[node]
 
         for node in self._nodes[start:end]:
-            if node in self._fed and node.op != "placeholder":
+            if node in self._placed and node.op != "placeholder":
                 copy(node)
         output = [copy(node) for node in returned]
         graph.output(output[0] if len(output) == 1 else tuple(output))
         return graph
+
+    def _copied(
+        self,
+        node: fx.Node,
+        graph: fx.Graph,
+        copies: dict[fx.Node, fx.Node],
+        copy: Callable[[fx.Node], fx.Node],
+    ) -> fx.Node:
+        return graph.node_copy(node, copy)
+
+
+class TracedMode(Mode):
+    """What torch.fx traced."""
+
+    def __init__(
+        self, backbone: nn.Module, tracer: Tracer, inputs: Features, *, is_training: bool = False
+    ) -> None:
+        nodes = list(tracer.graph.nodes)
+        if not isinstance(nodes[-1].args[0], fx.Node):
+            mode = "training" if is_training else "evaluation"
+            raise NotTraceableError(
+                f"in {mode} it returns more than logits; switch its other outputs off"
+            )
+        index = {node: i for i, node in enumerate(nodes)}
+        ends = {
+            path: (index[node] + 1, output.node if isinstance(output, fx.Proxy) else None)
+            for path, (node, output) in tracer.ends.items()
+        }
+        super().__init__(
+            nodes,
+            objects=tracer.objects,
+            placed=_fed_by_inputs(nodes),
+            ends=ends,
+            repeated=tracer.repeated,
+        )
+        # Where a function normalises over the batch, in training one sample is not enough.
+        sizes = (2, 3) if is_training else (1, 2)
+        self._found = _record(backbone, tracer, inputs, sizes)
+        if self._shapes(self._final) is None:
+            raise NotTraceableError(
+                "it returns something else than a tensor of logits: return the logits alone"
+            )
+
+    def _shapes(self, node: fx.Node) -> dict[int, torch.Size] | None:
+        shapes = {batch: found[node.name] for batch, found in self._found.items()}
+        return None if None in shapes.values() else shapes  # type: ignore[return-value]
 
 
 def _fed_by_inputs(nodes: Sequence[fx.Node]) -> set[fx.Node]:
@@ -267,7 +359,7 @@ def _record(
     return found
 
 
-def _are_equal(first: Tracer, second: Tracer) -> bool:
+def are_equal(first: Tracer, second: Tracer) -> bool:
     """Whether two graphs of a backbone do the same with the same."""
     codes = {tracer.graph.python_code("self").src for tracer in (first, second)}
     return len(codes) == 1 and all(

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import InvalidArgumentError, ShapeError, reason
+from offramp.measure.cost import evaluation_mode
 from offramp.model.axes import channel_axis, require_batch_first
 from offramp.model.dense_heads import ReadsEverything, dense_head_for
-from offramp.model.heads import head_for
-from offramp.model.multi_exit import Features
+from offramp.model.heads import head_for, token_head
+from offramp.model.multi_exit import Features, as_features
 
 
 def fit_heads(
@@ -32,8 +33,9 @@ def fit_heads(
         heads = _listed(heads, at)
     require_batch_first(stages, inputs, at)
     if heads is None:
+        is_causal = _is_causal(stages[:-1], inputs)
         heads = [
-            choose_head(stages, inputs, stage_features, after=k, path=path)
+            choose_head(stages, inputs, stage_features, after=k, path=path, is_causal=is_causal)
             for k, path in enumerate(at)
         ]
     _check(heads, stage_features, at=at, num_read=num_read)
@@ -52,6 +54,7 @@ def choose_head(
     *,
     after: int,
     path: str,
+    is_causal: bool = False,
 ) -> nn.Module:
     """Choose an exit head for the features of a stage."""
     features, logits = stage_features[after][0], stage_features[-1][0]
@@ -69,6 +72,8 @@ def choose_head(
             f"No exit head can be chosen for {where}: the weights around the cut do not tell which "
             "axis holds the channels. Pass your own with 'heads', one for each cut."
         )
+    if logits.ndim == 2 and is_causal and features.ndim == 3 and axis == 2:
+        return token_head(features.shape[2], logits.shape[1], pool="last").to(features)
     if logits.ndim == 2:
         return head_for(features, logits.shape[1], axis=axis).to(features)
     size = (logits.shape[2], logits.shape[3])
@@ -78,6 +83,30 @@ def choose_head(
         raise ShapeError(
             f"No exit head can be chosen for {where}: {error} Or pass your own with 'heads'."
         ) from None
+
+
+def _is_causal(stages: Sequence[nn.Module], inputs: Features) -> bool:
+    """Whether each token of a text sees those before it, and none after it."""
+    ids_BT = inputs[0]
+    if not stages or ids_BT.ndim != 2 or ids_BT.is_floating_point() or ids_BT.shape[1] < 2:
+        return False
+
+    def features_of(changed: int | None) -> Tensor:
+        given_BT = ids_BT.clone()
+        if changed is not None:
+            given_BT[:, changed] = (given_BT[:, changed] == 0).to(given_BT)
+        features: Features = (given_BT, *(tensor.clone() for tensor in inputs[1:]))
+        for stage in stages:
+            features = as_features(stage(*features))
+        return features[0]
+
+    with evaluation_mode(nn.ModuleList(stages)), torch.no_grad(), torch.random.fork_rng():
+        before, first, last = (features_of(changed) for changed in (None, 0, -1))
+    if before.ndim != 3 or before.shape[:2] != ids_BT.shape:
+        return False
+    near = 1e-5 * float(before.abs().max())
+    moved_first, moved_last = ((other - before).abs() > near for other in (first, last))
+    return not bool(moved_last[:, :-1].any()) and bool(moved_first[:, -1].any())
 
 
 class ReadsFirst(nn.Module):

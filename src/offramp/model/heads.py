@@ -103,7 +103,7 @@ def token_head(
     width: int,
     num_classes: int,
     *,
-    pool: Literal["mean", "first"] = "mean",
+    pool: Literal["mean", "first", "last"] = "mean",
     hidden: int | None = None,
 ) -> nn.Module:
     """One token for all, then one linear layer, or two.
@@ -111,16 +111,19 @@ def token_head(
     Args:
         width: Length of a token.
         num_classes: Number of classes.
-        pool: mean, over the tokens that are no padding; or first, the class token.
+        pool: mean, over the tokens that are no padding; first, the class token; or last, the last
+            token that is no padding, the one that has seen all others where each sees those before.
         hidden: Width of a layer with tanh before the last, as in BERT's pooler; None for none.
     Returns:
         A module from (B, T, width), and where there is one the mask (B, T) that is 0 on padding,
         to (B, num_classes).
     Raises:
-        InvalidArgumentError: If ``pool`` is neither.
+        InvalidArgumentError: If ``pool`` is none of these.
     """
-    if pool not in ("mean", "first"):
-        raise InvalidArgumentError(f"The 'pool' parameter must be mean or first. Got {pool!r}.")
+    if pool not in ("mean", "first", "last"):
+        raise InvalidArgumentError(
+            f"The 'pool' parameter must be mean, first or last. Got {pool!r}."
+        )
     return TokenHead(width, num_classes, pool=pool, hidden=hidden)
 
 
@@ -140,6 +143,13 @@ class TokenHead(nn.Module):
         """Map tokens to logits."""
         if self.pool == "first":
             pooled_BD = tokens_BTD[:, 0]
+        elif self.pool == "last" and mask_BT is None:
+            pooled_BD = tokens_BTD[:, -1]
+        elif self.pool == "last":
+            assert mask_BT is not None
+            positions_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
+            last_B11 = ((mask_BT != 0) * positions_T).argmax(1)[:, None, None]
+            pooled_BD = tokens_BTD.gather(1, last_B11.expand(-1, 1, tokens_BTD.shape[2]))[:, 0]
         elif mask_BT is None:
             pooled_BD = tokens_BTD.mean(dim=1)
         else:

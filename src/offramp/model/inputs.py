@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from offramp.errors import InvalidArgumentError, OfframpError, ShapeError, reason
 from offramp.model.ragged import Ragged
 from offramp.model.tensors import listed, stacked, to_tensor, type_name
-from offramp.model.texts import TEXT_NAMES, as_texts, named_texts
+from offramp.model.texts import TEXT_NAMES, as_texts, named_texts, with_types
 
 Tensors = tuple[Tensor, ...]
 
@@ -93,6 +93,8 @@ def as_inputs(
         specs = network.input_specs
         if network.ragged is not None:
             inputs = as_texts(inputs, network.ragged)
+            if specs:
+                inputs = with_types(inputs, len(specs))
         elif specs and len(inputs) != len(specs):
             names = ", ".join(spec.name for spec in specs)
             raise ShapeError(f"Expected the inputs {names}. Got {len(inputs)} inputs.")
@@ -107,7 +109,7 @@ def example_inputs(
     backbone: nn.Module, example: object, ragged: Ragged | None
 ) -> tuple[Tensors, tuple[InputSpec, ...]]:
     """Bring the example of ``add_exits`` into the form that a backbone is called with."""
-    names = TEXT_NAMES if ragged is not None else _parameters(backbone)
+    names = TEXT_NAMES if ragged is not None else parameter_names(backbone)
     if isinstance(example, Mapping):
         example = _leading(example, names) if ragged is None else named_texts(example, ragged)
     inputs = tuple(_in_own_floats(tensor, backbone) for tensor in as_inputs(example))
@@ -122,6 +124,11 @@ def example_inputs(
         for i, tensor in enumerate(inputs)
     )
     return inputs, specs
+
+
+def takes_texts(backbone: nn.Module) -> bool:
+    """Whether a backbone takes token ids and their mask first, by the names of a tokenizer."""
+    return parameter_names(backbone)[:2] == TEXT_NAMES[:2]
 
 
 @contextmanager
@@ -227,7 +234,7 @@ def _in_own_floats(tensor: Tensor, network: TakesInputs | nn.Module) -> Tensor:
     return tensor.to(own)
 
 
-def _parameters(backbone: nn.Module) -> tuple[str, ...]:
+def parameter_names(backbone: nn.Module) -> tuple[str, ...]:
     """Names of the inputs that a module's ``forward`` takes by position."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(backbone.forward).parameters.values()

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.errors import BackboneCutError
 from offramp.model.multi_exit import Features, as_features
 from offramp.model.ragged import Ragged
 
@@ -75,15 +74,6 @@ def find_layer_list(backbone: nn.Module) -> LayerList | None:
         return None
     describe = _KNOWN.get(type(backbone).__name__)
     return None if describe is None else describe(backbone)
-
-
-def refuse_unknown(backbone: nn.Module) -> None:
-    """Raise if a module is of transformers; it is of no class that is written down here."""
-    if type(backbone).__module__.startswith("transformers."):
-        raise BackboneCutError(
-            f"{type(backbone).__name__} cannot be cut. Of transformers, these classes can: "
-            f"{', '.join(_KNOWN)}."
-        )
 
 
 def bert_steps(bert: Any, path: str = "bert") -> list[Step]:

@@ -258,11 +258,19 @@ class MultiExitNetwork(SaysClasses, nn.Module):
 
         Args:
             num_tokens: Its length, at least 1.
-            inputs: The network's inputs, for their types; each has the shape (B, T).
+            inputs: The network's inputs, each of the shape (B, T): tokens are theirs, those of
+                its longest sample, again from the first on where they are too few.
         Returns:
             MACs of each part.
         """
-        return self._costs_of(tuple(t.new_ones((1, max(num_tokens, 1))) for t in inputs))
+        assert self.ragged is not None
+        mask_BT = self.ragged.mask_of_inputs(inputs)
+        if not bool(mask_BT.any()):
+            return self._costs_of(tuple(t.new_ones((1, max(num_tokens, 1))) for t in inputs))
+        row = mask_BT.sum(1).argmax()
+        valid_T = mask_BT[row].nonzero()[:, 0]
+        taken_T = valid_T[torch.arange(max(num_tokens, 1), device=valid_T.device) % len(valid_T)]
+        return self._costs_of(tuple(t[row, taken_T][None] for t in inputs))
 
     def _costs_of(self, sample: Features) -> ExitCosts:
         stage_macs, head_macs = [], []

@@ -69,7 +69,11 @@ def find_difference(
 
 def logits_of(module: nn.Module, inputs: Features) -> Tensor:
     """Run a backbone on inputs that stay as they are, though its modules may work in place."""
-    output = module(*(tensor.clone() for tensor in inputs))
+    return logits_in(module(*(tensor.clone() for tensor in inputs)), module)
+
+
+def logits_in(output: object, module: nn.Module) -> Tensor:
+    """The logits in what a backbone returned."""
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         mode = " in training mode" if module.training else ""

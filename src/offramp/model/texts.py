@@ -81,6 +81,15 @@ def as_texts(inputs: Tensors, ragged: Ragged) -> Tensors:
     return tuple(tensor.long() for tensor in (ids_BT, mask_BT, *rest[1:]))
 
 
+def with_types(inputs: Tensors, num_inputs: int) -> Tensors:
+    """Add token types of 0 where a network takes types, and leave those of 0 out where not."""
+    if num_inputs == 3 and len(inputs) == 2:
+        return (*inputs, torch.zeros_like(inputs[0]))
+    if num_inputs < len(inputs) == 3 and not bool(inputs[2].any()):
+        return inputs[:2]
+    return inputs
+
+
 def _check_texts(inputs: Tensors) -> None:
     if len(inputs) > len(TEXT_NAMES) or inputs[0].ndim != 2:
         raise ShapeError(

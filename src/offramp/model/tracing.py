@@ -94,7 +94,7 @@ def trace(
         for parameter in parameters[num_inputs:]
         if parameter.default is not inspect.Parameter.empty
     }
-    with evaluation_mode(backbone), torch.enable_grad(), _unharmed(backbone):
+    with evaluation_mode(backbone), torch.enable_grad(), unharmed(backbone):
         backbone.train(is_training)
         tracer = Tracer(is_whole)
         try:
@@ -110,7 +110,7 @@ def trace(
         except NotTraceableError:
             raise
         except Exception as error:  # whatever the backbone's own code raises on a stand-in
-            raise NotTraceableError(_what_stopped(error)) from error
+            raise NotTraceableError(what_stopped(error)) from error
     for path in tracer.objects:
         word = next(filter(keyword.iskeyword, path.split(".")), None)
         if word is not None:  # torch.fx writes code with these names
@@ -161,7 +161,7 @@ def _context() -> tuple[bool, ...]:
 
 
 @contextmanager
-def _unharmed(backbone: nn.Module) -> Iterator[None]:
+def unharmed(backbone: nn.Module) -> Iterator[None]:
     """Put attributes back that the traced code sets; refuse what it did once and for all."""
     modules = [m for m in backbone.modules() if not isinstance(m, torch.jit.ScriptModule)]
     tables = [t for m in modules for t in (vars(m), m._parameters, m._buffers, m._modules)]
@@ -205,7 +205,7 @@ def _are_equal(before: tuple[Tensor, Any, Any], after: tuple[Tensor, Any, Any]) 
     )
 
 
-def _what_stopped(error: Exception) -> str:
+def what_stopped(error: Exception) -> str:
     """The line of the backbone's own code that torch.fx could not follow."""
     ours = (str(Path(torch.__file__).parent), __file__)
     frames = traceback.extract_tb(error.__traceback__)

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from offramp.errors import InvalidArgumentError
 
 GateState = tuple[Tensor, ...]
-"""What gates remember of each sample from one to the next: tensors with their batch axis first."""
+"""The state of the gates, per sample: tensors with their batch axis first."""
 
 _OPEN_SCORE = 2.0
-"""What a new gate says of any sample, nearly: run (0.88). A network that starts to train with its
+"""Bias of a new gate, which then runs a block with 0.88: a network that starts to train with its
 blocks skipped learns to do without them."""
 
 

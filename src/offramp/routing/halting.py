@@ -26,14 +26,23 @@ from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.model.proof import find_difference
 from offramp.model.ragged import Ragged
 from offramp.routing.layers import TransformerLayer, attend
-from offramp.routing.token_parts import TokenParts, as_one_exit, example_of, take_apart
+from offramp.routing.own import own_parts
+from offramp.routing.token_parts import (
+    MarkedEmbed,
+    MarkedLayer,
+    Readout,
+    TokenParts,
+    as_one_exit,
+    example_of,
+    take_apart,
+)
 
 DEFAULT_THRESHOLD = 0.99
 """Sum of scores at which a token halts in training: the paper's 1 - 0.01."""
 
 
 class HaltingOutput(NamedTuple):
-    """What a masked pass over all layers says.
+    """The result of a masked pass over all layers.
 
     Attributes:
         logits: Raw logits, shape (B, C).
@@ -84,14 +93,14 @@ class HaltingCosts:
     plain_macs: int
 
     def macs(self, tokens_BL: Tensor) -> Tensor:
-        """What samples cost."""
+        """Return the MACs of each sample."""
         tokens_BL = tokens_BL.long()
         token_macs_L = torch.tensor(self.token_macs, device=tokens_BL.device)
         pair_macs_L = torch.tensor(self.pair_macs, device=tokens_BL.device)
         return self.fixed_macs + (tokens_BL * (token_macs_L + tokens_BL * pair_macs_L)).sum(1)
 
     def macs_of_length(self, lengths_B: Tensor) -> Tensor:
-        """What samples cost the plain network."""
+        """Return the MACs of each sample in the plain network."""
         return self.macs(lengths_B[:, None].expand(-1, len(self.token_macs)))
 
 
@@ -109,6 +118,8 @@ class HaltingNetwork(SaysClasses, nn.Module):
         gate_scale: Factor on a token's first coordinate in its score.
         gate_center: What is taken off after that.
         ragged: Where padding is marked in the inputs; None where there is none.
+        readout: What the answer is made of; None for the class token alone. Without a class token
+            the first one ends its sample: where it halts, the rest of every weight is given.
     Attributes:
         num_exits: 1: tokens leave inside, and every sample is answered once.
     """
@@ -126,11 +137,16 @@ class HaltingNetwork(SaysClasses, nn.Module):
         gate_scale: float = 10.0,
         gate_center: float = 30.0,
         ragged: Ragged | None = None,
+        readout: Readout | None = None,
     ) -> None:
         super().__init__()
         self.embed = embed
         self.layers = nn.ModuleList(layers)
+        if readout is not None:
+            self.embed = MarkedEmbed(embed, readout)
+            self.layers = nn.ModuleList(MarkedLayer(each, readout.num_marks) for each in layers)
         self.head = head
+        self.readout = readout
         self.gate_scale = gate_scale
         self.gate_center = gate_center
         self.ragged = ragged
@@ -164,7 +180,7 @@ class HaltingNetwork(SaysClasses, nn.Module):
         x_BTD, is_valid_BT = self.embed(*as_inputs(inputs, self))
         is_class_T = torch.arange(x_BTD.shape[1], device=x_BTD.device) == 0
         running_BT, total_BT = is_valid_BT, torch.zeros_like(x_BTD[..., 0])
-        answer_BD = torch.zeros_like(x_BTD[:, 0])
+        answer_BA: Tensor | float = 0.0
         weights, runs, totals = [], [], []
         for index, layer in enumerate(self.layers):
             # The class token is a key as long as its sample runs; after that nobody looks.
@@ -174,22 +190,39 @@ class HaltingNetwork(SaysClasses, nn.Module):
             if index == self.num_layers - 1:
                 is_over_BT = torch.ones_like(is_over_BT)
             weight_BT = torch.where(is_over_BT, 1 - total_BT, step.weight) * running_BT
-            answer_BD = answer_BD + weight_BT[:, :1] * x_BTD[:, 0]
+            if self.readout is None:
+                answer_BA = answer_BA + weight_BT[:, :1] * x_BTD[:, 0]
+            else:
+                answer_BA = answer_BA + (weight_BT[..., None] * self.readout.shares(x_BTD)).sum(1)
             weights.append(weight_BT)
             runs.append(running_BT)
             totals.append(step.total.detach().masked_fill(~running_BT, 0.0))
             total_BT = total_BT + weight_BT
             running_BT = running_BT & ~is_over_BT
         total_BTL = torch.stack(totals, 2)
-        return _output(self.head(answer_BD), weights, runs, is_valid_BT, total_BTL)
+        return _output(self.head(answer_BA), weights, runs, is_valid_BT, total_BTL)
 
     def parts(self) -> TokenParts:
         """Embedding, layers and head."""
-        return TokenParts(self.embed, tuple(self.layers), self.head, self.ragged)  # type: ignore[arg-type]
+        return TokenParts(self.embed, tuple(self.layers), self.head, self.ragged, self.readout)  # type: ignore[arg-type]
 
     def without_halting(self) -> MultiExitNetwork:
         """The same as a network of one exit: every token in every layer; weights shared."""
-        return as_one_exit(self.parts())
+        parts = self.parts()
+        if isinstance(self.embed, MarkedEmbed):
+            layers = tuple(each.layer for each in parts.layers if isinstance(each, MarkedLayer))
+            parts = parts._replace(embed=self.embed.embed, layers=layers)
+        return as_one_exit(parts)
+
+    def read(self, x: Tensor) -> Tensor:
+        """Read what tokens add to the answer: themselves, or what a readout takes of them.
+
+        Args:
+            x: Tokens after a layer, shape (..., D).
+        Returns:
+            Shape (..., A).
+        """
+        return x if self.readout is None else self.readout.shares(x)
 
     def plain(self) -> nn.Module:
         """The plain network: what every saving is measured against; weights shared."""
@@ -236,7 +269,7 @@ class HaltingNetwork(SaysClasses, nn.Module):
             count_macs(_PairPart(layer.num_heads), *layer.project(x_1D)) for layer in self._layers()
         ]
         costs = HaltingCosts(
-            fixed_macs=count_macs(self.embed, *inputs) + count_macs(self.head, x_1D),
+            fixed_macs=count_macs(self.embed, *inputs) + count_macs(self.head, self.read(x_1D)),
             token_macs=tuple(linear),
             pair_macs=tuple(pairs),
             plain_macs=0,
@@ -259,7 +292,7 @@ class HaltingNetwork(SaysClasses, nn.Module):
 
 
 class Step(NamedTuple):
-    """What a layer's scores say of tokens.
+    """The decisions that follow from a layer's halting scores.
 
     Attributes:
         weight: Of the token after this layer: its score, or the remainder where it halts.
@@ -297,9 +330,11 @@ def add_halting(
     random inputs, in evaluation and in training.
 
     Args:
-        transformer: A network that answers by its class token: ours with one exit, timm's
-            VisionTransformer, or transformers' ViT, DeiT or BERT for classification; its weights
-            are shared, not copied.
+        transformer: Ours with one exit; timm's or torchvision's VisionTransformer; or, of
+            transformers and for classification, ViT, DeiT (with a teacher too), DINOv2, CLIP,
+            SigLIP, BEiT, ViTMSN, AST, BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT or
+            ALBERT. It may answer by its class token, by two, or by the mean of tokens. Its
+            weights are shared, not copied.
         gate_scale: Factor on a token's first coordinate in its score.
         gate_center: What is taken off after that; the defaults are the paper's, for ViTs
             pretrained on ImageNet.
@@ -335,6 +370,7 @@ def add_halting(
         gate_scale=gate_scale,
         gate_center=gate_center,
         ragged=parts.ragged,
+        readout=parts.readout,
     )
 
 
@@ -344,7 +380,8 @@ _SAME_BUT_FOR_KERNELS = 1e-4
 
 def _prove(transformer: nn.Module, parts: TokenParts, inputs: Features) -> None:
     """Refuse a transformer that is more than its embedding, layers and head."""
-    backbone = transformer.plain() if isinstance(transformer, MultiExitNetwork) else transformer
+    own = own_parts(transformer)
+    backbone = transformer if own is None else own.plain
     why = find_difference(backbone, _NobodyHalts(parts), inputs, tolerance=_SAME_BUT_FOR_KERNELS)
     if why is not None:
         raise BackboneCutError(
@@ -365,6 +402,7 @@ class _NobodyHalts(nn.Module):
             gate_scale=0.0,
             gate_center=math.inf,
             ragged=parts.ragged,
+            readout=parts.readout,
         )
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -389,7 +427,7 @@ def _output(
 
 
 class _TokenPart(nn.Module):
-    """What a layer does to each token alone."""
+    """The MACs of a layer for each token."""
 
     def __init__(self, layer: TransformerLayer) -> None:
         super().__init__()
@@ -400,7 +438,7 @@ class _TokenPart(nn.Module):
 
 
 class _PairPart(nn.Module):
-    """What a layer does to each pair of tokens, here to one token and itself."""
+    """The MACs of a layer for each pair of tokens."""
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()

@@ -104,8 +104,89 @@ class TimmLayer(TransformerLayer):
         return y
 
 
+class EvaLayer(TransformerLayer):
+    """An ``EvaBlock`` of timm, as in EVA-02 and DINOv3: places are rotations of query and key.
+
+    Each token carries its rotation, sines and cosines, behind its coordinates.
+    """
+
+    def __init__(self, block: Any, *, num_angles: int) -> None:
+        super().__init__()
+        self.block = block
+        self.num_heads = block.attn.num_heads
+        self.attention_dropout = block.attn.attn_drop.p
+        self._num_angles = num_angles
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`TransformerLayer.project`."""
+        attention = self.block.attn
+        seen = self.block.norm1(x[..., : -self._num_angles])
+        if attention.qkv is None:
+            qkv: tuple[Tensor, ...] = _projected(attention, seen)
+        elif attention.q_bias is None:
+            qkv = attention.qkv(seen).chunk(3, dim=-1)
+        else:
+            bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+            qkv = F.linear(seen, attention.qkv.weight, bias).chunk(3, dim=-1)
+        query, key, value = (each.reshape(*each.shape[:-1], self.num_heads, -1) for each in qkv)
+        angles = x[..., None, -self._num_angles :]
+        query = self._rotated(attention.q_norm(query), angles)
+        key = self._rotated(attention.k_norm(key), angles)
+        return query.flatten(-2), key.flatten(-2), value.flatten(-2)
+
+    def _rotated(self, x: Tensor, angles: Tensor) -> Tensor:
+        sine, cosine = angles.chunk(2, dim=-1)
+        if self.block.attn.rotate_half:
+            first, second = x.chunk(2, dim=-1)
+            turned = torch.cat([-second, first], -1)
+        else:
+            turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+        return x * cosine + turned * sine
+
+    def complete(self, x: Tensor, context: Tensor) -> Tensor:
+        """See :meth:`TransformerLayer.complete`."""
+        block, attention = self.block, self.block.attn
+        x, angles = x[..., : -self._num_angles], x[..., -self._num_angles :]
+        update = attention.proj_drop(attention.proj(attention.norm(context)))
+        x = x + block.drop_path1(update if block.gamma_1 is None else block.gamma_1 * update)
+        update = block.mlp(block.norm2(x))
+        x = x + block.drop_path2(update if block.gamma_2 is None else block.gamma_2 * update)
+        return torch.cat([x, angles], -1)
+
+
+class TorchvisionLayer(TransformerLayer):
+    """An ``EncoderBlock`` of torchvision's VisionTransformer."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads = layer.self_attention.num_heads
+        self.attention_dropout = layer.self_attention.dropout
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`TransformerLayer.project`."""
+        attention = self.layer.self_attention
+        qkv = F.linear(self.layer.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
+        query, key, value = qkv.chunk(3, dim=-1)
+        return query, key, value
+
+    def complete(self, x: Tensor, context: Tensor) -> Tensor:
+        """See :meth:`TransformerLayer.complete`."""
+        layer, out = self.layer, self.layer.self_attention.out_proj
+        x = layer.dropout(F.linear(context, out.weight, out.bias)) + x
+        y: Tensor = x + layer.mlp(layer.ln_2(x))
+        return y
+
+    def forward(self, x_BTD: Tensor, is_key_BT: Tensor | None = None) -> Tensor:
+        """Run the layer; where no token is left out, as torch's own kernel does."""
+        if is_key_BT is not None:
+            return super().forward(x_BTD, is_key_BT)
+        y_BTD: Tensor = self.layer(x_BTD)
+        return y_BTD
+
+
 class ViTLayer(TransformerLayer):
-    """A layer of transformers' ViT or DeiT."""
+    """A layer of transformers' ViT, DeiT, ViTMSN, AST or BEiT."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -115,19 +196,72 @@ class ViTLayer(TransformerLayer):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`TransformerLayer.project`."""
-        attention, seen = self.layer.attention, self.layer.layernorm_before(x)
-        return attention.q_proj(seen), attention.k_proj(seen), attention.v_proj(seen)
+        return _projected(self.layer.attention, self.layer.layernorm_before(x))
 
     def complete(self, x: Tensor, context: Tensor) -> Tensor:
         """See :meth:`TransformerLayer.complete`."""
         layer = self.layer
-        x = layer.dropout(layer.attention.o_proj(context)) + x
-        y: Tensor = layer.dropout(layer.mlp(layer.layernorm_after(x))) + x
+        x = self._scaled(1, layer.dropout(layer.attention.o_proj(context))) + x
+        y: Tensor = self._scaled(2, layer.dropout(layer.mlp(layer.layernorm_after(x)))) + x
+        return y
+
+    def _scaled(self, number: int, update: Tensor) -> Tensor:
+        """BEiT scales what a half of the layer adds, and drops it for a share of the samples."""
+        scale = getattr(self.layer, f"lambda_{number}", None)
+        if scale is None:
+            return update
+        scaled: Tensor = self.layer.drop_path(scale * update)
+        return scaled
+
+
+def _projected(attention: Any, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return attention.q_proj(seen), attention.k_proj(seen), attention.v_proj(seen)
+
+
+class Dinov2Layer(TransformerLayer):
+    """A layer of transformers' DINOv2, with registers or without."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads = layer.attention.num_attention_heads
+        self.attention_dropout = layer.attention.attention_dropout
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`TransformerLayer.project`."""
+        return _projected(self.layer.attention, self.layer.norm1(x))
+
+    def complete(self, x: Tensor, context: Tensor) -> Tensor:
+        """See :meth:`TransformerLayer.complete`."""
+        layer = self.layer
+        x = layer.drop_path(layer.layer_scale1(layer.attention.o_proj(context))) + x
+        y: Tensor = layer.drop_path(layer.layer_scale2(layer.mlp(layer.norm2(x)))) + x
+        return y
+
+
+class ClipLayer(TransformerLayer):
+    """A layer of the vision part of transformers' CLIP or SigLIP."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads = layer.self_attn.num_heads
+        self.attention_dropout = layer.self_attn.dropout
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`TransformerLayer.project`."""
+        return _projected(self.layer.self_attn, self.layer.layer_norm1(x))
+
+    def complete(self, x: Tensor, context: Tensor) -> Tensor:
+        """See :meth:`TransformerLayer.complete`."""
+        layer = self.layer
+        x = x + layer.self_attn.out_proj(context)
+        y: Tensor = x + layer.mlp(layer.layer_norm2(x))
         return y
 
 
 class BertLayer(TransformerLayer):
-    """A layer of transformers' BERT, whose norms follow the residual sums."""
+    """A layer of transformers' BERT and its kin, whose norms follow the residual sums."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -145,4 +279,48 @@ class BertLayer(TransformerLayer):
         layer = self.layer
         x = layer.attention.output(context, x)
         y: Tensor = layer.output(layer.intermediate(x), x)
+        return y
+
+
+class DistilBertLayer(TransformerLayer):
+    """A layer of transformers' DistilBERT."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads = layer.attention.n_heads
+        self.attention_dropout = layer.attention.dropout.p
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`TransformerLayer.project`."""
+        attention = self.layer.attention
+        return attention.q_lin(x), attention.k_lin(x), attention.v_lin(x)
+
+    def complete(self, x: Tensor, context: Tensor) -> Tensor:
+        """See :meth:`TransformerLayer.complete`."""
+        layer = self.layer
+        x = layer.sa_layer_norm(layer.attention.out_lin(context) + x)
+        y: Tensor = layer.output_layer_norm(layer.ffn(x) + x)
+        return y
+
+
+class AlbertLayer(TransformerLayer):
+    """A layer of transformers' ALBERT, whose weights other layers may share."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads = layer.attention.num_attention_heads
+        self.attention_dropout = layer.attention.attention_dropout.p
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`TransformerLayer.project`."""
+        attention = self.layer.attention
+        return attention.query(x), attention.key(x), attention.value(x)
+
+    def complete(self, x: Tensor, context: Tensor) -> Tensor:
+        """See :meth:`TransformerLayer.complete`."""
+        layer, attention = self.layer, self.layer.attention
+        x = attention.LayerNorm(x + attention.output_dropout(attention.dense(context)))
+        y: Tensor = layer.full_layer_layer_norm(layer.ff_chunk(x) + x)
         return y

@@ -19,16 +19,16 @@ from offramp.model.inputs import Given, InputSpec, example_inputs
 from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.model.proof import find_difference
 from offramp.model.ragged import Ragged
-from offramp.model.tracing import NotTraceableError, stays_whole, trace
 from offramp.routing.gates import Gates, GateState, make_gates
-from offramp.routing.residual import adding_nothing, channels_into, skip_block, take_apart
+from offramp.routing.own import own_parts
+from offramp.routing.residual import BUILD, adding_nothing, skip_block, take_apart
 
 Choice = Callable[[Tensor], Tensor]
 """From the probabilities that a block runs, shape (B,), to how much of it does, in [0, 1]."""
 
 
 class GatedOutput(NamedTuple):
-    """What a pass over all blocks says.
+    """The result of a pass over all blocks.
 
     Attributes:
         logits: Raw logits, shape (B, C).
@@ -61,7 +61,7 @@ class SkipCosts:
         return self.fixed_macs + sum(self.block_macs)
 
     def macs(self, blocks_BG: Tensor) -> Tensor:
-        """What samples cost."""
+        """Return the MACs of each sample."""
         block_macs_G = torch.tensor(self.block_macs, device=blocks_BG.device)
         return self.fixed_macs + sum(self.gate_macs) + (blocks_BG * block_macs_G).sum(1)
 
@@ -225,7 +225,7 @@ class _Gate(nn.Module):
 
 
 class _WayAround(nn.Module):
-    """What runs where a block does not."""
+    """The module that runs in place of a skipped block."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -269,19 +269,21 @@ def add_gates(
 ) -> SkipNetwork:
     """Put a gate in front of every residual block but the first.
 
-    With every gate open the network is proven to be the backbone, on the example and on random
-    images, in evaluation and in training; and a block that adds nothing to be what skipping it
-    leaves.
+    Blocks are found in the graph of the network, whatever they are called: where the input of
+    some layers, or a lighter projection of it, is added to their output. Skipping a block leaves
+    that shortcut, and what stands between blocks always runs. With every gate open the network is
+    proven to be the backbone, on the example and on random images, in evaluation and in training.
 
     Args:
-        resnet: A residual network of ours with one exit, of torchvision, or of timm, of basic or
-            bottleneck blocks; its weights are shared, not copied.
+        resnet: A convolutional network with residual blocks one after the other, such as ours
+            with one exit, or ResNet, RegNet, ConvNeXt, MobileNet and EfficientNet of torchvision,
+            timm or transformers; its weights are shared, not copied.
         gates: recurrent (one small LSTM, shared) or feed_forward (two convolutions each).
         gate_width: Units of the LSTM, or channels of a gate's convolutions; the paper's if None:
             10, and those of the features, which takes a sixth of what a block does.
-        example: A batch of images, shape (B, C, H, W), for the proof; random ones of 32 x 32
-            pixels if None, and of a network of ours, whose parts are taken as they are, only the
-            ways around its blocks are looked at.
+        example: A batch of images, shape (B, C, H, W), for the proof; random ones, of the
+            smallest size that the network takes, if None, and of a network of ours, whose parts
+            are taken as they are, only the ways around its blocks are looked at.
     Returns:
         The network with gates, which are new.
     Raises:
@@ -298,53 +300,80 @@ def add_gates(
             "Expected a residual network of at least two blocks, since the first is never gated. "
             f"Got {len(parts.blocks)}."
         )
-    channels = [channels_into(block) for block in others]
-    stem = nn.Sequential(parts.stem, first)
-    network = SkipNetwork(stem, others, make_gates(gates, channels, gate_width), parts.head)
-    _prove(resnet, network, example)
-    return network
-
-
-_SIDE = 32
-"""Height and width of the images of a proof: a residual network takes any, small ones faster."""
-
-
-def _images_for(resnet: nn.Module) -> Tensor:
-    stem = next(m for m in resnet.modules() if isinstance(m, nn.Conv2d))
-    return stem.weight.new_zeros(1, stem.in_channels, _SIDE, _SIDE)
-
-
-def _prove(resnet: nn.Module, network: SkipNetwork, example: Given | None) -> None:
-    """Refuse gates on a network that is more than its stem, blocks and head."""
     given = _images_for(resnet) if example is None else example
     images, *_ = example_inputs(resnet, given, None)[0]
     require_samples("an example", [images])
-    try:
-        why = None
-        if not isinstance(resnet, MultiExitNetwork):
-            _require_traceable(resnet, blocks=[*network.stem, *network.blocks])  # type: ignore[misc]
-            why = find_difference(resnet, _AllOpen(network), (images,))
-        elif example is not None:
-            why = find_difference(resnet.plain(), _AllOpen(network), (images,))
+    stem = nn.Sequential(parts.stem, first)
+    channels = _channels(stem, others, images)
+    network = SkipNetwork(stem, others, make_gates(gates, channels, gate_width), parts.head)
+    _prove(resnet, network, images, has_example=example is not None)
+    return network
+
+
+_SIDES = (32, 64, 128, 224)
+"""Heights and widths of the images of a proof: the first that a network takes; small is fast."""
+
+
+def _images_for(backbone: nn.Module) -> Tensor:
+    """An image of the smallest size that a backbone takes, of zeros."""
+    stem = next((m for m in backbone.modules() if isinstance(m, nn.Conv2d)), None)
+    if stem is None:
+        raise BackboneCutError(
+            f"Expected a convolutional network. Got {type(backbone).__name__}, in which there is "
+            f"no convolution. {BUILD}"
+        )
+    why = ""
+    with torch.no_grad(), evaluation_mode(backbone):
+        for side in _SIDES:
+            images = stem.weight.new_zeros(1, stem.in_channels, side, side)
+            try:
+                backbone(images.clone())
+            except Exception as error:  # such as a window that is larger than the map
+                why = reason(error)
+            else:
+                return images
+    raise BackboneCutError(
+        f"{type(backbone).__name__} fails on images of {_SIDES[0]} to {_SIDES[-1]} pixels "
+        f"({why}): pass an 'example' of the images that it takes."
+    )
+
+
+def _channels(stem: nn.Module, blocks: Sequence[nn.Module], images: Tensor) -> list[int]:
+    """Channels that each block reads; a block that writes on what it reads is refused."""
+    channels = []
+    with torch.no_grad(), evaluation_mode(nn.ModuleList([stem, *blocks])):
+        x = stem(images[:1].clone())
+        for index, block in enumerate(blocks):
+            if x.ndim != 4:
+                raise BackboneCutError(
+                    f"Expected maps of shape (B, C, H, W) in front of residual block {index + 1}. "
+                    f"Got {tuple(x.shape)}: tokens are for add_halting."
+                )
+            channels.append(x.shape[1])
+            before = x.clone()
+            y = block(x)
+            if not torch.equal(before, x):
+                raise BackboneCutError(
+                    f"Residual block {index + 1} writes on its input, which skipping it needs: "
+                    "set 'inplace=False' in the module that the block begins with."
+                )
+            x = y
+    return channels
+
+
+def _prove(resnet: nn.Module, network: SkipNetwork, images: Tensor, *, has_example: bool) -> None:
+    """Refuse gates on a network that is more than its stem, blocks and head."""
+    own, why = own_parts(resnet), None
+    if own is None:
+        why = find_difference(resnet, _AllOpen(network), (images,))
+    else:  # its parts were taken as they are
+        if has_example:
+            why = find_difference(own.plain, _AllOpen(network), (images,))
         why = why or _find_unlike_its_way_around(network, images)
-    except NotTraceableError as error:
-        why = f"its forward cannot be followed ({reason(error)})"
     if why is not None:
         raise BackboneCutError(
             f"{type(resnet).__name__} cannot be given gates: {why}. Pass an 'example' if it takes "
             "other images, or build a SkipNetwork from its stem, blocks and head."
-        )
-
-
-def _require_traceable(backbone: nn.Module, *, blocks: Sequence[nn.Module]) -> None:
-    """Refuse a forward that decides by values, or does what its parts alone would not do."""
-    known = {id(block) for block in blocks}
-    for is_training in (False, True):
-        trace(
-            backbone,
-            num_inputs=1,
-            is_training=is_training,
-            is_whole=lambda module: id(module) in known or stays_whole(module),
         )
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from offramp.artifacts import read_json, write_json
+from offramp.artifacts import BUNDLE_FOLDER, read_json, write_json
 from offramp.decoding import Count, Positive, Share, decode
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.runtime.chosen_on import Choosing
@@ -308,6 +308,22 @@ def _delete_none(content: dict[str, Any], *names: str) -> None:
     for name in names:
         if content[name] is None:
             del content[name]
+
+
+def is_bundle(folder: Path) -> bool:
+    """Tell a bundle from a run folder, which any other folder is read as."""
+    return (folder / BUNDLE_FILE).is_file()
+
+
+def find_bundle(run: Path) -> Path:
+    """Find the bundle that a folder is, or that is in a run folder."""
+    found = next((folder for folder in (run, run / BUNDLE_FOLDER) if is_bundle(folder)), None)
+    if found is None:
+        raise ArtifactError(
+            f"Expected a bundle, or a run folder with one in it. {run} has none. "
+            f"Make one: offramp export {run}"
+        )
+    return found
 
 
 def read_bundle(folder: Path | str) -> Bundle:

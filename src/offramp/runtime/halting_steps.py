@@ -86,7 +86,7 @@ class HaltingSteps(FamilySteps):
         x_ND, total_N = x_BTD.reshape(-1, x_BTD.shape[2]), np.zeros_like(x_BTD[..., 0].ravel())
         rows_BT = np.arange(len(x_ND)).reshape(is_valid_BT.shape)
         places_N = rows_BT.ravel()
-        answer_BD, runs_BT = np.zeros_like(x_BTD[:, 0]), is_valid_BT.copy()
+        answer_BD, runs_BT = np.zeros((1, 1), x_BTD.dtype), is_valid_BT.copy()
         tokens, margins = [], []
         for step in self._steps:
             tokens.append(runs_BT.sum(1))
@@ -95,7 +95,7 @@ class HaltingSteps(FamilySteps):
             x_ND, total_N, stays_N, part_BD = step.run(
                 x_ND, total_N, rows_BT, looked_at_BT, places_N, self._threshold
             )
-            answer_BD += np.where(runs_BT[:, :1], part_BD, 0)
+            answer_BD = answer_BD + np.where(runs_BT[:, :1], part_BD, 0)
             margin_BT = np.abs(total_N - self._threshold)[rows_BT]
             margins.append(np.where(runs_BT, margin_BT, np.inf).min(1))
             stays_BT = stays_N[rows_BT]
@@ -120,7 +120,7 @@ class HaltingSteps(FamilySteps):
     def _run_steps(self, inputs: list[Array]) -> tuple[Array, Array, Array]:
         """Logits, confidence, and the tokens in each step."""
         x_BTD, is_valid_BT = self._embed.run(*inputs)
-        answer_BD = np.zeros_like(x_BTD[:, 0])
+        answer_BA = np.zeros_like(x_BTD[:, 0])
         tokens_BS = np.zeros((len(x_BTD), len(self._steps)), dtype=np.int64)
         x_ND, lengths_B = x_BTD[is_valid_BT], is_valid_BT.sum(1)
         total_N, numbers_B = np.zeros_like(x_ND[:, 0]), np.arange(len(x_BTD))
@@ -133,12 +133,14 @@ class HaltingSteps(FamilySteps):
             x_ND, total_N, stays_N, part_BD = step.run(
                 x_ND, total_N, *lay_out(lengths_B), self._threshold
             )
-            answer_BD[numbers_B] += part_BD
+            if index == 0:  # as wide as what is read of tokens, which may be more than one
+                answer_BA = np.zeros((len(x_BTD), part_BD.shape[1]), part_BD.dtype)
+            answer_BA[numbers_B] += part_BD
             if index < len(self._steps) - 1:
                 kept_N, lengths_B = _kept(stays_N, lengths_B)
                 if not kept_N.all():
                     x_ND, total_N = x_ND[kept_N], total_N[kept_N]
-        output, confidence_B = self._head.run(answer_BD)
+        output, confidence_B = self._head.run(answer_BA)
         return output, confidence_B, tokens_BS
 
 

@@ -12,7 +12,7 @@ from offramp.serving.tokens import check_token
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """How a server listens, and how much it takes.
+    """Settings of a server: its address, and how much it takes.
 
     Attributes:
         host: Address to listen on; this machine only, unless told.
@@ -65,7 +65,7 @@ class ServerConfig:
 
     @property
     def is_open_to_others(self) -> bool:
-        """Whether other machines may reach it without a token."""
+        """True if other machines may reach it without a token."""
         if self.token is not None or self.host == "localhost":
             return False
         try:

@@ -6,26 +6,31 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from offramp.artifacts import BUNDLE_FOLDER
+import torch
+from torch import Tensor
+
+from offramp.calibration.asked import Asked
+from offramp.calibration.collect import collect, collect_from_session
+from offramp.calibration.logits import ExitLogits
 from offramp.errors import ArtifactError, InvalidArgumentError
-from offramp.runtime.preprocessing import Preprocessing
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from offramp.calibration.asked import Asked
-    from offramp.calibration.logits import ExitLogits
-    from offramp.families.family import Family, TorchRunner
-    from offramp.policy.policies import Policy
-    from offramp.policy.routing_policy import RoutingPolicy
-    from offramp.recipes.recipe import Recipe
-    from offramp.runtime import Bundle, Session
-    from offramp.runtime.answers import SampleAnswer
-    from offramp.runtime.preprocessing import AnyPreprocessing
-    from offramp.workflow.samples import AnySamples
-    from offramp.zoo import Network
+from offramp.families import FAMILIES, family_of, make_runner
+from offramp.families.family import Family, TorchRunner
+from offramp.policy.as_dict import policy_to_dict
+from offramp.policy.policies import Policy
+from offramp.policy.routing_policy import RoutingPolicy
+from offramp.recipes.recipe import Recipe
+from offramp.results import AdaptiveResult
+from offramp.runs.run import CALIBRATION_SPLIT, is_in_sample, load
+from offramp.runtime import Bundle, Session, read_bundle
+from offramp.runtime.answers import SampleAnswer, describe_answers
+from offramp.runtime.bundle import BUNDLE_FILE, is_bundle
+from offramp.runtime.examples import example_inputs
+from offramp.runtime.preprocessing import AnyPreprocessing
+from offramp.workflow.preprocessing import preprocessing_of
+from offramp.workflow.samples import AnySamples, OwnSamples, RecipeSamples
+from offramp.zoo import Network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,28 +69,8 @@ class Artifact:
     note: str | None = None
 
 
-def is_bundle(folder: Path) -> bool:
-    """Tell if a folder is to be read as a bundle; any other is read as a run."""
-    from offramp.runtime.bundle import BUNDLE_FILE
-
-    return (folder / BUNDLE_FILE).is_file()
-
-
-def find_bundle(run: Path) -> Path:
-    """Find the bundle that RUN names."""
-    found = next((folder for folder in (run, run / BUNDLE_FOLDER) if is_bundle(folder)), None)
-    if found is None:
-        raise ArtifactError(
-            f"Expected a bundle, or a run folder with one in it. {run} has none. "
-            f"Make one: offramp export {run}"
-        )
-    return found
-
-
 def pick_device(device: str | None) -> str:
     """Decide where to compute."""
-    import torch
-
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):
@@ -105,12 +90,6 @@ def open_artifact(folder: Path, device: str | None = None) -> Artifact:
 
 
 def _open_run(folder: Path, device: str | None) -> Artifact:
-    from offramp.calibration.asked import Asked
-    from offramp.calibration.collect import collect
-    from offramp.families import family_of, make_runner
-    from offramp.runs.run import is_in_sample, load
-    from offramp.workflow.samples import RecipeSamples
-
     loaded = load(folder)
     recipe = loaded.require_recipe()
     where = pick_device(device)
@@ -138,11 +117,6 @@ def answer_run(
     inputs: Tensor,
 ) -> list[SampleAnswer]:
     """Say what a run answers, sample by sample."""
-    from offramp.families import make_runner
-    from offramp.policy.as_dict import policy_to_dict
-    from offramp.results import AdaptiveResult
-    from offramp.runtime.answers import describe_answers
-
     runner = make_runner(network, policy)
     result = runner.run(inputs)
     arrays: dict[str, Any] = {
@@ -158,13 +132,6 @@ def answer_run(
 
 
 def _open_bundle(folder: Path, device: str | None) -> Artifact:
-    from offramp.calibration.asked import Asked
-    from offramp.calibration.collect import collect_from_session
-    from offramp.families import FAMILIES
-    from offramp.runtime import Session, read_bundle
-    from offramp.runtime.examples import example_inputs
-    from offramp.workflow.samples import OwnSamples, RecipeSamples
-
     if pick_device(device or "cpu") != "cpu":
         raise InvalidArgumentError(
             f"The device of a bundle must be cpu: onnxruntime runs it there. Got {device!r}."
@@ -199,8 +166,6 @@ def _open_bundle(folder: Path, device: str | None) -> Artifact:
 
 
 def _bundle_has_seen(bundle: Bundle, split: str, fingerprint: str) -> bool:
-    from offramp.runs.run import CALIBRATION_SPLIT
-
     known = None if bundle.calibration is None else bundle.calibration.data
     if known is not None and known.sha256 == fingerprint:
         return True
@@ -208,36 +173,8 @@ def _bundle_has_seen(bundle: Bundle, split: str, fingerprint: str) -> bool:
     return split == "train" or (split == CALIBRATION_SPLIT and bundle.recipe is not None)
 
 
-def preprocessing_of(bundle: Bundle) -> tuple[AnyPreprocessing, str | None]:
-    """Say how samples become inputs, and in a note what had to be taken for granted."""
-    known = bundle.preprocessing
-    if known is not None:
-        return known, None
-    if bundle.recipe is not None:  # exported before bundles said it
-        return recipe_of(bundle).preprocessing(), None
-    shape, *others = [spec.sample_shape for spec in bundle.inputs]
-    is_float = bundle.inputs[0].dtype.startswith("float")
-    if others or not is_float or len(shape) != 3 or shape[0] not in (1, 3) or None in shape:
-        shown = ", ".join(f"{spec.dtype} {spec.sample_shape}" for spec in bundle.inputs)
-        raise ArtifactError(
-            f"The bundle {bundle.folder} does not say how samples become its inputs, {shown}. "
-            "Export it with preprocessing=Preprocessing(...) or TextPreprocessing(...), or use "
-            "Session(...).run() from Python."
-        )
-    channels, height, width = (size or 1 for size in shape)
-    note = (
-        f"note: {bundle.folder} does not say how pictures become its inputs. They are stretched to "
-        f"{height}x{width}, and pixels go from 0 to 1; if it was trained otherwise, export it with "
-        "preprocessing=Preprocessing(...)"
-    )
-    return Preprocessing(height=height, width=width, channels=1 if channels == 1 else 3), note
-
-
 def recipe_of(bundle: Bundle) -> Recipe:
     """Find the recipe that a bundle's network was trained by."""
-    from offramp.recipes.recipe import Recipe
-    from offramp.runtime.bundle import BUNDLE_FILE
-
     if bundle.recipe is None:
         raise ArtifactError(
             f"The bundle {bundle.folder} holds a network of your own, without a recipe that names "

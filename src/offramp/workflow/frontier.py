@@ -20,7 +20,8 @@ from offramp.families import family_of
 from offramp.families.family import Family
 from offramp.policy.rules import RULES
 from offramp.runs.run import CALIBRATION_SPLIT, load
-from offramp.workflow.artifact import is_bundle, open_artifact, pick_device
+from offramp.runtime.bundle import is_bundle
+from offramp.workflow.artifact import open_artifact, pick_device
 from offramp.workflow.calibrate import rule_named
 from offramp.workflow.held_out import evidence_by
 from offramp.workflow.samples import CALIBRATION, AnySamples, RecipeSamples

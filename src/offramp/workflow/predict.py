@@ -11,7 +11,8 @@ from offramp.data.preprocessing import inputs_of
 from offramp.errors import InvalidArgumentError
 from offramp.runtime import Session, read_bundle
 from offramp.runtime.answers import SampleAnswer, describe_answers
-from offramp.workflow.artifact import answer_run, is_bundle, open_artifact, preprocessing_of
+from offramp.runtime.bundle import is_bundle
+from offramp.workflow.preprocessing import preprocessing_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,8 @@ def _ask_bundle(folder: Path, samples: Sequence[str], device: str | None) -> Pre
 
 def _ask_run(folder: Path, samples: Sequence[str], device: str | None) -> Predicted:
     import torch
+
+    from offramp.workflow.artifact import answer_run, open_artifact
 
     opened: Any = open_artifact(folder, device)
     (inputs,) = inputs_of(samples, opened.preprocessing())

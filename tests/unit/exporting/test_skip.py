@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-import offramp.exporting.skip as skip_module
+import offramp.exporting.bundle as export_module
 from offramp.errors import ExportMismatchError, InvalidArgumentError
 from offramp.exporting.bundle import export
+from offramp.exporting.graph import write_single
 from offramp.exporting.quantize import quantize
-from offramp.exporting.skip_single import write_skip_single
 from offramp.families.agreement import answer_in_batches, compare
 from offramp.families.skip import SkipRunner, gated_sum
 from offramp.policy.policies import never_leave
@@ -20,6 +20,7 @@ from offramp.policy.routing_policy import GatePolicy
 from offramp.routing.gates import Gates
 from offramp.routing.skip import SkipNetwork, add_gates
 from offramp.runtime import Session, read_bundle, with_routing_threshold
+from offramp.runtime.files import file_sha256
 from offramp.zoo.resnet import resnet
 
 IMAGES = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -210,8 +211,9 @@ def test_branches_that_no_sample_takes_are_checked_too(
 ):
     """All samples go one way; in the file for single samples, a wrong weight waits on the other."""
 
-    def write_and_spoil(folder, parts, path):
-        write_skip_single(folder, parts, path)
+    def write_and_spoil(bundle, *arguments):
+        written = write_single(bundle, *arguments)
+        path = bundle.folder / written.single_file
         model = onnx.load(path)
         *_, last = (node for node in model.graph.node if node.op_type == "If")
         branches = {attribute.name: attribute.g for attribute in last.attribute}
@@ -222,8 +224,9 @@ def test_branches_that_no_sample_takes_are_checked_too(
             values = -onnx.numpy_helper.to_array(matrix)
             matrix.CopyFrom(onnx.numpy_helper.from_array(values, matrix.name))
         onnx.save(model, path)
+        return replace(written, single_sha256=file_sha256(path))
 
-    monkeypatch.setattr(skip_module, "write_skip_single", write_and_spoil)
+    monkeypatch.setattr(export_module, "write_single", write_and_spoil)
     with pytest.raises(ExportMismatchError, match="logits differ"):
         export(linear_network, GatePolicy(threshold), tmp_path / "bundle", torch.randn(50, 8))
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 from offramp.errors import ShapeError
 from offramp.measure.cost import (
@@ -12,6 +14,8 @@ from offramp.measure.cost import (
     parameter_bytes,
     payload_bytes,
 )
+from offramp.model.multi_exit import MultiExitNetwork
+from offramp.model.ragged import Ragged
 
 TOKENS, WIDTH, HEADS = 10, 16, 4
 
@@ -163,3 +167,86 @@ def test_decisions_count_to_the_heads_and_not_to_the_plain_network():
     assert costs.exit_macs() == (16, 38)
     assert costs.exit_macs(frozenset({0})) == (10, 32)
     assert costs.plain_macs == 32
+
+
+class Squared(nn.Module):
+    def forward(self, weight):
+        return weight @ weight
+
+
+def parametrised():
+    linear = nn.Linear(8, 8)
+    parametrize.register_parametrization(linear, "weight", Squared())
+    return linear
+
+
+@pytest.mark.parametrize("make", [parametrised, lambda: orthogonal(nn.Linear(8, 8))])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_what_makes_a_weight_of_others_costs_no_sample_anything(make, context):
+    with context():
+        assert count_macs(make(), torch.zeros(2, 8)) == 64
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "macs"),
+    [
+        (lambda: weight_norm(nn.Conv2d(3, 4, 3)), (1, 3, 8, 8), 3 * 4 * 9 * 36),
+        (lambda: spectral_norm(nn.Linear(8, 4)), (1, 8), 32),
+        (lambda: torch.nn.utils.spectral_norm(nn.Linear(8, 4)), (1, 8), 32),
+        (lambda: QueryOfItsOwn(), (1, 5, 8), 8 * 8 * (1 + 5 + 5 + 1) + 2 * 5 * 8),
+    ],
+    ids=["weight_norm", "spectral_norm", "with a hook", "pooling by attention"],
+)
+def test_modules_that_are_given_weights_are_counted_in_inference_mode(make, shape, macs):
+    module = make().train()
+    with torch.inference_mode():
+        assert count_macs(module, torch.zeros(shape)) == macs
+    assert module.training
+    assert all(p.requires_grad for p in module.parameters())
+
+
+class QueryOfItsOwn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(1, 1, 8))
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(self.query, x, x)[0]
+
+
+def test_frozen_weights_stay_frozen():
+    linear = nn.Linear(8, 4)
+    linear.bias.requires_grad_(False)
+    count_macs(linear, torch.zeros(1, 8))
+    assert linear.weight.requires_grad
+    assert not linear.bias.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:.*(torch.ao.quantization|quantize_per_tensor)")
+def test_layers_of_dynamic_quantisation_cost_what_they_did():
+    plain = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3))
+    small = torch.ao.quantization.quantize_dynamic(plain, {nn.Linear})
+    x = torch.zeros(1, 8)
+    assert count_macs(small, x) == count_macs(plain, x) == 44
+
+
+class Packed(nn.Module):
+    """Reads no padding, as its ids say where there is some."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(10, 8, padding_idx=1)
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, ids_BT):
+        return self.linear(self.embed(ids_BT)[ids_BT != 1])
+
+
+def test_tokens_are_those_of_the_batch_not_padding():
+    network = MultiExitNetwork([Packed()], [nn.Identity()])
+    network.ragged = Ragged(mask_index=0, pad_id=1)
+    ids = torch.tensor([[1, 1, 1, 1], [1, 1, 5, 6]])
+    assert network.costs_at(3, (ids,)).plain_macs == 3 * 32
+    assert network.costs_at(1, (ids,)).plain_macs == 32
+    assert network.costs(ids[1:]).plain_macs == 2 * 32

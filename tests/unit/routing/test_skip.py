@@ -188,35 +188,105 @@ class BlockLike(nn.Module):
         return self.relu(self.keeps * x + self.attention(y) * y)
 
 
-def test_attention_inside_blocks_is_kept():
-    backbone = ResNetLike(ResNetLike.usual).eval()
-    network = skip.add_gates(backbone).eval()
+def usual(model, x):
+    return model.usual(x)
+
+
+def attended(model, x):
+    return model.usual(x, between=lambda x: x * model.attention(x))
+
+
+def dropped(model, x):
+    return nn.functional.dropout(model.usual(x), 0.5, model.training)
+
+
+@pytest.mark.parametrize("run", [usual, attended, dropped])
+@pytest.mark.parametrize("example", [None, torch.zeros(1, 3, 16, 16)])
+def test_what_a_backbone_does_in_blocks_between_them_and_behind_is_kept(run, example):
+    backbone = ResNetLike(run).eval()
+    network = skip.add_gates(backbone, example=example).eval()
     assert network.num_gates == 4
     assert torch.equal(network(IMAGES, skip.at_threshold(0.0)).logits, backbone(IMAGES))
+    torch.manual_seed(0)
+    ours = network.plain().train()(IMAGES)
+    torch.manual_seed(0)
+    assert torch.equal(ours, backbone.train()(IMAGES))
 
 
-@pytest.mark.parametrize(
-    ("run", "why"),
-    [
-        (lambda m, x: m.usual(x, between=lambda x: x * m.attention(x)), "another output"),
-        (lambda m, x: m.usual(x / 255 if x.max() > 10 else x), r"line \d+ of test_skip.py"),
-        (lambda m, x: nn.functional.dropout(m.usual(x), 0.5, m.training), "in training"),
-    ],
-)
-@pytest.mark.parametrize("example", [None, torch.zeros(1, 3, 16, 16)])
-def test_what_gates_would_lose_is_refused(run, why, example):
-    with pytest.raises(BackboneCutError, match=why) as caught:
-        skip.add_gates(ResNetLike(run), example=example)
+def test_what_stands_between_blocks_runs_though_they_are_skipped():
+    backbone = ResNetLike(attended).eval()
+    network = skip.add_gates(backbone).eval()
+    x = network.stem(IMAGES)
+    assert torch.equal(network.skip_block(0, x), x)
+    assert torch.equal(network.skip_block(2, x), x * backbone.attention(x))
+
+
+def test_values_that_decide_are_refused_with_their_line():
+    backbone = ResNetLike(lambda m, x: m.usual(x / 255 if x.max() > 10 else x))
+    with pytest.raises(BackboneCutError, match=r"line \d+ of test_skip.py") as caught:
+        skip.add_gates(backbone)
     assert "\n" not in str(caught.value)
 
 
-def test_a_block_that_is_more_than_its_shortcut_when_it_adds_nothing_is_refused():
-    backbone = ResNetLike(ResNetLike.usual)
+def test_a_shortcut_that_scales_goes_on_when_its_block_is_skipped():
+    backbone = ResNetLike(usual)
     backbone.layer3[0] = BlockLike(8, keeps=0.5)
-    before = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
-    with pytest.raises(BackboneCutError, match="block 3 does not end in its shortcut"):
-        skip.add_gates(backbone, example=IMAGES)
-    assert all(torch.equal(before[key], t) for key, t in backbone.state_dict().items())
+    network = skip.add_gates(backbone).eval()
+    x = network.stem(IMAGES)
+    assert torch.equal(network.skip_block(1, x), x)
+    assert torch.equal(network.skip_block(2, x), 0.5 * x)
+
+
+class WritesOnItsInput(nn.Module):
+    def __init__(self, *, first):
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+        self.first = first
+
+    def forward(self, x):
+        x = self.stem(x)
+        for conv in self.convs:
+            x = self.first(x)
+            x += conv(x)
+        return self.fc(x.mean((2, 3)))
+
+
+class Halved(nn.Module):
+    def forward(self, x):
+        return x.mul_(0.5)
+
+
+def test_a_sum_in_place_leaves_what_the_block_was_given():
+    backbone = WritesOnItsInput(first=nn.Identity()).eval()
+    network = skip.add_gates(backbone).eval()
+    assert torch.equal(network(IMAGES, skip.at_threshold(0.0)).logits, backbone(IMAGES))
+    x = network.stem(IMAGES)
+    network.run_block(0, x)
+    assert torch.equal(network.skip_block(0, x), network.stem(IMAGES))
+
+
+def test_a_block_that_writes_on_its_input_otherwise_is_refused():
+    with pytest.raises(BackboneCutError, match=r"block 1 writes on its input.*'inplace=False'"):
+        skip.add_gates(WritesOnItsInput(first=Halved()))
+
+
+class Sparse(nn.Module):
+    """Joins maps rather than adding to them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.fc(torch.cat([x, self.conv(x)], 1).mean((2, 3)))
+
+
+def test_a_network_that_adds_nothing_is_refused():
+    with pytest.raises(BackboneCutError, match=r"Got Sparse, which has none\. Build a SkipNetwork"):
+        skip.add_gates(Sparse())
 
 
 def test_recurrent_gates_remember_and_feed_forward_gates_do_not():

@@ -9,7 +9,6 @@ import torch
 
 from offramp.errors import ArtifactError, InvalidArgumentError, ShapeError
 from offramp.exporting.bundle import export
-from offramp.policy.confidence import entropy_confidence
 from offramp.policy.policies import ThresholdPolicy
 from offramp.runtime import PlainSession, Session, read_bundle, with_thresholds
 from offramp.zoo.mlp import mlp
@@ -18,16 +17,9 @@ X = np.random.default_rng(0).standard_normal((300, 6)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tiny_bundle):
     """A bundle of a tiny network with two exits, without the plain network."""
-    torch.manual_seed(0)
-    network = mlp(in_features=6, widths=(5, 8), num_classes=4).eval()
-    made = tmp_path_factory.mktemp("session") / "bundle"
-    inputs = torch.from_numpy(X)
-    with torch.no_grad():
-        threshold = float(entropy_confidence(network(inputs)[0]).median())
-    export(network, ThresholdPolicy((threshold,)), made, inputs, plain=False)
-    return made
+    return tiny_bundle
 
 
 @pytest.fixture(scope="module")

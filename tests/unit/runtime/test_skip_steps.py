@@ -19,7 +19,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 import offramp.runtime.loading as loading
 from offramp.errors import ArtifactError, InvalidArgumentError, ShapeError
-from offramp.exporting.skip_single import write_skip_single
+from offramp.exporting.graph import write_single
+from offramp.exporting.skip import join_skip
 from offramp.runtime import (
     Bundle,
     PlainSession,
@@ -120,7 +121,6 @@ def bundle(tmp_path_factory):
         threshold=0.5,
         fixed_macs=4000,
     )
-    write_skip_single(folder, parts, folder / "single.onnx")
     made = Bundle(
         folder=folder,
         family="skip",
@@ -135,10 +135,9 @@ def bundle(tmp_path_factory):
         quantized=None,
         weights_sha256="0" * 64,
         versions={"offramp": "0.1.0"},
-        single_file="single.onnx",
-        single_sha256=file_sha256(folder / "single.onnx"),
         skip=parts,
     )
+    made = write_single(made, join_skip)
     write_bundle(made)
     return made
 

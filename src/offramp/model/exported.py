@@ -1,0 +1,567 @@
+"""Cutting the graph of a backbone that torch.export can trace: what torch.fx cannot follow.
+
+torch.export runs the backbone's code on tensors whose batch axis has no fixed size, once a mode,
+and writes down torch's operations. Modules of torch's own are put back in the place of the
+operation that they did, so that stages share them with the backbone; all other operations read the
+backbone's own weights.
+
+Sizes never cross a cut: they are read again from a tensor that does. Nor do masks: what is made of
+token ids and masks alone is made anew in each stage, and the mask crosses.
+
+Shapes: ``B`` batch, ``T`` tokens.
+"""
+
+from __future__ import annotations
+
+import operator
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.export import Dim
+from torch.export.graph_signature import InputKind
+
+from offramp.measure.cost import evaluation_mode
+from offramp.model.graph import Graph, Mode
+from offramp.model.inputs import parameter_names
+from offramp.model.multi_exit import Features
+from offramp.model.proof import logits_in, logits_of
+from offramp.model.ragged import Ragged
+from offramp.model.tracing import NotTraceableError, unharmed, what_stopped
+
+_WHOLE = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.RMSNorm),
+    *(nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+)
+"""Modules that map one tensor to one tensor; their own class only, without hooks."""
+
+_RANDOM_OR_COUNTING = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+
+_ROOT = "backbone"
+
+Call = tuple[str, str]
+"""A run of a module: torch.export's key, and its path in the backbone."""
+
+
+class Exported(Graph):
+    """The graphs of a backbone, one a mode, that torch.export wrote down."""
+
+    def __init__(self, backbone: nn.Module, inputs: Features) -> None:
+        text = _text(backbone, inputs)
+        modes = [
+            ExportedMode(*_export(backbone, inputs, mode, is_text=text is not None), text=text)
+            for mode in (False, True)
+        ]
+        if modes[0].is_like(modes[1]):
+            modes[1] = modes[0]
+        self.num_read = 1 + len(modes[0].along)
+        has_lengths = all(mode.has_any_length for mode in modes)
+        self.ragged = text if has_lengths and _ignores_padding(backbone, inputs, text) else None
+        self._set_modes(modes[0], modes[1])
+
+    def is_narrow(self, position: int) -> bool:
+        """Whether nothing crosses there but what an exit reads, and token ids."""
+        mode = self._modes[0]
+        crossing = mode.crossing(self._ends[position - 1][0])
+        return sum(not _is_light_input(node) for node in crossing) == 1
+
+
+def _text(backbone: nn.Module, inputs: Features) -> Ragged | None:
+    """Where texts mark their padding: in a mask, or by an id; None if the inputs are no texts."""
+    if inputs[0].ndim != 2 or inputs[0].shape[1] < 2 or not all(map(_is_small, inputs)):
+        return None
+    if any(tensor.shape != inputs[0].shape for tensor in inputs):
+        return None
+    if len(inputs) > 1:
+        names = parameter_names(backbone)
+        is_named = "mask" in names[1] if len(names) > 1 else _is_mask(inputs[1])
+        return Ragged(mask_index=1) if is_named else None
+    pad_id = getattr(getattr(backbone, "config", None), "pad_token_id", None)
+    return Ragged(mask_index=1, pad_id=pad_id) if isinstance(pad_id, int) else None
+
+
+def _is_small(tensor: Tensor) -> bool:
+    """Whether it holds token ids or marks, a small thing to hand on."""
+    return tensor.ndim <= 2 and not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    return bool(((tensor == 0) | (tensor == 1)).all()) and bool((tensor[:, 0] == 1).all())
+
+
+def _ignores_padding(backbone: nn.Module, inputs: Features, text: Ragged | None) -> bool:
+    """Whether texts may be cut where all are padding, and padded."""
+    if text is None:
+        return False
+    pads = [0 if text.pad_id is None else text.pad_id, *[0] * (len(inputs) - 1)]
+    longer = tuple(
+        torch.cat([tensor, torch.full_like(tensor[:, :2], pad)], 1)
+        for tensor, pad in zip(inputs, pads, strict=True)
+    )
+    with evaluation_mode(backbone), torch.no_grad():
+        try:
+            expected, logits = logits_of(backbone, inputs), logits_of(backbone, longer)
+        except Exception:  # such as texts longer than it takes
+            return False
+    return torch.allclose(logits, expected, rtol=1e-3, atol=1e-4)
+
+
+class _Logits(nn.Module):
+    """A backbone that returns logits alone, all of whose inputs are of one batch."""
+
+    def __init__(self, backbone: nn.Module, num_same: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self._num_same = num_same
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        for tensor in inputs[1:]:
+            for axis in range(self._num_same):
+                torch._check(tensor.shape[axis] == inputs[0].shape[axis])
+        return logits_in(self.backbone(*inputs), self.backbone)
+
+
+def _export(
+    backbone: nn.Module, inputs: Features, is_training: bool, *, is_text: bool
+) -> tuple[fx.Graph, dict[str, Any]]:
+    """Trace a backbone in one mode; it is left as it was."""
+    repeats = -(-2 // len(inputs[0]))
+    samples = tuple(t.repeat(repeats, *(1,) * (t.ndim - 1)) for t in inputs)
+    failure: Exception | None = None
+    for num_dynamic in (2, 1) if is_text else (1,):
+        sizes = dict.fromkeys(range(num_dynamic), Dim.AUTO)
+        with evaluation_mode(backbone), torch.enable_grad(), unharmed(backbone):
+            backbone.train(is_training)
+            try:
+                program = torch.export.export(
+                    _Logits(backbone, num_dynamic).train(is_training),
+                    samples,
+                    dynamic_shapes=(tuple(sizes for _ in samples),),
+                    strict=False,
+                )
+                return _graph_of(program, backbone)
+            except NotTraceableError:
+                raise
+            except Exception as error:  # whatever the backbone's own code raises
+                failure = failure or error
+    assert failure is not None
+    raise NotTraceableError(what_stopped(failure)) from failure
+
+
+def _graph_of(program: Any, backbone: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
+    """The graph with the backbone's own weights and modules, and what it names."""
+    graph, objects = fx.Graph(), dict[str, Any]()
+    env: dict[fx.Node, Any] = {}
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
+        if spec.kind is InputKind.USER_INPUT:
+            env[node] = graph.node_copy(node)
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            path = spec.target.removeprefix(f"{_ROOT}.")
+            objects[path] = _find(backbone, path)
+            env[node] = graph.create_node("get_attr", path)
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            env[node] = _constant(graph, objects, program.constants[spec.target])
+        else:
+            raise NotTraceableError("it calls an object of its own that is no module or tensor")
+        env[node].meta = dict(node.meta)
+    outputs = _inlined(graph, program.graph_module, env, objects)
+    graph.output(outputs[0])
+    _fold_modules(graph, backbone, objects)
+    _drop_dead(graph)
+    return graph, objects
+
+
+def _find(backbone: nn.Module, path: str) -> Any:
+    found: Any = backbone
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def _constant(graph: fx.Graph, objects: dict[str, Any], value: Tensor) -> fx.Node:
+    """A tensor that the backbone's code makes of numbers, named by what stands in it."""
+    content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    shape = "x".join(map(str, value.shape))
+    name = f"constant_{shape}_{str(value.dtype)[6:]}_{zlib.crc32(content):08x}"
+    objects[name] = value.detach()
+    return graph.create_node("get_attr", name)
+
+
+def _inlined(
+    graph: fx.Graph, module: fx.GraphModule, env: dict[fx.Node, Any], objects: dict[str, Any]
+) -> Any:
+    """Copy a graph's nodes, blocks under ``torch.no_grad`` included; return its output."""
+
+    def look_up(node: fx.Node) -> Any:
+        return env[node]
+
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op == "output":
+            return fx.map_arg(node.args[0], look_up)
+        if node.op == "get_attr":
+            found = _find(module, node.target)
+            is_block = isinstance(found, fx.GraphModule)
+            env[node] = found if is_block else _constant(graph, objects, found)
+            if not is_block:
+                env[node].meta = dict(node.meta)
+        elif isinstance(node.target, HigherOrderOperator):
+            env[node] = _block(graph, node, env, objects)
+        elif node.target is operator.getitem and not isinstance(env[node.args[0]], fx.Node):
+            env[node] = env[node.args[0]][node.args[1]]
+        elif node.target in _ALIASES:
+            env[node] = env[node.args[0]]
+        elif node.target not in _ASSERTIONS and not _is_assertion(node.target):
+            env[node] = graph.node_copy(node, look_up)
+    raise AssertionError
+
+
+_ALIASES = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.detach_.default)
+"""What torch.export writes around constants."""
+
+_ASSERTIONS = (torch.sym_constrain_range, torch.sym_constrain_range_for_size)
+
+
+def _is_assertion(target: Any) -> bool:
+    name = target._schema.name if isinstance(target, OpOverload) else ""
+    return name.startswith(("aten::_assert", "aten::sym_constrain"))
+
+
+def _block(
+    graph: fx.Graph, node: fx.Node, env: dict[fx.Node, Any], objects: dict[str, Any]
+) -> tuple[Any, ...]:
+    """The nodes of a block that switches gradients or autocast off, or is checkpointed."""
+    name = node.target.name()  # type: ignore[union-attr]
+    numbers = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
+    numbers["tag_activation_checkpoint"] = 0
+    if name not in numbers or (name == "wrap_with_autocast" and node.args[2]):
+        raise NotTraceableError(f"it runs a block under {name}")
+    at = numbers[name]
+    block, *given = (env[a] if isinstance(a, fx.Node) else a for a in node.args[at:])
+    inner = [n for n in block.graph.nodes if n.op == "placeholder"]
+    outputs = _inlined(graph, block, dict(zip(inner, given, strict=True)), objects)
+    outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
+    if name == "wrap_with_set_grad_enabled" and not node.args[0]:
+        outputs = tuple(_detached(graph, each) for each in outputs)
+    return tuple(outputs)
+
+
+def _detached(graph: fx.Graph, node: Any) -> Any:
+    if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), Tensor):
+        return node
+    detached = graph.call_function(torch.ops.aten.detach.default, (node,))
+    detached.meta = dict(node.meta)
+    return detached
+
+
+def _calls(node: fx.Node) -> list[Call]:
+    """The runs of the backbone's modules that a node is part of, from outside."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [(key, value[0]) for key, value in stack.items()]
+    return [(k, p[len(_ROOT) + 1 :]) for k, p in paths if p.startswith(f"{_ROOT}.")]
+
+
+def _fold_modules(graph: fx.Graph, backbone: nn.Module, objects: dict[str, Any]) -> None:
+    """Put modules of torch's own back in the place of the operation that each did."""
+    runs: dict[Call, list[fx.Node]] = {}
+    for node in graph.nodes:
+        calls = _calls(node)
+        if calls and node.op == "call_function":
+            runs.setdefault(calls[-1], []).append(node)
+    for (_, path), nodes in runs.items():
+        module = _find(backbone, path)
+        if type(module) not in _WHOLE or "forward" in vars(module):
+            continue
+        if module._forward_hooks or module._forward_pre_hooks:
+            continue
+        counts = [n for n in nodes if n.target is torch.ops.aten.add_.Tensor]  # batches seen
+        rest = [n for n in nodes if n not in counts]
+        given = [n for node in rest for n in node.all_input_nodes if n.op != "get_attr"]
+        if len(rest) != 1 or len(given) != 1:
+            continue
+        with graph.inserting_before(rest[0]):
+            call = graph.create_node("call_module", path, (given[0],))
+        call.meta = dict(rest[0].meta)
+        objects[path] = module
+        rest[0].replace_all_uses_with(call)
+        for node in (*rest, *counts):
+            graph.erase_node(node)
+
+
+def _drop_dead(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        is_dead = not node.users and node.op in ("call_function", "get_attr")
+        if is_dead and not (_writes(node) or _is_random(node)):
+            graph.erase_node(node)
+
+
+def _arguments(node: fx.Node) -> Iterator[tuple[Any, Any]]:
+    """The arguments of an operator, each as its schema describes it and as it is."""
+    if isinstance(node.target, OpOverload):
+        for index, argument in enumerate(node.target._schema.arguments):
+            if index < len(node.args) and not argument.kwarg_only:
+                yield argument, node.args[index]
+            elif argument.name in node.kwargs:
+                yield argument, node.kwargs[argument.name]
+
+
+def _writes(node: fx.Node) -> list[fx.Node]:
+    """The tensors that an operator changes in place."""
+    return [
+        value
+        for argument, value in _arguments(node)
+        if argument.alias_info is not None and argument.alias_info.is_write
+        if isinstance(value, fx.Node)
+    ]
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """The tensor that a view is of."""
+    while isinstance(node.target, OpOverload) and node.target._schema.returns:
+        returned = node.target._schema.returns[0].alias_info
+        seen = [
+            value
+            for argument, value in _arguments(node)
+            if returned is not None and argument.alias_info is not None
+            if isinstance(value, fx.Node)
+        ]
+        if not seen:
+            break
+        node = seen[0]
+    return node
+
+
+def _is_random(node: fx.Node) -> bool:
+    tags = node.target.tags if isinstance(node.target, OpOverload) else ()
+    return torch.Tag.nondeterministic_seeded in tags
+
+
+def _is_size(node: fx.Node) -> bool:
+    return node.target is torch.ops.aten.sym_size.int
+
+
+def _is_light_input(node: fx.Node) -> bool:
+    """Whether it is an input of token ids or marks."""
+    value = node.meta.get("val")
+    return node.op == "placeholder" and isinstance(value, Tensor) and _is_small(value)
+
+
+class ExportedMode(Mode):
+    """What torch.export traced."""
+
+    def __init__(self, graph: fx.Graph, objects: dict[str, Any], *, text: Ragged | None) -> None:
+        mask = None if text is None else _mask(graph, text)
+        nodes = list(graph.nodes)
+        inputs = [node for node in nodes if node.op == "placeholder"]
+        self._batch = _symbol(inputs[0].meta["val"].shape[0])
+        if self._batch is None:
+            raise NotTraceableError(f"its batch size is fixed at {inputs[0].meta['val'].shape[0]}")
+        self._code = graph.python_code("self").src
+        fed = _fed(nodes, objects)
+        placed = fed - _light(nodes, fed, objects)
+        self.has_any_length = bool(text) and _symbols(inputs[0])[1] is not None
+        self._groups = _groups(nodes, fed)
+        ends, repeated = _ends(nodes, placed)
+        if mask is not None:
+            placed.add(mask)
+            self.along = (mask,)
+        super().__init__(nodes, objects=objects, placed=placed, ends=ends, repeated=repeated)
+
+    def is_like(self, other: ExportedMode) -> bool:
+        """Whether two modes do the same with the same."""
+        return self._code == other._code and all(
+            each is other.objects[name] or name.startswith("constant_")
+            for name, each in self.objects.items()
+        )
+
+    def why_no_cut(self, path: str) -> str | None:
+        """What speaks against a cut after a module; None if nothing does."""
+        why = super().why_no_cut(path)
+        if why is None and not self._sizes_are_known(path):
+            why = "a size crosses it that no tensor beside it has"
+        return why
+
+    def _sizes_are_known(self, path: str) -> bool:
+        position = self.ends[path][0]
+        known = {size for node in self._nodes_handed_on(path) for size in _symbols(node)}
+        return all(symbol in known for symbol, made, last in self._sizes if made < position <= last)
+
+    @property
+    def _sizes(self) -> list[tuple[Any, int, int]]:
+        """Each size that is read: what it is, and where it is made and last read."""
+        if not hasattr(self, "_found_sizes"):
+            index = {node: i for i, node in enumerate(self._nodes)}
+            last: dict[fx.Node, int] = {}
+            for node in reversed(self._nodes):
+                if node in self._placed or node.op == "output":
+                    last[node] = index[node]
+                else:
+                    last[node] = max((last[user] for user in node.users), default=-1)
+            self._found_sizes = [
+                (_symbol(node.meta["val"]), index[node.all_input_nodes[0]], last[node])
+                for node in self._nodes
+                if _is_size(node) and _symbol(node.meta["val"]) is not None
+            ]
+        return self._found_sizes
+
+    def _sources(self, node: fx.Node) -> Sequence[fx.Node]:
+        return () if _is_size(node) else node.all_input_nodes
+
+    def _shapes(self, node: fx.Node) -> dict[int, torch.Size] | None:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            return None
+
+        def size(dim: Any, batch: int) -> int:
+            symbol = _symbol(dim)
+            if symbol is None:
+                return int(dim)
+            return batch if symbol == self._batch else int(dim.node.hint or 0) + 1000
+
+        return {b: torch.Size([size(dim, b) for dim in value.shape]) for b in (2, 3)}
+
+    def _copied(
+        self,
+        node: fx.Node,
+        graph: fx.Graph,
+        copies: dict[fx.Node, fx.Node],
+        copy: Callable[[fx.Node], fx.Node],
+    ) -> fx.Node:
+        if _is_size(node):
+            symbol = _symbol(node.meta["val"])
+            for other, made in copies.items():
+                sizes = _symbols(other) if symbol is not None else []
+                if symbol in sizes:
+                    return graph.call_function(node.target, (made, sizes.index(symbol)))
+        for member in self._groups.get(_base(node), ()):  # all that is written into it
+            copies[member] = graph.node_copy(member, copy)
+            _follow_device(copies[member], next(iter(copies.values())))
+        if node in copies:
+            return copies[node]
+        made = graph.node_copy(node, copy)
+        _follow_device(made, next(iter(copies.values())))
+        return made
+
+
+def _mask(graph: fx.Graph, text: Ragged) -> fx.Node:
+    """What is 0 on padding: an input, or made of the ids."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    if text.pad_id is None:
+        return inputs[text.mask_index]
+    with graph.inserting_after(inputs[0]):
+        is_token = graph.call_function(torch.ops.aten.ne.Scalar, (inputs[0], text.pad_id))
+    with graph.inserting_after(is_token):
+        mask = graph.call_function(torch.ops.aten.to.dtype, (is_token, torch.int64))
+    ids = inputs[0].meta["val"]
+    is_token.meta["val"] = mask.meta["val"] = ids
+    return mask
+
+
+def _follow_device(node: fx.Node, given: fx.Node) -> None:
+    """Make tensors where the features are, not where the example was."""
+    if any(isinstance(a, torch.device) for a in (*node.args, *node.kwargs.values())):
+        with node.graph.inserting_before(node):
+            device = node.graph.call_function(getattr, (given, "device"))
+        node.args = tuple(device if isinstance(a, torch.device) else a for a in node.args)
+        node.kwargs = {
+            name: device if isinstance(a, torch.device) else a for name, a in node.kwargs.items()
+        }
+
+
+def _symbol(size: Any) -> Any:
+    """The expression that a size stands for; None for a number."""
+    return size.node.expr if isinstance(size, torch.SymInt) else None
+
+
+def _symbols(node: fx.Node) -> list[Any]:
+    value = node.meta.get("val")
+    return [_symbol(size) for size in value.shape] if isinstance(value, Tensor) else []
+
+
+def _fed(nodes: Sequence[fx.Node], objects: Mapping[str, Any]) -> set[fx.Node]:
+    """Nodes that depend on the inputs' values, draw random numbers, or change what lasts."""
+    fed = {
+        node
+        for node in nodes
+        if node.op == "placeholder"
+        or _is_random(node)
+        or (node.op == "call_module" and isinstance(objects[node.target], _RANDOM_OR_COUNTING))
+    }
+    written: set[fx.Node] = set()
+    size = -1
+    while size != len(fed):
+        size = len(fed)
+        for node in nodes:
+            if _is_size(node) or node.op in ("output", "get_attr"):
+                continue
+            if _base(node) in written or any(s in fed for s in node.all_input_nodes):
+                fed.add(node)
+            for target in _writes(node):
+                base = _base(target)
+                if base.op == "get_attr":
+                    fed.add(node)
+                elif node in fed and base.op != "placeholder":
+                    written.add(base)
+    return fed
+
+
+def _light(nodes: Sequence[fx.Node], fed: Set[fx.Node], objects: Mapping[str, Any]) -> set[fx.Node]:
+    """Nodes made of token ids and masks alone, by operations that no weight takes part in."""
+    light: set[fx.Node] = set()
+    weighty: set[fx.Node] = set()
+    written = {_base(target) for node in nodes for target in _writes(node)}
+    for node in nodes:
+        sources = node.all_input_nodes
+        is_weight = node.op == "get_attr" and isinstance(objects[node.target], nn.Parameter)
+        if is_weight or (not _is_size(node) and any(source in weighty for source in sources)):
+            weighty.add(node)
+        if node not in fed or not isinstance(node.target, OpOverload) or _is_random(node):
+            continue
+        is_pointwise = torch.Tag.pointwise in node.target.tags
+        if (
+            isinstance(node.meta.get("val"), Tensor)
+            and _base(node) not in written
+            and all(s not in fed or s in light or _is_light_input(s) for s in sources)
+            and (is_pointwise or node not in weighty)
+        ):
+            light.add(node)
+    return light
+
+
+def _groups(nodes: Sequence[fx.Node], fed: Set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """Tensors that are written to and made anew: all that is done to each, in order."""
+    written = {_base(target) for node in nodes for target in _writes(node)}
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for node in nodes:
+        base = _base(node)
+        if base in written and base not in fed and base.op != "get_attr":
+            groups.setdefault(base, []).append(node)
+    return groups
+
+
+def _ends(
+    nodes: Sequence[fx.Node], placed: Set[fx.Node]
+) -> tuple[dict[str, tuple[int, fx.Node | None]], set[str]]:
+    """Where the run of each module ends, and what of it is read later; which run repeatedly."""
+    runs: dict[Call, list[int]] = {}
+    for index, node in enumerate(nodes):
+        if node in placed:
+            for call in _calls(node):
+                runs.setdefault(call, []).append(index)
+    ends: dict[str, tuple[int, fx.Node | None]] = {}
+    repeated: set[str] = set()
+    for (_, path), indexes in runs.items():
+        inside = {nodes[i] for i in indexes}
+        read = [
+            n for n in inside if any(not (user in inside or _is_size(user)) for user in n.users)
+        ]
+        if path in ends:
+            repeated.add(path)
+        ends[path] = (indexes[-1] + 1, read[0] if len(read) == 1 else None)
+    return ends, repeated
