@@ -49,8 +49,7 @@ def train_and_export(pictures, bundle):
     net = off.add_exits(backbone, at=["0", "1"], num_classes=10, example=x[:1])
     off.fit(net, TensorDataset(x, y), config=off.FitConfig(epochs=12, device="cpu"), progress=False)
     pictures_as = off.Preprocessing(height=8, width=8, channels=1, mean=0.3, deviation=0.35)
-    policy = off.ThresholdPolicy((0.9, 0.9))
-    off.export(net, policy, bundle, x[:100], class_names=NAMES, preprocessing=pictures_as)
+    off.export(net, None, bundle, x[:100], class_names=NAMES, preprocessing=pictures_as)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +98,7 @@ def test_the_whole_story(own, offramp, figures_of, refuses):
     answer = offramp("predict", own, picture)
     assert (answer.code, answer.stderr) == (0, "")
     assert "probability" in answer.stdout
-    plan = offramp("plan", own, *data, "--mbit", "10", "--rtt", "20")
+    plan = offramp("plan", own, *data, "--mbit", "10", "--rtt-ms", "20")
     assert (plan.code, plan.stderr) == (0, "")
     assert "best: --split-after" in plan.stdout
 

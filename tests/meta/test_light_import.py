@@ -22,6 +22,7 @@ def run_python(code):
         "offramp.results",
         "offramp.artifacts",
         "offramp.runtime",
+        "offramp.runtime.preprocessing",
         "offramp.serving.server",
         "offramp.cli",
     ],
@@ -114,3 +115,49 @@ def test_wrong_options_are_refused_without_torch():
     )
     assert outcome.returncode == 2
     assert outcome.stderr.startswith("offramp: Give exactly one of --thresholds, --max-drop")
+
+
+def test_pictures_and_texts_are_prepared_without_torch(tmp_path):
+    from PIL import Image
+
+    Image.new("L", (3, 3), 255).save(tmp_path / "a.png")
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from offramp import Preprocessing\n"
+        "from offramp.data.preprocessing import inputs_of\n"
+        f"print(inputs_of([{str(tmp_path / 'a.png')!r}], Preprocessing(height=1, width=1)))\n"
+    )
+    outcome = run_python(code)
+    assert outcome.stdout.count("1.") == 3, outcome.stderr
+
+
+def test_bundle_answers_pictures_without_torch(tmp_path):
+    import torch
+    from PIL import Image
+
+    from offramp import Preprocessing, add_exits, export
+
+    stages = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 3)), torch.nn.Linear(3, 2)]
+    network = add_exits(
+        torch.nn.Sequential(*stages), at=["0"], num_classes=2, example=torch.zeros(1, 3, 1, 1)
+    )
+    how = Preprocessing(height=1, width=1)
+    export(network, None, tmp_path / "bundle", torch.rand(20, 3, 1, 1), preprocessing=how)
+    Image.new("L", (3, 3), 255).save(tmp_path / "a.png")
+    command = ["offramp", "predict", str(tmp_path / "bundle"), str(tmp_path / "a.png")]
+    outcome = run_python(
+        WITHOUT_TORCH + f"sys.argv = {command}\nfrom offramp.cli import main; main()"
+    )
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    assert "probability" in outcome.stdout
+
+
+def test_missing_pillow_is_named_with_its_extra(tmp_path):
+    outcome = run_python(
+        "import sys; sys.modules['PIL'] = None\n"
+        "from offramp import Preprocessing\n"
+        "from offramp.data.preprocessing import read_pixels\n"
+        "try: read_pixels('a.png', Preprocessing(height=1, width=1))\n"
+        "except ImportError as error: print(error)"
+    )
+    assert "pip install 'offramp[predict]'" in outcome.stdout, outcome.stderr

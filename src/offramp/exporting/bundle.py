@@ -38,6 +38,7 @@ from offramp.policy.as_dict import policy_to_dict
 from offramp.policy.choice import Choice
 from offramp.policy.policies import Policy
 from offramp.policy.routing_policy import RoutingPolicy
+from offramp.policy.rules import RULES
 from offramp.runtime import Bundle, Session
 from offramp.runtime.bundle import BUNDLE_FILE, check_preprocessing, write_bundle
 from offramp.runtime.chosen_on import Choosing
@@ -89,7 +90,7 @@ _PRECISIONS: tuple[set[str], ...] = (set(), {_USUAL}, {"torch.float64"})
 @torch.no_grad()
 def export(
     network: Network,
-    policy: Policy | RoutingPolicy | Choice,
+    policy: Policy | RoutingPolicy | Choice | None,
     folder: Path | str,
     samples: Given,
     *,
@@ -111,7 +112,8 @@ def export(
     Args:
         network: The network, on the CPU.
         policy: Who leaves where, which blocks run, or when a token halts; or a calibration that
-            chose it.
+            chose it. None: gates and tokens as they were trained; of exits, all on, and left by
+            samples that are certain, until ``offramp calibrate`` chooses thresholds.
         folder: Folder to make; a bundle that is there already is replaced.
         samples: Real inputs, shape (N, ...), to compare on; 100 at least say something. A tuple
             or a dict where the network takes several inputs.
@@ -134,7 +136,8 @@ def export(
     """
     inputs = as_inputs(samples, network)
     _check_precision(network)
-    chosen = policy.as_policy() if isinstance(policy, Choice) else policy
+    chosen = _uncalibrated(network) if policy is None else policy
+    chosen = chosen.as_policy() if isinstance(chosen, Choice) else chosen
     exporter = _exporter_of(network.eval(), inputs, chosen, layers_per_step)
     described = policy_to_dict(chosen)
     choosing = None if calibration is None else _choosing(calibration)
@@ -155,15 +158,15 @@ def export(
             quantized=None,
             weights_sha256=_weights_sha256(network),
             versions=_versions(),
+            plain_file=files[PLAIN].name if plain else None,
+            plain_sha256=files[PLAIN].sha256 if plain else None,
             pictures=pictures,
             texts=texts,
             calibration=choosing,
-            plain_file=files[PLAIN].name if plain else None,
-            plain_sha256=files[PLAIN].sha256 if plain else None,
             **exporter.describe(files),
         )
-        bundle = write_single(bundle, exporter.join, models)
         _check_preprocessing(bundle)
+        bundle = write_single(bundle, exporter.join, models)
         write_bundle(bundle)
         _check_bundle(Session(bundle), exporter, inputs)
     return replace(bundle, folder=Path(folder))
@@ -257,6 +260,14 @@ def _check(agreement: Agreement) -> Agreement:
             f"exit {worst}. Nothing was written: please report this."
         )
     return agreement
+
+
+def _uncalibrated(network: Network) -> Policy | RoutingPolicy:
+    trained: RoutingPolicy | None = family_of(network).as_trained
+    if trained is not None:
+        return trained
+    rules = RULES[network.outputs.name]
+    return rules.make(rules.default, (1.0,) * (network.num_exits - 1))
 
 
 def _check_preprocessing(bundle: Bundle) -> None:

@@ -117,7 +117,8 @@ class Run:
         if self.recipe is None:
             raise ArtifactError(
                 f"The run {self.folder} holds a network of your own, without a recipe that names "
-                "its data. Use evaluate() and time_runner() from Python."
+                "its data. Use evaluate() and time_runner() from Python; or export() it there, and "
+                "give the bundle with --data PATH."
             )
         return self.recipe
 

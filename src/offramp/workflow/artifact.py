@@ -14,20 +14,21 @@ from torch import Tensor
 from offramp.calibration.asked import Asked
 from offramp.calibration.collect import collect, collect_from_session
 from offramp.calibration.logits import ExitLogits
-from offramp.errors import InvalidArgumentError
+from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.families import FAMILIES, family_of, make_runner
 from offramp.families.family import Family, TorchRunner
 from offramp.policy.as_dict import policy_to_dict
 from offramp.policy.policies import Policy
 from offramp.policy.routing_policy import RoutingPolicy
+from offramp.recipes.recipe import Recipe
 from offramp.results import AdaptiveResult
 from offramp.runs.run import CALIBRATION_SPLIT, is_in_sample, load
 from offramp.runtime import Bundle, Session, read_bundle
 from offramp.runtime.answers import SampleAnswer, describe_answers
-from offramp.runtime.bundle import is_bundle
+from offramp.runtime.bundle import BUNDLE_FILE, is_bundle
 from offramp.runtime.examples import example_inputs
 from offramp.runtime.preprocessing import AnyPreprocessing
-from offramp.workflow.preprocessing import preprocessing_of, recipe_of
+from offramp.workflow.preprocessing import preprocessing_of
 from offramp.workflow.samples import AnySamples, OwnSamples, RecipeSamples
 from offramp.zoo import Network
 
@@ -170,3 +171,16 @@ def _bundle_has_seen(bundle: Bundle, split: str, fingerprint: str) -> bool:
         return True
     # One of a recipe may not say which samples chose its thresholds.
     return split == "train" or (split == CALIBRATION_SPLIT and bundle.recipe is not None)
+
+
+def recipe_of(bundle: Bundle) -> Recipe:
+    """Find the recipe that a bundle's network was trained by."""
+    if bundle.recipe is None:
+        raise ArtifactError(
+            f"The bundle {bundle.folder} holds a network of your own, without a recipe that names "
+            "its data. Use Session(...).run() from Python."
+        )
+    try:
+        return Recipe.from_dict(bundle.recipe)
+    except ArtifactError as error:
+        raise ArtifactError(f"{bundle.folder / BUNDLE_FILE} is damaged: {error}") from error

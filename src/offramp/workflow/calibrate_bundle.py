@@ -52,6 +52,8 @@ def calibrate_bundle(
         chosen = choose_policy(evidence, rule=policy, **wanted.target)
         promise = None
     else:
+        if wanted.guarantee == "mean" and not about_data["weighted"]:
+            evidence = replace(evidence, prior=None)
         chosen = calibrate_with_guarantee(evidence, rule=policy, **wanted.risk_limit)
         assert chosen.guarantee is not None
         population = f"{samples.name}, {samples.split}, classes {about_data['class_prior']}"
@@ -59,10 +61,13 @@ def calibrate_bundle(
             "sentence": chosen.guarantee.sentence(population),
             "found_on": samples.split,
         }
+    reached = {"accuracy": chosen.accuracy, "mean_macs": chosen.mean_macs}
+    if chosen.mean_iou is not None:
+        reached["mean_iou"] = chosen.mean_iou
     about = {
         "asked": wanted.to_dict(),
         "data": about_data,
-        "reached": {"accuracy": chosen.accuracy, "mean_macs": chosen.mean_macs},
+        "reached": reached,
         "guarantee": promise,
     }
     made = with_thresholds(bundle, chosen.policy.thresholds)
@@ -162,8 +167,8 @@ def _evidence(
     if prior is not None:
         shares = read_prior(prior, samples.class_names)
         named = prior if prior == "uniform" else dict(zip(samples.class_names, shares, strict=True))
-    if shares is not None:
-        evidence = replace(evidence, prior=shares)
+    if shares is not None or samples.by_class:
+        evidence = evidence.for_population(shares)
     return evidence, {
         "name": samples.name,
         "split": samples.split,

@@ -1,16 +1,13 @@
-"""Finding how samples become a bundle's inputs; without torch, if the bundle says so itself."""
+"""Finding how samples become the inputs of a bundle: from itself, its recipe, or its shapes.
+
+No torch: ``predict`` needs none for a bundle that says it.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from offramp.errors import ArtifactError
 from offramp.runtime import Bundle
-from offramp.runtime.bundle import BUNDLE_FILE
 from offramp.runtime.preprocessing import AnyPreprocessing, Preprocessing
-
-if TYPE_CHECKING:
-    from offramp.recipes.recipe import Recipe
 
 
 def preprocessing_of(bundle: Bundle) -> tuple[AnyPreprocessing, str | None]:
@@ -18,7 +15,9 @@ def preprocessing_of(bundle: Bundle) -> tuple[AnyPreprocessing, str | None]:
     known = bundle.preprocessing
     if known is not None:
         return known, None
-    if bundle.recipe is not None:  # exported before bundles said it
+    if bundle.recipe is not None:  # exported before bundles said it; takes torch
+        from offramp.workflow.artifact import recipe_of
+
         return recipe_of(bundle).preprocessing(), None
     shape, *others = [spec.sample_shape for spec in bundle.inputs]
     is_float = bundle.inputs[0].dtype.startswith("float")
@@ -36,18 +35,3 @@ def preprocessing_of(bundle: Bundle) -> tuple[AnyPreprocessing, str | None]:
         "preprocessing=Preprocessing(...)"
     )
     return Preprocessing(height=height, width=width, channels=1 if channels == 1 else 3), note
-
-
-def recipe_of(bundle: Bundle) -> Recipe:
-    """Find the recipe that a bundle's network was trained by."""
-    from offramp.recipes.recipe import Recipe  # which takes torch
-
-    if bundle.recipe is None:
-        raise ArtifactError(
-            f"The bundle {bundle.folder} holds a network of your own, without a recipe that names "
-            "its data. Use Session(...).run() from Python."
-        )
-    try:
-        return Recipe.from_dict(bundle.recipe)
-    except ArtifactError as error:
-        raise ArtifactError(f"{bundle.folder / BUNDLE_FILE} is damaged: {error}") from error

@@ -36,6 +36,7 @@ class Samples:
         fingerprint: Identifies them; of data of one's own, the whole split that they are of.
         class_names: As the data has them.
         class_prior: What is known of the shares of classes.
+        by_class: Whether set numbers were drawn from each class.
         shares: The share of each class in the split, where the samples are an even subset of it.
     """
 
@@ -45,6 +46,7 @@ class Samples:
     fingerprint: str
     class_names: tuple[str, ...]
     class_prior: str
+    by_class: bool
     shares: tuple[float, ...] | None = None
 
 
@@ -112,6 +114,7 @@ class RecipeSamples:
             fingerprint=fingerprint,
             class_names=class_names,
             class_prior="uniform" if recipe.uniform_prior else "as in train",
+            by_class=True,
         )
 
     def _is_own(self, split: str, data: str | None) -> bool:
@@ -203,6 +206,7 @@ def _samples(
         fingerprint=own.fingerprint,
         class_names=class_names,
         class_prior="as in the split",
+        by_class=subset is not None,
         shares=None if subset is None else own.shares,
     )
 

@@ -425,3 +425,15 @@ def test_preprocessing_for_other_inputs_is_refused(preprocessing, words, tmp_pat
             preprocessing=preprocessing,
         )
     assert not (tmp_path / "bundle").exists()
+
+
+def test_without_a_policy_every_exit_is_on_and_left_by_the_certain(network, tmp_path):
+    bundle = export(network, None, tmp_path / "bundle", X)
+    assert [step.threshold for step in bundle.steps] == [1.0, 1.0, 0.0]
+    assert bundle.policy["rule"] == "entropy"
+    assert set(Session(bundle).run(X).exit_index.tolist()) == {2}
+
+
+def test_without_a_policy_gates_are_as_they_were_trained(skip_network, tmp_path):
+    images = torch.randn(20, 3, 16, 16)
+    assert export(skip_network, None, tmp_path / "bundle", images).policy["threshold"] == 0.5
