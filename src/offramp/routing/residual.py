@@ -309,7 +309,7 @@ def _follow(root: nn.Module, *, is_training: bool) -> Tracer:
 
 
 def _is_one_step(module: nn.Module) -> bool:
-    """Whether a module stays whole: torch's own, and what training mode is read in.
+    """Keep torch's own modules, and those that read the training mode, whole.
 
     The mode that a decorator around ``forward`` reads, as transformers' do, says nothing of it.
     """
