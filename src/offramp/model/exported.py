@@ -75,7 +75,7 @@ class Exported(Graph):
         """Whether nothing crosses there but what an exit reads, and token ids."""
         mode = self._modes[0]
         crossing = mode.crossing(self._ends[position - 1][0])
-        return sum(not _is_light_input(node) for node in crossing) == 1
+        return sum(not _is_small_node(node) for node in crossing) == 1
 
 
 def _text(backbone: nn.Module, inputs: Features) -> Ragged | None:
@@ -385,9 +385,12 @@ def _is_size(node: fx.Node) -> bool:
 
 
 def _is_light_input(node: fx.Node) -> bool:
-    """Whether it is an input of token ids or marks."""
+    return node.op == "placeholder" and _is_small_node(node)
+
+
+def _is_small_node(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    return node.op == "placeholder" and isinstance(value, Tensor) and _is_small(value)
+    return isinstance(value, Tensor) and _is_small(value)
 
 
 class ExportedMode(Mode):
@@ -426,7 +429,7 @@ class ExportedMode(Mode):
         return super()._why_not_across(crossing, position)
 
     def _is_light(self, node: fx.Node) -> bool:
-        return _is_light_input(node) or node in self.along
+        return _is_small_node(node) or node in self.along
 
     @cached_property
     def _sizes(self) -> list[tuple[Any, int, int]]:

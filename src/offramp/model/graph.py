@@ -253,7 +253,7 @@ class Mode:
                 crossing.add(node)
                 until.setdefault(last + 1, []).append(node)
             is_alone = crossing == {node} and node.op != "placeholder"
-            if is_alone and self._why_not_across([node], position) is None:
+            if is_alone and self._why_not_across(self.crossing(position), position) is None:
                 found[node.name] = (position, node)
         return found
 
