@@ -20,7 +20,7 @@ from offramp.errors import DataError, DataNotFoundError, InvalidArgumentError
 _SHARD = re.compile(r"(?P<split>.+?)(-(?P<number>\d{5})-of-(?P<count>\d{5}))?")
 _TABLES = (".parquet", ".csv", ".tsv", ".jsonl")
 _LINES = (".json", *_TABLES)
-"""What a path may name itself; among the files of a folder, JSON is mostly something else."""
+"""Endings of files that a path may name; in a folder, JSON is mostly something else."""
 _PICTURES = frozenset(
     (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 )

@@ -35,7 +35,7 @@ class DataSource:
     download: str | None = None
 
     def preprocessing(self, *, mean: float = 0.0, deviation: float = 1.0) -> Preprocessing:
-        """How a picture becomes an input of a network that was trained on the data.
+        """Return the way from a picture to an input of a network that was trained on the data.
 
         Pictures of another size are cut to their ink (data of strokes) or to the middle square
         (others, but for scenes with masks).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 
 from torch import nn
 
@@ -15,6 +16,7 @@ class Chain:
 
     num_read = 1
     ragged = None
+    between: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, backbone: nn.Module) -> None:
         self._steps = _steps(backbone)

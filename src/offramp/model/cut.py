@@ -1,23 +1,30 @@
 """Cutting a backbone into stages and hanging exits on it.
 
-A *cutter* knows where a backbone can be cut, and cuts it. There are three, tried in this order:
+A *cutter* knows where a backbone can be cut, and cuts it. There are four, tried in this order:
 the layer list of a transformers model (``layer_lists``), children that run one after the other
-(``chain``), and the graph that torch.fx traces (``graph``). All end in :func:`add_exits`, which
-proves that the stages do what the backbone does (``proof``).
+(``chain``), and the graphs that torch.fx (``graph``) and torch.export (``exported``) trace; the one
+with the most even places wins. All end in :func:`add_exits`, which proves that the stages do what
+the backbone does (``proof``).
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from offramp.errors import BackboneCutError, InvalidArgumentError, reason
+from offramp.errors import (
+    BackboneCutError,
+    InvalidArgumentError,
+    ShapeError,
+    reason,
+)
 from offramp.measure.cost import count_macs, evaluation_mode, require_samples
 from offramp.model.chain import Chain
 from offramp.model.exported import Exported
@@ -32,6 +39,9 @@ from offramp.model.ragged import Ragged
 from offramp.model.spacing import choose_cuts
 from offramp.model.tracing import NotTraceableError
 
+_EVEN = 0.12
+"""Cuts whose shares are so near to even ones end the search for better ones."""
+
 
 class Cutter(Protocol):
     """Where a backbone can be cut, and how.
@@ -42,6 +52,11 @@ class Cutter(Protocol):
     @property
     def places(self) -> Mapping[str, int]:
         """The position after each module that can be cut after, by its path."""
+        ...
+
+    @property
+    def between(self) -> Mapping[str, int]:
+        """Positions where no module ends and only one tensor crosses, by what made it."""
         ...
 
     @property
@@ -88,10 +103,12 @@ def add_exits(
     Args:
         backbone: Any module of one output, logits (B, C), or (B, C, h, w) where it says a class
             for every pixel: a transformers model, one whose children run in order, or one that
-            torch.fx can trace. Of a compiled one the module that was compiled is cut.
+            torch.fx or torch.export can trace. Of a compiled one the module that was compiled is
+            cut.
         at: Paths of modules as in ``named_modules()``, in the order they run; an exit attaches
             after each. A string is one path. The backbone's end is the final exit and is not
-            named. "auto" shares the backbone's MACs out evenly among ``num_exits``;
+            named. "auto" shares the backbone's MACs out evenly among ``num_exits``, where a single
+            tensor crosses, and warns if the first exit costs more than half;
             :func:`~offramp.place` does it by the clock.
         num_classes: Number of classes C.
         example: One batch of inputs, each with the batch axis first, for the heads' sizes and the
@@ -124,10 +141,11 @@ def add_exits(
     inputs, input_specs = _check_example(backbone, example)
     paths = _paths(at, num_exits)
     _check_logits(backbone, inputs, num_classes)
-    cutter = _find_cutter(backbone, inputs, paths or ())
-    at = _spread(backbone, cutter, inputs, num_exits) if paths is None else paths
-    stages, features = _cut(backbone, cutter, inputs, at)
-    heads = fit_heads(heads, stages, inputs, features, at=at, num_read=cutter.num_read)
+    if paths is None:
+        cutter, stages, heads, features = _cut_evenly(backbone, inputs, num_exits, heads)
+    else:
+        cutter, stages, features = _cut_after(backbone, inputs, paths)
+        heads = fit_heads(heads, stages, inputs, features, at=paths, num_read=cutter.num_read)
     network = MultiExitNetwork(stages, [*heads, nn.Identity()])
     network.share_keys_with(backbone)
     network.input_specs = input_specs
@@ -142,7 +160,25 @@ def cut_stages(
 ) -> tuple[list[nn.Module], list[Features]]:
     """Cut a backbone as :func:`add_exits` does, without heads."""
     _check_logits(backbone, inputs, num_classes)
-    return _cut(backbone, _find_cutter(backbone, inputs, at), inputs, at)
+    _, stages, features = _cut_after(backbone, inputs, at)
+    return stages, features
+
+
+def _cut_after(
+    backbone: nn.Module, inputs: Features, at: Sequence[str]
+) -> tuple[Cutter, list[nn.Module], list[Features]]:
+    """Cut by the first cutter that can; the first one's error if none can."""
+    known = {path for path, _ in backbone.named_modules(remove_duplicate=False)}
+    failure: BackboneCutError | None = None
+    for cutter in _cutters(backbone, inputs):
+        try:
+            return (cutter, *_cut(backbone, cutter, inputs, at))
+        except BackboneCutError as error:
+            failure = failure or error
+            if not set(at) <= known | cutter.between.keys():
+                break
+    assert failure is not None
+    raise failure
 
 
 def _cut(
@@ -197,7 +233,7 @@ def cut_paths(backbone: nn.Module, example: Given) -> list[str]:
     """
     backbone = _uncompiled(backbone)
     inputs, _ = _check_example(backbone, example)
-    return _narrow_paths(_find_cutter(backbone, inputs, ()))
+    return _narrow_paths(_find_cutter(backbone, inputs))
 
 
 def _narrow_paths(cutter: Cutter) -> list[str]:
@@ -231,28 +267,104 @@ def _check_example(backbone: nn.Module, example: Given) -> tuple[Features, tuple
     return inputs, specs
 
 
-def _spread(
-    backbone: nn.Module, cutter: Cutter, inputs: Features, num_exits: int | None
-) -> list[str]:
-    """Paths that share the backbone's MACs out evenly."""
-    paths = _narrow_paths(cutter)
-    if num_exits is None or not 2 <= num_exits <= len(paths) + 1:
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """Cuts that one cutter would make, and the share of the backbone's MACs before each."""
+
+    cutter: Cutter
+    at: list[str]
+    shares: list[float]
+
+    @property
+    def unevenness(self) -> float:
+        """How far the cut that is farthest off is from an even share."""
+        num = len(self.at) + 1
+        return max(abs(share - k / num) for k, share in enumerate(self.shares, start=1))
+
+
+def _cut_evenly(
+    backbone: nn.Module,
+    inputs: Features,
+    num_exits: int | None,
+    heads: Sequence[nn.Module] | None,
+) -> tuple[Cutter, list[nn.Module], list[nn.Module], list[Features]]:
+    """Cut where the cutter with the best places can, and that is proven."""
+    plans = _plans(backbone, inputs, num_exits)
+    known: list[_Plan] = []
+    failure: BackboneCutError | ShapeError | None = None
+    while True:
+        for plan in plans:
+            known.append(plan)
+            if plan.unevenness <= _EVEN:
+                break
+        if not known:
+            assert failure is not None
+            raise failure
+        best = min(known, key=lambda plan: plan.unevenness)
+        known.remove(best)
+        try:
+            stages, features = _cut(backbone, best.cutter, inputs, best.at)
+            chosen = fit_heads(
+                heads, stages, inputs, features, at=best.at, num_read=best.cutter.num_read
+            )
+        except (BackboneCutError, ShapeError) as error:
+            failure = failure or error
+            continue
+        if best.shares[0] > 0.5:
+            warnings.warn(
+                f"The first exit of {type(backbone).__name__}, after {best.at[0]!r}, costs "
+                f"{best.shares[0]:.0%} of it: no earlier place was found where a single tensor "
+                "crosses. Name one with 'at' where more may cross.",
+                stacklevel=3,
+            )
+        return best.cutter, stages, chosen, features
+
+
+def _plans(backbone: nn.Module, inputs: Features, num_exits: int | None) -> Iterator[_Plan]:
+    """Cuts at ends of modules, then at any position, by each cutter in turn."""
+    most = 0
+    for cutter in _cutters(backbone, inputs):
+        by_module = {path: cutter.places[path] for path in _narrow_paths(cutter)}
+        for positions in (by_module, {**by_module, **cutter.between}):
+            most = max(most, len(positions))
+            if num_exits is not None and 2 <= num_exits <= len(positions) + 1:
+                yield _spread(backbone, cutter, inputs, positions, num_exits)
+            if not cutter.between:
+                break
+    if num_exits is None or not 2 <= num_exits <= most + 1:
         raise InvalidArgumentError(
-            f"With at=\"auto\", the 'num_exits' parameter must be an int in [2, {len(paths) + 1}]: "
-            f"{type(backbone).__name__} has {len(paths)} places for an exit, and its end. "
+            f"With at=\"auto\", the 'num_exits' parameter must be an int in [2, {most + 1}]: "
+            f"{type(backbone).__name__} has {most} places for an exit, and its end. "
             f"Got {num_exits}."
         )
+
+
+def _spread(
+    backbone: nn.Module,
+    cutter: Cutter,
+    inputs: Features,
+    positions: Mapping[str, int],
+    num_exits: int,
+) -> _Plan:
+    """The positions that share the backbone's MACs out most evenly."""
+    paths = sorted(positions, key=positions.__getitem__)
     macs = []
     features = tuple(tensor[:1].clone() for tensor in inputs)
     with evaluation_mode(backbone), torch.no_grad():
-        for stage in cutter.stages([cutter.places[path] for path in paths]):
+        for stage in cutter.stages([positions[path] for path in paths]):
             macs.append(count_macs(stage, *(tensor.clone() for tensor in features)))
             features = as_features(stage(*features))
     *until, total = accumulate(macs)
-    return [paths[cut] for cut in choose_cuts(until, total=total, num_exits=num_exits)]
+    cuts = choose_cuts(until, total=total, num_exits=num_exits)
+    return _Plan(
+        cutter=cutter,
+        at=[paths[cut] for cut in cuts],
+        shares=[until[cut] / max(total, 1) for cut in cuts],
+    )
 
 
-def _find_cutter(backbone: nn.Module, inputs: Features, at: Sequence[str]) -> Cutter:
+def _cutters(backbone: nn.Module, inputs: Features) -> Iterator[Cutter]:
+    """Every cutter that can follow a backbone, the cheapest first; an error if none can."""
     if isinstance(backbone, torch.jit.ScriptModule):
         raise BackboneCutError(
             "Expected a module of Python code. TorchScript cannot be cut, since it holds no code "
@@ -260,26 +372,39 @@ def _find_cutter(backbone: nn.Module, inputs: Features, at: Sequence[str]) -> Cu
         )
     layers = find_layer_list(backbone)
     if layers is not None:
-        return layers
-    chain: Chain | None = None
-    if len(inputs) == 1:
-        with suppress(NotTraceableError):
-            chain = Chain(backbone)
-    wanted = {path for path, _ in backbone.named_modules()} & set(at)
-    if chain is not None and wanted <= chain.places.keys() | chain.refused.keys():
-        return chain
-    for other in (Graph, Exported):
+        yield layers
+    makers: list[Callable[[], Cutter]] = [lambda: Exported(backbone, inputs)]
+    if layers is None:
+        makers.insert(0, lambda: Graph(backbone, inputs))
+    if len(inputs) == 1 and layers is None:
+        makers.insert(0, lambda: Chain(backbone))
+    failures = []
+    for make in makers:
         try:
-            return other(backbone, inputs)
+            cutter = make()
         except NotTraceableError as error:
-            failure = error
-    if chain is not None:
-        return chain
-    raise BackboneCutError(
-        f"{type(backbone).__name__} cannot be cut: its forward cannot be followed "
-        f"({reason(failure)}). Move that part into a module of its own without children, which "
-        "stays whole, or wrap the backbone in an nn.Sequential of pieces that run in order."
-    ) from failure
+            failures.append(error)
+        else:
+            yield cutter
+    if layers is None and len(failures) == len(makers):
+        with_line = [error for error in reversed(failures) if "`" in str(error)]
+        why = reason([*with_line, failures[-1]][0])
+        raise BackboneCutError(
+            f"{type(backbone).__name__} cannot be cut: its forward cannot be followed "
+            f"({why}). Move that part into a module of its own without children, "
+            "which stays whole, or wrap the backbone in an nn.Sequential of pieces that run in "
+            "order."
+        ) from failures[-1]
+
+
+def _find_cutter(backbone: nn.Module, inputs: Features, at: Sequence[str] = ()) -> Cutter:
+    """The cutter with the most places, of which two are enough, those that were named included."""
+    found: list[Cutter] = []
+    for cutter in _cutters(backbone, inputs):
+        found.append(cutter)
+        if len(_narrow_paths(cutter)) > 1 and set(at) <= cutter.places.keys():
+            break
+    return max(found, key=lambda cutter: len(_narrow_paths(cutter)))
 
 
 def _check_logits(backbone: nn.Module, inputs: Features, num_classes: int) -> None:
@@ -289,10 +414,11 @@ def _check_logits(backbone: nn.Module, inputs: Features, num_classes: int) -> No
 
 
 def _positions(backbone: nn.Module, cutter: Cutter, at: Sequence[str]) -> list[int]:
+    known = {**cutter.between, **cutter.places}
     for path in at:
-        if path not in cutter.places:
+        if path not in known:
             raise BackboneCutError(_no_cut_after(backbone, cutter, path))
-    positions = [cutter.places[path] for path in at]
+    positions = [known[path] for path in at]
     if positions != sorted(set(positions)):
         raise BackboneCutError(
             f"The cuts must be in the order the modules run, each once. Got {', '.join(at)}."

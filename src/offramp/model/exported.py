@@ -13,9 +13,14 @@ Shapes: ``B`` batch, ``T`` tokens.
 
 from __future__ import annotations
 
+import logging
 import operator
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import cached_property
+from io import StringIO
 from typing import Any
 
 import torch
@@ -24,13 +29,14 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import Dim
 from torch.export.graph_signature import InputKind
 
+from offramp.errors import BackboneCutError
 from offramp.measure.cost import evaluation_mode
 from offramp.model.graph import Graph, Mode
 from offramp.model.inputs import parameter_names
 from offramp.model.multi_exit import Features
 from offramp.model.proof import logits_in, logits_of
 from offramp.model.ragged import Ragged
-from offramp.model.tracing import NotTraceableError, unharmed, what_stopped
+from offramp.model.tracing import NotTraceableError, require_names, unharmed, what_stopped
 
 _WHOLE = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.RMSNorm),
@@ -42,6 +48,8 @@ _WHOLE = (
 _RANDOM_OR_COUNTING = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
 _ROOT = "backbone"
+
+_SIZE = torch.ops.aten.sym_size.int
 
 Call = tuple[str, str]
 """A run of a module: torch.export's key, and its path in the backbone."""
@@ -121,8 +129,14 @@ class _Logits(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         for tensor in inputs[1:]:
             for axis in range(self._num_same):
-                torch._check(tensor.shape[axis] == inputs[0].shape[axis])
-        return logits_in(self.backbone(*inputs), self.backbone)
+                torch._check(tensor.shape[axis] == inputs[0].shape[axis])  # type: ignore[no-untyped-call]
+        try:
+            return logits_in(self.backbone(*inputs), self.backbone)
+        except BackboneCutError as error:
+            mode = "training" if self.training else "evaluation"
+            raise NotTraceableError(
+                f"in {mode} it returns more than logits; switch its other outputs off"
+            ) from error
 
 
 def _export(
@@ -134,7 +148,7 @@ def _export(
     failure: Exception | None = None
     for num_dynamic in (2, 1) if is_text else (1,):
         sizes = dict.fromkeys(range(num_dynamic), Dim.AUTO)
-        with evaluation_mode(backbone), torch.enable_grad(), unharmed(backbone):
+        with evaluation_mode(backbone), torch.enable_grad(), unharmed(backbone), _quiet():
             backbone.train(is_training)
             try:
                 program = torch.export.export(
@@ -150,6 +164,19 @@ def _export(
                 failure = failure or error
     assert failure is not None
     raise NotTraceableError(what_stopped(failure)) from failure
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back the graphs that torch.export prints where it fails."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stderr(StringIO()), redirect_stdout(StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _graph_of(program: Any, backbone: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
@@ -172,6 +199,8 @@ def _graph_of(program: Any, backbone: nn.Module) -> tuple[fx.Graph, dict[str, An
     outputs = _inlined(graph, program.graph_module, env, objects)
     graph.output(outputs[0])
     _fold_modules(graph, backbone, objects)
+    require_names(objects)
+    _read_what_is_written(graph)
     _drop_dead(graph)
     return graph, objects
 
@@ -200,7 +229,8 @@ def _inlined(
     def look_up(node: fx.Node) -> Any:
         return env[node]
 
-    for node in module.graph.nodes:
+    nodes: Sequence[Any] = list(module.graph.nodes)
+    for node in nodes:
         if node.op == "placeholder":
             continue
         if node.op == "output":
@@ -234,10 +264,10 @@ def _is_assertion(target: Any) -> bool:
 
 
 def _block(
-    graph: fx.Graph, node: fx.Node, env: dict[fx.Node, Any], objects: dict[str, Any]
+    graph: fx.Graph, node: Any, env: dict[fx.Node, Any], objects: dict[str, Any]
 ) -> tuple[Any, ...]:
     """The nodes of a block that switches gradients or autocast off, or is checkpointed."""
-    name = node.target.name()  # type: ignore[union-attr]
+    name = node.target.name()
     numbers = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
     numbers["tag_activation_checkpoint"] = 0
     if name not in numbers or (name == "wrap_with_autocast" and node.args[2]):
@@ -294,6 +324,14 @@ def _fold_modules(graph: fx.Graph, backbone: nn.Module, objects: dict[str, Any])
             graph.erase_node(node)
 
 
+def _read_what_is_written(graph: fx.Graph) -> None:
+    """Read a buffer itself where the backbone reads what writing into it returned."""
+    for node in graph.nodes:
+        for buffer in _writes(node):
+            if buffer.op == "get_attr" and _base(node) is buffer:
+                node.replace_all_uses_with(buffer)
+
+
 def _drop_dead(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         is_dead = not node.users and node.op in ("call_function", "get_attr")
@@ -343,7 +381,7 @@ def _is_random(node: fx.Node) -> bool:
 
 
 def _is_size(node: fx.Node) -> bool:
-    return node.target is torch.ops.aten.sym_size.int
+    return node.target is _SIZE
 
 
 def _is_light_input(node: fx.Node) -> bool:
@@ -380,35 +418,31 @@ class ExportedMode(Mode):
             for name, each in self.objects.items()
         )
 
-    def why_no_cut(self, path: str) -> str | None:
-        """What speaks against a cut after a module; None if nothing does."""
-        why = super().why_no_cut(path)
-        if why is None and not self._sizes_are_known(path):
-            why = "a size crosses it that no tensor beside it has"
-        return why
+    def _why_not_across(self, crossing: Sequence[fx.Node], position: int) -> str | None:
+        handed_on = [*crossing, *self.along]
+        known = {size for node in handed_on for size in _symbols(node)}
+        if any(made < position <= last and size not in known for size, made, last in self._sizes):
+            return "a size crosses it that no tensor beside it has"
+        return super()._why_not_across(crossing, position)
 
-    def _sizes_are_known(self, path: str) -> bool:
-        position = self.ends[path][0]
-        known = {size for node in self._nodes_handed_on(path) for size in _symbols(node)}
-        return all(symbol in known for symbol, made, last in self._sizes if made < position <= last)
+    def _is_light(self, node: fx.Node) -> bool:
+        return _is_light_input(node) or node in self.along
 
-    @property
+    @cached_property
     def _sizes(self) -> list[tuple[Any, int, int]]:
         """Each size that is read: what it is, and where it is made and last read."""
-        if not hasattr(self, "_found_sizes"):
-            index = {node: i for i, node in enumerate(self._nodes)}
-            last: dict[fx.Node, int] = {}
-            for node in reversed(self._nodes):
-                if node in self._placed or node.op == "output":
-                    last[node] = index[node]
-                else:
-                    last[node] = max((last[user] for user in node.users), default=-1)
-            self._found_sizes = [
-                (_symbol(node.meta["val"]), index[node.all_input_nodes[0]], last[node])
-                for node in self._nodes
-                if _is_size(node) and _symbol(node.meta["val"]) is not None
-            ]
-        return self._found_sizes
+        index = {node: i for i, node in enumerate(self._nodes)}
+        last: dict[fx.Node, int] = {}
+        for node in reversed(self._nodes):
+            if node in self._placed or node.op == "output":
+                last[node] = index[node]
+            else:
+                last[node] = max((last[user] for user in node.users), default=-1)
+        return [
+            (_symbol(node.meta["val"]), index[node.all_input_nodes[0]], last[node])
+            for node in self._nodes
+            if _is_size(node) and _symbol(node.meta["val"]) is not None
+        ]
 
     def _sources(self, node: fx.Node) -> Sequence[fx.Node]:
         return () if _is_size(node) else node.all_input_nodes
@@ -435,23 +469,23 @@ class ExportedMode(Mode):
     ) -> fx.Node:
         if _is_size(node):
             symbol = _symbol(node.meta["val"])
-            for other, made in copies.items():
+            for other, tensor in copies.items():
                 sizes = _symbols(other) if symbol is not None else []
                 if symbol in sizes:
-                    return graph.call_function(node.target, (made, sizes.index(symbol)))
+                    return graph.call_function(_SIZE, (tensor, sizes.index(symbol)))
         for member in self._groups.get(_base(node), ()):  # all that is written into it
             copies[member] = graph.node_copy(member, copy)
             _follow_device(copies[member], next(iter(copies.values())))
         if node in copies:
             return copies[node]
-        made = graph.node_copy(node, copy)
-        _follow_device(made, next(iter(copies.values())))
-        return made
+        copied: fx.Node = graph.node_copy(node, copy)
+        _follow_device(copied, next(iter(copies.values())))
+        return copied
 
 
 def _mask(graph: fx.Graph, text: Ragged) -> fx.Node:
     """What is 0 on padding: an input, or made of the ids."""
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    inputs: list[fx.Node] = [node for node in graph.nodes if node.op == "placeholder"]
     if text.pad_id is None:
         return inputs[text.mask_index]
     with graph.inserting_after(inputs[0]):
@@ -476,7 +510,8 @@ def _follow_device(node: fx.Node, given: fx.Node) -> None:
 
 def _symbol(size: Any) -> Any:
     """The expression that a size stands for; None for a number."""
-    return size.node.expr if isinstance(size, torch.SymInt) else None
+    expression = size.node.expr if isinstance(size, torch.SymInt) else None
+    return None if expression is None or expression.is_number else expression
 
 
 def _symbols(node: fx.Node) -> list[Any]:
@@ -491,7 +526,7 @@ def _fed(nodes: Sequence[fx.Node], objects: Mapping[str, Any]) -> set[fx.Node]:
         for node in nodes
         if node.op == "placeholder"
         or _is_random(node)
-        or (node.op == "call_module" and isinstance(objects[node.target], _RANDOM_OR_COUNTING))
+        or (node.op == "call_module" and isinstance(objects[str(node.target)], _RANDOM_OR_COUNTING))
     }
     written: set[fx.Node] = set()
     size = -1
@@ -518,7 +553,7 @@ def _light(nodes: Sequence[fx.Node], fed: Set[fx.Node], objects: Mapping[str, An
     written = {_base(target) for node in nodes for target in _writes(node)}
     for node in nodes:
         sources = node.all_input_nodes
-        is_weight = node.op == "get_attr" and isinstance(objects[node.target], nn.Parameter)
+        is_weight = node.op == "get_attr" and isinstance(objects[str(node.target)], nn.Parameter)
         if is_weight or (not _is_size(node) and any(source in weighty for source in sources)):
             weighty.add(node)
         if node not in fed or not isinstance(node.target, OpOverload) or _is_random(node):

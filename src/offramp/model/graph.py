@@ -11,6 +11,7 @@ the same modules; each of its stages runs the graph of the mode that it is in.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -21,14 +22,15 @@ from torch.fx.graph_module import _forward_from_src
 from offramp.errors import BackboneCutError, reason
 from offramp.measure.cost import evaluation_mode
 from offramp.model.multi_exit import Features
+from offramp.model.ragged import Ragged
 from offramp.model.tracing import NotTraceableError, Tracer, trace
 
 
 class Graph:
     """The traced graphs of a backbone, and where it can be cut."""
 
-    num_read = 1
-    ragged = None
+    num_read: int = 1
+    ragged: Ragged | None = None
 
     def __init__(self, backbone: nn.Module, inputs: Features) -> None:
         first, second = (
@@ -49,9 +51,18 @@ class Graph:
                 ends[path] = (evaluation.ends[path][0], training.ends[path][0])
             else:
                 self.refused[path] = why
-        self._ends = sorted(set(ends.values()))
-        self._named = {end: path for path, end in ends.items()}
+        between = {
+            name: (end, training.narrow[name][0])
+            for name, (end, _) in evaluation.narrow.items()
+            if name in training.narrow
+        }
+        between = {n: both for n, both in between.items() if both not in ends.values()}
+        self._ends = sorted({*ends.values(), *between.values()})
+        self._named = {end: path for path, end in (*between.items(), *ends.items())}
         self.places: Mapping[str, int] = {p: self._ends.index(end) + 1 for p, end in ends.items()}
+        self.between: Mapping[str, int] = {
+            n: self._ends.index(both) + 1 for n, both in between.items()
+        }
 
     def is_narrow(self, position: int) -> bool:
         """Whether nothing crosses there but the output of the module that ends there."""
@@ -216,7 +227,7 @@ class Mode:
 
     def slices(self, paths: Sequence[str]) -> list[fx.Graph]:
         """The parts between the ends of modules, one more than there are."""
-        positions = [self.ends[path][0] for path in paths]
+        positions = [self._end(path)[0] for path in paths]
         crossing = [self._nodes_handed_on(path) for path in paths]
         placeholders = [node for node in self._nodes if node.op == "placeholder"]
         between = pairwise((0, *positions, len(self._nodes) - 1))
@@ -226,9 +237,33 @@ class Mode:
             for (start, end), (given, returned) in zip(between, handed, strict=True)
         ]
 
+    def _end(self, path: str) -> tuple[int, fx.Node | None]:
+        return self.ends[path] if path in self.ends else self.narrow[path]
+
+    @cached_property
+    def narrow(self) -> dict[str, tuple[int, fx.Node]]:
+        """Where one tensor of floats crosses, with its batch first, by the node that makes it."""
+        found: dict[str, tuple[int, fx.Node]] = {}
+        crossing: set[fx.Node] = set()
+        until: dict[int, list[fx.Node]] = {}
+        for position, node in enumerate(self._nodes[:-2], start=1):
+            crossing.difference_update(until.pop(position, ()))
+            last = self._last_use[node]
+            if node in self._placed and last >= position and not self._is_light(node):
+                crossing.add(node)
+                until.setdefault(last + 1, []).append(node)
+            is_alone = crossing == {node} and node.op != "placeholder"
+            if is_alone and self._why_not_across([node], position) is None:
+                found[node.name] = (position, node)
+        return found
+
+    def _is_light(self, node: fx.Node) -> bool:
+        """Whether a node may cross beside features."""
+        return False
+
     def _nodes_handed_on(self, path: str) -> list[fx.Node]:
         """What crosses, the output of the module that ends there first."""
-        position, output = self.ends[path]
+        position, output = self._end(path)
         assert output is not None
         first = [output, *self.along]
         return [*first, *(n for n in self.crossing(position) if n not in first)]
@@ -250,6 +285,10 @@ class Mode:
         crossing = self.crossing(position)
         if output not in crossing:
             return "nothing after it reads its output"
+        return self._why_not_across(crossing, position)
+
+    def _why_not_across(self, crossing: Sequence[fx.Node], position: int) -> str | None:
+        """What speaks against handing nodes on."""
         for node in crossing:
             shapes = self._shapes(node)
             if shapes is None:

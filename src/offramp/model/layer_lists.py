@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ Step = tuple[str, nn.Module]
 
 class LayerList:
     """The steps of a transformers model."""
+
+    between: Mapping[str, int] = MappingProxyType({})
 
     def __init__(
         self,

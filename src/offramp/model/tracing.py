@@ -11,7 +11,7 @@ import inspect
 import keyword
 import random
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -111,11 +111,16 @@ def trace(
             raise
         except Exception as error:  # whatever the backbone's own code raises on a stand-in
             raise NotTraceableError(what_stopped(error)) from error
-    for path in tracer.objects:
-        word = next(filter(keyword.iskeyword, path.split(".")), None)
-        if word is not None:  # torch.fx writes code with these names
-            raise NotTraceableError(f"{path!r} is named by a word of Python's, {word!r}: rename it")
+    require_names(tracer.objects)
     return tracer
+
+
+def require_names(paths: Iterable[str]) -> None:
+    """Refuse what a graph cannot name: torch.fx writes code with these names."""
+    for path in paths:
+        word = next(filter(keyword.iskeyword, path.split(".")), None)
+        if word is not None:
+            raise NotTraceableError(f"{path!r} is named by a word of Python's, {word!r}: rename it")
 
 
 def require_calls_in_order(backbone: nn.Module, modules: Sequence[nn.Module]) -> None:

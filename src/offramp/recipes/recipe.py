@@ -88,7 +88,7 @@ class Recipe:
         return self.normalisation
 
     def preprocessing(self) -> AnyPreprocessing:
-        """How pictures, or texts, become the network's inputs."""
+        """Return the way from pictures, or texts, to the network's inputs."""
         source = SOURCES[self.data]
         if source.image_shape is None:
             return TextPreprocessing.from_tokenizer(load_tokenizer(), pad_id=PAD_ID)

@@ -7,6 +7,7 @@ in a sum of which one side, the shortcut, is the first joint itself or a lighter
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -308,7 +309,14 @@ def _follow(root: nn.Module, *, is_training: bool) -> Tracer:
 
 
 def _is_one_step(module: nn.Module) -> bool:
-    return fx.Tracer().is_leaf_module(module, "") or next(module.children(), None) is None
+    """Keep torch's own modules, and those that read the training mode, whole.
+
+    The mode that a decorator around ``forward`` reads, as transformers' do, says nothing of it.
+    """
+    is_torchs = fx.Tracer().is_leaf_module(module, "")
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    asks_for_mode = code is not None and "training" in code.co_names
+    return is_torchs or asks_for_mode or next(module.children(), None) is None
 
 
 def _module_of(error: BaseException, root: nn.Module) -> nn.Module | None:

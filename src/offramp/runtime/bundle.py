@@ -191,7 +191,7 @@ class Bundle:
 
     @property
     def preprocessing(self) -> AnyPreprocessing | None:
-        """How samples become inputs; None where the bundle does not say."""
+        """The way from samples to inputs; None if the bundle does not say it."""
         return self.pictures if self.texts is None else read_texts(self.folder, self.texts)
 
     @property

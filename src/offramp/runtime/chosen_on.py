@@ -1,4 +1,4 @@
-"""How a policy was chosen: what was asked, on which samples, and what it reached there."""
+"""The choice of a policy: its target, the samples that chose it, and its figures on them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ChosenOn:
 
 @dataclass(frozen=True, kw_only=True)
 class Choosing:
-    """What stands beside a policy: ``data`` is None where thresholds were set by hand."""
+    """The record beside a policy; ``data`` is None if thresholds were set by hand."""
 
     asked: Mapping[str, Any] | None = None
     data: ChosenOn | None = None

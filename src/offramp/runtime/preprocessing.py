@@ -1,4 +1,4 @@
-"""How pictures or texts become a network's inputs: what run folders and bundles say of it.
+"""The way from pictures or texts to a network's inputs, as run folders and bundles keep it.
 
 Records only, light to import; ``offramp.data.preprocessing`` does what they say.
 """
@@ -21,10 +21,10 @@ Interpolation = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "ham
 """In the order of their numbers in Pillow, which image processors use."""
 
 TOKENIZER_FILE = "tokenizer.json"
-"""Where a run folder or a bundle keeps its tokenizer."""
+"""The tokenizer's file in a run folder or a bundle."""
 
 _IMAGENET_MEAN, _IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""What timm takes where a model does not say."""
+"""timm's defaults."""
 _MOST_PIXELS_A_SIDE = 2**13
 _MOST_TOKENS = 2**17
 
@@ -33,7 +33,7 @@ Side = Annotated[int, Meta(ge=1, le=_MOST_PIXELS_A_SIDE)]
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How a picture becomes an input: resized, cut, scaled and normalised.
+    """The way from a picture to an input: resized, cut, scaled and normalised.
 
     The input is ``(pixel / 255 * white - mean) / deviation``, channels first.
 
@@ -216,7 +216,7 @@ class Preprocessing:
 
 @dataclass(frozen=True, kw_only=True)
 class TextPreprocessing:
-    """How a text becomes token ids.
+    """The way from a text to token ids.
 
     Attributes:
         tokenizer: The tokenizer, as the JSON that the tokenizers library reads.

@@ -160,7 +160,7 @@ def policy_kind(bundle: Bundle) -> str:
 def _evidence(
     session: Session, samples: Samples, prior: str | None
 ) -> tuple[Evidence[Any], dict[str, Any]]:
-    """What every exit says of the samples, and what the bundle is to say of them."""
+    """Collect the logits of every exit, and the record of the samples for the bundle."""
     evidence: Any = collect_from_session(session, samples.batches)
     shares = samples.shares
     named: str | dict[str, float] = samples.class_prior

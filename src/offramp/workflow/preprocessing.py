@@ -1,4 +1,4 @@
-"""How samples become the inputs of a bundle: as it says, as its recipe does, or as pixels are.
+"""Finding how samples become the inputs of a bundle: from itself, its recipe, or its shapes.
 
 No torch: ``predict`` needs none for a bundle that says it.
 """

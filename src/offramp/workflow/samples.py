@@ -66,7 +66,7 @@ class RecipeSamples:
 
     @property
     def name(self) -> str:
-        """What the data is called."""
+        """The name of the data."""
         return self.recipe.data
 
     @property
@@ -118,7 +118,7 @@ class RecipeSamples:
         )
 
     def _is_own(self, split: str | None, named: str, data: str | None) -> bool:
-        """Whether the samples lie there in another way than the data set does."""
+        """Return True if the samples lie there in another way than the data set does."""
         source = SOURCES[self.recipe.data]
         if data is None or data == source.download or source.ignored_label is not None:
             return False

@@ -87,5 +87,13 @@ def test_token_head_on_the_first_token():
     head = token_head(2, 3, pool="first")
     tokens = torch.randn(2, 4, 2)
     torch.testing.assert_close(head(tokens, torch.ones(2, 4)), head.classify(tokens[:, 0]))
-    with pytest.raises(InvalidArgumentError, match=r"mean or first\. Got 'last'"):
-        token_head(2, 3, pool="last")
+    with pytest.raises(InvalidArgumentError, match=r"mean, first or last\. Got 'max'"):
+        token_head(2, 3, pool="max")
+
+
+def test_token_head_on_the_last_token_that_is_no_padding():
+    head = token_head(2, 3, pool="last")
+    tokens, mask = torch.randn(2, 4, 2), torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]])
+    expected = head.classify(tokens[torch.arange(2), torch.tensor([1, 3])])
+    torch.testing.assert_close(head(tokens, mask), expected)
+    torch.testing.assert_close(head(tokens), head.classify(tokens[:, -1]))
