@@ -139,6 +139,16 @@ def test_older_bundle_takes_pictures_as_its_recipe_does(bundle, offramp, edit_js
     assert offramp("predict", bundle, *pictures) == before
 
 
+@pytest.mark.parametrize("folder", ["run", "run/bundle"])
+def test_a_recipe_takes_pictures_in_folders_too(bundle, folder, figures_of, workplace, pictures):
+    for label in ("3", "8"):
+        (workplace / "mine" / label).mkdir(parents=True)
+        shutil.copy(pictures[0], workplace / "mine" / label / "a.png")
+    figures = figures_of("evaluate", folder, "--data", "mine")
+    assert (figures["recipe"], figures["split"]) == ("digits-mlp", "mine")
+    assert (figures["num_samples"], figures["accuracy"]) in ((2, 0.5), (2, 0.0))
+
+
 def test_what_a_bundle_does_not_say_is_said(bundle, offramp, edit_json, pictures):
     edit_json(bundle / "bundle.json", pictures=None, recipe=None)
     outcome = offramp("predict", bundle, *pictures)

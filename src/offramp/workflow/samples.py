@@ -92,7 +92,7 @@ class RecipeSamples:
         if preferred == CALIBRATION and split is None:
             split = CALIBRATION_SPLIT
         named = split or SOURCES[recipe.data].judging_split
-        if self._is_own(named, where):
+        if self._is_own(split, named, where):
             own = load_own(
                 str(where),
                 split,
@@ -117,20 +117,18 @@ class RecipeSamples:
             by_class=True,
         )
 
-    def _is_own(self, split: str, data: str | None) -> bool:
+    def _is_own(self, split: str | None, named: str, data: str | None) -> bool:
         """Return True if the samples lie there in another way than the data set does."""
         source = SOURCES[self.recipe.data]
         if data is None or data == source.download or source.ignored_label is not None:
             return False
-        if split in ("train", CALIBRATION_SPLIT) or (Path(data) / f"{split}.parquet").is_file():
+        trains = ("train", CALIBRATION_SPLIT)
+        if named in trains or (Path(data) / f"{named}.parquet").is_file():
             return False
         try:
-            find_split(Path(data), None, preferred=JUDGING)
-        except DataError:
+            return find_split(Path(data), split, preferred=(named, *JUDGING)).name not in trains
+        except (DataError, InvalidArgumentError):
             return False
-        except InvalidArgumentError:
-            return True
-        return True
 
 
 @dataclass(frozen=True, kw_only=True)
