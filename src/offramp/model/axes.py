@@ -230,7 +230,7 @@ def _told_apart(target: Tensor, axis: int, sources: Sequence[Source]) -> list[se
 
 
 def _hits(is_hit: Tensor, dim: int) -> Tensor:
-    """Which indexes of an axis are hit anywhere."""
+    """Find the indexes of an axis that are hit anywhere."""
     return is_hit.movedim(dim, 0).flatten(1).any(1) if is_hit.ndim > 1 else is_hit
 
 
@@ -295,7 +295,7 @@ def _outputs_as_sources(modules: Sequence[nn.Module]) -> Iterator[list[Source]]:
 
 
 def _tells_its_channels(module: nn.Module) -> bool:
-    """Whether its class says which axis of its output holds channels."""
+    """Return True if its class fixes the channel axis of its output."""
     if type(module) in (nn.LayerNorm, nn.RMSNorm):
         return len(module.normalized_shape) == 1  # type: ignore[arg-type]
     return type(module) in (nn.LSTM, nn.GRU, nn.RNN, nn.Embedding, nn.GroupNorm)
@@ -329,7 +329,7 @@ def _removing(handles: Sequence[RemovableHandle]) -> Iterator[None]:
 
 
 def _reads_channels(module: nn.Module) -> bool:
-    """Whether its class says which axis of its input holds channels."""
+    """Return True if its class fixes the channel axis of its input."""
     author = getattr(type(module).forward, "__module__", None) or ""
     if not author.startswith("torch.nn."):
         return False  # a forward of its own may turn the axes first

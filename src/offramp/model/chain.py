@@ -65,7 +65,7 @@ def _steps(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _runs_in_order(module: nn.Module) -> bool:
-    """Whether it is an ``nn.Sequential`` that does nothing else.
+    """Return True for an ``nn.Sequential`` that does nothing else.
 
     A subclass with a forward of its own may do anything with its children, and so may a hook.
     """

@@ -44,7 +44,7 @@ _EVEN = 0.12
 
 
 class Cutter(Protocol):
-    """Where a backbone can be cut, and how.
+    """Finds the places where a backbone can be cut, and cuts it.
 
     A position is the number of steps that have run; several modules may end at one.
     """
@@ -66,16 +66,16 @@ class Cutter(Protocol):
 
     @property
     def num_read(self) -> int:
-        """How many of the tensors that cross a cut its exit reads, from the first."""
+        """The number of crossing tensors that an exit reads, counted from the first."""
         ...
 
     @property
     def ragged(self) -> Ragged | None:
-        """Where padding is marked in what crosses; None where all samples are of one size."""
+        """The place of the padding mask in what crosses; None if all samples have one size."""
         ...
 
     def is_narrow(self, position: int) -> bool:
-        """Whether nothing else crosses there."""
+        """Return True if nothing else crosses there."""
         ...
 
     def stages(self, positions: Sequence[int]) -> list[nn.Module]:
@@ -277,7 +277,7 @@ class _Plan:
 
     @property
     def unevenness(self) -> float:
-        """How far the cut that is farthest off is from an even share."""
+        """Return the largest distance of a cut from an even share."""
         num = len(self.at) + 1
         return max(abs(share - k / num) for k, share in enumerate(self.shares, start=1))
 

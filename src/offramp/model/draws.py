@@ -16,7 +16,7 @@ from offramp.model.multi_exit import Features
 Range = Literal["any", "example's", "example"]
 
 RANGES: tuple[Range, ...] = ("any", "example's", "example")
-"""Where values come from: any that fit the kind; within the example's own; the example itself."""
+"""Sources of values: any of the kind; within the example's range; the example itself."""
 
 _SCALES = ((1.0, 0.0), (0.5, -1.0), (2.0, 1.0))
 """Deviation and mean of normal draws, sample by sample in turn, so that sums are of either sign."""

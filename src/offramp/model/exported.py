@@ -72,14 +72,14 @@ class Exported(Graph):
         self._set_modes(modes[0], modes[1])
 
     def is_narrow(self, position: int) -> bool:
-        """Whether nothing crosses there but what an exit reads, and token ids."""
+        """Return True if only what an exit reads, and token ids, cross there."""
         mode = self._modes[0]
         crossing = mode.crossing(self._ends[position - 1][0])
         return sum(not _is_small_node(node) for node in crossing) == 1
 
 
 def _text(backbone: nn.Module, inputs: Features) -> Ragged | None:
-    """Where texts mark their padding: in a mask, or by an id; None if the inputs are no texts."""
+    """Find the padding of texts: in a mask, or by an id; None if the inputs are no texts."""
     if inputs[0].ndim != 2 or inputs[0].shape[1] < 2 or not all(map(_is_small, inputs)):
         return None
     if any(tensor.shape != inputs[0].shape for tensor in inputs):
@@ -93,7 +93,7 @@ def _text(backbone: nn.Module, inputs: Features) -> Ragged | None:
 
 
 def _is_small(tensor: Tensor) -> bool:
-    """Whether it holds token ids or marks, a small thing to hand on."""
+    """Return True for token ids or marks, which are small to hand on."""
     return tensor.ndim <= 2 and not (tensor.is_floating_point() or tensor.is_complex())
 
 
@@ -102,7 +102,7 @@ def _is_mask(tensor: Tensor) -> bool:
 
 
 def _ignores_padding(backbone: nn.Module, inputs: Features, text: Ragged | None) -> bool:
-    """Whether texts may be cut where all are padding, and padded."""
+    """Return True if padding can be cut off, or added, without another answer."""
     if text is None:
         return False
     pads = [0 if text.pad_id is None else text.pad_id, *[0] * (len(inputs) - 1)]
@@ -253,7 +253,7 @@ def _inlined(
 
 
 _ALIASES = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.detach_.default)
-"""What torch.export writes around constants."""
+"""Operations that torch.export writes around constants."""
 
 _ASSERTIONS = (torch.sym_constrain_range, torch.sym_constrain_range_for_size)
 
@@ -394,7 +394,7 @@ def _is_small_node(node: fx.Node) -> bool:
 
 
 class ExportedMode(Mode):
-    """What torch.export traced."""
+    """The graph that torch.export traced in one mode."""
 
     def __init__(self, graph: fx.Graph, objects: dict[str, Any], *, text: Ragged | None) -> None:
         mask = None if text is None else _mask(graph, text)
@@ -415,7 +415,7 @@ class ExportedMode(Mode):
         super().__init__(nodes, objects=objects, placed=placed, ends=ends, repeated=repeated)
 
     def is_like(self, other: ExportedMode) -> bool:
-        """Whether two modes do the same with the same."""
+        """Return True if two modes do the same with the same parts."""
         return self._code == other._code and all(
             each is other.objects[name] or name.startswith("constant_")
             for name, each in self.objects.items()
@@ -487,7 +487,7 @@ class ExportedMode(Mode):
 
 
 def _mask(graph: fx.Graph, text: Ragged) -> fx.Node:
-    """What is 0 on padding: an input, or made of the ids."""
+    """Find the node that is 0 on padding: an input, or one made of the ids."""
     inputs: list[fx.Node] = [node for node in graph.nodes if node.op == "placeholder"]
     if text.pad_id is None:
         return inputs[text.mask_index]
@@ -586,7 +586,7 @@ def _groups(nodes: Sequence[fx.Node], fed: Set[fx.Node]) -> dict[fx.Node, list[f
 def _ends(
     nodes: Sequence[fx.Node], placed: Set[fx.Node]
 ) -> tuple[dict[str, tuple[int, fx.Node | None]], set[str]]:
-    """Where the run of each module ends, and what of it is read later; which run repeatedly."""
+    """Find the end of each module's run, its outputs that are read later, and repeated runs."""
     runs: dict[Call, list[int]] = {}
     for index, node in enumerate(nodes):
         if node in placed:

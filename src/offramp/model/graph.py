@@ -65,7 +65,7 @@ class Graph:
         }
 
     def is_narrow(self, position: int) -> bool:
-        """Whether nothing crosses there but the output of the module that ends there."""
+        """Return True if only the output of the module that ends there crosses."""
         end = self._ends[position - 1][0]
         return len(self._modes[0].crossing(end)) == 1
 
@@ -83,7 +83,7 @@ class Graph:
         return [TracedStage(objects, graphs) for graphs in both]
 
     def _why_no_cut(self, path: str) -> str | None:
-        """What speaks against a cut after a module; None if nothing does."""
+        """Return the reason against a cut after a module; None if there is none."""
         evaluation, training = self._modes
         if path not in training.ends:
             return "in training it is not called"
@@ -242,7 +242,7 @@ class Mode:
 
     @cached_property
     def narrow(self) -> dict[str, tuple[int, fx.Node]]:
-        """Where one tensor of floats crosses, with its batch first, by the node that makes it."""
+        """Find positions where one tensor of floats crosses, batch first, by the node that makes it."""
         found: dict[str, tuple[int, fx.Node]] = {}
         crossing: set[fx.Node] = set()
         until: dict[int, list[fx.Node]] = {}
@@ -258,23 +258,23 @@ class Mode:
         return found
 
     def _is_light(self, node: fx.Node) -> bool:
-        """Whether a node may cross beside features."""
+        """Return True if a node may cross beside features."""
         return False
 
     def _nodes_handed_on(self, path: str) -> list[fx.Node]:
-        """What crosses, the output of the module that ends there first."""
+        """List what crosses: first the output of the module that ends there."""
         position, output = self._end(path)
         assert output is not None
         first = [output, *self.along]
         return [*first, *(n for n in self.crossing(position) if n not in first)]
 
     def crossing(self, position: int) -> list[fx.Node]:
-        """What is made before a position from the inputs, and read after it."""
+        """List what is made from the inputs before a position and read after it."""
         made = self._nodes[:position]
         return [n for n in made if n in self._placed and self._last_use[n] >= position]
 
     def why_no_cut(self, path: str) -> str | None:
-        """What speaks against a cut after a module; None if nothing does."""
+        """Return the reason against a cut after a module; None if there is none."""
         if path in self._repeated:
             return "it runs more than once"
         position, output = self.ends[path]
@@ -288,7 +288,7 @@ class Mode:
         return self._why_not_across(crossing, position)
 
     def _why_not_across(self, crossing: Sequence[fx.Node], position: int) -> str | None:
-        """What speaks against handing nodes on."""
+        """Return the reason against handing nodes on."""
         for node in crossing:
             shapes = self._shapes(node)
             if shapes is None:
@@ -332,7 +332,7 @@ class Mode:
 
 
 class TracedMode(Mode):
-    """What torch.fx traced."""
+    """The graph that torch.fx traced in one mode."""
 
     def __init__(
         self, backbone: nn.Module, tracer: Tracer, inputs: Features, *, is_training: bool = False
@@ -399,7 +399,7 @@ def _record(
 
 
 def are_equal(first: Tracer, second: Tracer) -> bool:
-    """Whether two graphs of a backbone do the same with the same."""
+    """Return True if two graphs of a backbone do the same with the same parts."""
     codes = {tracer.graph.python_code("self").src for tracer in (first, second)}
     return len(codes) == 1 and all(
         each is second.objects[name]

@@ -86,7 +86,7 @@ def choose_head(
 
 
 def _is_causal(stages: Sequence[nn.Module], inputs: Features) -> bool:
-    """Whether each token of a text sees those before it, and none after it."""
+    """Return True if each token of a text sees those before it, and none after it."""
     ids_BT = inputs[0]
     if not stages or ids_BT.ndim != 2 or ids_BT.is_floating_point() or ids_BT.shape[1] < 2:
         return False

@@ -127,7 +127,7 @@ def example_inputs(
 
 
 def takes_texts(backbone: nn.Module) -> bool:
-    """Whether a backbone takes token ids and their mask first, by the names of a tokenizer."""
+    """Return True if a backbone takes token ids and their mask first, named as by a tokenizer."""
     return parameter_names(backbone)[:2] == TEXT_NAMES[:2]
 
 

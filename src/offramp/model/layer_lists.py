@@ -46,7 +46,7 @@ class LayerList:
         self.refused: Mapping[str, str] = {paths[-1]: "the backbone ends there, in the final exit"}
 
     def is_narrow(self, position: int) -> bool:
-        """Whether nothing crosses there but what an exit reads."""
+        """Return True if only what an exit reads crosses there."""
         return self._num_crossing is None or self._num_crossing[position - 1] == self.num_read
 
     def stages(self, positions: Sequence[int]) -> list[nn.Module]:
@@ -253,4 +253,4 @@ _KNOWN: Mapping[str, Callable[[Any], LayerList]] = {
     "SegformerForSemanticSegmentation": _segformer_maps,
     "ViTForImageClassification": _vit("vit"),
 }
-"""How each class is written down."""
+"""The description of each class."""

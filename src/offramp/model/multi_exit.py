@@ -17,7 +17,7 @@ from offramp.model.inputs import InputSpec, as_inputs
 from offramp.model.ragged import Ragged
 
 Features = tuple[Tensor, ...]
-"""What crosses from one stage to the next, each tensor with its batch axis first."""
+"""The tensors that cross from one stage to the next, batch axis first."""
 
 
 class MultiExitNetwork(SaysClasses, nn.Module):
@@ -56,9 +56,9 @@ class MultiExitNetwork(SaysClasses, nn.Module):
         self.num_classes: int | None = None
         """Number of classes; None where nobody said it."""
         self.ragged: Ragged | None = None
-        """Where padding is marked; None for a network whose samples are all of one size."""
+        """The place of the padding mask; None if all samples have one size."""
         self.pixel_multiple: int | None = None
-        """Where an exit says a class for every pixel: of what height and width are multiples."""
+        """Segmentation only: image height and width must be divisible by this."""
 
     @property
     def num_exits(self) -> int:
@@ -67,7 +67,7 @@ class MultiExitNetwork(SaysClasses, nn.Module):
 
     @property
     def outputs(self) -> Outputs:
-        """What an exit says of a sample: a class, or a map of classes."""
+        """The output of an exit for a sample: a class, or a map of classes."""
         return LABELS if self.pixel_multiple is None else MAPS
 
     @property

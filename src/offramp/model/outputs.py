@@ -1,4 +1,4 @@
-"""What a backbone ends in: logits of a class for each sample, or for each pixel.
+"""Outputs of a backbone: logits for each sample, or for each pixel.
 
 Shapes: ``B`` batch, ``C`` classes, ``h w`` cells of logits, ``H W`` pixels of an image.
 """

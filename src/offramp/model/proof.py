@@ -104,7 +104,7 @@ _ROUNDS = (
 
 
 class _Expected(NamedTuple):
-    """What the original made of inputs, which are such that it runs on them."""
+    """The original's result on inputs that it can run on."""
 
     inputs: Features
     logits: Tensor
@@ -126,7 +126,7 @@ class _Pair:
         self._example, self._vocabularies = example, vocabularies
 
     def differ(self, asked: _Round, tolerance: float) -> str | None:
-        """How the two differ in a round."""
+        """Describe how the two differ in a round."""
         mode = "training" if asked.is_training else "evaluation"
         with ExitStack() as disturbance:
             why = self._set_mode(asked.is_training)
@@ -295,7 +295,7 @@ def _disturbed(module: nn.Module, seed: int) -> Iterator[None]:
 
 
 def _noise(weight: Tensor) -> Tensor | None:
-    """What to add to a weight; None where it stays as it is."""
+    """Return the noise to add to a weight; None to leave it as it is."""
     is_plain = type(weight) is Tensor and weight.is_floating_point() and weight.itemsize > 1
     if not is_plain or not weight.numel() or weight.is_meta or weight.is_inference():
         return None

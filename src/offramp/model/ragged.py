@@ -15,7 +15,7 @@ Tensors = tuple[Tensor, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Ragged:
-    """Where a network of tokens says which of them are padding.
+    """The place where a network of tokens marks padding.
 
     Attributes:
         mask_index: Number of the tensor, among the features that cross a cut, that is 0 on
@@ -28,7 +28,7 @@ class Ragged:
     pad_id: int | None = None
 
     def mask_of_inputs(self, inputs: Tensors) -> Tensor:
-        """What is no padding in the network's inputs, shape (B, T), bool."""
+        """Mask of the network's inputs, shape (B, T), bool: True where there is no padding."""
         if self.pad_id is not None:
             return inputs[0] != self.pad_id
         return inputs[self.mask_index] != 0

@@ -45,7 +45,7 @@ class Tracer(fx.Tracer):
         self._context = _context()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a module stays one step."""
+        """Return True if a module stays one step."""
         return isinstance(m, torch.jit.ScriptModule) or self._is_whole(m)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
@@ -69,13 +69,13 @@ class Tracer(fx.Tracer):
 
 
 def stays_whole(module: nn.Module) -> bool:
-    """Whether a module stays one step: torch's own, and what training mode is read in."""
+    """Keep torch's own modules, and those that read the training mode, as one step."""
     is_torchs = fx.Tracer().is_leaf_module(module, "")
     return is_torchs or not any(True for _ in module.children()) or _asks_for_mode(module)
 
 
 def _asks_for_mode(module: nn.Module) -> bool:
-    """Whether its forward reads ``self.training``: kept whole, it goes by its own mode."""
+    """Return True if its forward reads ``self.training``: kept whole, it uses its own mode."""
     code = getattr(type(module).forward, "__code__", None)
     return code is not None and "training" in code.co_names
 
@@ -156,7 +156,7 @@ def _erase_with_users(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _context() -> tuple[bool, ...]:
-    """What a block such as ``torch.no_grad()`` switches, and a graph does not keep."""
+    """The state that a block such as ``torch.no_grad()`` switches; a graph does not keep it."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
