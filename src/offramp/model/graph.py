@@ -242,7 +242,7 @@ class Mode:
 
     @cached_property
     def narrow(self) -> dict[str, tuple[int, fx.Node]]:
-        """Find positions where one tensor of floats crosses, batch first, by the node that makes it."""
+        """Find where one tensor of floats crosses, batch first, by the node that makes it."""
         found: dict[str, tuple[int, fx.Node]] = {}
         crossing: set[fx.Node] = set()
         until: dict[int, list[fx.Node]] = {}
