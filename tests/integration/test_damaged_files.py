@@ -9,7 +9,7 @@ import pytest
 import torch
 
 SMALL_EMNIST = ("train", "emnist-mlp", "--epochs", 1, "--set", "widths=8,8,8", "--out", "new")
-NEWER = ("schema version 99", "reads up to 2", "pip install --upgrade offramp")
+NEWER = ("schema version 99", "reads up to 3", "pip install --upgrade offramp")
 
 
 def cut_short(path, share):
