@@ -140,7 +140,7 @@ def _policy_of_steps(bundle: Bundle) -> ThresholdedPolicy:
         )
     if len(exits) < policy.num_exits:
         kept: dict[str, Any] = {"thresholds": (math.inf,) * (len(exits) - 1)}
-        if not hasattr(policy, "temperatures"):
+        if not policy.takes_temperatures:
             raise InvalidArgumentError(
                 f"The policy of {bundle.folder} is a {policy_kind(bundle)}, and some of its exits "
                 "are off: calibrate the run and export it."
