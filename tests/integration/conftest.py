@@ -78,7 +78,7 @@ def finish(process: subprocess.Popen[str]) -> Outcome:
     return Outcome(process.returncode, stdout, stderr)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _short_timing() -> Iterator[None]:
     """Time in two rounds of eight samples or batches: no test here asks how exact a time is."""
     with (

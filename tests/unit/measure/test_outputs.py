@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from offramp.calibration import risk, rules
+from offramp.calibration import risk
 from offramp.measure.outputs import LABELS, MAPS, OUTPUTS, outputs_judged_by, outputs_of
 from offramp.policy.rules import RULES
 from offramp.training import fit
@@ -27,5 +27,5 @@ def test_figures_tell_what_they_judge():
 
 
 def test_tables_by_outputs_have_each():
-    tables = [RULES, rules._POLICIES, risk._OTHERS_RISK, fit._TASKS_BY_OUTPUTS]
+    tables = [RULES, risk._OTHERS_RISK, fit._TASKS_BY_OUTPUTS]
     assert [list(table) for table in tables] == [[each.name for each in OUTPUTS]] * len(tables)
