@@ -138,12 +138,17 @@ def explained(inputs: Tensors, specs: tuple[InputSpec, ...] = ()) -> Iterator[No
         yield
     except (OfframpError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+    except (
+        *(RuntimeError, IndexError, TypeError, ValueError),
+        *(AttributeError, KeyError, AssertionError),
+    ) as error:
         shapes = " and ".join(f"{tuple(t.shape)} of {type_name(t.dtype)}" for t in inputs)
         expected = " and ".join(map(str, specs))
         advice = f" Its example was {expected}." if expected else ""
         if isinstance(error, IndexError) and "index out of range" in str(error):
             advice = " An id is beyond an embedding: is it of another tokenizer's vocabulary?"
+        elif not expected and len(inputs) > 1:
+            advice = " Give them in the order of its forward, with none left out between them."
         elif not expected and any(not t.is_floating_point() for t in inputs):
             advice = " If it takes floats, scale to them as in training: images.float() / 255."
         raise ShapeError(

@@ -167,3 +167,21 @@ def test_floats_become_those_of_the_weights_and_other_kinds_are_refused():
         network(torch.zeros(3, 4, dtype=torch.uint8))
     with pytest.raises(ShapeError, match="does not take inputs"):
         add_exits(backbone, at=["1"], num_classes=3, example=torch.zeros(3, 5))
+
+
+def test_an_error_of_the_backbone_s_own_code_is_one_line_that_says_what_to_do():
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.last = nn.Linear(4, 3)
+
+        def forward(self, x, memory=None, mask=None):
+            seen = 0 if memory is None else memory.get_seq_length()
+            return self.last(self.first(x) + seen)
+
+    given = (torch.randn(2, 4), torch.ones(2, 4))
+    says = r"does not take inputs .*get_seq_length'\. Give them in the order of its forward"
+    with pytest.raises(ShapeError, match=says) as raised:
+        add_exits(Remembers(), at=["first"], num_classes=3, example=given)
+    assert "\n" not in str(raised.value)
