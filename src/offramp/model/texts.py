@@ -73,12 +73,19 @@ def as_texts(inputs: Tensors, ragged: Ragged) -> Tensors:
     ids_BT, *rest = inputs
     mask_BT = rest[0] if rest else torch.ones_like(ids_BT)
     _check_mask(mask_BT)
-    if len(inputs) > 2 and bool(inputs[2][:, 0].any()):
+    if len(inputs) > 2 and _could_be_mask(inputs[2]):
         raise InvalidArgumentError(
             f"Expected token types that are 0 at a text's first token, as {TEXT_NAMES[2]} are in "
-            f"the order {', '.join(TEXT_NAMES)}. Got others: pass a dict with these names."
+            f"the order {', '.join(TEXT_NAMES)}. Got what could be a mask: pass a dict with these "
+            "names."
         )
     return tuple(tensor.long() for tensor in (ids_BT, mask_BT, *rest[1:]))
+
+
+def _could_be_mask(tensor_BT: Tensor) -> bool:
+    """Return True if every text has ones, then zeros."""
+    starts, goes_on = tensor_BT[:, 0] == 1, tensor_BT.long().diff(dim=1)
+    return bool(starts.all()) and bool(((goes_on == 0) | (goes_on == -1)).all())
 
 
 def with_types(inputs: Tensors, num_inputs: int) -> Tensors:

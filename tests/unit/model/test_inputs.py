@@ -185,3 +185,13 @@ def test_an_error_of_the_backbone_s_own_code_is_one_line_that_says_what_to_do():
     with pytest.raises(ShapeError, match=says) as raised:
         add_exits(Remembers(), at=["first"], num_classes=3, example=given)
     assert "\n" not in str(raised.value)
+
+
+def test_token_types_that_cannot_be_a_mask_are_taken_by_position(bert):
+    types = TYPES.clone()
+    types[:, 0], types[:, 2] = 1, 1
+    types[:, 1] = 0
+    bert.eval()
+    network = exits_on(bert, (IDS, MASK, types))
+    expected = bert(input_ids=IDS, attention_mask=MASK, token_type_ids=types).logits
+    torch.testing.assert_close(network.eval()(IDS, MASK, types)[-1], expected)
