@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from word_level import word_level
 
 import offramp.data.parquet as parquet_module
 from offramp.data.folders import draw_evenly, find_split
@@ -18,14 +19,7 @@ from offramp.runtime.preprocessing import Preprocessing, TextPreprocessing
 GREY = Preprocessing(height=4, width=4, channels=1)
 VOCABULARY = {"[PAD]": 0, "[UNK]": 1, "good": 2, "bad": 3, "film": 4}
 WORDS = TextPreprocessing(
-    tokenizer=json.dumps(
-        {
-            "version": "1.0",
-            "pre_tokenizer": {"type": "Whitespace"},
-            "added_tokens": [],
-            "model": {"type": "WordLevel", "vocab": VOCABULARY, "unk_token": "[UNK]"},
-        }
-    ),
+    tokenizer=word_level(VOCABULARY),
     max_tokens=8,
     pad_id=0,
 )

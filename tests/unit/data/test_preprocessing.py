@@ -1,12 +1,12 @@
 """From pictures and texts to inputs: worked out by hand, and bit by bit as recipes have it."""
 
 import io
-import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from word_level import word_level
 
 from offramp.data.fitted_pictures import read_picture
 from offramp.data.known_sources import SOURCES
@@ -17,14 +17,7 @@ from offramp.runtime.preprocessing import Preprocessing, TextPreprocessing
 
 VOCABULARY = {"[PAD]": 0, "[UNK]": 1, "a": 2, "good": 3, "film": 4}
 WORDS = TextPreprocessing(
-    tokenizer=json.dumps(
-        {
-            "version": "1.0",
-            "pre_tokenizer": {"type": "Whitespace"},
-            "added_tokens": [],
-            "model": {"type": "WordLevel", "vocab": VOCABULARY, "unk_token": "[UNK]"},
-        }
-    ),
+    tokenizer=word_level(VOCABULARY),
     max_tokens=3,
     pad_id=0,
 )

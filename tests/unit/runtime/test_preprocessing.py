@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from word_level import word_level
 
 from offramp.errors import ArtifactError, DataNotFoundError, InvalidArgumentError
 from offramp.runtime.preprocessing import (
@@ -13,19 +14,7 @@ from offramp.runtime.preprocessing import (
     write_preprocessing,
 )
 
-WORDS = json.dumps(
-    {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Whitespace"},
-        "post_processor": None,
-        "decoder": None,
-        "model": {"type": "WordLevel", "vocab": {"[PAD]": 0, "[UNK]": 1}, "unk_token": "[UNK]"},
-    }
-)
+WORDS = word_level({"[PAD]": 0, "[UNK]": 1})
 RESNET = {
     "input_size": (3, 224, 224),
     "interpolation": "bicubic",
