@@ -39,8 +39,8 @@ from offramp.runtime.files import OnnxFile, TensorSpec
 
 Array = npt.NDArray[Any]
 
-_LENGTHS = (8, 16, 32)
-"""In tokens: where the MACs of samples of unequal length are counted, if some are as long."""
+_MOST_COUNTED = 32
+"""In tokens: the longest sample whose MACs are counted, where samples are of unequal length."""
 
 _SIZES = ((8, 8), (9, 8), (10, 11), (12, 16), (13, 9), (16, 9), (17, 25), (21, 15))
 """In multiples of what images may measure: where the MACs of images of any size are counted."""
@@ -289,9 +289,9 @@ def _macs_by_length(network: MultiExitNetwork, policy: Policy, inputs: Features)
     """
     if network.ragged is None:
         return None
-    longest = inputs[0].shape[1]
-    is_short = 3 <= longest < max(_LENGTHS)  # the network may take no longer ones
-    lengths = (longest // 3, 2 * longest // 3, longest) if is_short else _LENGTHS
+    # No longer than the samples, if three lengths allow it: the network may take no longer ones.
+    longest = max(3, min(inputs[0].shape[1], _MOST_COUNTED))
+    lengths = (longest // 3, 2 * longest // 3, longest)
     costs = [network.costs_at(length, inputs) for length in lengths]
     formula = _fitted(np.vander(lengths, 3, increasing=True), policy, costs)
     if formula is None:
