@@ -39,7 +39,7 @@ from offramp.policy.policies import PatiencePolicy, ThresholdedPolicy, Threshold
 from offramp.policy.routing_policy import RoutingPolicy
 from offramp.policy.rules import RULES
 from offramp.runs.run import CALIBRATION_SPLIT, Run, write_policy
-from offramp.workflow.held_out import HeldOut, find_on_train, hold_out
+from offramp.workflow.held_out import HeldOut, evidence_for, find_on_train, hold_out
 from offramp.workflow.wanted import LEARNED, Timing, Wanted
 
 _LEAST_SURVIVORS = 100
@@ -133,7 +133,7 @@ def calibrate(
     """Choose a policy on the samples that a run set aside, and write it into the run."""
     wanted = settle(wanted, run)
     held_out = hold_out(run, data=data, device=device, prior=prior)
-    evidence = held_out.evidence_for(wanted.guarantee)
+    evidence = evidence_for(wanted.guarantee, held_out.evidence, held_out.data)
     rule = None if wanted.rule is None else lambda logits: make_policies(wanted, logits)
     timed = profile = promise = None
     if wanted.timing is not None:
@@ -145,15 +145,7 @@ def calibrate(
         promise = _promise(chosen, held_out, "train" if finding else CALIBRATION_SPLIT)
     else:
         chosen = choose_policy(evidence, rule=rule, **wanted.target)
-    reached = {"accuracy": chosen.accuracy, "mean_macs": chosen.mean_macs}
-    if chosen.mean_iou is not None:
-        reached["mean_iou"] = chosen.mean_iou
-    about = {
-        "asked": wanted.to_dict(),
-        "data": held_out.data,
-        "reached": reached,
-        "guarantee": promise,
-    }
+    about = describe_choice(wanted, held_out.data, chosen, promise)
     write_policy(run.folder, chosen.policy, calibration=about)
     known: Any = held_out.evidence
     described = None
@@ -169,6 +161,19 @@ def calibrate(
         timed=timed,
         profile=profile,
     )
+
+
+def describe_choice(
+    wanted: Wanted,
+    data: dict[str, Any],
+    chosen: Calibration[Any],
+    promise: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Describe how a policy was chosen, as policy files and bundles keep it."""
+    reached = {"accuracy": chosen.accuracy, "mean_macs": chosen.mean_macs}
+    if chosen.mean_iou is not None:
+        reached["mean_iou"] = chosen.mean_iou
+    return {"asked": wanted.to_dict(), "data": data, "reached": reached, "guarantee": promise}
 
 
 def _promise(chosen: Calibration[Any], held_out: HeldOut, found_on: str) -> dict[str, Any]:

@@ -20,8 +20,13 @@ from offramp.runtime import Bundle, Session, with_routing_threshold, with_thresh
 from offramp.runtime.bundle import write_bundle
 from offramp.runtime.chosen_on import Choosing
 from offramp.workflow.artifact import open_artifact
-from offramp.workflow.calibrate import Chosen, read_thresholds
-from offramp.workflow.held_out import read_prior
+from offramp.workflow.calibrate import Chosen, describe_choice, read_thresholds
+from offramp.workflow.held_out import (
+    describe_population,
+    evidence_for,
+    name_prior,
+    read_prior,
+)
 from offramp.workflow.samples import CALIBRATION, Samples, draw
 from offramp.workflow.wanted import Wanted
 
@@ -48,12 +53,11 @@ def calibrate_bundle(
             f"Use --split with one of {', '.join(CALIBRATION)}, or other samples."
         )
     evidence, about_data = _evidence(session, samples, prior)
+    evidence = evidence_for(wanted.guarantee, evidence, about_data)
     if wanted.guarantee is None:
         chosen = choose_policy(evidence, rule=policy, **wanted.target)
         promise = None
     else:
-        if wanted.guarantee == "mean" and not about_data["weighted"]:
-            evidence = replace(evidence, prior=None)
         chosen = calibrate_with_guarantee(evidence, rule=policy, **wanted.risk_limit)
         assert chosen.guarantee is not None
         population = f"{samples.name}, {samples.split}, classes {about_data['class_prior']}"
@@ -61,15 +65,7 @@ def calibrate_bundle(
             "sentence": chosen.guarantee.sentence(population),
             "found_on": samples.split,
         }
-    reached = {"accuracy": chosen.accuracy, "mean_macs": chosen.mean_macs}
-    if chosen.mean_iou is not None:
-        reached["mean_iou"] = chosen.mean_iou
-    about = {
-        "asked": wanted.to_dict(),
-        "data": about_data,
-        "reached": reached,
-        "guarantee": promise,
-    }
+    about = describe_choice(wanted, about_data, chosen, promise)
     made = with_thresholds(bundle, chosen.policy.thresholds)
     made = replace(made, calibration=decode(about, Choosing))
     _check_single(made, draw(samples.batches, SINGLE_SAMPLES))
@@ -162,20 +158,15 @@ def _evidence(
 ) -> tuple[Evidence[Any], dict[str, Any]]:
     """Collect the logits of every exit, and the record of the samples for the bundle."""
     evidence: Any = collect_from_session(session, samples.batches)
-    shares = samples.shares
-    named: str | dict[str, float] = samples.class_prior
-    if prior is not None:
-        shares = read_prior(prior, samples.class_names)
-        named = prior if prior == "uniform" else dict(zip(samples.class_names, shares, strict=True))
+    shares = samples.shares if prior is None else read_prior(prior, samples.class_names)
+    asked = name_prior(prior, shares, samples.class_names)
     if shares is not None or samples.by_class:
         evidence = evidence.for_population(shares)
     return evidence, {
         "name": samples.name,
         "split": samples.split,
         "num_samples": len(samples.batches),
-        "class_prior": named,
-        "weighted": bool(abs(evidence.weights_N - 1).max() > 1e-9),
-        "effective_num_samples": evidence.effective_num_samples,
+        **describe_population(evidence, asked or samples.class_prior),
         "sha256": samples.fingerprint,
     }
 

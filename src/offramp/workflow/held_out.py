@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -54,13 +54,6 @@ class HeldOut:
         effective = self.data["effective_num_samples"]
         return f"{words} by weights, effective number {effective:,.0f}"
 
-    def evidence_for(self, guarantee: float | str | None) -> Evidence[Any]:
-        """Evidence to choose by, without its prior where a promise on average can do without."""
-        if guarantee == "mean" and not self.data["weighted"]:
-            # Drawn class by class, which conformal risk control does not know: approximately, then.
-            return replace(self.evidence, prior=None)
-        return self.evidence
-
 
 def evidence_by(network: Network) -> Callable[[object], Evidence[Any]]:
     """Make the function from samples to all that choosing needs to know of them."""
@@ -80,19 +73,36 @@ def hold_out(
     shares = None if prior is None else read_prior(prior, names)
     network = run.network.to(where)
     evidence = evidence_by(network)(batches).for_population(shares)
-    named: str | dict[str, float] = "uniform" if recipe.uniform_prior else "as in train"
-    if shares is not None:
-        named = prior if prior == "uniform" else dict(zip(names, shares, strict=True))
+    drawn = "uniform" if recipe.uniform_prior else "as in train"
     about = {
         "name": recipe.data,
         "split": CALIBRATION_SPLIT,
         "num_samples": len(batches),
-        "class_prior": named,
-        "weighted": bool(abs(evidence.weights_N - 1).max() > 1e-9),
-        "effective_num_samples": evidence.effective_num_samples,
+        **describe_population(evidence, name_prior(prior, shares, names) or drawn),
         "sha256": fingerprint,
     }
     return HeldOut(run=run, device=where, batches=batches, evidence=evidence, data=about)
+
+
+def describe_population(
+    evidence: Evidence[Any], class_prior: str | dict[str, float]
+) -> dict[str, Any]:
+    """Describe what samples stand for, as policy files and bundles keep it."""
+    return {
+        "class_prior": class_prior,
+        "weighted": bool(abs(evidence.weights_N - 1).max() > 1e-9),
+        "effective_num_samples": evidence.effective_num_samples,
+    }
+
+
+def evidence_for(
+    guarantee: float | str | None, evidence: Evidence[Any], data: Mapping[str, Any]
+) -> Evidence[Any]:
+    """Evidence to choose by, without its prior where a promise on average can do without."""
+    if guarantee == "mean" and not data["weighted"]:
+        # Drawn class by class, which conformal risk control does not know: approximately, then.
+        return replace(evidence, prior=None)
+    return evidence
 
 
 def find_on_train(held_out: HeldOut, *, data: str | None) -> Evidence[Any]:
@@ -141,3 +151,12 @@ def read_prior(prior: str, class_names: tuple[str, ...]) -> tuple[float, ...]:
             f"{', '.join(class_names)}."
         )
     return tuple(float(shares.get(name, 0)) for name in class_names)
+
+
+def name_prior(
+    prior: str | None, shares: Sequence[float] | None, class_names: Sequence[str]
+) -> str | dict[str, float] | None:
+    """Name a prior that was asked for: uniform, or each class with its share; None for none."""
+    if prior is None or shares is None:
+        return None
+    return prior if prior == "uniform" else dict(zip(class_names, shares, strict=True))
