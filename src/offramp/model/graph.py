@@ -253,9 +253,11 @@ class Mode:
                 crossing.add(node)
                 until.setdefault(last + 1, []).append(node)
             is_alone = crossing == {node} and node.op != "placeholder"
+            # The first run of a module that runs several times has the name of the module.
+            name = f"{node.name}_0" if node.name in self.ends else node.name
             if is_alone and self._why_not_across(self.crossing(position), position) is None:
-                found[node.name] = (position, node)
-        return found
+                found[name] = (position, node)
+        return {name: end for name, end in found.items() if name not in self.ends}
 
     def _is_light(self, node: fx.Node) -> bool:
         """Return True if a node may cross beside features."""

@@ -180,6 +180,30 @@ def test_auto_shares_the_macs_out():
     assert [tuple(output.shape) for output in traced(IMAGES)] == [(2, CLASSES)] * 3
 
 
+def test_a_module_that_runs_twice_and_functions_between():
+    backbone = BackboneOf(
+        lambda m, x: m.last(m.pool(F.relu(m.b(m.pool(F.relu(m.a(x)))))).flatten(1)),
+        a=nn.Conv2d(3, 4, 3, padding=1),
+        b=nn.Conv2d(4, 16, 3, padding=1),
+        pool=nn.MaxPool2d(2),
+        last=nn.Linear(256, CLASSES),
+    ).eval()
+    graph = Graph(backbone, (IMAGES,))
+    assert {"relu", "pool_0", "relu_1"} <= graph.between.keys()
+    expected = backbone(IMAGES)
+    for path in (*graph.between, *graph.places):
+        network = add_exits(
+            backbone, at=[path], num_classes=CLASSES, example=IMAGES, heads=[FlatSum()]
+        )
+        assert torch.equal(network.eval()(IMAGES)[-1], expected), path
+    first, second, last = (
+        add_exits(backbone, at="auto", num_exits=3, num_classes=CLASSES, example=IMAGES)
+        .costs(IMAGES)
+        .exit_macs()
+    )
+    assert first < 0.8 * second and second < last
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
