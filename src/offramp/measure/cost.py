@@ -102,11 +102,16 @@ def count_macs(module: nn.Module, *inputs: Tensor) -> int:
         >>> count_macs(nn.Linear(784, 10), torch.zeros(1, 784))
         7840
     """
+    return run_and_count(module, *inputs)[1]
+
+
+def run_and_count(module: nn.Module, *inputs: Tensor) -> tuple[Any, int]:
+    """Run a module as :func:`count_macs` does: what it returns for the first sample, and MACs."""
     require_samples("inputs", inputs)
     with torch.no_grad(), evaluation_mode(module), _settled_weights(module):
         with counting_macs() as counted:
-            module(*(tensor[:1] for tensor in inputs))
-        return counted()
+            output = module(*(tensor[:1] for tensor in inputs))
+        return output, counted()
 
 
 def require_samples(what: str, tensors: Sequence[Tensor]) -> None:
@@ -164,28 +169,32 @@ def _settled_weights(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def counting_macs() -> Iterator[_MacCounter]:
     """Count the MACs of everything that runs inside the block; call the result to read them."""
-    # Fused attention and recurrent kernels are invisible to the counter: go around all of them.
+    # Fused attention is invisible to the counter: go around it.
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    mkldnn = torch.backends.mkldnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:
-        counter = FlopCounterMode(display=False, custom_mapping=_quantised_flops())
+        counter = FlopCounterMode(display=False, custom_mapping=_own_counters())
         with counter, sdpa_kernel(SDPBackend.MATH):
             yield _MacCounter(counter)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        torch.backends.mkldnn.enabled = mkldnn
 
 
-def _quantised_flops() -> dict[Any, Any]:
-    """Counters for layers of dynamic quantisation, which torch's counter does not know."""
+def _own_counters() -> dict[Any, Any]:
+    """Counters for kernels that torch's counter does not know, in FLOPs."""
 
     def linear(inputs: torch.Size, *_: object, out_shape: torch.Size, **__: object) -> int:
         return 2 * inputs[-1] * out_shape.numel()
 
+    def recurrent_layer(
+        inputs: torch.Size, of_input: torch.Size, of_state: torch.Size, *_: object, **__: object
+    ) -> int:
+        steps = inputs[:-1].numel()  # of all sequences
+        return 2 * steps * (of_input.numel() + of_state.numel())
+
     names = ("linear_dynamic", "linear_relu_dynamic", "linear_dynamic_fp16")
-    return {getattr(torch.ops.quantized, name): linear for name in names}
+    quantised = {getattr(torch.ops.quantized, name): linear for name in names}
+    return {**quantised, torch.ops.aten.mkldnn_rnn_layer: recurrent_layer}
 
 
 class _MacCounter:

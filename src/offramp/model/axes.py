@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ _MOST_INDEXES = 6
 _MOST_MAKERS = 24
 """Modules that are asked: those of several blocks of a transformer."""
 
+_FEW_MAKERS = 2
+"""Modules that are asked first: enough if what reads the features says the same."""
+
 _MOST_READERS = 4
 
 Source = tuple[Tensor, frozenset[int]]
@@ -37,32 +41,48 @@ Source = tuple[Tensor, frozenset[int]]
 
 
 def channel_axis(
-    before: Sequence[nn.Module], after: Sequence[nn.Module], inputs: Features
+    before: Sequence[nn.Module],
+    after: Sequence[nn.Module],
+    inputs: Features,
+    *,
+    last_inputs: Features | None = None,
 ) -> int | None:
     """Find the axis of channels in the first of the features that cross a cut.
 
-    The last modules with weights before the cut are asked. Where they disagree, as after a layer
-    that mixes tokens, or are silent, the normalisations and convolutions that read the features
-    decide. Evaluation mode counts; weights and statistics stay as they are.
+    The last few modules with weights before the cut and the normalisations and convolutions that
+    read the features are asked. If these do not agree, many modules before the cut are asked. Where
+    those disagree, as after a layer that mixes tokens, or are silent, the readers decide.
+    Evaluation mode counts; weights and statistics stay as they are. ``last_inputs`` are two samples
+    of what the last module before the cut is given.
     """
     stages = nn.ModuleList([*before, *after])
     with torch.inference_mode(False), evaluation_mode(stages), torch.random.fork_rng():
         torch.manual_seed(0)
         samples = _two_samples(inputs)
         try:
-            axes = _axes_by_makers(before, samples)
-            if len(axes) != 1:
+            if last_inputs is None:
                 with torch.no_grad():
-                    features = _run(before, samples)
-                by_readers = _axes_by_readers(after, features)
-                axes = axes & by_readers if axes else by_readers
+                    last_inputs = _run(before[:-1], samples)
+            nearest, features = _axes_by_makers(before[-1:], last_inputs, is_near=True)
+            by_readers = _axes_by_readers(after, features)
+            if len(nearest) == 1 and nearest == by_readers:
+                axes = nearest
+            else:
+                axes, _ = _axes_by_makers(before, samples)
+                if len(axes) != 1:
+                    axes = axes & by_readers if axes else by_readers
         except (RuntimeError, ShapeError):  # without gradients, or of other outputs than tensors
             return None
     return axes.pop() if len(axes) == 1 else None
 
 
-def require_batch_first(stages: Sequence[nn.Module], inputs: Features, at: Sequence[str]) -> None:
-    """Refuse cuts whose features do not hold one sample after the other, each for itself."""
+def require_batch_first(
+    stages: Sequence[nn.Module], inputs: Features, at: Sequence[str]
+) -> list[Features]:
+    """Refuse cuts whose features do not hold one sample after the other, each for itself.
+
+    Returns what each stage is given for two samples.
+    """
     with (
         torch.inference_mode(False),
         evaluation_mode(nn.ModuleList(stages)),
@@ -73,10 +93,13 @@ def require_batch_first(stages: Sequence[nn.Module], inputs: Features, at: Seque
         both = _two_samples(inputs)
         # The second sample: a recurrent layer carries from the first to it, not the other way.
         second = tuple(tensor[1:] for tensor in both)
+        given = [both]
         for stage, path in zip(stages, at, strict=False):
             second, both = _run([stage], second), _run([stage], both)
             for one, two in zip(second, both, strict=True):
                 _require_batch_first(one, two, path)
+            given.append(both)
+        return given
 
 
 def _require_batch_first(one: Tensor, two: Tensor, path: str) -> None:
@@ -122,36 +145,38 @@ def _run(stages: Sequence[nn.Module], features: Features) -> Features:
     return features
 
 
-def _axes_by_makers(stages: Sequence[nn.Module], inputs: Features) -> set[int]:
-    """The axes that weights of the stages tell from all others, one axis a weight."""
-    makers = _last_with_weights(stages, inputs)
-    weights = [source for module in makers for source in _weights_of(module)]
+def _axes_by_makers(
+    stages: Sequence[nn.Module], inputs: Features, *, is_near: bool = False
+) -> tuple[set[int], Features]:
+    """The axes that weights of the stages tell from all others, one a weight, and the features."""
+    weights_of = {m: _weights_of(m) for m in nn.ModuleList(stages).modules()}
     with (
-        _outputs_as_sources(makers) as outputs,
-        _needing_gradients(stages, [parameter for parameter, _ in weights]),
+        _outputs_as_sources(weights_of) as outputs_of,
+        _in_order(weights_of) as called,
+        _needing_gradients(stages, [weight for own in weights_of.values() for weight, _ in own]),
         torch.enable_grad(),
     ):
-        features = _run(stages, inputs)[0]
-        if not features.requires_grad:
-            return set()
-        sources = [*weights, *outputs]
+        features = _run(stages, inputs)
+        told = tuple(tensor.detach() for tensor in features)
+        if not features[0].requires_grad:
+            return set(), told
+        makers = _last_with_weights(stages, called, is_near=is_near)
+        sources = [
+            *(source for module in makers for source in weights_of[module]),
+            *(source for module in makers for source in outputs_of.get(module, ())),
+        ]
         axes_of: list[set[int]] = [set() for _ in sources]
-        for axis in _long_axes(features, but=0):
-            for axes, dims in zip(axes_of, _told_apart(features, axis, sources), strict=True):
+        for axis in _long_axes(features[0], but=0):
+            for axes, dims in zip(axes_of, _told_apart(features[0], axis, sources), strict=True):
                 if dims:
                     axes.add(axis)
-    return {axis for axes in axes_of if len(axes) == 1 for axis in axes}
+    return {axis for axes in axes_of if len(axes) == 1 for axis in axes}, told
 
 
-def _last_with_weights(stages: Sequence[nn.Module], inputs: Features) -> list[nn.Module]:
+def _last_with_weights(
+    stages: Sequence[nn.Module], called: Mapping[nn.Module, float], *, is_near: bool
+) -> list[nn.Module]:
     """The last modules to run that have weights, or channels that their class tells."""
-    count, called = itertools.count(), dict[nn.Module, float]()
-    handles = [
-        module.register_forward_hook(lambda module, *_: called.update({module: next(count)}))
-        for module in nn.ModuleList(stages).modules()
-    ]
-    with _removing(handles), torch.no_grad():
-        _run(stages, inputs)
     ranks: dict[nn.Module, float] = {}
     for stage in stages:
         ranks[stage] = called[stage]
@@ -159,7 +184,21 @@ def _last_with_weights(stages: Sequence[nn.Module], inputs: Features) -> list[nn
             _rank(child, math.inf, called, ranks)
     makers = [m for m in ranks if _weights_of(m) or _tells_its_channels(m)]
     makers.sort(key=ranks.__getitem__)
+    if is_near:  # weights of a module around others may be read far from its end
+        return [m for m in makers if not m._modules and ranks[m] < math.inf][-_FEW_MAKERS:]
     return [m for m in makers if m in makers[-_MOST_MAKERS:] or ranks[m] == math.inf]
+
+
+@contextmanager
+def _in_order(modules: Iterable[nn.Module]) -> Iterator[Mapping[nn.Module, float]]:
+    """Count the modules as they end."""
+    count, called = itertools.count(), dict[nn.Module, float]()
+    handles = [
+        module.register_forward_hook(lambda module, *_: called.update({module: next(count)}))
+        for module in modules
+    ]
+    with _removing(handles):
+        yield called
 
 
 def _rank(
@@ -174,6 +213,10 @@ def _rank(
         _rank(child, ranks[module], called, ranks)
 
 
+class _Enough(BaseException):
+    """Raised where enough readers ran; no module catches it."""
+
+
 def _axes_by_readers(stages: Sequence[nn.Module], features: Features) -> set[int]:
     """The axes of features that the first normalisation or convolution takes for channels."""
     read: list[tuple[Tensor, int]] = []
@@ -181,9 +224,10 @@ def _axes_by_readers(stages: Sequence[nn.Module], features: Features) -> set[int
         return set()
     with _noting_readers(stages, read), torch.enable_grad():
         first = features[0].clone().requires_grad_()
-        _run(stages, (first, *features[1:]))
+        with suppress(_Enough):
+            _run(stages, (first, *features[1:]))
         source = (first, frozenset(_long_axes(first, but=0)))
-        for tensor, axis in read[:_MOST_READERS]:
+        for tensor, axis in read:
             if tensor.requires_grad:
                 (axes,) = _told_apart(tensor, axis, [source])
                 if axes:
@@ -271,13 +315,15 @@ def _needing_gradients(stages: Sequence[nn.Module], weights: Sequence[Tensor]) -
 
 
 @contextmanager
-def _outputs_as_sources(modules: Sequence[nn.Module]) -> Iterator[list[Source]]:
+def _outputs_as_sources(
+    modules: Iterable[nn.Module],
+) -> Iterator[Mapping[nn.Module, list[Source]]]:
     """Add a bias of zeros to what each module puts out whose own weights cannot tell its channels.
 
     A recurrent layer mixes channels from step to step, a normalisation may have no weights, and
     in those of an embedding the entries stand for words too.
     """
-    sources: list[Source] = []
+    sources = defaultdict[nn.Module, list[Source]](list)
 
     def add_bias(module: nn.Module, args: object, output: object) -> object:
         first = output[0] if isinstance(output, tuple) else output
@@ -285,7 +331,7 @@ def _outputs_as_sources(modules: Sequence[nn.Module]) -> Iterator[list[Source]]:
             return output
         axis = 1 if type(module) is nn.GroupNorm else first.ndim - 1
         bias = first.new_zeros(first.shape[axis]).requires_grad_()
-        sources.append((bias, frozenset({0})))
+        sources[module].append((bias, frozenset({0})))
         biased = first + bias.reshape([-1, *(1,) * (first.ndim - 1 - axis)])
         return (biased, *output[1:]) if isinstance(output, tuple) else biased
 
@@ -305,18 +351,49 @@ def _tells_its_channels(module: nn.Module) -> bool:
 def _noting_readers(stages: Sequence[nn.Module], read: list[tuple[Tensor, int]]) -> Iterator[None]:
     """Note what normalisations and convolutions are given, and its axis of channels."""
 
-    def note(module: nn.Module, args: tuple[object, ...]) -> None:
-        if args and isinstance(args[0], Tensor):
-            is_last = isinstance(module, (nn.LayerNorm, nn.RMSNorm))
-            read.append((args[0], args[0].ndim - 1 if is_last else 1))
+    def note(module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        axis = _axis_read(module, args[0] if args else None, output)
+        if axis is not None:
+            read.append((args[0], axis))  # type: ignore[arg-type]
+            if len(read) == _MOST_READERS:
+                raise _Enough
 
+    modules = list(nn.ModuleList(stages).modules())
     handles = [
-        module.register_forward_pre_hook(note)
-        for module in nn.ModuleList(stages).modules()
-        if _reads_channels(module)
+        module.register_forward_hook(note)
+        for module in modules
+        if _reads_channels(module) or not module._modules
     ]
-    with _removing(handles):
+    vectors = [vector for module in modules if (vector := _vector_of(module)) is not None]
+    with _removing(handles), _needing_gradients(stages, vectors):
         yield
+
+
+def _axis_read(module: nn.Module, given: object, output: object) -> int | None:
+    """The axis of channels in what a module reads: by its class, or by its vectors of weights."""
+    if not isinstance(given, Tensor) or not given.is_floating_point():
+        return None
+    if _reads_channels(module):
+        return given.ndim - 1 if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) else 1
+    vector = _vector_of(module)
+    if vector is None or not isinstance(output, Tensor) or output.shape != given.shape:
+        return None
+    if not output.requires_grad:
+        return None
+    source = (vector, frozenset({0}))
+    axes = [
+        axis
+        for axis in _long_axes(output, but=0)
+        if output.shape[axis] == len(vector) and any(_told_apart(output, axis, [source]))
+    ]
+    return axes[0] if len(axes) == 1 else None
+
+
+def _vector_of(module: nn.Module) -> Tensor | None:
+    """A weight for each channel of a module that has no others, such as a normalisation."""
+    own = list(module.parameters(recurse=False))
+    is_scale = own and all(p.ndim == 1 and len(p) == len(own[0]) > 1 for p in own)
+    return own[0] if is_scale and own[0].is_floating_point() else None
 
 
 @contextmanager

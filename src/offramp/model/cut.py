@@ -25,7 +25,7 @@ from offramp.errors import (
     ShapeError,
     reason,
 )
-from offramp.measure.cost import count_macs, evaluation_mode, require_samples
+from offramp.measure.cost import evaluation_mode, require_samples, run_and_count
 from offramp.model.chain import Chain
 from offramp.model.exported import Exported
 from offramp.model.graph import Graph
@@ -203,6 +203,11 @@ def _uncompiled(backbone: nn.Module) -> nn.Module:
     if not isinstance(backbone, nn.Module):
         came = f"the class {backbone.__name__}" if isinstance(backbone, type) else repr(backbone)
         raise InvalidArgumentError(f"Expected an nn.Module as the backbone. Got {came}.")
+    if isinstance(backbone, torch.jit.ScriptModule):
+        raise BackboneCutError(
+            "Expected a module of Python code. TorchScript cannot be cut, since it holds no code "
+            "that could be followed: pass the module that it was made of."
+        )
     original = getattr(backbone, "_orig_mod", backbone)
     return original if isinstance(original, nn.Module) else backbone
 
@@ -352,8 +357,9 @@ def _spread(
     features = tuple(tensor[:1].clone() for tensor in inputs)
     with evaluation_mode(backbone), torch.no_grad():
         for stage in cutter.stages([positions[path] for path in paths]):
-            macs.append(count_macs(stage, *(tensor.clone() for tensor in features)))
-            features = as_features(stage(*features))
+            output, counted = run_and_count(stage, *features)
+            macs.append(counted)
+            features = as_features(output)
     *until, total = accumulate(macs)
     cuts = choose_cuts(until, total=total, num_exits=num_exits)
     return _Plan(
@@ -365,11 +371,6 @@ def _spread(
 
 def _cutters(backbone: nn.Module, inputs: Features) -> Iterator[Cutter]:
     """Every cutter that can follow a backbone, the cheapest first; an error if none can."""
-    if isinstance(backbone, torch.jit.ScriptModule):
-        raise BackboneCutError(
-            "Expected a module of Python code. TorchScript cannot be cut, since it holds no code "
-            "that could be followed: pass the module that it was made of."
-        )
     layers = find_layer_list(backbone)
     if layers is not None:
         yield layers

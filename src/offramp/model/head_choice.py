@@ -31,11 +31,19 @@ def fit_heads(
     """Choose a head for each cut, or check those that a caller gave."""
     if heads is not None:
         heads = _listed(heads, at)
-    require_batch_first(stages, inputs, at)
+    given = require_batch_first(stages, inputs, at)
     if heads is None:
         is_causal = _is_causal(stages[:-1], inputs)
         heads = [
-            choose_head(stages, inputs, stage_features, after=k, path=path, is_causal=is_causal)
+            choose_head(
+                stages,
+                inputs,
+                stage_features,
+                after=k,
+                path=path,
+                given=given[k],
+                is_causal=is_causal,
+            )
             for k, path in enumerate(at)
         ]
     _check(heads, stage_features, at=at, num_read=num_read)
@@ -54,9 +62,10 @@ def choose_head(
     *,
     after: int,
     path: str,
+    given: Features | None = None,
     is_causal: bool = False,
 ) -> nn.Module:
-    """Choose an exit head for the features of a stage."""
+    """Choose an exit head for the features of a stage, which is given these two samples."""
     features, logits = stage_features[after][0], stage_features[-1][0]
     where = f"the features after {path!r}, of shape {tuple(features.shape)}"
     if features.ndim < 2 or not features.is_floating_point():
@@ -66,7 +75,8 @@ def choose_head(
         )
     axis: int | None = 1
     if features.ndim > 2:
-        axis = channel_axis(stages[: after + 1], stages[after + 1 :], inputs)
+        before, behind = stages[: after + 1], stages[after + 1 :]
+        axis = channel_axis(before, behind, inputs, last_inputs=given)
     if axis is None:
         raise ShapeError(
             f"No exit head can be chosen for {where}: the weights around the cut do not tell which "

@@ -97,7 +97,7 @@ class _Round:
 
 
 _ROUNDS = (
-    _Round(seed=1, num_draws=1, with_example=True),
+    _Round(seed=1, num_draws=0, with_example=True),
     _Round(seed=2, num_draws=2, is_disturbed=True),
     _Round(seed=3, num_draws=2, is_disturbed=True, is_training=True),  # one alone has no variance
 )
