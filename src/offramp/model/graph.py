@@ -10,6 +10,7 @@ the same modules; each of its stages runs the graph of the mode that it is in.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence, Set
 from functools import cached_property
 from itertools import pairwise
@@ -51,11 +52,7 @@ class Graph:
                 ends[path] = (evaluation.ends[path][0], training.ends[path][0])
             else:
                 self.refused[path] = why
-        between = {
-            name: (end, training.narrow[name][0])
-            for name, (end, _) in evaluation.narrow.items()
-            if name in training.narrow
-        }
+        between = _in_both(evaluation, training)
         between = {n: both for n, both in between.items() if both not in ends.values()}
         self._ends = sorted({*ends.values(), *between.values()})
         self._named = {end: path for path, end in (*between.items(), *ends.items())}
@@ -93,6 +90,20 @@ class Graph:
             if crossing[0] != crossing[1]:
                 why = "in training more or fewer tensors cross there"
         return why
+
+
+def _in_both(evaluation: Mode, training: Mode) -> dict[str, tuple[int, int]]:
+    """Places between modules in evaluation and training: named alike, after the same modules."""
+    common = evaluation.ends.keys() & training.ends.keys()
+    ended = [sorted(mode.ends[path][0] for path in common) for mode in (evaluation, training)]
+    found: dict[str, tuple[int, int]] = {}
+    latest = 0
+    for name, (first, _) in sorted(evaluation.narrow.items(), key=lambda item: item[1][0]):
+        second = training.narrow[name][0] if name in training.narrow else 0
+        if second > latest and bisect_right(ended[0], first) == bisect_right(ended[1], second):
+            found[name] = (first, second)
+            latest = second
+    return found
 
 
 class TracedStage(nn.Module):

@@ -62,6 +62,28 @@ def test_an_equal_network_whose_samples_depend_on_their_batch_is_no_equal():
     assert "other samples of its batch" in find_difference(backbone, same, (ZEROS,))
 
 
+def test_kernels_that_differ_by_the_size_of_a_batch_are_no_dependence():
+    class Chaotic(nn.Module):
+        """Blows up, with disturbed weights, what a batch of another size rounds otherwise."""
+
+        def __init__(self, *, by_others=0.0):
+            super().__init__()
+            self.by_others = by_others
+            self.b = nn.Linear(6, 3)
+            self.factor = nn.Parameter(torch.zeros(8))
+
+        def forward(self, x):
+            rounding = 1e-7 if len(x) == 1 else 0.0
+            blown_up = rounding * (500 * self.factor.abs().max()).exp()
+            return self.b(x + blown_up + self.by_others * x.mean(0))
+
+    inputs = (torch.randn(2, 6),)
+    chaotic = Chaotic()
+    assert find_difference(chaotic, nn.Sequential(chaotic), inputs) is None
+    dependent = Chaotic(by_others=9.0)
+    assert "other samples" in find_difference(dependent, nn.Sequential(dependent), inputs)
+
+
 def test_statistics_must_move_alike():
     norm = nn.BatchNorm1d(6)
     backbone = BackboneOf(lambda m, x: m.norm(x), norm=norm)
