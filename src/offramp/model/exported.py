@@ -144,7 +144,7 @@ class _Logits(nn.Module):
         except BackboneCutError as error:
             mode = "training" if self.training else "evaluation"
             raise NotTraceableError(
-                f"in {mode} it returns more than logits; switch its other outputs off"
+                f"in {mode} it returns more than logits: name their place with 'output'"
             ) from error
 
 
@@ -213,7 +213,7 @@ def _graph_of(
     _fold_modules(graph, backbone, objects)
     require_names(objects)
     _read_what_is_written(graph)
-    _drop_dead(graph)
+    _drop_dead(graph, is_training=backbone.training)
     return graph, objects
 
 
@@ -354,9 +354,10 @@ def _read_what_is_written(graph: fx.Graph) -> None:
                 node.replace_all_uses_with(buffer)
 
 
-def _drop_dead(graph: fx.Graph) -> None:
+def _drop_dead(graph: fx.Graph, *, is_training: bool) -> None:
+    kinds = {"call_function", "get_attr"} | (set() if is_training else {"call_module"})
     for node in reversed(list(graph.nodes)):
-        is_dead = not node.users and node.op in ("call_function", "get_attr")
+        is_dead = not node.users and node.op in kinds
         if is_dead and not (_writes(node) or _is_random(node)):
             graph.erase_node(node)
 

@@ -343,7 +343,7 @@ class TracedMode(Mode):
         if not isinstance(nodes[-1].args[0], fx.Node):
             mode = "training" if is_training else "evaluation"
             raise NotTraceableError(
-                f"in {mode} it returns more than logits; switch its other outputs off"
+                f"in {mode} it returns more than logits: name their place with 'output'"
             )
         index = {node: i for i, node in enumerate(nodes)}
         ends = {

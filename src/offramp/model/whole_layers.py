@@ -98,7 +98,8 @@ class WholeLayers:
         """Write the layer of an operator's node into a graph; return its outputs."""
         tensors, _, number = node.args
         path, others, structure = self._calls[number]  # type: ignore[index]
-        rest = iter(fx.map_arg(tensors, look_up))
+        rest: Any = fx.map_arg(tensors, look_up)
+        rest = iter(rest)
         flat = [next(rest) if each is _TENSOR else each for each in others]
         given = pytree.tree_unflatten(flat, structure)
         call = graph.create_node("call_module", path, (), given)
