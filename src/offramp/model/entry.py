@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from offramp.errors import InvalidArgumentError
 from offramp.measure.cost import evaluation_mode
-from offramp.model.inputs import LABEL_NAMES, Tensors, parameter_names
+from offramp.model.inputs import LABEL_NAMES, Given, Tensors, parameter_names, takes_texts
 from offramp.model.proof import described, logits_in
 from offramp.model.texts import TEXT_NAMES
 
@@ -26,9 +27,9 @@ Output = str | int
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def bound_by_name(backbone: nn.Module, example: object) -> tuple[nn.Module, object]:
+def bound_by_name(backbone: nn.Module, example: Given) -> tuple[nn.Module, Given]:
     """Make an entry where the names of a dict are not those of the first inputs."""
-    if not isinstance(example, Mapping):
+    if not isinstance(example, Mapping) or takes_texts(backbone):
         return backbone, example
     parameters = inspect.signature(backbone.forward).parameters.values()
     given = [n for n, value in example.items() if n not in LABEL_NAMES and value is not None]
@@ -63,11 +64,11 @@ def pick(returned: Any, output: Output) -> Any:
     """Take the logits out of what a backbone returned; a tensor is the logits."""
     if isinstance(returned, Tensor | torch.fx.Proxy):
         return returned
-    is_place = isinstance(output, int) and isinstance(returned, Sequence)
     if isinstance(returned, Mapping) and output in returned:
         return returned[output]
-    if is_place and -len(returned) <= output < len(returned):
-        return returned[output]
+    if isinstance(output, int) and isinstance(returned, Sequence):
+        with suppress(IndexError):
+            return returned[output]
     if isinstance(output, str) and hasattr(returned, output):
         return getattr(returned, output)
     raise InvalidArgumentError(
@@ -100,7 +101,7 @@ def _place_in_training(backbone: nn.Module, inputs: Tensors, logits: Tensor) -> 
             buffer.copy_(value)
     if isinstance(returned, Tensor) or isinstance(getattr(returned, "logits", None), Tensor):
         return None
-    entries = returned.items() if isinstance(returned, Mapping) else ()
+    entries: Any = returned.items() if isinstance(returned, Mapping) else ()
     if isinstance(returned, Sequence):
         entries = enumerate(returned)
     same = [key for key, value in entries if isinstance(value, Tensor) and _equal(value, logits)]
@@ -134,7 +135,7 @@ def _entry(
     if names:
         each = inspect.Parameter.POSITIONAL_OR_KEYWORD
         signature = inspect.Signature([inspect.Parameter(n, each) for n in ("self", *names)])
-    forward.__signature__ = signature  # type: ignore[attr-defined]
+    vars(forward)["__signature__"] = signature
     body = {"forward": forward, "__module__": kind.__module__, "picks_output": output is not None}
     entry: nn.Module = object.__new__(type(kind.__name__, (kind,), body))
     vars(entry).update(vars(backbone))

@@ -159,14 +159,14 @@ def _export(
         sizes = dict.fromkeys(range(num_dynamic), Dim.AUTO)
         with evaluation_mode(backbone), torch.enable_grad(), unharmed(backbone), _quiet():
             backbone.train(is_training)
-            layers.stand_in()
             try:
-                program = torch.export.export(
-                    _Logits(backbone, num_dynamic).train(is_training),
-                    samples,
-                    dynamic_shapes=(tuple(sizes for _ in samples),),
-                    strict=False,
-                )
+                with layers.standing_in():
+                    program = torch.export.export(
+                        _Logits(backbone, num_dynamic).train(is_training),
+                        samples,
+                        dynamic_shapes=(tuple(sizes for _ in samples),),
+                        strict=False,
+                    )
                 return _graph_of(program, backbone, layers)
             except NotTraceableError:
                 raise
@@ -213,6 +213,8 @@ def _graph_of(
     _fold_modules(graph, backbone, objects)
     require_names(objects)
     _read_what_is_written(graph)
+    _make_of_sizes(graph)
+    _look_into_stacks(graph)
     _drop_dead(graph, is_training=backbone.training)
     return graph, objects
 
@@ -352,6 +354,31 @@ def _read_what_is_written(graph: fx.Graph) -> None:
         for buffer in _writes(node):
             if buffer.op == "get_attr" and _base(node) is buffer:
                 node.replace_all_uses_with(buffer)
+
+
+def _make_of_sizes(graph: fx.Graph) -> None:
+    """Make zeros and ones of their sizes alone where they take type and device of a tensor."""
+    makers = {
+        torch.ops.aten.new_zeros.default: torch.ops.aten.zeros.default,
+        torch.ops.aten.new_ones.default: torch.ops.aten.ones.default,
+    }
+    for node in [n for n in graph.nodes if n.target in makers]:
+        value = node.meta["val"]
+        options = {"dtype": value.dtype, "device": value.device}
+        with graph.inserting_before(node):
+            made = graph.call_function(makers[node.target], (node.args[1],), options)
+        made.meta = dict(node.meta)
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
+
+
+def _look_into_stacks(graph: fx.Graph) -> None:
+    """Read a tensor itself where the backbone takes it out of a stack, as an LSTM's last state."""
+    for node in graph.nodes:
+        stack: Any = node.args[0] if node.target is torch.ops.aten.select.int else None
+        is_stack = stack is not None and stack.target is torch.ops.aten.stack.default
+        if is_stack and node.args[1] == 0 and len(stack.args) == 1:
+            node.replace_all_uses_with(stack.args[0][node.args[2]])
 
 
 def _drop_dead(graph: fx.Graph, *, is_training: bool) -> None:

@@ -1,10 +1,9 @@
-"""Layers that stay whole while torch.export traces: attention, which has kernels of its own.
+"""Layers that stay whole while torch.export traces: attention and recurrent layers.
 
 Without gradients, ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` run fused kernels,
-whose last bits differ from those with gradients. So each stands in the trace as one operator, in
-whose place the layer itself is put afterwards, called as the backbone calls it.
-
-Shapes: ``B`` batch, ``H`` heads, ``T`` tokens, ``S`` tokens attended to.
+whose last bits differ from those with gradients; and of a recurrent layer taken apart nobody can
+tell the channels. So each stands in the trace as one operator, in whose place the layer itself is
+put afterwards, called as the backbone calls it.
 """
 
 from __future__ import annotations
@@ -13,10 +12,12 @@ import copy
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -24,22 +25,28 @@ from torch.utils import _pytree as pytree
 @torch.library.custom_op(
     "offramp::whole_layer",
     mutates_args=(),
-    schema="(Tensor[] tensors, SymInt[] weights, int number) -> Tensor[]",
+    schema="(Tensor[] tensors, SymInt[] sizes, int[] axes, int number) -> Tensor[]",
 )
-def _whole_layer(tensors: Sequence[Tensor], weights: Sequence[int], number: int) -> list[Tensor]:
-    """Stand for a layer: an output like the first tensor, and weights of attention of a shape."""
+def _whole_layer(
+    tensors: Sequence[Tensor], sizes: Sequence[int], axes: Sequence[int], number: int
+) -> list[Tensor]:
+    """Stand for a layer: outputs of so many axes each, whose sizes follow one another."""
     raise NotImplementedError
 
 
 @_whole_layer.register_fake
-def _(tensors: Sequence[Tensor], weights: Sequence[int], number: int) -> list[Tensor]:
-    output = [torch.empty_like(tensors[0])]
-    return [*output, tensors[0].new_empty(list(weights))] if weights else output
+def _(
+    tensors: Sequence[Tensor], sizes: Sequence[int], axes: Sequence[int], number: int
+) -> list[Tensor]:
+    rest = iter(sizes)
+    return [tensors[0].new_empty([next(rest) for _ in range(num)]) for num in axes]
 
 
 WHOLE_LAYER = torch.ops.offramp.whole_layer.default
 
 _TENSOR = object()
+
+_RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
 
 
 class WholeLayers:
@@ -54,6 +61,7 @@ class WholeLayers:
     def __init__(self, backbone: nn.Module) -> None:
         self._layers: dict[str, tuple[nn.Module, nn.Module]] = {}
         self._encoders: list[nn.TransformerEncoder] = []
+        self._stacks: list[tuple[nn.RNNBase, list[str]]] = []
         self._calls: list[tuple[str, list[Any], pytree.TreeSpec]] = []
         for path, module in backbone.named_modules():
             if any(f"{path}.".startswith(f"{other}.") for other in self._layers):
@@ -63,43 +71,66 @@ class WholeLayers:
                 for name, layer in module.layers.named_children():
                     whole = _encoder_of(module, layer)
                     self._layers[f"{path}.layers.{name}".lstrip(".")] = layer, whole
-            elif _is_layer(module) or _runs(module, nn.MultiheadAttention):
+            elif any(_runs(module, kind) for kind in _RECURRENT) and module.num_layers > 1:
+                paths = [f"{path}.layer_{i}".lstrip(".") for i in range(module.num_layers)]
+                self._stacks.append((module, paths))
+                for i, each in enumerate(paths):
+                    layer = _recurrent_layer(module, i)
+                    self._layers[each] = layer, layer
+            elif _is_layer(module) or any(
+                _runs(module, kind) for kind in (nn.MultiheadAttention, *_RECURRENT)
+            ):
                 self._layers[path] = module, module
 
-    def stand_in(self) -> None:
-        """Let each be one operator from now on, until its attributes are put back."""
+    @contextmanager
+    def standing_in(self) -> Iterator[None]:
+        """Let each be one operator inside the block."""
         self._calls.clear()
         self.padding = None
-        for encoder in self._encoders:
-            vars(encoder)["forward"] = functools.partial(_in_turn, encoder)
+        forwards: list[tuple[nn.Module, Callable[..., Any]]] = [
+            (encoder, functools.partial(_in_turn, encoder)) for encoder in self._encoders
+        ]
+        for stack, paths in self._stacks:
+            layers = [self._layers[path][0] for path in paths]
+            forwards.append((stack, functools.partial(_one_by_one, stack, layers)))
         for path, (layer, whole) in self._layers.items():
-            vars(layer)["forward"] = functools.partial(self._call, path, type(whole).forward)
+            forwards.append((layer, functools.partial(self._call, path, type(whole).forward)))
+        try:
+            for module, forward in forwards:
+                vars(module)["forward"] = forward
+            yield
+        finally:
+            for module, _ in forwards:
+                vars(module).pop("forward", None)
 
     def _call(self, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(forward).bind(None, *args, **kwargs).arguments
         given.pop("self")
+        layer = self._layers[path][0]
+        shapes = _shapes(layer, given)
+        if shapes is None:
+            return forward(layer, *args, **kwargs)
         flat, structure = pytree.tree_flatten(dict(given))
         tensors = [each for each in flat if isinstance(each, Tensor)]
         others = [_TENSOR if isinstance(each, Tensor) else each for each in flat]
-        layer = self._layers[path][0]
-        is_attention = isinstance(layer, nn.MultiheadAttention)
-        weights = _shape_of_weights(layer, given) if is_attention else []
-        outputs = WHOLE_LAYER(tensors, weights, len(self._calls))
+        sizes = [size for shape in shapes for size in shape]
+        first, *rest = WHOLE_LAYER(tensors, sizes, list(map(len, shapes)), len(self._calls))
         self._calls.append((path, others, structure))
-        return (outputs[0], outputs[1] if weights else None) if is_attention else outputs[0]
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            return first
+        return first, tuple(rest) if len(rest) > 1 else rest[0] if rest else None
 
     def put_back(
         self,
         graph: fx.Graph,
-        node: fx.Node,
+        node: Any,
         look_up: Callable[[Any], Any],
         objects: dict[str, Any],
     ) -> list[fx.Node]:
         """Write the layer of an operator's node into a graph; return its outputs."""
-        tensors, _, number = node.args
-        path, others, structure = self._calls[number]  # type: ignore[index]
-        rest: Any = fx.map_arg(tensors, look_up)
-        rest = iter(rest)
+        tensors, *_, number = node.args
+        path, others, structure = self._calls[number]
+        rest = iter([look_up(tensor) for tensor in tensors])
         flat = [next(rest) if each is _TENSOR else each for each in others]
         given = pytree.tree_unflatten(flat, structure)
         call = graph.create_node("call_module", path, (), given)
@@ -109,13 +140,19 @@ class WholeLayers:
         layer, objects[path] = self._layers[path]
         values = node.meta["val"]
         call.meta = {**node.meta, "val": values[0]}
-        if not isinstance(layer, nn.MultiheadAttention):
+        if isinstance(layer, nn.TransformerEncoderLayer):
             return [call]
-        outputs = [graph.call_function(operator.getitem, (call, i)) for i in range(len(values))]
-        for output, value in zip(outputs, values, strict=True):
-            output.meta = {**node.meta, "val": value}
         call.meta["val"] = None
-        return outputs
+
+        def part(whole: fx.Node, index: int, value: Tensor | None) -> fx.Node:
+            taken = graph.call_function(operator.getitem, (whole, index))
+            taken.meta = {**node.meta, "val": value}
+            return taken
+
+        if len(values) < 3:
+            return [part(call, i, value) for i, value in enumerate(values)]
+        states = part(call, 1, None)
+        return [part(call, 0, values[0]), *(part(states, i, v) for i, v in enumerate(values[1:]))]
 
 
 def _runs(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -148,13 +185,68 @@ def _in_turn(
     return src if encoder.norm is None else encoder.norm(src)
 
 
-def _shape_of_weights(attention: nn.Module, given: dict[str, Any]) -> list[int]:
-    """The shape of the weights that attention returns; empty if it returns none."""
-    if not given.get("need_weights", True):
-        return []
-    query, key = given["query"].shape, given["key"].shape
-    is_first = bool(attention.batch_first)
-    batch = [query[0 if is_first else 1]] if len(query) == 3 else []
-    axis = 1 if is_first and batch else 0
-    heads: list[Any] = [] if given.get("average_attn_weights", True) else [attention.num_heads]
-    return [*batch, *heads, query[axis], key[axis]]
+def _recurrent_layer(stack: nn.RNNBase, index: int) -> nn.RNNBase:
+    """One layer of several, which shares their weights."""
+    directions = 2 if stack.bidirectional else 1
+    width = directions * (stack.proj_size or stack.hidden_size)
+    options: dict[str, Any] = {"bias": stack.bias, "batch_first": stack.batch_first}
+    if isinstance(stack, nn.LSTM):
+        options["proj_size"] = stack.proj_size
+    elif isinstance(stack, nn.RNN):
+        options["nonlinearity"] = stack.nonlinearity
+    kind: type[Any] = type(stack)
+    layer: nn.RNNBase = kind(
+        width if index else stack.input_size,
+        stack.hidden_size,
+        bidirectional=stack.bidirectional,
+        device="meta",
+        **options,
+    )
+    for direction in range(directions):
+        theirs = stack._all_weights[index * directions + direction]
+        for name, their in zip(layer._all_weights[direction], theirs, strict=True):
+            setattr(layer, name, getattr(stack, their))
+    return layer.train(stack.training)
+
+
+def _one_by_one(
+    stack: nn.RNNBase, layers: Sequence[nn.Module], x: Any, hx: Any = None, **others: Any
+) -> Any:
+    """Run a recurrent module's layers, each as an operator, with dropout between them."""
+    if not isinstance(x, Tensor):
+        return type(stack).forward(stack, x, hx, **others)
+    num = 2 if stack.bidirectional else 1
+    states: list[tuple[Tensor, ...]] = []
+    for index, layer in enumerate(layers):
+        if index and stack.dropout:
+            x = F.dropout(x, stack.dropout, stack.training)
+        here = slice(index * num, (index + 1) * num)
+        first = None if hx is None else pytree.tree_map(lambda state, rows=here: state[rows], hx)
+        x, state = layer(x, first)
+        states.append(state if isinstance(state, tuple) else (state,))
+    each = zip(*states, strict=True)
+    stacked = [torch.stack([s[i] for s in of for i in range(num)]) for of in each]
+    return x, tuple(stacked) if len(stacked) > 1 else stacked[0]
+
+
+def _shapes(layer: nn.Module, given: dict[str, Any]) -> list[list[int]] | None:
+    """The shapes of a layer's outputs; None for packed texts."""
+    if isinstance(layer, nn.TransformerEncoderLayer):
+        return [list(given["src"].shape)]
+    if isinstance(layer, nn.MultiheadAttention):
+        query, key = list(given["query"].shape), list(given["key"].shape)
+        batch = [query[0 if layer.batch_first else 1]] if len(query) == 3 else []
+        axis = 1 if layer.batch_first and batch else 0
+        heads = [] if given.get("average_attn_weights", True) else [layer.num_heads]
+        weights = [*batch, *heads, query[axis], key[axis]]
+        return [query, weights] if given.get("need_weights", True) else [query]
+    assert isinstance(layer, nn.RNNBase)
+    if not isinstance(given["input"], Tensor):
+        return None
+    *shape, _ = given["input"].shape
+    batch = [shape[0 if layer.batch_first else 1]] if len(shape) == 2 else []
+    directions = 2 if layer.bidirectional else 1
+    width = layer.proj_size or layer.hidden_size
+    state = [directions * layer.num_layers, *batch]
+    states = [[*state, width], [*state, layer.hidden_size]]
+    return [[*shape, directions * width], *states[: 2 if layer.mode == "LSTM" else 1]]
