@@ -90,10 +90,10 @@ def logits_in(output: object, module: nn.Module) -> Tensor:
 def described(output: object) -> str:
     """Describe in a few words what a backbone returned."""
     if isinstance(output, Mapping):
-        return f"a dict with {', '.join(map(repr, output)) or 'nothing'}"
+        return f"{type(output).__name__} with {', '.join(map(repr, output)) or 'nothing'}"
     if isinstance(output, tuple | list):
         parts = [str(tuple(p.shape)) if isinstance(p, Tensor) else type(p).__name__ for p in output]
-        return f"a {type(output).__name__} of {len(parts)}, {' and '.join(parts)}"
+        return f"{type(output).__name__} of {len(parts)}, {' and '.join(parts)}"
     return type(output).__name__
 
 

@@ -92,10 +92,10 @@ def test_logits_are_taken_out_of_what_is_returned(case, sizes):
 @pytest.mark.parametrize(
     ("what", "output", "says"),
     [
-        (RETURNS["tuple"][0], None, r"a tuple of 2, \(3, 4\) and \(3, 3\)\..*output=0"),
-        (RETURNS["dict"][0], None, r"a dict with 'features', 'scores'\..*output='features'"),
-        (RETURNS["tuple"][0], 2, r"the logits in what the backbone returns: a tuple of 2.*Got 2"),
-        (RETURNS["dict"][0], "logits", "a dict with 'features', 'scores'. Got 'logits'"),
+        (RETURNS["tuple"][0], None, r"tuple of 2, \(3, 4\) and \(3, 3\)\..*output=0"),
+        (RETURNS["dict"][0], None, r"dict with 'features', 'scores'\..*output='features'"),
+        (RETURNS["tuple"][0], 2, r"the logits in what the backbone returns: tuple of 2.*Got 2"),
+        (RETURNS["dict"][0], "logits", "dict with 'features', 'scores'. Got 'logits'"),
         (RETURNS["tuple"][0], 0, r"ends in 3 outputs.*shape \(3, 4\)"),
         (
             lambda y, x, is_training: (y, y) if is_training else y,
