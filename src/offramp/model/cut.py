@@ -27,6 +27,7 @@ from offramp.errors import (
 )
 from offramp.measure.cost import evaluation_mode, require_samples, run_and_count
 from offramp.model.chain import Chain
+from offramp.model.entry import bound_by_name, with_logits_alone
 from offramp.model.exported import Exported
 from offramp.model.graph import Graph
 from offramp.model.head_choice import fit_heads
@@ -91,6 +92,7 @@ def add_exits(
     example: Given,
     num_exits: int | None = None,
     heads: Sequence[nn.Module] | None = None,
+    output: str | int | None = None,
 ) -> MultiExitNetwork:
     """Cut a backbone after the named modules and hang an exit on each cut.
 
@@ -101,10 +103,10 @@ def add_exits(
     on to the next stage.
 
     Args:
-        backbone: Any module of one output, logits (B, C), or (B, C, h, w) where it says a class
-            for every pixel: a transformers model, one whose children run in order, or one that
-            torch.fx or torch.export can trace. Of a compiled one the module that was compiled is
-            cut.
+        backbone: Any module that returns logits (B, C), or (B, C, h, w) where it says a class for
+            every pixel, alone or among others: a transformers model, one whose children run in
+            order, or one that torch.fx or torch.export can trace. Of a compiled one the module
+            that was compiled is cut.
         at: Paths of modules as in ``named_modules()``, in the order they run; an exit attaches
             after each. A string is one path. The backbone's end is the final exit and is not
             named. "auto" shares the backbone's MACs out evenly among ``num_exits``, where a single
@@ -113,12 +115,15 @@ def add_exits(
         num_classes: Number of classes C.
         example: One batch of inputs, each with the batch axis first, for the heads' sizes and the
             proof, which draws random inputs of its shape and kind too; a tuple where the backbone
-            takes several, in the order of its ``forward``, or a dict by the names there. A text
-            model's mask may be left out: it is then of ones.
+            takes several, in the order of its ``forward``, or a dict by the names there, which may
+            leave out what has a default. A text model's mask may be left out: it is then of ones.
         num_exits: With "auto": exits, the final one counted, at least 2.
         heads: One exit head for each path, brought to the features' device and dtype; chosen by
             the axis of channels, which the weights around the cut tell, where not given. One of
             the class ``ReadsEverything`` is given all that crosses, the module's output first.
+        output: Key, attribute or place of the logits where the backbone returns a dict, an object
+            or a tuple, in evaluation or in training. Not needed for ``logits`` by name, nor where
+            only training adds outputs. What else is returned, such as auxiliary heads, is dropped.
     Returns:
         A network with ``len(at) + 1`` exits whose final exit equals the backbone, in evaluation
         and in training.
@@ -137,10 +142,12 @@ def add_exits(
         >>> network.num_exits
         2
     """
-    backbone = _uncompiled(backbone)
+    backbone, example = bound_by_name(_uncompiled(backbone), example)
     inputs, input_specs = _check_example(backbone, example)
     paths = _paths(at, num_exits)
-    _check_logits(backbone, inputs, num_classes)
+    with explained(inputs):
+        backbone, logits = with_logits_alone(backbone, inputs, output)
+    check_logits(logits, backbone, inputs, num_classes)
     if paths is None:
         cutter, stages, heads, features = _cut_evenly(backbone, inputs, num_exits, heads)
     else:

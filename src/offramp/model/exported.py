@@ -37,6 +37,7 @@ from offramp.model.multi_exit import Features
 from offramp.model.proof import logits_in, logits_of
 from offramp.model.ragged import Ragged
 from offramp.model.tracing import NotTraceableError, require_names, unharmed, what_stopped
+from offramp.model.whole_layers import WHOLE_LAYER, WholeLayers
 
 _WHOLE = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.RMSNorm),
@@ -60,9 +61,12 @@ class Exported(Graph):
 
     def __init__(self, backbone: nn.Module, inputs: Features) -> None:
         text = _text(backbone, inputs)
+        layers = WholeLayers(backbone)
         modes = [
-            ExportedMode(*_export(backbone, inputs, mode, is_text=text is not None), text=text)
-            for mode in (False, True)
+            ExportedMode(
+                *_export(backbone, layers, inputs, is_training), text=text, padding=layers.padding
+            )
+            for is_training in (False, True)
         ]
         if modes[0].is_like(modes[1]):
             modes[1] = modes[0]
@@ -80,9 +84,7 @@ class Exported(Graph):
 
 def _text(backbone: nn.Module, inputs: Features) -> Ragged | None:
     """Find the padding of texts: in a mask, or by an id; None if the inputs are no texts."""
-    if inputs[0].ndim != 2 or inputs[0].shape[1] < 2 or not all(map(_is_small, inputs)):
-        return None
-    if any(tensor.shape != inputs[0].shape for tensor in inputs):
+    if not _are_tokens(inputs):
         return None
     if len(inputs) > 1:
         names = parameter_names(backbone)
@@ -90,6 +92,13 @@ def _text(backbone: nn.Module, inputs: Features) -> Ragged | None:
         return Ragged(mask_index=1) if is_named else None
     pad_id = getattr(getattr(backbone, "config", None), "pad_token_id", None)
     return Ragged(mask_index=1, pad_id=pad_id) if isinstance(pad_id, int) else None
+
+
+def _are_tokens(inputs: Features) -> bool:
+    """Return True for ids of several tokens, and what else there is of each token."""
+    shape = inputs[0].shape
+    is_long = len(shape) == 2 and shape[1] > 1
+    return is_long and all(_is_small(each) and each.shape == shape for each in inputs)
 
 
 def _is_small(tensor: Tensor) -> bool:
@@ -135,29 +144,30 @@ class _Logits(nn.Module):
         except BackboneCutError as error:
             mode = "training" if self.training else "evaluation"
             raise NotTraceableError(
-                f"in {mode} it returns more than logits; switch its other outputs off"
+                f"in {mode} it returns more than logits: name their place with 'output'"
             ) from error
 
 
 def _export(
-    backbone: nn.Module, inputs: Features, is_training: bool, *, is_text: bool
+    backbone: nn.Module, layers: WholeLayers, inputs: Features, is_training: bool
 ) -> tuple[fx.Graph, dict[str, Any]]:
     """Trace a backbone in one mode; it is left as it was."""
     repeats = -(-2 // len(inputs[0]))
     samples = tuple(t.repeat(repeats, *(1,) * (t.ndim - 1)) for t in inputs)
     failure: Exception | None = None
-    for num_dynamic in (2, 1) if is_text else (1,):
+    for num_dynamic in (2, 1) if _are_tokens(inputs) else (1,):
         sizes = dict.fromkeys(range(num_dynamic), Dim.AUTO)
         with evaluation_mode(backbone), torch.enable_grad(), unharmed(backbone), _quiet():
             backbone.train(is_training)
             try:
-                program = torch.export.export(
-                    _Logits(backbone, num_dynamic).train(is_training),
-                    samples,
-                    dynamic_shapes=(tuple(sizes for _ in samples),),
-                    strict=False,
-                )
-                return _graph_of(program, backbone)
+                with layers.standing_in():
+                    program = torch.export.export(
+                        _Logits(backbone, num_dynamic).train(is_training),
+                        samples,
+                        dynamic_shapes=(tuple(sizes for _ in samples),),
+                        strict=False,
+                    )
+                return _graph_of(program, backbone, layers)
             except NotTraceableError:
                 raise
             except Exception as error:  # whatever the backbone's own code raises
@@ -179,7 +189,9 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _graph_of(program: Any, backbone: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
+def _graph_of(
+    program: Any, backbone: nn.Module, layers: WholeLayers
+) -> tuple[fx.Graph, dict[str, Any]]:
     """The graph with the backbone's own weights and modules, and what it names."""
     graph, objects = fx.Graph(), dict[str, Any]()
     env: dict[fx.Node, Any] = {}
@@ -196,12 +208,14 @@ def _graph_of(program: Any, backbone: nn.Module) -> tuple[fx.Graph, dict[str, An
         else:
             raise NotTraceableError("it calls an object of its own that is no module or tensor")
         env[node].meta = dict(node.meta)
-    outputs = _inlined(graph, program.graph_module, env, objects)
+    outputs = _inlined(graph, program.graph_module, env, objects, layers)
     graph.output(outputs[0])
     _fold_modules(graph, backbone, objects)
     require_names(objects)
     _read_what_is_written(graph)
-    _drop_dead(graph)
+    _make_of_sizes(graph)
+    _look_into_stacks(graph)
+    _drop_dead(graph, is_training=backbone.training)
     return graph, objects
 
 
@@ -222,7 +236,11 @@ def _constant(graph: fx.Graph, objects: dict[str, Any], value: Tensor) -> fx.Nod
 
 
 def _inlined(
-    graph: fx.Graph, module: fx.GraphModule, env: dict[fx.Node, Any], objects: dict[str, Any]
+    graph: fx.Graph,
+    module: fx.GraphModule,
+    env: dict[fx.Node, Any],
+    objects: dict[str, Any],
+    layers: WholeLayers,
 ) -> Any:
     """Copy a graph's nodes, blocks under ``torch.no_grad`` included; return its output."""
 
@@ -242,7 +260,9 @@ def _inlined(
             if not is_block:
                 env[node].meta = dict(node.meta)
         elif isinstance(node.target, HigherOrderOperator):
-            env[node] = _block(graph, node, env, objects)
+            env[node] = _block(graph, node, env, objects, layers)
+        elif node.target is WHOLE_LAYER:
+            env[node] = layers.put_back(graph, node, look_up, objects)
         elif node.target is operator.getitem and not isinstance(env[node.args[0]], fx.Node):
             env[node] = env[node.args[0]][node.args[1]]
         elif node.target in _ALIASES:
@@ -264,7 +284,11 @@ def _is_assertion(target: Any) -> bool:
 
 
 def _block(
-    graph: fx.Graph, node: Any, env: dict[fx.Node, Any], objects: dict[str, Any]
+    graph: fx.Graph,
+    node: Any,
+    env: dict[fx.Node, Any],
+    objects: dict[str, Any],
+    layers: WholeLayers,
 ) -> tuple[Any, ...]:
     """The nodes of a block that switches gradients or autocast off, or is checkpointed."""
     name = node.target.name()
@@ -275,7 +299,7 @@ def _block(
     at = numbers[name]
     block, *given = (env[a] if isinstance(a, fx.Node) else a for a in node.args[at:])
     inner = [n for n in block.graph.nodes if n.op == "placeholder"]
-    outputs = _inlined(graph, block, dict(zip(inner, given, strict=True)), objects)
+    outputs = _inlined(graph, block, dict(zip(inner, given, strict=True)), objects, layers)
     outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
     if name == "wrap_with_set_grad_enabled" and not node.args[0]:
         outputs = tuple(_detached(graph, each) for each in outputs)
@@ -332,9 +356,35 @@ def _read_what_is_written(graph: fx.Graph) -> None:
                 node.replace_all_uses_with(buffer)
 
 
-def _drop_dead(graph: fx.Graph) -> None:
+def _make_of_sizes(graph: fx.Graph) -> None:
+    """Make zeros and ones of their sizes alone where they take type and device of a tensor."""
+    makers = {
+        torch.ops.aten.new_zeros.default: torch.ops.aten.zeros.default,
+        torch.ops.aten.new_ones.default: torch.ops.aten.ones.default,
+    }
+    for node in [n for n in graph.nodes if n.target in makers]:
+        value = node.meta["val"]
+        options = {"dtype": value.dtype, "device": value.device}
+        with graph.inserting_before(node):
+            made = graph.call_function(makers[node.target], (node.args[1],), options)
+        made.meta = dict(node.meta)
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
+
+
+def _look_into_stacks(graph: fx.Graph) -> None:
+    """Read a tensor itself where the backbone takes it out of a stack, as an LSTM's last state."""
+    for node in graph.nodes:
+        stack: Any = node.args[0] if node.target is torch.ops.aten.select.int else None
+        is_stack = stack is not None and stack.target is torch.ops.aten.stack.default
+        if is_stack and node.args[1] == 0 and len(stack.args) == 1:
+            node.replace_all_uses_with(stack.args[0][node.args[2]])
+
+
+def _drop_dead(graph: fx.Graph, *, is_training: bool) -> None:
+    kinds = {"call_function", "get_attr"} | (set() if is_training else {"call_module"})
     for node in reversed(list(graph.nodes)):
-        is_dead = not node.users and node.op in ("call_function", "get_attr")
+        is_dead = not node.users and node.op in kinds
         if is_dead and not (_writes(node) or _is_random(node)):
             graph.erase_node(node)
 
@@ -396,9 +446,19 @@ def _is_small_node(node: fx.Node) -> bool:
 class ExportedMode(Mode):
     """The graph that torch.export traced in one mode."""
 
-    def __init__(self, graph: fx.Graph, objects: dict[str, Any], *, text: Ragged | None) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        objects: dict[str, Any],
+        *,
+        text: Ragged | None,
+        padding: fx.Node | None,
+    ) -> None:
         mask = None if text is None else _mask(graph, text)
         nodes = list(graph.nodes)
+        if mask is None and padding is not None and _is_known_early(padding, nodes, objects):
+            mask = _mask_of(graph, padding)
+            nodes = list(graph.nodes)
         inputs = [node for node in nodes if node.op == "placeholder"]
         self._batch = _symbol(inputs[0].meta["val"].shape[0])
         if self._batch is None:
@@ -492,11 +552,17 @@ def _mask(graph: fx.Graph, text: Ragged) -> fx.Node:
     if text.pad_id is None:
         return inputs[text.mask_index]
     with graph.inserting_after(inputs[0]):
-        is_token = graph.call_function(torch.ops.aten.ne.Scalar, (inputs[0], text.pad_id))
+        is_padding = graph.call_function(torch.ops.aten.eq.Scalar, (inputs[0], text.pad_id))
+    is_padding.meta["val"] = inputs[0].meta["val"]
+    return _mask_of(graph, is_padding)
+
+
+def _mask_of(graph: fx.Graph, is_padding: fx.Node) -> fx.Node:
+    with graph.inserting_after(is_padding):
+        is_token = graph.call_function(torch.ops.aten.logical_not.default, (is_padding,))
     with graph.inserting_after(is_token):
         mask = graph.call_function(torch.ops.aten.to.dtype, (is_token, torch.int64))
-    ids = inputs[0].meta["val"]
-    is_token.meta["val"] = mask.meta["val"] = ids
+    is_token.meta["val"] = mask.meta["val"] = is_padding.meta["val"]
     return mask
 
 
@@ -570,6 +636,11 @@ def _light(nodes: Sequence[fx.Node], fed: Set[fx.Node], objects: Mapping[str, An
         ):
             light.add(node)
     return light
+
+
+def _is_known_early(node: fx.Node, nodes: Sequence[fx.Node], objects: Mapping[str, Any]) -> bool:
+    """Return True for a small input, and what is made of such without weights."""
+    return _is_light_input(node) or node in _light(nodes, _fed(nodes, objects), objects)
 
 
 def _groups(nodes: Sequence[fx.Node], fed: Set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:

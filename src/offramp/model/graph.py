@@ -306,7 +306,7 @@ class Mode:
             shapes = self._shapes(node)
             if shapes is None:
                 return f"{node.name!r}, which is no tensor, crosses the cut"
-            if any(len(shape) == 0 or shape[0] != batch for batch, shape in shapes.items()):
+            if self._batch_axis(node) is None:
                 shape = tuple(next(iter(shapes.values())))
                 return f"{node.name!r} of shape {shape} crosses it without a batch axis"
         return None
@@ -315,11 +315,25 @@ class Mode:
         """A tensor's shape by batch size; None for another value."""
         raise NotImplementedError
 
+    def _batch_axis(self, node: fx.Node) -> int | None:
+        """The axis of samples, the first if it is one; None where none, or several, can be it."""
+        shapes = self._shapes(node) or {}
+        axes = [
+            axis
+            for axis in range(min(map(len, shapes.values()), default=0))
+            if all(shape[axis] == batch for batch, shape in shapes.items())
+        ]
+        return axes[0] if axes[:1] == [0] or len(axes) == 1 else None
+
     def _slice(
         self, start: int, end: int, given: Sequence[fx.Node], returned: Sequence[fx.Node]
     ) -> fx.Graph:
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {node: graph.placeholder(node.name) for node in given}
+        axes = {node: self._batch_axis(node) for node in {*given, *returned}}
+        for node in given:  # samples are first where they cross, and back in their place here
+            if axes[node]:
+                copies[node] = graph.call_method("movedim", (copies[node], 0, axes[node]))
 
         def copy(node: fx.Node) -> fx.Node:
             if node not in copies:
@@ -330,7 +344,10 @@ class Mode:
         for node in self._nodes[start:end]:
             if node in self._placed and node.op != "placeholder":
                 copy(node)
-        output = [copy(node) for node in returned]
+        output = [
+            graph.call_method("movedim", (copy(node), axes[node], 0)) if axes[node] else copy(node)
+            for node in returned
+        ]
         graph.output(output[0] if len(output) == 1 else tuple(output))
         return graph
 
@@ -354,7 +371,7 @@ class TracedMode(Mode):
         if not isinstance(nodes[-1].args[0], fx.Node):
             mode = "training" if is_training else "evaluation"
             raise NotTraceableError(
-                f"in {mode} it returns more than logits; switch its other outputs off"
+                f"in {mode} it returns more than logits: name their place with 'output'"
             )
         index = {node: i for i, node in enumerate(nodes)}
         ends = {

@@ -15,7 +15,7 @@ from offramp.errors import InvalidArgumentError, ShapeError, reason
 from offramp.measure.cost import evaluation_mode
 from offramp.model.axes import channel_axis, require_batch_first
 from offramp.model.dense_heads import ReadsEverything, dense_head_for
-from offramp.model.heads import head_for, token_head
+from offramp.model.heads import TokenHead, head_for, token_head
 from offramp.model.multi_exit import Features, as_features
 
 
@@ -49,7 +49,7 @@ def fit_heads(
     _check(heads, stage_features, at=at, num_read=num_read)
     return [
         head
-        if len(features) == num_read or isinstance(head, ReadsEverything)
+        if len(features) == num_read or isinstance(head, ReadsEverything | ReadsFirst)
         else ReadsFirst(head, num_read)
         for head, features in zip(heads, stage_features, strict=False)
     ]
@@ -85,7 +85,12 @@ def choose_head(
     if logits.ndim == 2 and is_causal and features.ndim == 3 and axis == 2:
         return token_head(features.shape[2], logits.shape[1], pool="last").to(features)
     if logits.ndim == 2:
-        return head_for(features, logits.shape[1], axis=axis).to(features)
+        head = head_for(features, logits.shape[1], axis=axis).to(features)
+        others = stage_features[after][1:]
+        reads_mask = (
+            isinstance(head, TokenHead) and others and others[0].shape == features.shape[:2]
+        )
+        return head if reads_mask or not others else ReadsFirst(head, 1)
     size = (logits.shape[2], logits.shape[3])
     try:
         return dense_head_for(features, logits.shape[1], axis=axis, size=size).to(features)

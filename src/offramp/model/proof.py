@@ -10,7 +10,7 @@ Shapes: ``B`` batch, ``T`` tokens.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -74,15 +74,27 @@ def logits_of(module: nn.Module, inputs: Features) -> Tensor:
 
 def logits_in(output: object, module: nn.Module) -> Tensor:
     """The logits in what a backbone returned."""
-    logits = getattr(output, "logits", output)
+    logits = output.get("logits") if isinstance(output, Mapping) else None
+    logits = getattr(output, "logits", output) if logits is None else logits
     if not isinstance(logits, Tensor):
         mode = " in training mode" if module.training else ""
+        keys = list(output) if isinstance(output, Mapping) else [0]
         raise BackboneCutError(
             f"Expected a backbone that returns a tensor of logits. {type(module).__name__} "
-            f"returns {type(output).__name__}{mode}. Wrap it in a module that returns the logits "
-            "alone."
+            f"returns {described(output)}{mode}. Wrap it in a module that returns the logits "
+            f"alone, or pass add_exits the place of the logits, such as output={keys[0]!r}."
         )
     return logits
+
+
+def described(output: object) -> str:
+    """Describe in a few words what a backbone returned."""
+    if isinstance(output, Mapping):
+        return f"{type(output).__name__} with {', '.join(map(repr, output)) or 'nothing'}"
+    if isinstance(output, tuple | list):
+        parts = [str(tuple(p.shape)) if isinstance(p, Tensor) else type(p).__name__ for p in output]
+        return f"{type(output).__name__} of {len(parts)}, {' and '.join(parts)}"
+    return type(output).__name__
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,7 +53,7 @@ def _padded_ids(
     if mask_BT is None:
         return ids_BT
     _check_texts((ids_BT, mask_BT))
-    _check_mask(mask_BT)
+    _check_mask(mask_BT, ids_BT)
     is_padding_BT = mask_BT == 0
     if bool(((ids_BT == pad_id) & ~is_padding_BT).any()):
         raise InvalidArgumentError(
@@ -72,7 +72,7 @@ def as_texts(inputs: Tensors, ragged: Ragged) -> Tensors:
         return (inputs[0].long(),)
     ids_BT, *rest = inputs
     mask_BT = rest[0] if rest else torch.ones_like(ids_BT)
-    _check_mask(mask_BT)
+    _check_mask(mask_BT, ids_BT)
     if len(inputs) > 2 and _could_be_mask(inputs[2]):
         raise InvalidArgumentError(
             f"Expected token types that are 0 at a text's first token, as {TEXT_NAMES[2]} are in "
@@ -112,7 +112,8 @@ def _check_texts(inputs: Tensors) -> None:
         )
 
 
-def _check_mask(mask_BT: Tensor) -> None:
+def _check_mask(mask_BT: Tensor, ids_BT: Tensor) -> None:
+    """Refuse what hides whole texts, or tokens before others that are not all one id's."""
     order = f"Pass a dict; by position, the order is {', '.join(TEXT_NAMES)}."
     if not bool(((mask_BT == 0) | (mask_BT == 1)).all()):
         raise InvalidArgumentError(
@@ -120,10 +121,17 @@ def _check_mask(mask_BT: Tensor) -> None:
             f"Got values from {mask_BT.min().item()} to {mask_BT.max().item()}. {order}"
         )
     is_late_B = mask_BT[:, 0] == 0
-    if bool(is_late_B.any()):
+    if bool(is_late_B.any()) and not _pads_left(mask_BT[is_late_B], ids_BT[is_late_B]):
         text = int(is_late_B.int().argmax())
         hides = "every" if not bool(mask_BT[text].any()) else "the first"
         raise InvalidArgumentError(
             "Expected texts that begin with a token. "
             f"The attention mask hides {hides} token of text {text}. {order}"
         )
+
+
+def _pads_left(mask_BT: Tensor, ids_BT: Tensor) -> bool:
+    """Return True if every text has zeros, then ones, and all that is hidden is one id."""
+    is_in_order = bool((mask_BT.long().diff(dim=1) >= 0).all()) and bool(mask_BT[:, -1].all())
+    hidden = ids_BT[mask_BT == 0]
+    return is_in_order and bool((hidden == hidden[0]).all())

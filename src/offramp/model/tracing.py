@@ -7,7 +7,6 @@ off) would be done once, now, and never again, so that it is refused too.
 
 from __future__ import annotations
 
-import inspect
 import keyword
 import random
 import traceback
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from offramp.measure.cost import evaluation_mode
+from offramp.model.inputs import parameter_names
 
 
 class NotTraceableError(Exception):
@@ -36,13 +36,19 @@ class Tracer(fx.Tracer):
         objects: Every module and tensor that the graph names, by its target.
     """
 
-    def __init__(self, is_whole: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, is_whole: Callable[[nn.Module], bool], names: Sequence[str]) -> None:
         super().__init__()
+        self._names = names
         self.ends: dict[str, tuple[fx.Node, Any]] = {}
         self.repeated: set[str] = set()
         self.objects: dict[str, Any] = {}
         self._is_whole = is_whole
         self._context = _context()
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        """Give the inputs by position; all others keep their defaults."""
+        inputs = [self.create_proxy("placeholder", name, (), {}) for name in self._names]
+        return root_fn, [self.root, *inputs]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return True if a module stays one step."""
@@ -88,20 +94,13 @@ def trace(
     is_whole: Callable[[nn.Module], bool] = stays_whole,
 ) -> Tracer:
     """Trace a backbone in one mode; it is left as it was."""
-    parameters = list(inspect.signature(backbone.forward).parameters.values())
-    fixed = {
-        parameter.name: parameter.default
-        for parameter in parameters[num_inputs:]
-        if parameter.default is not inspect.Parameter.empty
-    }
+    known = parameter_names(backbone)
+    names = [known[i] if i < len(known) else f"input_{i}" for i in range(num_inputs)]
     with evaluation_mode(backbone), torch.enable_grad(), unharmed(backbone):
         backbone.train(is_training)
-        tracer = Tracer(is_whole)
+        tracer = Tracer(is_whole, names)
         try:
-            graph = tracer.trace(backbone, concrete_args=fixed or None)
-            # Inputs that keep their defaults: the trace only asserts that they do.
-            for node in [n for n in graph.nodes if n.op == "placeholder"][num_inputs:]:
-                _erase_with_users(graph, node)
+            graph = tracer.trace(backbone)
             tracer.objects = {
                 node.target: _find(backbone, node.target)
                 for node in graph.nodes
@@ -112,7 +111,27 @@ def trace(
         except Exception as error:  # whatever the backbone's own code raises on a stand-in
             raise NotTraceableError(what_stopped(error)) from error
     require_names(tracer.objects)
+    if not is_training and getattr(backbone, "picks_output", False):
+        _drop_unread(tracer)
     return tracer
+
+
+def _drop_unread(tracer: Tracer) -> None:
+    """Leave out layers whose output nobody reads, such as heads beside the one that counts."""
+    nodes = list(tracer.graph.nodes)
+    for node in reversed(nodes):
+        target = tracer.objects.get(str(node.target), node.target)
+        author = getattr(
+            type(target) if isinstance(target, nn.Module) else target, "__module__", ""
+        )
+        name = getattr(target, "__name__", str(node.target))
+        is_pure = node.op == "call_method" or (author or "").startswith(("torch", "_operator"))
+        if node.users or node.op in ("placeholder", "output") or not is_pure:
+            continue
+        if not name.endswith("_") and not getattr(target, "inplace", node.kwargs.get("inplace")):
+            tracer.graph.erase_node(node)
+    left = set(tracer.graph.nodes)
+    tracer.ends = {path: end for path, end in tracer.ends.items() if end[0] in left}
 
 
 def require_names(paths: Iterable[str]) -> None:
@@ -147,12 +166,6 @@ def _find(root: nn.Module, target: str) -> Any:
     for name in target.split("."):
         found = getattr(found, name)
     return found
-
-
-def _erase_with_users(graph: fx.Graph, node: fx.Node) -> None:
-    for user in list(node.users):
-        _erase_with_users(graph, user)
-    graph.erase_node(node)
 
 
 def _context() -> tuple[bool, ...]:

@@ -6,6 +6,8 @@ from transformers import (
     BatchEncoding,
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
 )
 
 from offramp.calibration.collect import collect
@@ -195,3 +197,26 @@ def test_token_types_that_cannot_be_a_mask_are_taken_by_position(bert):
     network = exits_on(bert, (IDS, MASK, types))
     expected = bert(input_ids=IDS, attention_mask=MASK, token_type_ids=types).logits
     torch.testing.assert_close(network.eval()(IDS, MASK, types)[-1], expected)
+
+
+LEFT = torch.tensor([[0, 0, 3, 4, 5], [6, 7, 8, 9, 2]])
+
+
+@pytest.mark.parametrize("kind", ["layer list", "export"])
+def test_texts_padded_left_are_taken_as_the_backbone_takes_them(kind, bert):
+    backbone, at = bert, "bert.encoder.layer.0"
+    if kind == "export":
+        sizes = {"vocab_size": 60, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16}
+        config = GPT2Config(**sizes, num_labels=3, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        backbone, at = GPT2ForSequenceClassification(config).eval(), "transformer.h.0"
+    given = {"input_ids": LEFT, "attention_mask": (LEFT != 0).long()}
+    network = add_exits(backbone, at=[at], num_classes=3, example=given).eval()
+    expected = backbone(**given).logits
+    for each in (given, tuple(given.values())):
+        torch.testing.assert_close(network(each)[-1], expected)
+        found = AdaptiveRunner(network, never_leave(2)).run(each).output
+        torch.testing.assert_close(found, expected)
+    alone = {name: value[:1] for name, value in given.items()}
+    torch.testing.assert_close(network(alone)[0], network(given)[0][:1])
+    with pytest.raises(InvalidArgumentError, match="hides the first token of text 0"):
+        network(LEFT + torch.arange(5), given["attention_mask"])  # what is hidden is no one id
