@@ -9,7 +9,6 @@ from typing import Any
 
 from offramp.calibration.asked import Asked
 from offramp.cli.options import Evaluate, write_figures
-from offramp.data.images import make_loader
 from offramp.errors import InSampleError, InvalidArgumentError
 from offramp.evaluation.evaluate import evaluate as evaluate_runner
 from offramp.evaluation.figures import Evaluation, Rival
@@ -27,7 +26,8 @@ def measure(asked: Evaluate) -> dict[str, Any]:
     """Evaluate a run or a bundle."""
     opened = open_artifact(asked.run, asked.device)
     samples = opened.samples.load(asked.split, data=asked.data, subset=asked.subset)
-    batches, split = samples.batches, samples.split
+    judged: Any = samples.batches
+    split = samples.split
     seen = opened.has_seen(split, samples.fingerprint)
     if seen and not asked.in_sample:
         judging = opened.samples.judging_split
@@ -41,8 +41,8 @@ def measure(asked: Evaluate) -> dict[str, Any]:
         print(opened.note, file=sys.stderr)
 
     def figures(of: Artifact, target: Asked | None = None) -> Evaluation:
-        loader = make_loader(batches, batch_size=batches.run_batch_size)
-        return evaluate_runner(of.runner, loader, asked=target)
+        found: Evaluation = evaluate_runner(of.runner, judged, asked=target)
+        return found
 
     beside = {}
     if asked.plain is not None:
@@ -68,7 +68,7 @@ def _beside(run: Path, rival: Evaluation) -> dict[str, Any]:
 def _open_rival(folder: Path, device: str | None, asked: Artifact) -> Artifact:
     """The plain network to stand beside: one exit, no gates, no halting, same data."""
     rival, data = open_artifact(folder, device), asked.samples.name
-    thresholds = rival.family.thresholds
+    thresholds = rival.thresholds
     if rival.num_exits != 1 or thresholds is not None or rival.samples.name != data:
         trained = asked.recipe or "RECIPE"
         routed = "" if thresholds is None else " and gates or halting tokens"

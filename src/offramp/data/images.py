@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from offramp.data.arrays import ArrayBatches
 from offramp.data.collate import collate
 from offramp.data.colour import recoloured
 from offramp.data.preprocessing import scaled
@@ -259,7 +260,7 @@ def make_loader(
         raise InvalidArgumentError(
             f"The 'batch_size' parameter must be an int of at least 1. Got {batch_size}."
         )
-    put_together = _as_fetched if isinstance(dataset, Batches) else collate
+    put_together = _as_fetched if isinstance(dataset, Batches | ArrayBatches) else collate
     return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=put_together)
 
 

@@ -8,6 +8,9 @@ from typing import Any
 
 from offramp.decoding import Count, Share
 
+CALIBRATION_SPLIT = "calibration"
+"""The samples that a recipe sets aside of train to choose a policy."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenOn:

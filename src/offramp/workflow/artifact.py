@@ -6,31 +6,34 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from offramp.calibration.asked import Asked
-from offramp.calibration.collect import collect, collect_from_session
-from offramp.calibration.logits import ExitLogits
+from offramp.calibration.bundles import collect_steps, sweep_session
+from offramp.calibration.evidence import Evidence
 from offramp.errors import ArtifactError, InvalidArgumentError
-from offramp.families import FAMILIES, family_of, make_runner
-from offramp.families.family import Family, TorchRunner
 from offramp.policy.as_dict import policy_to_dict
 from offramp.policy.policies import Policy
-from offramp.policy.routing_policy import RoutingPolicy
-from offramp.recipes.recipe import Recipe
+from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
 from offramp.results import AdaptiveResult
-from offramp.runs.run import CALIBRATION_SPLIT, is_in_sample, load
 from offramp.runtime import Bundle, Session, read_bundle
 from offramp.runtime.answers import SampleAnswer, describe_answers
 from offramp.runtime.bundle import BUNDLE_FILE, is_bundle
+from offramp.runtime.chosen_on import CALIBRATION_SPLIT
 from offramp.runtime.examples import example_inputs
 from offramp.runtime.preprocessing import AnyPreprocessing
 from offramp.workflow.preprocessing import preprocessing_of
 from offramp.workflow.samples import AnySamples, OwnSamples, RecipeSamples
-from offramp.zoo import Network
+
+if TYPE_CHECKING:  # a bundle is opened without torch
+    from torch import Tensor
+
+    from offramp.families.family import TorchRunner
+    from offramp.recipes.recipe import Recipe
+    from offramp.zoo import Network
+
+_TRIED = {"exits": None, "skip": GatePolicy.tried, "halting": HaltingPolicy.tried}
+"""Thresholds to choose from, by the family of a bundle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +48,11 @@ class Artifact:
         samples: Loads splits of its data, or of data as users have it.
         class_names: Name of each class; empty where none were given.
         num_exits: Exits of the network, those that are off counted.
-        family: Of the network.
+        thresholds: Those to choose from, of gates or tokens; None where exits have their own.
         target: What its policy was asked for; None where that is not known.
         preprocessing: Says how samples become inputs.
         note: What a bundle does not say and was taken for granted; None where it says all.
-        collect: From samples to the logits of every exit; of those that are on, for a bundle.
+        collect: From samples to what choosing needs; of a bundle, of the exits that are on.
         has_seen: From a split and the fingerprint of its samples to whether they trained the
             network or may have chosen its thresholds.
     """
@@ -61,21 +64,25 @@ class Artifact:
     samples: AnySamples
     class_names: tuple[str, ...]
     num_exits: int
-    family: Family[Any, Any]
+    thresholds: tuple[float, ...] | None
     target: Asked | None
     preprocessing: Callable[[], AnyPreprocessing]
-    collect: Callable[[object], ExitLogits]
+    collect: Callable[[object], Evidence[Any]]
     has_seen: Callable[[str, str], bool]
     note: str | None = None
 
 
 def pick_device(device: str | None) -> str:
     """Decide where to compute."""
+    if device == "cpu":
+        return device
+    import torch
+
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda"):
+    if device != "cuda":
         raise InvalidArgumentError(f"The device must be cpu or cuda. Got {device!r}.")
-    if device == "cuda" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         raise InvalidArgumentError(
             "The device cuda was asked for, but torch sees no CUDA device here. Use --device cpu."
         )
@@ -90,6 +97,10 @@ def open_artifact(folder: Path, device: str | None = None) -> Artifact:
 
 
 def _open_run(folder: Path, device: str | None) -> Artifact:
+    from offramp.families import family_of, make_runner
+    from offramp.runs.run import is_in_sample, load
+    from offramp.workflow.held_out import evidence_by
+
     loaded = load(folder)
     recipe = loaded.require_recipe()
     where = pick_device(device)
@@ -102,10 +113,10 @@ def _open_run(folder: Path, device: str | None) -> Artifact:
         samples=RecipeSamples(recipe=recipe, data=loaded.data, class_names=loaded.class_names),
         class_names=loaded.class_names,
         num_exits=network.num_exits,
-        family=family_of(network),
+        thresholds=family_of(network).thresholds,
         target=Asked.from_record(loaded.calibration),
         preprocessing=recipe.preprocessing,
-        collect=partial(collect, network),
+        collect=evidence_by(network),
         has_seen=partial(is_in_sample, loaded),
     )
 
@@ -117,6 +128,8 @@ def answer_run(
     inputs: Tensor,
 ) -> list[SampleAnswer]:
     """Say what a run answers, sample by sample."""
+    from offramp.families import make_runner
+
     runner = make_runner(network, policy)
     result = runner.run(inputs)
     arrays: dict[str, Any] = {
@@ -156,10 +169,10 @@ def _open_bundle(folder: Path, device: str | None) -> Artifact:
         samples=samples,
         class_names=bundle.class_names,
         num_exits=bundle.num_exits,
-        family=FAMILIES[bundle.family],
+        thresholds=_TRIED[bundle.family],
         target=Asked.from_record(None if chosen is None else asdict(chosen)),
         preprocessing=lambda: preprocessing_of(bundle)[0],
-        collect=partial(collect_from_session, session),
+        collect=partial(sweep_session if _TRIED[bundle.family] else collect_steps, session),
         has_seen=partial(_bundle_has_seen, bundle),
         note=note,
     )
@@ -175,6 +188,8 @@ def _bundle_has_seen(bundle: Bundle, split: str, fingerprint: str) -> bool:
 
 def recipe_of(bundle: Bundle) -> Recipe:
     """Find the recipe that a bundle's network was trained by."""
+    from offramp.recipes.recipe import Recipe
+
     if bundle.recipe is None:
         raise ArtifactError(
             f"The bundle {bundle.folder} holds a network of your own, without a recipe that names "
