@@ -234,8 +234,23 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
 
     def measure(self, policy: ThresholdedPolicy) -> Calibration:
         """Let the samples leave as a policy says."""
-        confidence_KN = confidences(self, policy, policy.off_exits)
-        exit_N = exits_left_by(confidence_KN, policy.thresholds)
+        return next(self.measure_each([policy]))
+
+    def measure_each(self, policies: Sequence[ThresholdedPolicy]) -> Iterator[Calibration]:
+        """Let the samples leave as each policy says."""
+        for policy, exit_N in zip(policies, self._left_by(policies), strict=True):
+            yield self._measured(policy, exit_N)
+
+    def _left_by(self, policies: Sequence[ThresholdedPolicy]) -> Iterator[npt.NDArray[np.int64]]:
+        """Yield the exits that samples leave by."""
+        known: dict[frozenset[int], Floats] = {}  # of policies with the same exits off
+        for policy in policies:
+            off = policy.off_exits
+            if off not in known:
+                known[off] = confidences(self, policy, off)
+            yield exits_left_by(known[off], policy.thresholds)
+
+    def _measured(self, policy: ThresholdedPolicy, exit_N: npt.NDArray[np.int64]) -> Calibration:
         exit_macs = self.costs.with_decisions(policy.decision_macs).exit_macs(policy.off_exits)
         macs_N, weights_N = np.array(exit_macs, dtype=np.float64)[exit_N], self.weights_N
         leaving_K = np.bincount(exit_N, weights=weights_N, minlength=len(exit_macs)) / len(exit_N)
@@ -271,12 +286,7 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
     def losses(self, policies: Sequence[ThresholdedPolicy], risk: str) -> Iterator[Floats]:
         """Yield what each sample loses by the exit it leaves by."""
         losses_KN = cautious_losses(risk, self) * self.weights_N
-        known: dict[frozenset[int], Floats] = {}  # of policies with the same exits off
-        for policy in policies:
-            off = policy.off_exits
-            if off not in known:
-                known[off] = confidences(self, policy, off)
-            exit_N = exits_left_by(known[off], policy.thresholds)
+        for exit_N in self._left_by(policies):
             yield losses_KN[exit_N, np.arange(len(exit_N))]
 
     def least_macs(self, policies: Sequence[ThresholdedPolicy]) -> float:

@@ -28,13 +28,12 @@ def measure(asked: Evaluate) -> dict[str, Any]:
     samples = opened.samples.load(asked.split, data=asked.data, subset=asked.subset)
     judged: Any = samples.batches
     split = samples.split
-    seen = opened.has_seen(split, samples.fingerprint)
-    if seen and not asked.in_sample:
+    why = opened.why_in_sample(samples)
+    if why is not None and not asked.in_sample:
         judging = opened.samples.judging_split
         other = "another split" if judging is None else f"--split {judging}"
         raise InSampleError(
-            f"The samples of {split} trained {asked.run} or may have chosen its thresholds: "
-            f"figures on them can be too good. Use {other}, or --in-sample to see them "
+            f"{why}: figures on them can be too good. Use {other}, or --in-sample to see them "
             "labelled as such."
         )
     if opened.note is not None:
@@ -49,10 +48,10 @@ def measure(asked: Evaluate) -> dict[str, Any]:
         beside = _beside(asked.plain, figures(_open_rival(asked.plain, asked.device, opened)))
     evaluation = replace(figures(opened, opened.target), **beside)
     content = {"recipe": opened.recipe, "split": split, **evaluation.to_dict()}
-    if seen:
+    if why is not None:
         content["in_sample"] = True
     if asked.json_file != "-":
-        print(evaluation.to_text(f"{opened.name}, {split}" + " (IN SAMPLE)" * seen))
+        print(evaluation.to_text(f"{opened.name}, {split}" + " (IN SAMPLE)" * (why is not None)))
     return content
 
 

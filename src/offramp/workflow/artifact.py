@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from offramp.calibration.asked import Asked
 from offramp.calibration.bundles import collect_steps, sweep_session
 from offramp.calibration.evidence import Evidence
+from offramp.decoding import decode
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.policy.as_dict import policy_to_dict
 from offramp.policy.policies import Policy
@@ -19,11 +20,11 @@ from offramp.results import AdaptiveResult
 from offramp.runtime import Bundle, Session, read_bundle
 from offramp.runtime.answers import SampleAnswer, describe_answers
 from offramp.runtime.bundle import BUNDLE_FILE, is_bundle
-from offramp.runtime.chosen_on import CALIBRATION_SPLIT
+from offramp.runtime.chosen_on import CALIBRATION_SPLIT, ChosenOn
 from offramp.runtime.examples import example_inputs
 from offramp.runtime.preprocessing import AnyPreprocessing
 from offramp.workflow.preprocessing import preprocessing_of
-from offramp.workflow.samples import AnySamples, OwnSamples, RecipeSamples
+from offramp.workflow.samples import AnySamples, OwnSamples, RecipeSamples, Samples
 
 if TYPE_CHECKING:  # a bundle is opened without torch
     from torch import Tensor
@@ -53,8 +54,8 @@ class Artifact:
         preprocessing: Says how samples become inputs.
         note: What a bundle does not say and was taken for granted; None where it says all.
         collect: From samples to what choosing needs; of a bundle, of the exits that are on.
-        has_seen: From a split and the fingerprint of its samples to whether they trained the
-            network or may have chosen its thresholds.
+        why_in_sample: From samples to why figures on them can be too good: they trained the
+            network or may have chosen its thresholds. None for others.
     """
 
     runner: TorchRunner[Any, Any] | Session
@@ -68,7 +69,7 @@ class Artifact:
     target: Asked | None
     preprocessing: Callable[[], AnyPreprocessing]
     collect: Callable[[object], Evidence[Any]]
-    has_seen: Callable[[str, str], bool]
+    why_in_sample: Callable[[Samples], str | None]
     note: str | None = None
 
 
@@ -105,6 +106,8 @@ def _open_run(folder: Path, device: str | None) -> Artifact:
     recipe = loaded.require_recipe()
     where = pick_device(device)
     network = loaded.network.to(where)
+    said = (loaded.calibration or {}).get("data")
+    chosen_on = None if said is None else decode(said, ChosenOn)
     return Artifact(
         runner=make_runner(network, loaded.policy),
         device=where,
@@ -117,7 +120,9 @@ def _open_run(folder: Path, device: str | None) -> Artifact:
         target=Asked.from_record(loaded.calibration),
         preprocessing=recipe.preprocessing,
         collect=evidence_by(network),
-        has_seen=partial(is_in_sample, loaded),
+        why_in_sample=lambda samples: _why_in_sample(
+            folder, samples, chosen_on, is_in_sample(loaded, samples.split, samples.fingerprint)
+        ),
     )
 
 
@@ -173,17 +178,37 @@ def _open_bundle(folder: Path, device: str | None) -> Artifact:
         target=Asked.from_record(None if chosen is None else asdict(chosen)),
         preprocessing=lambda: preprocessing_of(bundle)[0],
         collect=partial(sweep_session if _TRIED[bundle.family] else collect_steps, session),
-        has_seen=partial(_bundle_has_seen, bundle),
+        why_in_sample=partial(_why_in_sample_of_bundle, folder, bundle),
         note=note,
     )
 
 
-def _bundle_has_seen(bundle: Bundle, split: str, fingerprint: str) -> bool:
-    known = None if bundle.calibration is None else bundle.calibration.data
-    if known is not None and known.sha256 == fingerprint:
-        return True
+def _why_in_sample(
+    folder: Path, samples: Samples, chosen_on: ChosenOn | None, is_known: bool
+) -> str | None:
+    """Say why figures on samples can be too good, by their split or by what is in them.
+
+    One in a hundred may be among those that chose the thresholds by chance, as blank pictures are.
+    """
+    num_samples = len(samples.batches)
+    known = 0 if chosen_on is None else chosen_on.count_among(samples.batches.hashes())
+    if samples.split != "train" and known > num_samples // 100:
+        return (
+            f"{known:,} of the {num_samples:,} samples of {samples.split} chose the thresholds of "
+            f"{folder}"
+        )
+    if not is_known:
+        return None
+    return f"The samples of {samples.split} trained {folder} or may have chosen its thresholds"
+
+
+def _why_in_sample_of_bundle(folder: Path, bundle: Bundle, samples: Samples) -> str | None:
+    chosen_on = None if bundle.calibration is None else bundle.calibration.data
     # One of a recipe may not say which samples chose its thresholds.
-    return split == "train" or (split == CALIBRATION_SPLIT and bundle.recipe is not None)
+    may_have_chosen = samples.split == CALIBRATION_SPLIT and bundle.recipe is not None
+    is_same = chosen_on is not None and chosen_on.sha256 == samples.fingerprint
+    is_known = is_same or may_have_chosen or samples.split == "train"
+    return _why_in_sample(folder, samples, chosen_on, is_known)
 
 
 def recipe_of(bundle: Bundle) -> Recipe:

@@ -94,7 +94,7 @@ def calibrate(
         promise = _promise(chosen, held_out, "train" if finding else CALIBRATION_SPLIT)
     else:
         chosen = choose_policy(evidence, rule=rule, **wanted.target)
-    about = describe_choice(wanted, held_out.data, chosen, promise)
+    about = describe_choice(wanted, held_out.data, chosen, promise, evidence)
     write_policy(run.folder, chosen.policy, calibration=about)
     known: Any = held_out.evidence
     described = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from offramp.policy.as_dict import policy_from_dict
 from offramp.policy.routing_policy import RoutingPolicy
 from offramp.runtime import Bundle, Session, with_routing_threshold, with_thresholds
 from offramp.runtime.bundle import write_bundle
-from offramp.runtime.chosen_on import Choosing
+from offramp.runtime.chosen_on import Choosing, written_hashes
 from offramp.workflow.artifact import Artifact, open_artifact
 from offramp.workflow.chosen import Chosen, describe_choice, read_thresholds
 from offramp.workflow.population import describe_population, evidence_for, name_prior, read_prior
@@ -72,7 +73,11 @@ def calibrate_bundle(
             "sentence": chosen.guarantee.sentence(population, way=way, last=last),
             "found_on": samples.split,
         }
-    about = describe_choice(wanted, about_data, chosen, promise)
+    about = describe_choice(wanted, about_data, chosen, promise, evidence)
+    # Exits that are off have no step, and are named in the bundle.
+    for point in about["front"]["points"] if bundle.family == "exits" else ():
+        thresholds = [math.inf if t is None else t for t in point["thresholds"]]
+        point["thresholds"] = _with_numbers(bundle, thresholds).policy["thresholds"]
     made = _with_numbers(bundle, chosen.policy.thresholds)
     made = replace(made, calibration=decode(about, Choosing))
     _check_single(made, samples.batches)
@@ -170,6 +175,7 @@ def _evidence(
         "num_samples": len(samples.batches),
         **describe_population(evidence, asked or samples.class_prior),
         "sha256": samples.fingerprint,
+        "hashes": written_hashes(samples.batches.hashes()),
     }
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from offramp.calibration.chosen import Calibration
+from offramp.calibration.evidence import Evidence, ordered_front
 from offramp.calibration.guarantee import check_guarantee
 from offramp.calibration.latency import LatencyCalibration
-from offramp.calibration.risk import check_risk
+from offramp.calibration.risk import PIXEL_ERROR_GAP, check_risk
 from offramp.calibration.rules import Rule
+from offramp.calibration.targets import RiskLimit
 from offramp.calibration.temperature import ExitCalibration
 from offramp.errors import InvalidArgumentError
 from offramp.measure.outputs import LABELS, MAPS
@@ -78,12 +80,21 @@ def describe_choice(
     data: dict[str, Any],
     chosen: Calibration[Any],
     promise: dict[str, Any] | None,
+    evidence: Evidence[Any],
 ) -> dict[str, Any]:
     """Describe how a policy was chosen, as policy files and bundles keep it."""
+    risk = wanted.risk or ("accuracy_gap" if evidence.outputs is LABELS else PIXEL_ERROR_GAP)
+    limit = RiskLimit(risk, wanted.max_risk or wanted.max_drop or 0.0)
+    front = asdict(ordered_front(evidence, chosen, limit))
+    for point in front["points"]:
+        if point["mean_iou"] is None:
+            del point["mean_iou"]
     reached = {"accuracy": chosen.accuracy, "mean_macs": chosen.mean_macs}
     if chosen.mean_iou is not None:
         reached["mean_iou"] = chosen.mean_iou
-    return {"asked": wanted.to_dict(), "data": data, "reached": reached, "guarantee": promise}
+    return {"asked": wanted.to_dict(), "data": data, "reached": reached, "guarantee": promise} | {
+        "front": front
+    }
 
 
 def read_thresholds(text: str, num_exits: int) -> tuple[float, ...]:

@@ -16,6 +16,7 @@ from offramp.data.images import Batches
 from offramp.evaluation.sweeping import collect_sweep
 from offramp.families import family_of
 from offramp.runs.run import CALIBRATION_SPLIT, Run, load_batches
+from offramp.runtime.chosen_on import written_hashes
 from offramp.workflow.artifact import pick_device
 from offramp.workflow.population import describe_population, name_prior, read_prior
 from offramp.zoo import Network
@@ -78,6 +79,7 @@ def hold_out(
         "num_samples": len(batches),
         **describe_population(evidence, name_prior(prior, shares, names) or drawn),
         "sha256": fingerprint,
+        "hashes": written_hashes(batches.hashes()),
     }
     return HeldOut(run=run, device=where, batches=batches, evidence=evidence, data=about)
 
