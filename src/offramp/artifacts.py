@@ -14,11 +14,11 @@ from typing import Any
 from offramp.decoding import parse_json
 from offramp.errors import ArtifactError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Version of every JSON file in a run folder or bundle; older ones are read, newer ones refused.
 
 2 added the file for single samples to bundles; 3 preprocessing to bundles and run folders, and to
-bundles how their policy was chosen.
+bundles how their policy was chosen; 4 to that the ordered front and the samples' hashes.
 """
 
 BUNDLE_FOLDER = "bundle"

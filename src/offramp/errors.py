@@ -121,14 +121,14 @@ def missing_extra(what: str, error: ModuleNotFoundError) -> MissingExtraError:
     package = (error.name or "").partition(".")[0]
     if package == "offramp":
         raise error
-    extra = "serve" if package in _SERVING else "train"
+    extra = "serve" if package in _SERVING else "calibrate" if package == "scipy" else "train"
     return MissingExtraError(
         f"{what} needs {error.name}, which is not installed: pip install 'offramp[{extra}]'"
     )
 
 
 _SERVING = ("aiohttp", "google", "grpc", "prometheus_client", "tritonclient", "zstandard")
-"""Packages of the extra ``serve``; all others that may be missing come with ``train``."""
+"""Packages of the extra ``serve``; scipy comes with ``calibrate``, others with ``train``."""
 
 
 class FewSamplesWarning(UserWarning):

@@ -69,6 +69,18 @@ def own(made, workplace):
     return workplace / "bundle"
 
 
+def check_front(bundle):
+    """The front goes from where nobody leaves, and what passed ends with what was chosen."""
+    front, promise = bundle.calibration.front, bundle.calibration.guarantee
+    assert (front.risk, front.passed) == ("accuracy_gap", promise["num_passed"])
+    assert len(front.points) == promise["num_candidates"]
+    first, last = front.points[0], front.points[front.passed - 1]
+    assert (first.thresholds, first.risk) == ((None, None), 0)
+    assert list(last.thresholds) == bundle.policy["thresholds"]
+    assert last.accuracy == bundle.calibration.reached["accuracy"]
+    assert last.mean_macs == bundle.calibration.reached["mean_macs"] < first.mean_macs
+
+
 def test_the_whole_story(own, offramp, figures_of, refuses):
     data = ("--data", "pictures")
     few = ("--max-drop", "0.01", "--guarantee", "0.9", "--subset", "100")
@@ -88,6 +100,7 @@ def test_the_whole_story(own, offramp, figures_of, refuses):
         700,
     )
     assert chosen.calibration.guarantee["risk"] == "accuracy_gap"
+    check_front(chosen)
 
     after = figures_of("evaluate", own, *data)
     assert after["mean_macs"] < before["plain_macs"]
@@ -121,6 +134,25 @@ def test_samples_that_chose_the_thresholds_are_refused(own, offramp, refuses):
     said = offramp("evaluate", own, *data, "--split", "validation", "--in-sample")
     assert "IN SAMPLE" in said.stdout
     refuses("calibrate", own, *data, "--split", "train", "--max-drop", "0.01", words=("train",))
+
+
+def test_samples_that_chose_the_thresholds_are_known_by_what_is_in_them(
+    own, offramp, figures_of, refuses
+):
+    pictures = own.parent / "pictures"
+    assert offramp("calibrate", own, "--data", "pictures", "--budget-share", "0.6").code == 0
+    for name in BY_DIGIT:
+        (own.parent / "mixed" / name).mkdir(parents=True)
+        seen, unseen = (
+            sorted((pictures / split / name).iterdir()) for split in SPLITS if split != "train"
+        )
+        for number, file in enumerate((*seen[:3], *unseen[:20])):
+            shutil.copy(file, own.parent / "mixed" / name / f"{number}.png")
+    words = ("30 of the 230 samples of mixed chose the thresholds", "--in-sample")
+    refuses("evaluate", own, "--data", "mixed", words=words)
+    figures = figures_of("evaluate", own, "--data", "mixed", "--in-sample")
+    assert (figures["num_samples"], figures["in_sample"]) == (230, True)
+    assert "in_sample" not in figures_of("evaluate", own, "--data", "pictures")
 
 
 def test_single_samples_leave_by_the_thresholds_that_were_chosen(own, offramp):

@@ -77,7 +77,7 @@ import sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "torch":
+        if name.partition(".")[0] in ("torch", "sklearn", "lightning", "safetensors", "onnx"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())
@@ -131,25 +131,65 @@ def test_pictures_and_texts_are_prepared_without_torch(tmp_path):
     assert outcome.stdout.count("1.") == 3, outcome.stderr
 
 
-def test_bundle_answers_pictures_without_torch(tmp_path):
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A bundle of a network of one's own, and pictures of two classes in two splits."""
+    import numpy as np
     import torch
     from PIL import Image
 
     from offramp import Preprocessing, add_exits, export
 
+    folder = tmp_path_factory.mktemp("own")
+    torch.manual_seed(0)
     stages = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 3)), torch.nn.Linear(3, 2)]
     network = add_exits(
         torch.nn.Sequential(*stages), at=["0"], num_classes=2, example=torch.zeros(1, 3, 1, 1)
     )
     how = Preprocessing(height=1, width=1)
-    export(network, None, tmp_path / "bundle", torch.rand(20, 3, 1, 1), preprocessing=how)
-    Image.new("L", (3, 3), 255).save(tmp_path / "a.png")
-    command = ["offramp", "predict", str(tmp_path / "bundle"), str(tmp_path / "a.png")]
-    outcome = run_python(
-        WITHOUT_TORCH + f"sys.argv = {command}\nfrom offramp.cli import main; main()"
+    names = ("dark", "light")
+    examples = torch.rand(20, 3, 1, 1)
+    export(network, None, folder / "bundle", examples, class_names=names, preprocessing=how)
+    colours = np.random.default_rng(0).integers(0, 256, (80, 3, 3, 3)).astype(np.uint8)
+    for number, colour in enumerate(colours):
+        split = ("validation", "test")[number % 2]
+        of_class = folder / "pictures" / split / names[int(colour.mean() > 127)]
+        of_class.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(colour).save(of_class / f"{number}.png")
+    return folder
+
+
+def without_torch(*command):
+    return run_python(
+        WITHOUT_TORCH + f"sys.argv = {['offramp', *map(str, command)]}\n"
+        "from offramp.cli import main; main()"
     )
+
+
+def test_bundle_answers_pictures_without_torch(own):
+    picture = next(own.glob("pictures/test/*/*.png"))
+    outcome = without_torch("predict", own / "bundle", picture)
     assert (outcome.returncode, outcome.stderr) == (0, "")
     assert "probability" in outcome.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("calibrate", "--max-drop", "0.5"), "chosen on 40 calibration samples"),
+        (
+            ("calibrate", "--max-drop", "0.5", "--guarantee", "0.5"),
+            "With probability at least 50 %",
+        ),
+        (("evaluate",), "40 samples"),
+        (("frontier", "--points", "3"), "thresholds chosen on 40 calibration samples"),
+    ],
+)
+def test_bundle_is_calibrated_and_judged_without_torch(command, words, own):
+    name, *options = command
+    outcome = without_torch(name, own / "bundle", "--data", own / "pictures", *options)
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    assert words in outcome.stdout
 
 
 def test_missing_pillow_is_named_with_its_extra(tmp_path):

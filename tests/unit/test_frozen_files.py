@@ -8,6 +8,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from offramp.policy.as_dict import policy_to_dict
@@ -50,6 +51,7 @@ def test_there_is_a_frozen_file_of_each_family_and_schema():
         "exits-1",
         "exits-2",
         "exits-3",
+        "exits-4",
         "skip-2",
         "halting-2",
         "dense-2",
@@ -98,6 +100,14 @@ def test_bundles_say_how_samples_are_prepared_from_3_on(frozen_bundle):
     assert pictures.preprocessing.mean == (0.1, 0.2, 0.3)
     assert pictures.calibration.data.num_samples == 500
     assert frozen_bundle("text-3").preprocessing.max_tokens == 128
+
+
+def test_bundles_hold_the_front_and_know_their_samples_from_4_on(frozen_bundle):
+    before = frozen_bundle("exits-3").calibration
+    assert (before.front, before.data.hashes) == (None, None)
+    said = frozen_bundle("exits-4").calibration
+    assert (said.front.passed, [point.risk for point in said.front.points]) == (2, [0, 0.01, 0.05])
+    assert said.data.count_among(np.array([70, 71, 2**63], dtype=np.uint64)) == 2
 
 
 def test_exits_that_are_off_stay_off():

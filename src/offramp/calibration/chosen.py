@@ -148,6 +148,7 @@ class Calibration(Printed, Choice, Judged, Generic[P]):
         exits: Of each exit, its number, the share of samples that leave there, and their MACs.
         asked: The target that the policy was chosen for.
         guarantee: What is promised of the policy; None where nothing is.
+        candidates: Policies that stood to be tested for it, the safest first.
     """
 
     policy: P
@@ -160,6 +161,7 @@ class Calibration(Printed, Choice, Judged, Generic[P]):
     exits: tuple[ExitOfCalibration, ...] | None = None
     asked: Asked | None = field(default=None, compare=False)
     guarantee: Guarantee | None = None
+    candidates: tuple[P, ...] = field(default=(), compare=False)
 
     def as_policy(self) -> Any:
         """The policy."""

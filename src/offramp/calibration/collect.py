@@ -6,32 +6,26 @@ Shapes: ``K`` exits, ``N`` samples, ``B`` batch, ``C`` classes.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from offramp.artifacts import atomic_path
+from offramp.calibration.bundles import check_said, collect_steps
 from offramp.calibration.logits import DenseLogits, ExitLogits, at_half_precision
 from offramp.data.batches import batches_of, explained_data, read_batch
-from offramp.data.labels import check_labels
 from offramp.decoding import Count, decode, parse_json
 from offramp.errors import ArtifactError, DataError
-from offramp.families import FAMILIES, family_of
+from offramp.families import family_of
 from offramp.measure.cost import ExitCosts, evaluation_mode
 from offramp.measure.dense import confusion_matrices, label_maps
-from offramp.model.multi_exit import Features
-from offramp.policy.as_dict import policy_from_dict
-from offramp.policy.policies import Policy
-from offramp.runtime import Session, with_routing_threshold
-from offramp.runtime.session import check_inputs
-from offramp.runtime.step_macs import Measured, StepMacs
+from offramp.runtime import Session
 from offramp.training.checkpoint_choice import who_chose_by
 from offramp.zoo import Network
 
@@ -83,54 +77,21 @@ def collect(
 
 
 def collect_from_session(session: Session, data: object, *, batch_size: int = 256) -> ExitLogits:
-    """Run every step of a bundle on every sample of a data set, letting nobody leave."""
-    bundle = session.bundle
-    thresholds = FAMILIES[bundle.family].thresholds
-    if thresholds is None:
-        run = partial(_every_exit, session)
-        numbers = tuple(step.exit_index for step in bundle.steps)
-    else:
-        run = partial(_only_exit, Session(with_routing_threshold(bundle, thresholds[-1])))
-        numbers = (0,)
-    gathered, macs = _Gathered(), _BundleMacs(session)
-    for batch in batches_of(data, batch_size=batch_size):
-        inputs, labels_B = read_batch(batch)
-        gathered.add(run(inputs), labels_B)
-        macs.add(inputs)
-    if gathered.is_empty:
-        raise DataError("Expected at least one batch of samples to collect logits from. Got none.")
-    return gathered.logits(macs.costs(), numbers, is_ragged=bundle.padding is not None)
+    """Run every step of a bundle on every sample, letting nobody leave: tensors."""
+    logits = collect_steps(session, data, batch_size=batch_size)
+    return replace(
+        logits,
+        logits_KNC=torch.as_tensor(logits.logits_KNC),
+        labels_N=torch.as_tensor(logits.labels_N),
+    )
 
 
-class _BundleMacs:
-    """Costs of a bundle's parts for the mean of some samples, each of its own length."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._steps = StepMacs(session.bundle) if session.bundle.family == "exits" else None
-        self._measured: list[Measured] = []
-
-    def add(self, inputs: Features) -> None:
-        if self._steps is None:
-            self._measured.append(self._session.plain_macs(*inputs))
-        else:
-            self._measured.append(self._steps.trim(check_inputs(self._session.bundle, inputs))[1])
-
-    def costs(self) -> ExitCosts:
-        bundle = self._session.bundle
-        if self._steps is None:
-            plain_macs = round(float(np.concatenate(self._measured).mean()))
-            return ExitCosts(stage_macs=(plain_macs,), head_macs=(0,))
-        is_ragged = bundle.padding is not None
-        mean = self._steps.mean(np.concatenate(self._measured) if is_ragged else self._measured[-1])
-        decides = policy_from_dict(dict(bundle.policy))
-        assert isinstance(decides, Policy)  # about exits
-        # Without what its own policy takes to decide: others are to be measured too.
-        heads = zip(bundle.steps, mean.heads, strict=True)
-        return ExitCosts(
-            stage_macs=mean.stages,
-            head_macs=tuple(macs - decides.macs(step.exit_index) for step, macs in heads),
-        )
+def dense_logits(outputs: Sequence[Any], labels: Sequence[Any], **about: Any) -> ExitLogits:
+    """Logits of every pixel, from what a bundle says of batch after batch."""
+    gathered = _Gathered()
+    for outputs_KBC, labels_B in zip(outputs, labels, strict=True):
+        gathered.add(torch.as_tensor(outputs_KBC), torch.as_tensor(labels_B))
+    return gathered.logits(**about)
 
 
 class _Gathered:
@@ -141,18 +102,9 @@ class _Gathered:
         self._labels: list[Tensor] = []
         self._confusion: list[Tensor] = []
 
-    @property
-    def is_empty(self) -> bool:
-        return not self._labels
-
     def add(self, outputs_KBC: Tensor, labels_B: Tensor) -> None:
         outputs_KBC = outputs_KBC.float()
-        check_labels(labels_B, num_classes=outputs_KBC.shape[2])
-        if bool(outputs_KBC.isnan().any()):
-            raise DataError(
-                "Expected logits that are numbers. The network says NaN of a sample: check that "
-                "its weights and inputs are finite."
-            )
+        check_said(outputs_KBC, labels_B)
         if outputs_KBC.ndim == 5:
             labels_B = labels_B.to(outputs_KBC.device)
             self._confusion.append(_confusion(outputs_KBC, labels_B).cpu())
@@ -189,19 +141,6 @@ def _confusion(outputs_KBChw: Tensor, labels_BHW: Tensor) -> Tensor:
         for logits in outputs_KBChw
     )
     return torch.stack(list(of_exits))
-
-
-def _every_exit(session: Session, inputs: Features) -> Tensor:
-    carried: list[Any] = check_inputs(session.bundle, inputs)
-    outputs = []
-    for index in range(len(session.bundle.steps)):
-        _, (output, _, _, *carried) = session.run_step(index, carried)
-        outputs.append(torch.from_numpy(output))
-    return torch.stack(outputs)
-
-
-def _only_exit(session: Session, inputs: Features) -> Tensor:
-    return torch.from_numpy(session.run(*inputs).output)[None]
 
 
 def write_logits(path: Path | str, logits: ExitLogits) -> None:

@@ -65,7 +65,8 @@ def fit_controller(logits: ExitLogits, *, price: float = 0.1, seed: int = 0) -> 
     macs_K = torch.tensor(costs.exit_macs(), dtype=torch.float64) / costs.plain_macs
     value_KN = torch.tensor(logits.expected_scores_KN) - price * macs_K[:, None]
     weights_N = torch.tensor(logits.weights_N, dtype=torch.float32)
-    inputs_of_exits = list(_inputs(logits.logits_KNC, generator))
+    logits_KNC = torch.as_tensor(logits.logits_KNC)
+    inputs_of_exits = list(_inputs(logits_KNC, generator))
     going_on_N = value_KN[-1]
     scorers: list[ExitScorer] = []
     with _one_thread():
@@ -73,7 +74,7 @@ def fit_controller(logits: ExitLogits, *, price: float = 0.1, seed: int = 0) -> 
             inputs_RF = inputs_of_exits[k]
             advantage_N = (value_KN[k] - going_on_N).float()
             # What says NaN may not leave, and teaches nothing.
-            can_leave_N = ~logits.logits_KNC[k].isnan().any(-1)
+            can_leave_N = ~logits_KNC[k].isnan().any(-1)
             scorer = _fit(inputs_RF, advantage_N, weights_N * can_leave_N, generator)
             leave_N = can_leave_N & (scorer.score(inputs_RF[: len(weights_N)]) >= 0)
             going_on_N = torch.where(leave_N, value_KN[k], going_on_N)

@@ -24,6 +24,8 @@ from offramp.calibration.rules import Rule
 from offramp.calibration.search import Floats
 from offramp.calibration.targets import Budget, RiskLimit, as_target
 from offramp.errors import FewSamplesWarning, InvalidArgumentError
+from offramp.policy.as_dict import without_inf
+from offramp.runtime.chosen_on import Front, FrontPoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,10 @@ class Evidence(LabelledLogits, ABC, Generic[P]):
     def measure(self, policy: P) -> Calibration[P]:
         """Measure what a policy reaches on these samples."""
 
+    def measure_each(self, policies: Sequence[P]) -> Iterator[Calibration[P]]:
+        """Measure what each of several policies reaches on these samples."""
+        yield from map(self.measure, policies)
+
     @abstractmethod
     def safest_first(self, policies: Sequence[P], limit: RiskLimit) -> Sequence[P]:
         """List candidates of a promise in the order in which other samples test them."""
@@ -87,6 +93,35 @@ class Evidence(LabelledLogits, ABC, Generic[P]):
                 f"{type(other).__name__}: collect both from the same network."
             )
         self._check_same_network(other)
+
+
+def ordered_front(evidence: Evidence[P], chosen: Calibration[P], risk: RiskLimit) -> Front:
+    """Put the policies around a chosen one in order, with what each reaches on the samples.
+
+    Those that stood to be tested, where something is promised; else those that would.
+    """
+    candidates: Sequence[P] = chosen.candidates
+    if not candidates:
+        fixed = evidence.has_fixed_candidates
+        policies = evidence.policies(None) if fixed else (chosen.policy,)
+        candidates = evidence.safest_first(policies, risk)
+    each = zip(
+        evidence.measure_each(candidates), evidence.losses(candidates, risk.risk), strict=True
+    )
+    return Front(
+        risk=risk.risk,
+        passed=None if chosen.guarantee is None else chosen.guarantee.num_passed,
+        points=tuple(
+            FrontPoint(
+                thresholds=tuple(without_inf(reached.policy.thresholds)),
+                risk=float(losses_N.mean()),
+                mean_macs=reached.mean_macs,
+                accuracy=reached.accuracy,
+                mean_iou=reached.mean_iou,
+            )
+            for reached, losses_N in each
+        ),
+    )
 
 
 def calibrate(

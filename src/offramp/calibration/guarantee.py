@@ -133,7 +133,8 @@ def calibrate_with_guarantee(
         num_candidates=len(candidates),
         num_passed=len(passed),
     )
-    return replace(logits.measure(candidates[len(passed) - 1]), guarantee=promise)
+    chosen = logits.measure(candidates[len(passed) - 1])
+    return replace(chosen, guarantee=promise, candidates=tuple(candidates))
 
 
 def check_guarantee(max_risk: float, guarantee: float | str) -> None:

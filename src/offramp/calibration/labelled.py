@@ -6,16 +6,18 @@ Shapes: ``K`` ways, ``N`` samples, ``C`` classes.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 from typing_extensions import Self
 
 from offramp.errors import DataError, InSampleError, InvalidArgumentError
+from offramp.measure.arrays import as_array
 from offramp.measure.outputs import LABELS, Outputs
+
+if TYPE_CHECKING:
+    from offramp.measure.arrays import Numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +25,8 @@ class LabelledLogits:
     """Logits of every way of answering, from cheap to dear; the last is what others lose against.
 
     Attributes:
-        logits_KNC: Raw logits, shape (K, N, C), float32, on the CPU.
-        labels_N: Classes, shape (N,), int64, on the CPU.
+        logits_KNC: Raw logits, shape (K, N, C), float32, a tensor on the CPU or an array.
+        labels_N: Classes, shape (N,), int64, likewise.
         prior: Share of each class in the population that figures are about, C numbers that sum
             to 1, none negative; None where the samples are drawn from it as they are.
         outputs: What each way says of a sample.
@@ -39,8 +41,8 @@ class LabelledLogits:
     tensors_KN: ClassVar[tuple[str, ...]] = ("logits_KNC",)
     """Fields that hold something of every way and sample, shape (K, N, ...)."""
 
-    logits_KNC: Tensor
-    labels_N: Tensor
+    logits_KNC: Numbers
+    labels_N: Numbers
     prior: tuple[float, ...] | None = None
     is_ragged: bool = False
     checkpoint_chosen_by: str = ""
@@ -65,14 +67,20 @@ class LabelledLogits:
             )
 
     @property
-    def correct_KN(self) -> Tensor:
-        """True where a way is right about a sample, shape (K, N), bool."""
+    def correct_KN(self) -> Any:
+        """True where a way is right about a sample, shape (K, N), bool; tensor or array as they."""
         return self.logits_KNC.argmax(-1) == self.labels_N
+
+    @property
+    def predicted_KN(self) -> npt.NDArray[np.int64]:
+        """The class that each way says of a sample, shape (K, N)."""
+        predicted_KN: npt.NDArray[np.int64] = as_array(self.logits_KNC).argmax(-1)
+        return predicted_KN
 
     @property
     def class_counts(self) -> npt.NDArray[np.int64]:
         """Samples of each class, shape (C,)."""
-        return np.bincount(self.labels_N.numpy(), minlength=self.logits_KNC.shape[2])
+        return np.bincount(as_array(self.labels_N), minlength=self.logits_KNC.shape[2])
 
     @property
     def weights_N(self) -> npt.NDArray[np.float64]:
@@ -84,7 +92,7 @@ class LabelledLogits:
         if self.prior is None:
             return np.ones(len(self.labels_N))
         per_class_C = np.asarray(self.prior) * len(self.labels_N) / self.class_counts.clip(min=1)
-        weights_N: npt.NDArray[np.float64] = per_class_C[self.labels_N.numpy()]
+        weights_N: npt.NDArray[np.float64] = per_class_C[as_array(self.labels_N)]
         return weights_N
 
     @property
@@ -115,7 +123,7 @@ class LabelledLogits:
         Raises:
             DataError: If a class of the population is not among them.
         """
-        rows_N = torch.as_tensor(np.asarray(rows, dtype=np.int64))
+        rows_N = np.asarray(rows, dtype=np.int64)
         taken: dict[str, Any] = {name: getattr(self, name)[:, rows_N] for name in self.tensors_KN}
         return replace(self, labels_N=self.labels_N[rows_N], **taken)
 

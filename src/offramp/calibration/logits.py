@@ -9,12 +9,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 from typing_extensions import Self
 
 from offramp.calibration.asked import Asked
@@ -27,6 +25,7 @@ from offramp.calibration.targets import QUALITY_GAP, Budget, RiskLimit, feasible
 from offramp.calibration.temperature import fit_temperature
 from offramp.calibration.thresholds import confidences, search_for, search_thresholds
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError, ShapeError
+from offramp.measure.arrays import as_array, softmax
 from offramp.measure.cost import ExitCosts
 from offramp.measure.dense import (
     IGNORED_LABEL,
@@ -37,14 +36,19 @@ from offramp.measure.dense import (
 from offramp.measure.outputs import MAPS, Outputs, shape_in_words
 from offramp.policy.policies import ThresholdedPolicy
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from offramp.measure.arrays import Numbers
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExitLogits(Evidence[ThresholdedPolicy]):
     """Logits of every exit on every sample, and the costs of the exits.
 
     Attributes:
-        logits_KNC: Raw logits, shape (K, N, C), float32, on the CPU.
-        labels_N: Classes, shape (N,), int64, on the CPU.
+        logits_KNC: Raw logits, shape (K, N, C), float32, a tensor on the CPU or an array.
+        labels_N: Classes, shape (N,), int64, likewise.
         prior: Share of each class in the population that figures are about, C numbers that sum
             to 1, none negative; None where the samples are drawn from it as they are.
         costs: MACs per sample of each stage and head.
@@ -78,7 +82,7 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
 
         Shape (K, N), or (K, N, D) where they are vectors.
         """
-        return self.correct_KN.double().numpy()
+        return as_array(self.correct_KN).astype(np.float64)
 
     def quality(self, mean_J: Floats) -> Floats:
         """Figures of answers by the mean of their scores: the accuracy, which is that mean.
@@ -99,7 +103,7 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
         they do to all samples that change exits, not by the luck of the few whose answers change
         from wrong to right.
         """
-        correct_KN = self.correct_KN.numpy().astype(np.float64)
+        correct_KN = as_array(self.correct_KN).astype(np.float64)
         expected_KN = self.plausibility_KN
         offset_K = np.average(correct_KN - expected_KN, axis=1, weights=self.weights_N)
         shifted: Floats = expected_KN + offset_K[:, None]
@@ -112,22 +116,24 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
         Its probability of the class that an exit predicts, at the temperature that fits the labels
         best: no exit is more plausible than the final one. Right or wrong where its logits are NaN.
         """
-        final_NC = self.logits_KNC[-1].double()
-        p_NC = (final_NC / fit_temperature(self, -1)).softmax(-1)
-        p_KN = p_NC.gather(1, self.logits_KNC.argmax(-1).T).T.numpy()
-        filled: Floats = np.where(np.isnan(p_KN), self.correct_KN.numpy(), p_KN)
+        final_NC = as_array(self.logits_KNC)[-1].astype(np.float64)
+        p_NC = softmax(final_NC / fit_temperature(self, -1))
+        p_KN = p_NC[np.arange(len(p_NC)), self.predicted_KN]
+        filled: Floats = np.where(np.isnan(p_KN), as_array(self.correct_KN), p_KN)
         return filled
 
     def rounded(self) -> Self:
         """Leave out the last bits of logits, which differ between processors: ties break alike."""
-        largest = torch.finfo(torch.float16).max
-        logits_KNC = self.logits_KNC.clamp(-largest, largest).half().float()
-        return replace(self, logits_KNC=logits_KNC)
+        logits_KNC = as_array(self.logits_KNC).clip(-_LARGEST_HALF, _LARGEST_HALF)
+        rounded_KNC = logits_KNC.astype(np.float16).astype(np.float32)
+        return replace(self, logits_KNC=rounded_KNC, labels_N=as_array(self.labels_N))
 
     def kept_tensors(self) -> dict[str, Tensor]:
         """Name the tensors that a file of logits holds, at half precision."""
-        half_KNC = at_half_precision(self.logits_KNC).contiguous()
-        return {"logits_KNC": half_KNC, "labels_N": self.labels_N}
+        import torch
+
+        half_KNC = at_half_precision(torch.as_tensor(self.logits_KNC)).contiguous()
+        return {"logits_KNC": half_KNC, "labels_N": torch.as_tensor(self.labels_N)}
 
     @property
     def quality_K(self) -> Floats:
@@ -142,10 +148,13 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
         Returns:
             The figures.
         """
-        left_by = self.correct_KN.double().numpy()[exit_N, np.arange(len(exit_N))]
+        correct_KN = as_array(self.correct_KN).astype(np.float64)
+        left_by = correct_KN[exit_N, np.arange(len(exit_N))]
         return Figures(accuracy=float(np.average(left_by, weights=self.weights_N)))
 
-    def samples_at(self, exit_index: int) -> tuple[Tensor, Tensor, npt.NDArray[np.int64]]:
+    def samples_at(
+        self, exit_index: int
+    ) -> tuple[Floats, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Gather the logits of an exit wherever there is a label.
 
         Args:
@@ -155,8 +164,13 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
             labels: Shape (M,), int64.
             sample: The sample that each belongs to, shape (M,).
         """
-        logits_NC = self.logits_KNC[exit_index].detach().double()
-        return logits_NC, self.labels_N.long(), np.arange(len(self.labels_N))
+        logits_NC = as_array(self.logits_KNC)[exit_index].astype(np.float64)
+        labels_N = as_array(self.labels_N).astype(np.int64)
+        return logits_NC, labels_N, np.arange(len(labels_N))
+
+    def known_confidences(self, policy: ThresholdedPolicy, off: frozenset[int]) -> Floats | None:
+        """Confidences of a policy where they came with the logits; None: it has to be asked."""
+        return None
 
     def policies(self, rule: Rule | None) -> tuple[ThresholdedPolicy, ...]:
         """Policies of a rule's name, of a function or as they are, on which thresholds are set."""
@@ -220,8 +234,23 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
 
     def measure(self, policy: ThresholdedPolicy) -> Calibration:
         """Let the samples leave as a policy says."""
-        confidence_KN = confidences(self, policy, policy.off_exits)
-        exit_N = exits_left_by(confidence_KN, policy.thresholds)
+        return next(self.measure_each([policy]))
+
+    def measure_each(self, policies: Sequence[ThresholdedPolicy]) -> Iterator[Calibration]:
+        """Let the samples leave as each policy says."""
+        for policy, exit_N in zip(policies, self._left_by(policies), strict=True):
+            yield self._measured(policy, exit_N)
+
+    def _left_by(self, policies: Sequence[ThresholdedPolicy]) -> Iterator[npt.NDArray[np.int64]]:
+        """Yield the exits that samples leave by."""
+        known: dict[frozenset[int], Floats] = {}  # of policies with the same exits off
+        for policy in policies:
+            off = policy.off_exits
+            if off not in known:
+                known[off] = confidences(self, policy, off)
+            yield exits_left_by(known[off], policy.thresholds)
+
+    def _measured(self, policy: ThresholdedPolicy, exit_N: npt.NDArray[np.int64]) -> Calibration:
         exit_macs = self.costs.with_decisions(policy.decision_macs).exit_macs(policy.off_exits)
         macs_N, weights_N = np.array(exit_macs, dtype=np.float64)[exit_N], self.weights_N
         leaving_K = np.bincount(exit_N, weights=weights_N, minlength=len(exit_macs)) / len(exit_N)
@@ -257,12 +286,7 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
     def losses(self, policies: Sequence[ThresholdedPolicy], risk: str) -> Iterator[Floats]:
         """Yield what each sample loses by the exit it leaves by."""
         losses_KN = cautious_losses(risk, self) * self.weights_N
-        known: dict[frozenset[int], Floats] = {}  # of policies with the same exits off
-        for policy in policies:
-            off = policy.off_exits
-            if off not in known:
-                known[off] = confidences(self, policy, off)
-            exit_N = exits_left_by(known[off], policy.thresholds)
+        for exit_N in self._left_by(policies):
             yield losses_KN[exit_N, np.arange(len(exit_N))]
 
     def least_macs(self, policies: Sequence[ThresholdedPolicy]) -> float:
@@ -307,10 +331,12 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
             )
 
 
+_LARGEST_HALF = float(np.finfo(np.float16).max)
+
+
 def at_half_precision(logits: Tensor) -> Tensor:
     """Round logits; what half precision does not reach becomes its largest number, not infinite."""
-    largest = torch.finfo(torch.float16).max
-    return torch.where(logits.isinf(), logits, logits.clamp(-largest, largest)).half()
+    return logits.where(logits.isinf(), logits.clamp(-_LARGEST_HALF, _LARGEST_HALF)).half()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,17 +357,24 @@ class DenseLogits(ExitLogits):
     drop_risk: ClassVar[str] = QUALITY_GAP
     tensors_KN: ClassVar[tuple[str, ...]] = ("logits_KNC", "confusion_KNCC")
 
-    confusion_KNCC: Tensor
+    confusion_KNCC: Numbers
 
     @property
     def correct_KN(self) -> Tensor:
         """Share of each image's known pixels that each exit is right about, shape (K, N)."""
-        return pixel_accuracy(self.confusion_KNCC)
+        return pixel_accuracy(self._confusion)
+
+    @property
+    def _confusion(self) -> Tensor:
+        import torch
+
+        return torch.as_tensor(self.confusion_KNCC)
 
     @property
     def scores_KN(self) -> Floats:
         """Confusion matrices, shape (K, N, C * C)."""
-        return self.confusion_KNCC.flatten(2).double().numpy()
+        scores_KN: Floats = self._confusion.flatten(2).double().numpy()
+        return scores_KN
 
     @property
     def expected_scores_KN(self) -> Floats:
@@ -351,7 +384,7 @@ class DenseLogits(ExitLogits):
     @property
     def plausibility_KN(self) -> Floats:
         """Share of right pixels."""
-        return self.correct_KN.numpy()
+        return as_array(self.correct_KN)
 
     def rounded(self) -> Self:
         """Keep the logits, which are at half precision already."""
@@ -380,21 +413,27 @@ class DenseLogits(ExitLogits):
     def quality(self, mean_J: Floats) -> Floats:
         """Mean IoU, by mean confusion matrices of shape (J, C * C)."""
         num_classes = self.confusion_KNCC.shape[-1]
+        import torch
+
         matrices = torch.from_numpy(mean_J).reshape(-1, num_classes, num_classes)
         return mean_iou(matrices).numpy()
 
     def figures(self, exit_N: npt.NDArray[np.int64]) -> Figures:
         """Mean IoU and share of right pixels, by the sum of the images' matrices."""
-        summed_CC = self.confusion_KNCC[torch.from_numpy(exit_N), torch.arange(len(exit_N))].sum(0)
+        summed_CC = self._confusion[exit_N, np.arange(len(exit_N))].sum(0)
         return Figures(
             accuracy=float(pixel_accuracy(summed_CC)), mean_iou=float(mean_iou(summed_CC))
         )
 
-    def samples_at(self, exit_index: int) -> tuple[Tensor, Tensor, npt.NDArray[np.int64]]:
+    def samples_at(
+        self, exit_index: int
+    ) -> tuple[Floats, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Gather the logits of every cell whose middle has a label."""
-        logits_NChw = self.logits_KNC[exit_index]
-        labels_Nhw = labels_of_cells(self.labels_N, logits_NChw.shape[-2:])
+        import torch
+
+        logits_NChw = torch.as_tensor(self.logits_KNC)[exit_index]
+        labels_Nhw = labels_of_cells(torch.as_tensor(self.labels_N), logits_NChw.shape[-2:])
         is_known_Nhw = labels_Nhw != IGNORED_LABEL
         image_M = is_known_Nhw.nonzero()[:, 0].numpy()
         logits_MC = logits_NChw.movedim(1, -1)[is_known_Nhw].double()
-        return logits_MC, labels_Nhw[is_known_Nhw].long(), image_M
+        return logits_MC.numpy(), labels_Nhw[is_known_Nhw].long().numpy(), image_M

@@ -14,16 +14,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from numbers import Real
+from typing import Any
 
 import numpy as np
-import torch
 from scipy.special import bdtr, betaincinv
 from scipy.stats import binom, norm
-from torch import Tensor
 
 from offramp.calibration.labelled import LabelledLogits
 from offramp.calibration.search import Floats
 from offramp.errors import InvalidArgumentError
+from offramp.measure.arrays import as_array, softmax
 from offramp.measure.outputs import LABELS, MAPS, Outputs
 
 PIXEL_ERROR_GAP = "pixel_error_gap"
@@ -59,34 +59,34 @@ class Risk:
 
 
 def _accuracy_gap(logits: LabelledLogits) -> Floats:
-    correct_KN = logits.correct_KN.numpy().astype(np.float64)
+    correct_KN = as_array(logits.correct_KN).astype(np.float64)
     gap_KN: Floats = correct_KN[-1] - correct_KN
     return gap_KN
 
 
 def _disagreement(logits: LabelledLogits) -> Floats:
-    predicted_KN = logits.logits_KNC.argmax(-1)
-    disagrees_KN: Floats = (predicted_KN != predicted_KN[-1]).numpy().astype(np.float64)
+    predicted_KN = logits.predicted_KN
+    disagrees_KN: Floats = (predicted_KN != predicted_KN[-1]).astype(np.float64)
     return disagrees_KN
 
 
 def _error(logits: LabelledLogits) -> Floats:
-    wrong_KN: Floats = (~logits.correct_KN).numpy().astype(np.float64)
+    wrong_KN: Floats = (~as_array(logits.correct_KN)).astype(np.float64)
     return wrong_KN
 
 
 def _brier_gap(logits: LabelledLogits) -> Floats:
-    scores = [_brier(logits_NC, logits.labels_N) for logits_NC in logits.logits_KNC]
-    brier_KN = np.stack(scores)
+    labels_N = as_array(logits.labels_N)
+    brier_KN = np.stack([_brier(said, labels_N) for said in as_array(logits.logits_KNC)])
     gap_KN: Floats = brier_KN - brier_KN[-1]
     return gap_KN
 
 
-def _brier(logits_NC: Tensor, labels_N: Tensor) -> Floats:
+def _brier(logits_NC: Any, labels_N: Any) -> Floats:
     """Half the squared distance of the probabilities from the label, in [0, 1]; 1 for NaN."""
-    p_NC = logits_NC.double().softmax(-1)
-    of_label_N = p_NC.gather(1, labels_N[:, None])[:, 0]
-    score_N: Floats = ((p_NC**2).sum(-1) - 2 * of_label_N + 1).div(2).nan_to_num(1.0).numpy()
+    p_NC = softmax(logits_NC)
+    of_label_N = p_NC[np.arange(len(labels_N)), labels_N]
+    score_N: Floats = np.nan_to_num(((p_NC**2).sum(-1) - 2 * of_label_N + 1) / 2, nan=1.0)
     return score_N
 
 
@@ -162,15 +162,14 @@ def cautious_losses(risk: str, logits: LabelledLogits) -> Floats:
     """
     counted = RISKS[risk]
     if counted.is_binary or counted.is_ternary:
-        of_last_N = logits.logits_KNC[-1].argmax(-1)
-        named_N = logits.labels_N.long() if counted.counts_errors else of_last_N
-        shape_K11 = (len(logits.logits_KNC), 1, 1)
-        ahead_K11 = torch.full(shape_K11, -_TIE, dtype=logits.logits_KNC.dtype)
+        shifted_KNC = as_array(logits.logits_KNC).copy()
+        of_last_N = shifted_KNC[-1].argmax(-1)
+        named_N = as_array(logits.labels_N) if counted.counts_errors else of_last_N
+        ahead_K1 = np.full((len(shifted_KNC), 1), -_TIE, dtype=shifted_KNC.dtype)
         if risk != "error":
-            ahead_K11[-1] = _TIE
-        shift_KN1 = ahead_K11.expand(-1, len(named_N), 1)
-        index_KN1 = named_N[None, :, None].expand_as(shift_KN1)
-        logits = replace(logits, logits_KNC=logits.logits_KNC.scatter_add(2, index_KN1, shift_KN1))
+            ahead_K1[-1] = _TIE
+        shifted_KNC[:, np.arange(len(named_N)), named_N] += ahead_K1
+        logits = replace(logits, logits_KNC=shifted_KNC, labels_N=as_array(logits.labels_N))
     return counted.losses(logits)
 
 

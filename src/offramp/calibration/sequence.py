@@ -29,6 +29,7 @@ from offramp.calibration.risk import (
 from offramp.calibration.search import Floats
 from offramp.calibration.targets import rounded_up
 from offramp.errors import DataError, InfeasibleTargetError, InvalidArgumentError
+from offramp.measure.arrays import as_array
 
 _LARGEST_SAMPLE = 10**8
 """Up to here it is looked how many samples would do."""
@@ -49,7 +50,7 @@ def part_samples(logits: Logits, seed: int) -> tuple[Logits, Logits]:
     if logits.prior is None:
         groups = [drawn]
     else:
-        labels = logits.labels_N.numpy()[drawn]
+        labels = as_array(logits.labels_N)[drawn]
         groups = [drawn[labels == c] for c in np.flatnonzero(logits.prior)]
     cuts = [_finding_size(len(group)) for group in groups]
     finding = np.concatenate([group[:cut] for group, cut in zip(groups, cuts, strict=True)])
@@ -69,7 +70,7 @@ def in_random_order(logits: LabelledLogits, seed: int) -> npt.NDArray[np.int64]:
         raise InvalidArgumentError(
             f"The 'seed' parameter must be an int of at least 0. Got {seed!r}."
         )
-    labels = logits.labels_N.contiguous().numpy().tobytes()
+    labels = as_array(logits.labels_N).tobytes()
     digest = np.frombuffer(hashlib.sha256(labels).digest(), dtype="<u4")
     return np.random.default_rng([seed, *digest.tolist()]).permutation(len(logits.labels_N))
 
@@ -93,11 +94,8 @@ def check_disjoint(finding: LabelledLogits, testing: LabelledLogits) -> None:
 
 
 def _fingerprints(logits: LabelledLogits) -> list[bytes]:
-    rows_N = zip(logits.logits_KNC.movedim(1, 0), logits.labels_N, strict=True)
-    return [
-        hashlib.sha256(said.numpy().tobytes() + label.numpy().tobytes()).digest()
-        for said, label in rows_N
-    ]
+    rows_N = zip(as_array(logits.logits_KNC).swapaxes(0, 1), as_array(logits.labels_N), strict=True)
+    return [hashlib.sha256(said.tobytes() + label.tobytes()).digest() for said, label in rows_N]
 
 
 def _finding_size(num_samples: int) -> int:

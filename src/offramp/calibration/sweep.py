@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from torch import Tensor
 
 from offramp.calibration.chosen import Calibration, ExitAlone, Figures
 from offramp.calibration.evidence import Evidence
@@ -23,8 +22,12 @@ from offramp.calibration.rules import Rule
 from offramp.calibration.search import Floats
 from offramp.calibration.targets import Budget, RiskLimit
 from offramp.errors import InvalidArgumentError, ShapeError
+from offramp.measure.arrays import as_array
 from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
 from offramp.tables import Lines, Table
+
+if TYPE_CHECKING:
+    from offramp.measure.arrays import Numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +35,13 @@ class Sweep(Evidence[RoutingPolicy]):
     """Logits of a network on every sample at each of several thresholds, and their costs.
 
     Attributes:
-        logits_KNC: Raw logits, shape (K, N, C), float32, on the CPU.
-        labels_N: Classes, shape (N,), int64, on the CPU.
+        logits_KNC: Raw logits, shape (K, N, C), float32, a tensor on the CPU or an array.
+        labels_N: Classes, shape (N,), int64, likewise.
         prior: Share of each class in the population that figures are about, C numbers that sum
             to 1, none negative; None where the samples are drawn from it as they are.
         thresholds: K of them, from the cheapest to the one at which most runs; for gates
             descending to 0, for tokens that halt ascending to 1.
-        macs_KN: MACs that ran for each sample, shape (K, N), int64, on the CPU.
+        macs_KN: MACs that ran for each sample, shape (K, N), int64, likewise.
         plain_macs: MACs per sample of the plain network.
         policy: The kind of policy that they are thresholds of; if None, of gates where they
             descend, else of tokens that halt.
@@ -48,7 +51,7 @@ class Sweep(Evidence[RoutingPolicy]):
     tensors_KN: ClassVar[tuple[str, ...]] = ("logits_KNC", "macs_KN")
 
     thresholds: tuple[float, ...]
-    macs_KN: Tensor
+    macs_KN: Numbers
     plain_macs: int
     policy: type[RoutingPolicy] | None = None
 
@@ -149,8 +152,9 @@ class Sweep(Evidence[RoutingPolicy]):
     def _row(self, policy: RoutingPolicy) -> int:
         return self.thresholds.index(policy.threshold)
 
-    def _mean_K(self, values_KN: Tensor) -> Floats:
-        mean_K: Floats = np.average(values_KN.double().numpy(), axis=1, weights=self.weights_N)
+    def _mean_K(self, values_KN: Numbers) -> Floats:
+        values = as_array(values_KN).astype(np.float64)
+        mean_K: Floats = np.average(values, axis=1, weights=self.weights_N)
         return mean_K
 
 

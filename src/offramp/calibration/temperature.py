@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from scipy.optimize import minimize_scalar
-from torch import Tensor
 
 from offramp.calibration.evidence import require_evidence
 from offramp.calibration.search import Floats, exits_left_by
 from offramp.errors import InvalidArgumentError, ShapeError
+from offramp.measure.arrays import softmax
 from offramp.measure.metrics import Reliability, auroc, brier_score, reliability
 
 if TYPE_CHECKING:
     from offramp.calibration.logits import ExitLogits
 
 BoolArray = npt.NDArray[np.bool_]
+Labels = npt.NDArray[np.int64]
 
 _LOWEST, _HIGHEST = 0.05, 20.0
 """Temperatures that are searched lie between these."""
@@ -107,6 +107,7 @@ def fit_temperatures(
     Reference: Guo et al. (2017), On Calibration of Modern Neural Networks, section 4.2; there for
         the one exit of a network, and all samples.
     Example:
+        >>> import torch
         >>> from offramp import ExitCosts, ExitLogits
         >>> logits = ExitLogits(  # sure of class 0, which is right three times in four: odds of 3
         ...     logits_KNC=torch.tensor([[[2 * math.log(3), 0.0]] * 4]),
@@ -179,31 +180,32 @@ def _check_reached(logits: ExitLogits, reached_KN: BoolArray | None) -> None:
 
 def _samples_of(
     logits: ExitLogits, exit_index: int, reached_KN: BoolArray | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Floats, Labels, Floats]:
     """Logits, labels and weights of the samples that count at an exit.
 
     The largest logit is taken from all of a sample, so that its probabilities stay the same and no
     exponential overflows.
     """
     logits_NC, labels_N, sample_N = logits.samples_at(exit_index)
-    logits_NC = logits_NC - logits_NC.amax(-1, keepdim=True)
-    weights_N = torch.tensor(logits.weights_N[sample_N])
-    counts_N = (weights_N > 0) & ~logits_NC.isnan().any(-1)
+    with np.errstate(invalid="ignore"):  # infinite logits say NaN
+        logits_NC = logits_NC - logits_NC.max(-1, keepdims=True)
+    weights_N = logits.weights_N[sample_N]
+    counts_N = (weights_N > 0) & ~np.isnan(logits_NC).any(-1)
     if reached_KN is not None:
-        counts_N &= torch.tensor(reached_KN[exit_index][sample_N])
+        counts_N &= reached_KN[exit_index][sample_N]
     return logits_NC[counts_N], labels_N[counts_N], weights_N[counts_N]
 
 
-def _fit(logits_NC: Tensor, labels_N: Tensor, weights_N: Tensor) -> float:
-    of_label_N = logits_NC.gather(1, labels_N[:, None])[:, 0]
-    is_possible_N = of_label_N.isfinite()
+def _fit(logits_NC: Floats, labels_N: Labels, weights_N: Floats) -> float:
+    of_label_N = logits_NC[np.arange(len(labels_N)), labels_N]
+    is_possible_N = np.isfinite(of_label_N)
     if is_possible_N.sum() < 2:
         return 1.0
     logits_NC, of_label_N = logits_NC[is_possible_N], of_label_N[is_possible_N]
     shares_N = weights_N[is_possible_N] / weights_N[is_possible_N].sum()
 
     def loss(temperature: float) -> float:
-        log_sum_N = (logits_NC / temperature).exp().sum(-1).log()
+        log_sum_N = np.log(np.exp(logits_NC / temperature).sum(-1))
         return float((log_sum_N - of_label_N / temperature) @ shares_N)
 
     # The loss is convex in 1 / temperature: on any scale it falls, then rises.
@@ -220,11 +222,11 @@ def _fit(logits_NC: Tensor, labels_N: Tensor, weights_N: Tensor) -> float:
 
 
 def _describe(
-    index: int, temperature: float, logits_NC: Tensor, labels_N: Tensor, weights_N: Tensor
+    index: int, temperature: float, logits_NC: Floats, labels_N: Labels, weights_N: Floats
 ) -> ExitCalibration:
     if not len(labels_N):
         return ExitCalibration(index=index, temperature=temperature, num_samples=0)
-    before_NC, after_NC = logits_NC.softmax(-1), (logits_NC / temperature).softmax(-1)
+    before_NC, after_NC = softmax(logits_NC), softmax(logits_NC / temperature)
     is_right_N = logits_NC.argmax(-1) == labels_N
     return ExitCalibration(
         index=index,
@@ -232,7 +234,7 @@ def _describe(
         num_samples=len(labels_N),
         brier_before=brier_score(before_NC, labels_N, weights_N),
         brier_after=brier_score(after_NC, labels_N, weights_N),
-        auroc=auroc(after_NC.amax(-1), is_right_N, weights_N),
+        auroc=auroc(after_NC.max(-1), is_right_N, weights_N),
         reliability_before=reliability(before_NC, labels_N, weights_N),
         reliability_after=reliability(after_NC, labels_N, weights_N),
     )

@@ -9,7 +9,6 @@ import math
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from offramp.calibration.chosen import Calibration as Calibration
 from offramp.calibration.search import Floats, Score, ThresholdSearch
@@ -28,9 +27,15 @@ def confidences(
     logits: ExitLogits, policy: ThresholdedPolicy, off: frozenset[int] = frozenset()
 ) -> Floats:
     """Confidence of every exit about every sample, nobody leaving, shape (K, N)."""
-    per_sample = max(1, logits.logits_KNC[:, :1].numel())
+    known_KN = logits.known_confidences(policy, off)
+    if known_KN is not None:
+        return known_KN
+    import torch  # policies decide in it, and nothing else here does
+
+    logits_KNC = torch.as_tensor(logits.logits_KNC)
+    per_sample = max(1, logits_KNC[:, :1].numel())
     chunks = []
-    for chunk_KBC in torch.split(logits.logits_KNC, max(1, _CHUNK // per_sample), dim=1):
+    for chunk_KBC in torch.split(logits_KNC, max(1, _CHUNK // per_sample), dim=1):
         confidence_KB = np.full(chunk_KBC.shape[:2], np.nan)
         state: State = ()
         for k, logits_BC in enumerate(chunk_KBC):

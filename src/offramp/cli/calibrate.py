@@ -10,17 +10,13 @@ from rich.table import Table
 
 from offramp.cli.calibrate_options import Calibrate
 from offramp.errors import InvalidArgumentError
-from offramp.families import FAMILIES, family_of
-from offramp.families.family import Family
 from offramp.policy.as_dict import policy_to_dict
 from offramp.policy.policies import ThresholdedPolicy
-from offramp.runs.run import load
 from offramp.runtime.answers import rule_in_words
 from offramp.runtime.bundle import is_bundle
 from offramp.tables import percent
-from offramp.workflow import calibrate as workflow
-from offramp.workflow.calibrate import Chosen
 from offramp.workflow.calibrate_bundle import calibrate_bundle, set_bundle_by_hand
+from offramp.workflow.chosen import Chosen, check_wanted
 from offramp.workflow.wanted import Timing, Wanted
 
 
@@ -36,6 +32,10 @@ def calibrate(asked: Calibrate) -> None:
                 f"{name} is for a bundle. The run {asked.run} has set its own samples aside: leave "
                 "it out."
             )
+    from offramp.families import family_of  # torch, which bundles do not need
+    from offramp.runs.run import load
+    from offramp.workflow import calibrate as workflow
+
     if asked.thresholds is not None:
         loaded = load(asked.run)
         family = family_of(loaded.network)
@@ -46,7 +46,7 @@ def calibrate(asked: Calibrate) -> None:
             else f"threshold of the {family.words.share} set by hand: {policy.threshold}"
         )
         return
-    workflow.check_wanted(wanted)
+    check_wanted(wanted)
     loaded = load(asked.run)
     family = family_of(loaded.network)
     if wanted.timing is not None and family.thresholds is None:
@@ -56,7 +56,7 @@ def calibrate(asked: Calibrate) -> None:
     )
     if wanted.timing is not None:
         _print_times(chosen, wanted.timing, switches_off=wanted.budget_ms is None)
-    _print_chosen(chosen, family)
+    _print_chosen(chosen, family.words.share)
 
 
 def _calibrate_bundle(asked: Calibrate, wanted: Wanted) -> None:
@@ -65,7 +65,7 @@ def _calibrate_bundle(asked: Calibrate, wanted: Wanted) -> None:
         bundle = set_bundle_by_hand(asked.run, asked.thresholds, wanted)
         print(f"thresholds {asked.thresholds} set by hand in {bundle.folder}")
         return
-    workflow.check_wanted(wanted)
+    check_wanted(wanted)
     chosen = calibrate_bundle(
         asked.run,
         wanted,
@@ -74,7 +74,7 @@ def _calibrate_bundle(asked: Calibrate, wanted: Wanted) -> None:
         subset=asked.subset,
         prior=asked.prior,
     )
-    _print_chosen(chosen, FAMILIES["exits"])
+    _print_chosen(chosen, getattr(chosen.calibration.policy, "shared_by", ""))
     print(f"written into {asked.run}")
 
 
@@ -99,18 +99,14 @@ def _print_times(chosen: Chosen, timing: Timing, *, switches_off: bool) -> None:
     )
 
 
-def _print_chosen(chosen: Chosen, family: Family[Any, Any]) -> None:
-    """Print a policy, what it reached and what is promised of it."""
+def _print_chosen(chosen: Chosen, share: str) -> None:
+    """Print a policy, what it reached and what is promised; ``share`` has one threshold."""
     policy, reached, promise = (
         chosen.calibration.policy,
         chosen.about["reached"],
         chosen.about["guarantee"],
     )
-    what = (
-        _words_of(policy)
-        if family.thresholds is None
-        else f"threshold {policy.threshold:.4f} of the {family.words.share}"
-    )
+    what = f"threshold {policy.threshold:.4f} of the {share}" if share else _words_of(policy)
     print(f"{what}, chosen on {chosen.num_samples:,} calibration samples")
     _print_temperatures(chosen)
     quality = f"accuracy {percent(reached['accuracy'])}"

@@ -9,7 +9,6 @@ from typing import Any
 
 from offramp.calibration.asked import Asked
 from offramp.cli.options import Evaluate, write_figures
-from offramp.data.images import make_loader
 from offramp.errors import InSampleError, InvalidArgumentError
 from offramp.evaluation.evaluate import evaluate as evaluate_runner
 from offramp.evaluation.figures import Evaluation, Rival
@@ -27,32 +26,32 @@ def measure(asked: Evaluate) -> dict[str, Any]:
     """Evaluate a run or a bundle."""
     opened = open_artifact(asked.run, asked.device)
     samples = opened.samples.load(asked.split, data=asked.data, subset=asked.subset)
-    batches, split = samples.batches, samples.split
-    seen = opened.has_seen(split, samples.fingerprint)
-    if seen and not asked.in_sample:
+    judged: Any = samples.batches
+    split = samples.split
+    why = opened.why_in_sample(samples)
+    if why is not None and not asked.in_sample:
         judging = opened.samples.judging_split
         other = "another split" if judging is None else f"--split {judging}"
         raise InSampleError(
-            f"The samples of {split} trained {asked.run} or may have chosen its thresholds: "
-            f"figures on them can be too good. Use {other}, or --in-sample to see them "
+            f"{why}: figures on them can be too good. Use {other}, or --in-sample to see them "
             "labelled as such."
         )
     if opened.note is not None:
         print(opened.note, file=sys.stderr)
 
     def figures(of: Artifact, target: Asked | None = None) -> Evaluation:
-        loader = make_loader(batches, batch_size=batches.run_batch_size)
-        return evaluate_runner(of.runner, loader, asked=target)
+        found: Evaluation = evaluate_runner(of.runner, judged, asked=target)
+        return found
 
     beside = {}
     if asked.plain is not None:
         beside = _beside(asked.plain, figures(_open_rival(asked.plain, asked.device, opened)))
     evaluation = replace(figures(opened, opened.target), **beside)
     content = {"recipe": opened.recipe, "split": split, **evaluation.to_dict()}
-    if seen:
+    if why is not None:
         content["in_sample"] = True
     if asked.json_file != "-":
-        print(evaluation.to_text(f"{opened.name}, {split}" + " (IN SAMPLE)" * seen))
+        print(evaluation.to_text(f"{opened.name}, {split}" + " (IN SAMPLE)" * (why is not None)))
     return content
 
 
@@ -68,7 +67,7 @@ def _beside(run: Path, rival: Evaluation) -> dict[str, Any]:
 def _open_rival(folder: Path, device: str | None, asked: Artifact) -> Artifact:
     """The plain network to stand beside: one exit, no gates, no halting, same data."""
     rival, data = open_artifact(folder, device), asked.samples.name
-    thresholds = rival.family.thresholds
+    thresholds = rival.thresholds
     if rival.num_exits != 1 or thresholds is not None or rival.samples.name != data:
         trained = asked.recipe or "RECIPE"
         routed = "" if thresholds is None else " and gates or halting tokens"

@@ -43,7 +43,7 @@ def frontier(asked: Frontier) -> None:
 def _print_curve(curve: Curve) -> None:
     found = curve.frontier
     print(found.to_text(f"{curve.run.name}, {curve.split}, {curve.num_samples:,} samples"))
-    if len(found.exits) > 1 or curve.run.family.thresholds is not None:
+    if len(found.exits) > 1 or curve.run.thresholds is not None:
         print(
             f"thresholds chosen on {curve.num_calibration_samples:,} calibration samples"
             + ("" if curve.rule is None else f", rule {curve.rule}")

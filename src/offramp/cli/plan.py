@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +16,7 @@ from offramp.cli.options import write_figures
 from offramp.cli.server_options import Plan
 from offramp.drawing.cut_costs import draw_bars
 from offramp.errors import InvalidArgumentError
+from offramp.measure.arrays import as_array
 from offramp.offload.calls import plan_bundle
 from offramp.offload.plan import CutCost, best_cut
 from offramp.runtime import Bundle
@@ -66,8 +66,7 @@ def _calibration_samples(opened: Artifact, asked: Plan) -> Array:
         raise InvalidArgumentError(
             f"Expected a network of one input to plan for. {asked.run} takes {len(inputs)}."
         )
-    array: np.ndarray[Any, Any] = inputs.numpy()
-    return array
+    return as_array(inputs)
 
 
 def _step_ms(

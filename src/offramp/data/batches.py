@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from offramp.data.arrays import ArrayBatches
 from offramp.data.collate import collate
 from offramp.data.images import Batches, make_loader
 from offramp.data.labels import read_labels
@@ -173,7 +174,8 @@ def batches_of(data: object, *, batch_size: int = 256) -> Iterable[Any]:
     dataset = dataset_of(data)
     if isinstance(dataset, list | tuple) and not _are_samples(dataset[:1]):
         return dataset
-    size = dataset.run_batch_size if isinstance(dataset, Batches) else batch_size
+    fits = isinstance(dataset, Batches | ArrayBatches)
+    size = dataset.run_batch_size if fits else batch_size
     return make_loader(dataset, batch_size=size)
 
 

@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from offramp.data.arrays import ArrayBatches, hashed
 from offramp.data.collate import collate
 from offramp.data.colour import recoloured
 from offramp.data.preprocessing import scaled
@@ -101,6 +104,10 @@ class Batches(Dataset[tuple[Tensor, Tensor]], ABC):
     def unaugmented(self) -> Self:
         """The same samples as they are."""
 
+    @abstractmethod
+    def hashes(self) -> npt.NDArray[np.uint64]:
+        """Tell the samples apart by what a network sees of them, shape (N,)."""
+
 
 AnyBatches = TypeVar("AnyBatches", bound=Batches)
 
@@ -140,6 +147,11 @@ class ImageBatches(Batches):
             augment=self.augment,
             rows_N=self.rows_N[index_B],
         )
+
+    def hashes(self) -> npt.NDArray[np.uint64]:
+        """Hash the pixels, as they are before they are normalised."""
+        chunks = torch.split(self.rows_N, self.run_batch_size)
+        return hashed(one.numpy().tobytes() for rows in chunks for one in self.store[rows])
 
     def unaugmented(self) -> Self:
         """The same images without augmentation."""
@@ -259,7 +271,7 @@ def make_loader(
         raise InvalidArgumentError(
             f"The 'batch_size' parameter must be an int of at least 1. Got {batch_size}."
         )
-    put_together = _as_fetched if isinstance(dataset, Batches) else collate
+    put_together = _as_fetched if isinstance(dataset, Batches | ArrayBatches) else collate
     return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=put_together)
 
 

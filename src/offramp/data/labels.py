@@ -6,14 +6,19 @@ Shapes: ``B`` batch, ``C`` classes, ``H W`` pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from offramp.errors import DataError
+from offramp.measure.arrays import as_array
 from offramp.measure.dense import IGNORED_LABEL
 from offramp.measure.outputs import OUTPUTS, Outputs, shape_in_words
+
+if TYPE_CHECKING:  # labels are checked without torch
+    from torch import Tensor
+
+    from offramp.measure.arrays import Numbers
 
 
 def read_labels(
@@ -32,6 +37,8 @@ def read_labels(
         >>> read_labels([[0.0, 1.0], [1.0, 0.0]], num_samples=2)
         tensor([1, 0])
     """
+    import torch
+
     values = _label_tensor(labels)
     if values.layout != torch.strided:
         values = values.to_dense()
@@ -79,6 +86,9 @@ def _without_class_axis(values: Tensor, num_classes: int | None) -> Tensor:
 
 
 def _label_tensor(labels: object) -> Tensor:
+    import torch
+    from torch import Tensor
+
     if isinstance(labels, Tensor):
         return labels
     if isinstance(labels, list | tuple) and labels and isinstance(labels[0], Tensor):
@@ -103,14 +113,15 @@ def _label_tensor(labels: object) -> Tensor:
     )
 
 
-def check_labels(labels_B: Tensor, *, num_classes: int) -> None:
+def check_labels(labels_B: Numbers, *, num_classes: int) -> None:
     """Refuse labels that the network has no output for."""
-    of_pixels = labels_B.ndim == 3
+    labels = as_array(labels_B)
+    of_pixels = labels.ndim == 3
     if of_pixels:
-        labels_B = labels_B[labels_B != IGNORED_LABEL]
-    if labels_B.numel() == 0:
+        labels = labels[labels != IGNORED_LABEL]
+    if labels.size == 0:
         return
-    smallest, largest = (int(value) for value in labels_B.aminmax())
+    smallest, largest = int(labels.min()), int(labels.max())
     if smallest < 0 or largest >= num_classes:
         wrong = smallest if smallest < 0 else largest
         advice = "Check the data set, or build the network with more classes."

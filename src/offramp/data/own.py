@@ -10,15 +10,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
+from offramp.data.arrays import ArrayBatches, PictureArrays, PixelStore, TextArrays
 from offramp.data.folders import (
     SplitFiles,
     draw_evenly,
@@ -27,10 +25,8 @@ from offramp.data.folders import (
     number_classes,
     one_column,
 )
-from offramp.data.images import Batches, ImageBatches
 from offramp.data.parquet import MOST_TEXT_BYTES, decoded, read_own_table
-from offramp.data.preprocessing import Pixels, make_tokenizer, normalised, read_pixels
-from offramp.data.texts import TextBatches, encode
+from offramp.data.preprocessing import Pixels, make_tokenizer, read_pixels
 from offramp.decoding import parse_json
 from offramp.errors import DataError
 from offramp.runtime.preprocessing import AnyPreprocessing, Preprocessing, TextPreprocessing
@@ -54,7 +50,7 @@ class OwnSplit:
     """
 
     name: str
-    batches: Batches
+    batches: ArrayBatches
     fingerprint: str
     num_samples: int
     shares: tuple[float, ...]
@@ -100,24 +96,22 @@ def load_own(
     fingerprint = hashlib.sha256(labels_N.tobytes())
     for one in range(len(labels_N)):
         fingerprint.update(hashlib.sha256(samples.content(one)).digest())
-    chosen = torch.from_numpy(labels_N[list(rows)])
-    batches: Batches
+    chosen = labels_N[list(rows)]
+    batches: ArrayBatches
     if isinstance(preprocessing, TextPreprocessing):
         texts = [samples.content(row).decode() for row in rows]
-        batches = TextBatches(
-            encode(make_tokenizer(preprocessing), texts),
+        coded = make_tokenizer(preprocessing).encode_batch(texts)
+        batches = TextArrays(
+            [one.ids for one in coded],
             chosen,
-            pad_id=preprocessing.pad_id,
+            preprocessing,
             num_inputs=num_inputs,
             length=length,
         )
     else:
-        store = PictureStore(samples, rows, preprocessing)
-        batches = ImageBatches(
-            decoded(store, len(rows), preprocessing.shape, samples.where),
-            chosen,
-            normalise=partial(_normalised, preprocessing=preprocessing),
-        )
+        encoded = PictureStore(samples, rows, preprocessing)
+        store: PixelStore = decoded(encoded, len(rows), preprocessing.shape, samples.where)
+        batches = PictureArrays(store, chosen, preprocessing)
     return OwnSplit(
         name=files.name,
         batches=batches,
@@ -147,20 +141,15 @@ class PictureStore:
         self._rows = rows
         self._preprocessing = preprocessing
 
-    def __getitem__(self, rows_B: Tensor) -> Tensor:
+    def __getitem__(self, rows_B: npt.NDArray[Any]) -> Pixels:
         """Decode some pictures."""
-        pictures = [self._decode(self._rows[row]) for row in rows_B.tolist()]
-        return torch.from_numpy(np.stack(pictures))
+        return np.stack([self._decode(self._rows[row]) for row in rows_B.tolist()])
 
     def _decode(self, row: int) -> Pixels:
         try:
             return read_pixels(self._samples.content(row), self._preprocessing)
         except DataError as error:
             raise DataError(f"Sample {row} of {self._samples.where}: {error}") from error
-
-
-def _normalised(images: Tensor, *, preprocessing: Preprocessing) -> Tensor:
-    return torch.from_numpy(normalised(images.numpy(), preprocessing))
 
 
 def _read_pictures(files: SplitFiles, is_text: bool) -> _Samples:

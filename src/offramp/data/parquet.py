@@ -14,16 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from rich.progress import track
-from torch import Tensor
 
 from offramp.data.folders import one_column
-from offramp.data.images import ImageStore
 from offramp.data.pictures import (
     Pixels,
     light_on_dark,
@@ -33,6 +30,11 @@ from offramp.data.pictures import (
 )
 from offramp.errors import DataError, reason
 from offramp.measure.dense import IGNORED_LABEL
+
+if TYPE_CHECKING:  # samples of one's own are read without torch
+    from torch import Tensor
+
+    from offramp.data.images import ImageStore
 
 MAX_DECODED_BYTES = 4 * 2**30
 """A split that decodes to at most this many bytes is held in memory; a larger one streams."""
@@ -74,6 +76,8 @@ class Split:
     def fingerprint(self) -> str:
         """Identify the data: the same images and labels in the same order give the same value."""
         digest = hashlib.sha256(self.labels_N.numpy().tobytes())
+        import torch
+
         for rows in torch.split(torch.arange(len(self.labels_N)), 4096):
             digest.update(self.store[rows].numpy().tobytes())
         return digest.hexdigest()
@@ -106,7 +110,7 @@ def read_parquet(
     """Read a Parquet file of labelled images."""
     columns = {"image.bytes": _of_images(image_shape), "label": _LABELS}
     table = _read_table(path, columns)
-    labels_N = torch.from_numpy(table["label"].to_numpy().astype(np.int64))
+    labels_N = _tensor(table["label"].to_numpy().astype(np.int64))
     class_names = _class_names(table.schema.metadata, labels_N, path)
     _check_labels(labels_N, len(class_names), path)
     streamed = EncodedImages(
@@ -115,14 +119,14 @@ def read_parquet(
         path=path,
         is_light_on_dark=is_light_on_dark,
     )
-    store = decoded(streamed, len(labels_N), image_shape, path)
+    store = _in_tensors(decoded(streamed, len(labels_N), image_shape, path))
     return Split(store=store, labels_N=labels_N, class_names=class_names)
 
 
 def read_text_parquet(path: Path, *, class_names: tuple[str, ...]) -> TextSplit:
     """Read a Parquet file of labelled texts."""
     table = _read_table(path, {"text": _Column("string", MOST_TEXT_BYTES), "label": _LABELS})
-    labels_N = torch.from_numpy(table["label"].to_numpy().astype(np.int64))
+    labels_N = _tensor(table["label"].to_numpy().astype(np.int64))
     _check_labels(labels_N, len(class_names), path)
     return TextSplit(
         texts=tuple(table["text"].to_pylist()), labels_N=labels_N, class_names=class_names
@@ -149,10 +153,10 @@ def read_mask_parquet(
         EncodedImages(table[name], image_shape=shape, path=path, is_mask=name.startswith("mask"))
         for name, shape in (("image.bytes", image_shape), ("mask.bytes", mask_shape))
     )
-    labels_NHW = masks[torch.arange(len(table))][:, 0]
+    labels_NHW = masks[_tensor(np.arange(len(table)))][:, 0]
     labels_NHW[labels_NHW == ignored_label] = IGNORED_LABEL
     _check_labels(known_labels(labels_NHW), len(class_names), path)
-    store = decoded(images, len(table), image_shape, path)
+    store = _in_tensors(decoded(images, len(table), image_shape, path))
     return Split(store=store, labels_N=labels_NHW, class_names=class_names)
 
 
@@ -319,18 +323,28 @@ def _check_labels(labels_N: Tensor, num_classes: int, path: Path) -> None:
         )
 
 
-def decoded(
-    streamed: ImageStore, count: int, image_shape: tuple[int, int, int], path: Path
-) -> ImageStore:
-    """All images decoded, if they fit in memory."""
+def decoded(streamed: Any, count: int, image_shape: tuple[int, int, int], path: Path) -> Any:
+    """All images decoded in an array, if they fit in memory."""
     if count * math.prod(image_shape) > MAX_DECODED_BYTES:
         return streamed
-    decoded = torch.empty((count, *image_shape), dtype=torch.uint8)
-    chunks = torch.split(torch.arange(count), 1024)
-    shown = f"decoding {path.name}"
-    for rows in track(chunks, shown, transient=True, disable=not sys.stdout.isatty()):
-        decoded[rows[0] : rows[-1] + 1] = streamed[rows]
+    decoded = np.empty((count, *image_shape), dtype=np.uint8)
+    starts, shown = range(0, count, 1024), f"decoding {path.name}"
+    for start in track(starts, shown, transient=True, disable=not sys.stdout.isatty()):
+        rows = np.arange(start, min(count, start + 1024))
+        decoded[rows] = streamed[rows]
     return decoded
+
+
+def _in_tensors(store: Any) -> ImageStore:
+    """Pixels as a tensor, unless they are decoded when asked for."""
+    tensors: ImageStore = _tensor(store) if isinstance(store, np.ndarray) else store
+    return tensors
+
+
+def _tensor(array: npt.NDArray[Any]) -> Tensor:
+    import torch
+
+    return torch.from_numpy(array)
 
 
 class _Values:
@@ -380,7 +394,7 @@ class EncodedImages:
         with quiet_pillow():
             for position, row in enumerate(rows_B.tolist()):
                 images[position] = self._decode(row)
-        return torch.from_numpy(light_on_dark(images) if self._is_light_on_dark else images)
+        return _tensor(light_on_dark(images) if self._is_light_on_dark else images)
 
     def _decode(self, row: int) -> Pixels:
         channels, height, width = self._image_shape

@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from offramp.data.arrays import hashed
 from offramp.data.images import Batches
 
 if TYPE_CHECKING:
@@ -67,6 +70,10 @@ class TextBatches(Batches):
             num_inputs=self.num_inputs,
             length=self.length,
         )
+
+    def hashes(self) -> npt.NDArray[np.uint64]:
+        """Hash the token ids, without padding."""
+        return hashed(self.tokens[row].numpy().tobytes() for row in self.rows_N.tolist())
 
     def unaugmented(self) -> TextBatches:
         """Texts are never augmented: the same."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from offramp.calibration.asked import Asked
 from offramp.calibration.labelled import LabelledLogits
 from offramp.calibration.logits import ExitLogits
 from offramp.calibration.risk import PIXEL_ERROR_GAP, RISKS
+from offramp.measure.arrays import as_array
 from offramp.measure.dense import mean_iou, pixel_accuracy
 from offramp.measure.intervals import (
     Interval,
@@ -26,6 +26,8 @@ from offramp.measure.intervals import (
 from offramp.measure.outputs import LABELS, MAPS
 
 if TYPE_CHECKING:
+    import torch
+
     from offramp.evaluation.evaluate import Answers
 
 
@@ -35,6 +37,8 @@ def paired_drop(answers: Answers, logits: ExitLogits) -> Interval:
 
 
 def _drop_of_maps(answers: Answers, logits: Any) -> Interval:
+    import torch
+
     both_N2CC = torch.stack([logits.confusion_KNCC[-1], answers.confusion_NCC], 1)
     size = both_N2CC.shape[1:]
     drops = [
@@ -46,7 +50,8 @@ def _drop_of_maps(answers: Answers, logits: Any) -> Interval:
 
 
 def _drop_of_labels(answers: Answers, logits: Any) -> Interval:
-    right_N, final_N = answers.predictions_N == answers.labels_N, logits.correct_KN[-1]
+    right_N = answers.predictions_N == answers.labels_N
+    final_N = as_array(logits.correct_KN[-1])
     more, less = int((final_N & ~right_N).sum()), int((right_N & ~final_N).sum())
     return difference_interval(more, less, len(right_N))
 
@@ -66,7 +71,7 @@ def reached(
     if asked.target == "max_drop":
         return drop
     if asked.target in ("budget_macs", "budget_share"):
-        return mean_interval(answers.macs_N.double().numpy() / logits.costs.plain_macs)
+        return mean_interval(answers.macs_N.astype(np.float64) / logits.costs.plain_macs)
     if asked.target == "max_risk" and asked.risk in RISKS:
         return _risk(asked.risk, answers, logits, drop=drop)
     return None
@@ -74,15 +79,17 @@ def reached(
 
 def _risk(risk: str, answers: Answers, logits: ExitLogits, *, drop: Interval) -> Interval | None:
     if risk == PIXEL_ERROR_GAP:
-        right_N = pixel_accuracy(answers.confusion_NCC)
-        return mean_interval((logits.correct_KN[-1] - right_N).numpy())
+        right_N: Any = pixel_accuracy(answers.confusion_NCC)
+        return mean_interval(as_array(logits.correct_KN[-1] - right_N))
     if answers.output_NC is None:
         return None
     if risk == "accuracy_gap":
         return drop
     both = LabelledLogits(
-        logits_KNC=torch.stack([answers.output_NC.float(), logits.logits_KNC[-1].float()]),
-        labels_N=logits.labels_N,
+        logits_KNC=np.stack([answers.output_NC, as_array(logits.logits_KNC)[-1]]).astype(
+            np.float32
+        ),
+        labels_N=as_array(logits.labels_N),
     )
     losses_N = RISKS[risk].losses(both)[0]
     if RISKS[risk].is_binary:

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+import numpy.typing as npt
 
 from offramp.calibration.asked import Asked
-from offramp.calibration.collect import collect, collect_from_session
+from offramp.calibration.bundles import logits_of_batches
 from offramp.calibration.latency import LatencyCalibration
 from offramp.calibration.logits import ExitLogits
-from offramp.data.batches import batches_of, read_batch
+from offramp.data.arrays import in_arrays
 from offramp.data.labels import check_labels
 from offramp.errors import DataError, InvalidArgumentError, ShapeError
 from offramp.evaluation.asked_and_got import paired_drop, reached
@@ -28,9 +27,7 @@ from offramp.evaluation.figures import (
     Rival,
     TokensEvaluation,
 )
-from offramp.families import make_runner
-from offramp.families.agreement import Runner
-from offramp.families.family import TorchRunner
+from offramp.measure.arrays import as_array
 from offramp.measure.dense import confusion_matrices, mean_iou, pixel_accuracy
 from offramp.measure.outputs import outputs_of
 from offramp.policy.choice import Choice
@@ -39,7 +36,12 @@ from offramp.policy.routing_policy import RoutingPolicy
 from offramp.results import AdaptiveResult
 from offramp.runtime import Session
 from offramp.runtime.answers import token_depths
-from offramp.zoo import Network
+
+if TYPE_CHECKING:  # bundles are evaluated without torch
+    from torch import Tensor
+
+    from offramp.families.agreement import Runner
+    from offramp.zoo import Network
 
 __all__ = [
     "Answers",
@@ -53,6 +55,7 @@ __all__ = [
     "predicted",
 ]
 
+Array = npt.NDArray[Any]
 Chosen = Policy | RoutingPolicy | Choice | None
 """A policy, or what chose one."""
 
@@ -73,21 +76,21 @@ class Answers:
         tokens_NL: Tokens that ran each layer, shape (N, L), int64; None where they do not halt.
     """
 
-    predictions_N: Tensor
-    exit_index_N: Tensor
-    macs_N: Tensor
-    labels_N: Tensor
+    predictions_N: Array
+    exit_index_N: Array
+    macs_N: Array
+    labels_N: Array
     num_classes: int
-    output_NC: Tensor | None = None
-    blocks_NG: Tensor | None = None
-    tokens_NL: Tensor | None = None
+    output_NC: Array | None = None
+    blocks_NG: Array | None = None
+    tokens_NL: Array | None = None
 
     @property
     def accuracy(self) -> float:
         """Share of right predictions; of pixels whose class is known, where each has one."""
         if self.labels_N.ndim > 1:
             return float(pixel_accuracy(self.confusion_NCC.sum(0)))
-        return float((self.predictions_N == self.labels_N).double().mean())
+        return float((self.predictions_N == self.labels_N).mean())
 
     @property
     def mean_iou(self) -> float | None:
@@ -97,16 +100,19 @@ class Answers:
     @property
     def confusion_NCC(self) -> Tensor:
         """Pixels of each image by true and predicted class, shape (N, C, C), int64."""
-        return confusion_matrices(self.predictions_N, self.labels_N, num_classes=self.num_classes)
+        import torch
+
+        classes = map(torch.from_numpy, (self.predictions_N, self.labels_N))
+        return confusion_matrices(*classes, num_classes=self.num_classes)
 
     @property
     def mean_macs(self) -> float:
         """Mean MACs per sample."""
-        return float(self.macs_N.double().mean())
+        return float(self.macs_N.mean(dtype=np.float64))
 
     def shares(self, num_exits: int) -> tuple[float, ...]:
         """Share of the samples that left by each exit."""
-        counts_K = torch.bincount(self.exit_index_N, minlength=num_exits).double()
+        counts_K = np.bincount(self.exit_index_N, minlength=num_exits)
         return tuple((counts_K / len(self.labels_N)).tolist())
 
 
@@ -122,25 +128,23 @@ def answer(runner: Runner, loader: Iterable[tuple[Any, Tensor]]) -> Answers:
 class _Gathered:
     """Yield the answers of a runner, batch after batch."""
 
-    results: list[AdaptiveResult[Tensor]] = field(default_factory=list)
-    predictions: list[Tensor] = field(default_factory=list)
-    labels: list[Tensor] = field(default_factory=list)
+    results: list[AdaptiveResult[Array]] = field(default_factory=list)
+    predictions: list[Array] = field(default_factory=list)
+    labels: list[Array] = field(default_factory=list)
 
-    def answering(self, runner: Runner, loader: Any) -> Iterator[tuple[Any, Tensor]]:
+    def answering(self, runner: Runner, loader: Any) -> Iterator[tuple[Any, Any]]:
         """Run each batch and hand it on, so that one pass serves what comes after too."""
-        network = runner.network if isinstance(runner, TorchRunner) else None
-        device = None if network is None else next((p.device for p in network.parameters()), None)
-        for batch in batches_of(loader):
-            inputs, labels_B = read_batch(batch, network, device=device)
+        batches = in_arrays(loader) if isinstance(runner, Session) else _in_tensors(runner, loader)
+        for inputs, labels_B in batches:
             result = runner.run(*inputs)
-            output = torch.as_tensor(result.output)
+            output = result.output
             check_labels(labels_B, num_classes=output.shape[1])
-            self.predictions.append(predicted(output, labels_B).cpu())
-            self.labels.append(labels_B.cpu().to(self.predictions[-1].dtype))
+            self.predictions.append(as_array(predicted(output, labels_B)))
+            self.labels.append(as_array(labels_B).astype(self.predictions[-1].dtype))
             # Maps of logits are large, and only their classes count.
             kept = output if output.ndim == 2 else output[:, :, :0, :0]
             parts: dict[str, Any] = {
-                name: None if part is None else torch.as_tensor(part).cpu()
+                name: None if part is None else as_array(part)
                 for name, part in {**vars(result), "output": kept}.items()
             }
             self.results.append(AdaptiveResult(**parts))
@@ -153,14 +157,14 @@ class _Gathered:
 
         def joined(name: str) -> Any:
             parts = [getattr(result, name) for result in self.results]
-            return None if parts[0] is None else torch.cat(parts)
+            return None if parts[0] is None else np.concatenate(parts)
 
         output = joined("output")
         return Answers(
-            predictions_N=torch.cat(self.predictions),
+            predictions_N=np.concatenate(self.predictions),
             exit_index_N=joined("exit_index"),
             macs_N=joined("macs"),
-            labels_N=torch.cat(self.labels),
+            labels_N=np.concatenate(self.labels),
             num_classes=output.shape[1],
             output_NC=output if output.ndim == 2 else None,
             blocks_NG=joined("blocks"),
@@ -168,8 +172,23 @@ class _Gathered:
         )
 
 
-def predicted(output: Tensor, labels_B: Tensor) -> Tensor:
+def _in_tensors(runner: Any, loader: Any) -> Iterator[tuple[Any, Any]]:
+    """Batches as a runner in torch takes them."""
+    from offramp.data.batches import batches_of, read_batch
+    from offramp.families.family import TorchRunner
+
+    network = runner.network if isinstance(runner, TorchRunner) else None
+    device = None if network is None else next((p.device for p in network.parameters()), None)
+    for batch in batches_of(loader):
+        yield read_batch(batch, network, device=device)
+
+
+def predicted(output: Any, labels_B: Any) -> Any:
     """The classes that logits say, for each sample or each pixel, as the labels are."""
+    if output.ndim == 4 and isinstance(output, np.ndarray):
+        import torch
+
+        output = torch.from_numpy(output)
     return outputs_of(output).predict(output, labels_B)
 
 
@@ -231,27 +250,24 @@ def evaluate(
         NotCalibratedError: If the policy is None or of another network.
         ShapeError: If the batches and the logits hold different samples.
     """
-    if isinstance(runner, nn.Module):
+    if not isinstance(runner, Session) and _is_network(runner):
+        from offramp.families import make_runner
+
         if logits is None:
             raise InvalidArgumentError(
                 "Expected evaluate(network, policy, data), or evaluate(runner, data). Got a "
                 f"{type(runner).__name__} and nothing behind its policy or data."
             )
-        network, chosen = cast(Network, runner), loader
+        network, chosen = runner, loader
         asked = asked or _asked_of(chosen)
         runner, loader, logits = make_runner(network, chosen), logits, None
     if logits is None:
         gathered = _Gathered()
         batches = gathered.answering(runner, loader)
         if isinstance(runner, Session):
-            logits = collect_from_session(runner, batches)
-        elif isinstance(runner, TorchRunner):
-            logits = collect(runner.network, batches)
+            logits = logits_of_batches(runner, batches)
         else:
-            raise InvalidArgumentError(
-                "Expected every exit's logits beside a runner of your own: evaluate(runner, data, "
-                "logits)."
-            )
+            logits = _collect(runner, batches)
         answers = gathered.answers()
     else:
         answers = answer(runner, loader)
@@ -262,6 +278,25 @@ def evaluate(
         plain_accuracy=plain_accuracy,
         plain_mean_iou=plain_mean_iou,
     )
+
+
+def _is_network(runner: Any) -> bool:
+    from torch import nn
+
+    return isinstance(runner, nn.Module)
+
+
+def _collect(runner: Any, batches: Iterable[Any]) -> ExitLogits:
+    """Collect the logits of every exit from the network of a runner."""
+    from offramp.calibration.collect import collect
+    from offramp.families.family import TorchRunner
+
+    if not isinstance(runner, TorchRunner):
+        raise InvalidArgumentError(
+            "Expected every exit's logits beside a runner of your own: evaluate(runner, data, "
+            "logits)."
+        )
+    return collect(runner.network, batches)
 
 
 def _asked_of(chosen: Any) -> Asked | None:
@@ -282,14 +317,15 @@ def _asked_of(chosen: Any) -> Asked | None:
 def _compare(
     answers: Answers, logits: ExitLogits, *, asked: Asked | None, **plain: float | None
 ) -> Evaluation:
-    if not torch.equal(answers.labels_N, logits.labels_N):
+    if not np.array_equal(answers.labels_N, as_array(logits.labels_N)):
         raise ShapeError(
             "Expected the loader to yield the samples of the logits in the same order. "
             f"Got {len(answers.labels_N)} samples against {len(logits.labels_N)}, or other labels."
         )
     macs = dict(zip(logits.numbers, logits.costs.exit_macs(), strict=True))
-    for k in torch.unique(answers.exit_index_N).tolist():
-        macs[k] = round(float(answers.macs_N[answers.exit_index_N == k].double().mean()))
+    for k in np.unique(answers.exit_index_N).tolist():
+        of_exit = answers.macs_N[answers.exit_index_N == k]
+        macs[k] = round(float(of_exit.mean(dtype=np.float64)))
     shares = answers.shares(logits.numbers[-1] + 1)
     everybody = np.ones(len(answers.labels_N), dtype=np.int64)
     alone = [logits.figures(k * everybody) for k in range(logits.costs.num_exits)]
@@ -318,7 +354,7 @@ def _compare(
 def _describe_blocks(answers: Answers, *, plain_macs: int) -> BlocksEvaluation | None:
     if answers.blocks_NG is None:
         return None
-    run_rates_G = answers.blocks_NG.double().mean(0)
+    run_rates_G = answers.blocks_NG.mean(0, dtype=np.float64)
     return BlocksEvaluation(
         run_rates=tuple(run_rates_G.tolist()),
         saved=1 - float(run_rates_G.mean()),
@@ -329,9 +365,9 @@ def _describe_blocks(answers: Answers, *, plain_macs: int) -> BlocksEvaluation |
 def _describe_tokens(answers: Answers, *, plain_macs: int) -> TokensEvaluation | None:
     if answers.tokens_NL is None:
         return None
-    tokens_NL = answers.tokens_NL.double()
+    tokens_NL = answers.tokens_NL.astype(np.float64)
     return TokensEvaluation(
         per_layer=tuple(tokens_NL.mean(0).tolist()),
-        mean_depth=float(np.average(token_depths(tokens_NL.numpy()), weights=tokens_NL[:, 0])),
+        mean_depth=float(np.average(token_depths(tokens_NL), weights=tokens_NL[:, 0])),
         macs_saved=1 - answers.mean_macs / plain_macs,
     )

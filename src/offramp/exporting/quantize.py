@@ -78,7 +78,7 @@ def quantize(bundle: Bundle | Path | str, folder: Path | str, samples: npt.Array
             single_sha256=None,
             quantized="int8",
             # What was reached and promised is of another network.
-            calibration=known and replace(known, reached=None, guarantee=None),
+            calibration=known and replace(known, reached=None, guarantee=None, front=None),
         )
         made = write_single(made, join_exits)
         write_bundle(made)

@@ -5,7 +5,6 @@ Shapes: ``B`` batch.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from offramp.families.agreement import Reference
 from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.policy.choice import Choice
 from offramp.policy.policies import Policy
+from offramp.policy.routing_policy import EVEN_SCORES as EVEN_SCORES
 from offramp.policy.routing_policy import RoutingPolicy
 from offramp.results import AdaptiveResult
 
@@ -26,11 +26,6 @@ P = TypeVar("P", bound=Policy | RoutingPolicy)
 
 Contenders = Mapping[str, Callable[[], object]]
 """By name, what runs all batches once."""
-
-EVEN_SCORES = tuple(1 / (1 + math.exp(-step * 2 / 3)) for step in range(-9, 10))
-"""Probabilities at even steps of a score, from -6 to 6: trained gates and tokens are mostly sure,
-so that even steps of probability would part few of them. They are set before any sample is seen, as
-a guarantee needs them to be."""
 
 
 class TorchRunner(ABC, Generic[N, P]):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from offramp.families.agreement import DECISION_TOLERANCE, Reference
-from offramp.families.family import EVEN_SCORES, Family, TorchRunner, Words, settled
+from offramp.families.family import Family, TorchRunner, Words, settled
 from offramp.families.packing import Packing
 from offramp.model.inputs import Given, as_inputs, explained
 from offramp.model.multi_exit import Features, MultiExitNetwork
@@ -266,7 +266,7 @@ HALTING = Family(
     reference=lambda network, policy, inputs: masked_pass(network, policy.threshold, inputs),
     whole=_whole,
     never=lambda policy: HaltingPolicy(1.0),
-    thresholds=(*sorted((*EVEN_SCORES, HaltingPolicy.threshold)), 1.0),
+    thresholds=HaltingPolicy.tried,
     settings="halting",
     figures=_figures,
     parts_table=_parts_table,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from offramp.families.agreement import DECISION_TOLERANCE, Reference
-from offramp.families.family import EVEN_SCORES, Family, TorchRunner, Words, settled
+from offramp.families.family import Family, TorchRunner, Words, settled
 from offramp.model.inputs import Given, as_inputs, explained
 from offramp.model.multi_exit import Features, MultiExitNetwork, take_samples
 from offramp.policy.choice import Choice
@@ -170,7 +170,7 @@ SKIP = Family(
     reference=lambda network, policy, inputs: gated_sum(network, policy.threshold, inputs),
     whole=_whole,
     never=lambda policy: GatePolicy(0.0),
-    thresholds=(1.0, *reversed(EVEN_SCORES), 0.0),
+    thresholds=GatePolicy.tried,
     settings="gates",
     figures=_figures,
     parts_table=_parts_table,

@@ -6,15 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parametrize
-from torch.utils.flop_counter import FlopCounterMode
+from typing import TYPE_CHECKING, Any
 
 from offramp.errors import ShapeError
+
+if TYPE_CHECKING:  # costs that were counted need no torch
+    import torch
+    from torch import Tensor, nn
+    from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +98,8 @@ def count_macs(module: nn.Module, *inputs: Tensor) -> int:
     Raises:
         ShapeError: If an input has no sample in it.
     Example:
-        >>> count_macs(nn.Linear(784, 10), torch.zeros(1, 784))
+        >>> import torch
+        >>> count_macs(torch.nn.Linear(784, 10), torch.zeros(1, 784))
         7840
     """
     return run_and_count(module, *inputs)[1]
@@ -107,6 +107,8 @@ def count_macs(module: nn.Module, *inputs: Tensor) -> int:
 
 def run_and_count(module: nn.Module, *inputs: Tensor) -> tuple[Any, int]:
     """Run a module as :func:`count_macs` does: what it returns for the first sample, and MACs."""
+    import torch
+
     require_samples("inputs", inputs)
     with torch.no_grad(), evaluation_mode(module), _settled_weights(module):
         with counting_macs() as counted:
@@ -128,7 +130,8 @@ def parameter_bytes(*modules: nn.Module) -> int:
     """Bytes of weights that modules read, each parameter once however often it is used.
 
     Example:
-        >>> parameter_bytes(nn.Linear(784, 10))
+        >>> import torch
+        >>> parameter_bytes(torch.nn.Linear(784, 10))
         31400
     """
     unique = {id(p): p for module in modules for p in module.parameters()}
@@ -139,6 +142,7 @@ def payload_bytes(*tensors: Tensor) -> int:
     """Bytes of one sample of what crosses from a stage to the next, headers not counted.
 
     Example:
+        >>> import torch
         >>> payload_bytes(torch.zeros(8, 64, 7, 7), torch.zeros(8, dtype=torch.int64))
         12552
     """
@@ -152,6 +156,9 @@ def _settled_weights(module: nn.Module) -> Iterator[None]:
     The counter hangs hooks on what needs a gradient, which fails where a module is given a weight:
     that of a parametrised layer, or the query of a pooling by attention.
     """
+    from torch import nn
+    from torch.nn.utils import parametrize
+
     trained = [p for p in module.parameters() if p.requires_grad and p.is_leaf]
     with ExitStack() as stack:
         for parameter in trained:
@@ -169,6 +176,10 @@ def _settled_weights(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def counting_macs() -> Iterator[_MacCounter]:
     """Count the MACs of everything that runs inside the block; call the result to read them."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
     # Fused attention is invisible to the counter: go around it.
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -182,6 +193,7 @@ def counting_macs() -> Iterator[_MacCounter]:
 
 def _own_counters() -> dict[Any, Any]:
     """Counters for kernels that torch's counter does not know, in FLOPs."""
+    import torch
 
     def linear(inputs: torch.Size, *_: object, out_shape: torch.Size, **__: object) -> int:
         return 2 * inputs[-1] * out_shape.numel()

@@ -5,11 +5,13 @@ Shapes: ``B`` batch, ``C`` classes, ``H W`` pixels of the labels, ``h w`` cells 
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from offramp.errors import DataError, ShapeError
+
+if TYPE_CHECKING:  # bundles are calibrated without torch
+    import torch
+    from torch import Tensor
 
 IGNORED_LABEL = 255
 """Label of pixels that nobody is asked about: left out of losses, figures and calibration."""
@@ -31,14 +33,16 @@ def label_maps(logits_BChw: Tensor, size: tuple[int, int]) -> Tensor:
             "Expected dense logits of shape (B, C, H, W) with at most 255 classes. "
             f"Got {tuple(logits_BChw.shape)}."
         )
-    return at_size(logits_BChw, size).argmax(1).to(torch.uint8)
+    return at_size(logits_BChw, size).argmax(1).byte()
 
 
 def at_size(logits_BChw: Tensor, size: tuple[int, int]) -> Tensor:
     """Logits of every pixel, interpolated linearly between cells."""
     if logits_BChw.shape[-2:] == size:
         return logits_BChw
-    return F.interpolate(logits_BChw, size, mode="bilinear", align_corners=False)
+    from torch.nn.functional import interpolate
+
+    return interpolate(logits_BChw, size, mode="bilinear", align_corners=False)
 
 
 def confusion_matrices(predicted_BHW: Tensor, labels_BHW: Tensor, *, num_classes: int) -> Tensor:
@@ -56,6 +60,8 @@ def confusion_matrices(predicted_BHW: Tensor, labels_BHW: Tensor, *, num_classes
                 f"class nobody knows. Got some from {int(classes_N.min())} to "
                 f"{int(classes_N.max())}."
             )
+    import torch
+
     cells = num_classes**2
     image_BHW = torch.arange(len(labels_BHW), device=labels_BHW.device)[:, None, None]
     cell_BHW = (image_BHW * num_classes + labels_BHW.long()) * num_classes + predicted_BHW.long()
@@ -80,6 +86,7 @@ def mean_iou(confusion_CC: Tensor) -> Tensor:
     Returns:
         Shape (...), float64, in [0, 1].
     Example:
+        >>> import torch
         >>> mean_iou(torch.tensor([[3, 1], [0, 4]])).item()
         0.775
     """
@@ -94,5 +101,7 @@ def pixel_accuracy(confusion_CC: Tensor) -> Tensor:
 
 def labels_of_cells(labels_BHW: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """The labels in the middle of each cell of a coarser grid."""
-    nearest = F.interpolate(labels_BHW[:, None].float(), tuple(size), mode="nearest-exact")
+    from torch.nn.functional import interpolate
+
+    nearest = interpolate(labels_BHW[:, None].float(), tuple(size), mode="nearest-exact")
     return nearest[:, 0].to(labels_BHW.dtype)

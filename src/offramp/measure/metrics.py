@@ -8,16 +8,17 @@ Shapes: ``N`` samples, ``C`` classes, ``M`` bins.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import roc_auc_score
-from torch import Tensor
 
 from offramp.errors import InvalidArgumentError, ShapeError
+from offramp.measure.arrays import Floats, as_array
 
-Floats = npt.NDArray[np.float64]
+if TYPE_CHECKING:
+    from offramp.measure.arrays import Numbers
+
 Labels = npt.NDArray[np.int64]
 
 _ROUNDING = 1e-6
@@ -61,7 +62,7 @@ class Reliability:
         return {"ece": self.ece, **asdict(self)}
 
 
-def brier_score(p_NC: Tensor, labels_N: Tensor, weights_N: Tensor | None = None) -> float:
+def brier_score(p_NC: Numbers, labels_N: Numbers, weights_N: Numbers | None = None) -> float:
     """Mean squared distance of the probabilities from the truth; lower is better.
 
     Of each sample, the squares are summed over the classes: 0 is sure and right, 2 sure and wrong,
@@ -81,7 +82,7 @@ def brier_score(p_NC: Tensor, labels_N: Tensor, weights_N: Tensor | None = None)
 
 
 def reliability(
-    p_NC: Tensor, labels_N: Tensor, weights_N: Tensor | None = None, num_bins: int = 15
+    p_NC: Numbers, labels_N: Numbers, weights_N: Numbers | None = None, num_bins: int = 15
 ) -> Reliability:
     """Compare how sure answers are with how often they are right.
 
@@ -122,7 +123,9 @@ def reliability(
     )
 
 
-def auroc(confidence_N: Tensor, correct_N: Tensor, weights_N: Tensor | None = None) -> float | None:
+def auroc(
+    confidence_N: Numbers, correct_N: Numbers, weights_N: Numbers | None = None
+) -> float | None:
     """Measure how well confidence tells right answers from wrong ones, whatever its scale.
 
     The probability that a right answer is surer than a wrong one, equally sure ones counting half:
@@ -147,20 +150,24 @@ def auroc(confidence_N: Tensor, correct_N: Tensor, weights_N: Tensor | None = No
             f"{np.nanmax(confidence):g}: give confidences, not logits."
         )
     weights = _checked_weights(weights_N, len(confidence))
-    correct = correct_N.detach().cpu().bool().numpy()
+    correct = as_array(correct_N).astype(bool)
     if len(np.unique(correct[weights > 0])) < 2:
         return None
     surest_last = np.nan_to_num(confidence, nan=-1.0)
-    return float(roc_auc_score(correct, surest_last, sample_weight=weights))
+    right, wrong = np.where(correct, weights, 0.0), np.where(correct, 0.0, weights)
+    _, level_N = np.unique(surest_last, return_inverse=True)
+    right_L, wrong_L = np.bincount(level_N, right), np.bincount(level_N, wrong)
+    beaten_L = np.cumsum(wrong_L) - wrong_L / 2
+    return float(right_L @ beaten_L / (right_L.sum() * wrong_L.sum()))
 
 
-def _checked_probabilities(p_NC: Tensor, labels_N: Tensor) -> tuple[Floats, Labels]:
+def _checked_probabilities(p_NC: Numbers, labels_N: Numbers) -> tuple[Floats, Labels]:
     if p_NC.ndim != 2 or labels_N.shape != p_NC.shape[:1]:
         raise ShapeError(
             "Expected probabilities of shape (N, C) and labels of shape (N,). "
             f"Got {tuple(p_NC.shape)} and {tuple(labels_N.shape)}."
         )
-    p, labels = _float64(p_NC), labels_N.detach().cpu().long().numpy()
+    p, labels = _float64(p_NC), as_array(labels_N).astype(np.int64)
     # Half precision sums to 1 to about two digits.
     is_in_range_N = ((p >= -_ROUNDING) & (p <= 1 + _ROUNDING)).all(-1)
     is_distribution_N = is_in_range_N & (abs(p.sum(-1) - 1) < 1e-2)
@@ -179,7 +186,7 @@ def _checked_probabilities(p_NC: Tensor, labels_N: Tensor) -> tuple[Floats, Labe
     return p, labels
 
 
-def _checked_weights(weights_N: Tensor | None, num_samples: int) -> Floats:
+def _checked_weights(weights_N: Numbers | None, num_samples: int) -> Floats:
     weights = np.ones(num_samples) if weights_N is None else _float64(weights_N)
     if weights.shape != (num_samples,):
         raise ShapeError(
@@ -197,6 +204,6 @@ def _checked_weights(weights_N: Tensor | None, num_samples: int) -> Floats:
     return weights
 
 
-def _float64(values: Tensor) -> Floats:
-    array: Floats = values.detach().cpu().double().numpy()
+def _float64(values: Numbers) -> Floats:
+    array: Floats = as_array(values).astype(np.float64)
     return array

@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from offramp.measure.dense import label_maps
 
 
@@ -28,7 +26,7 @@ class Outputs:
         label_names: Names under which a dict may hold such labels, beside those of any labels.
         qualities: Figures that answers are judged by, by their keys, what counts most first.
         settings: What only the training of such networks can be told.
-        predict: From raw logits and labels to classes, shaped as the labels are.
+        predict: From raw logits and labels to classes, shaped as the labels are; of maps, tensors.
     """
 
     name: str
@@ -38,7 +36,7 @@ class Outputs:
     label_names: tuple[str, ...]
     qualities: tuple[str, ...]
     settings: tuple[str, ...]
-    predict: Callable[[Tensor, Tensor], Tensor]
+    predict: Callable[[Any, Any], Any]
 
 
 LABELS = Outputs(
@@ -74,7 +72,7 @@ QUALITY_NAMES = {"mean_iou": "mean IoU", "accuracy": "accuracy"}
 """Figures that answers are judged by, in words."""
 
 
-def outputs_of(logits: Tensor) -> Outputs:
+def outputs_of(logits: Any) -> Outputs:
     """Find the outputs that a batch of logits says."""
     return next(each for each in OUTPUTS if 1 + len(each.logit_axes) == logits.ndim)
 

@@ -7,13 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from offramp.decoding import decode, decode_tagged
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.policy.choice import Choice
-from offramp.policy.controller import ControllerPolicy, ExitScorer
 from offramp.policy.dense_policies import AgreementPolicy, DensePolicy
 from offramp.policy.policies import PatiencePolicy, Policy, ThresholdPolicy
 from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
@@ -21,7 +17,6 @@ from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPoli
 _KINDS: dict[str, type[Any]] = {
     "threshold": ThresholdPolicy,
     "patience": PatiencePolicy,
-    "controller": ControllerPolicy,
     "dense": DensePolicy,
     "agreement": AgreementPolicy,
     GatePolicy.kind: GatePolicy,
@@ -35,13 +30,14 @@ _NUMBERS: Any = float | list[float | list[float]]
 
 def policy_to_dict(policy: Policy | RoutingPolicy) -> dict[str, Any]:
     """Describe a policy in values that JSON can hold (+inf becomes None)."""
-    for kind, known in _KINDS.items():
+    kinds = _KINDS if isinstance(policy, tuple(_KINDS.values())) else _all_kinds()
+    for kind, known in kinds.items():
         if isinstance(policy, known):
             return {
                 "kind": kind,
                 **{field.name: _plain(getattr(policy, field.name)) for field in fields(known)},
             }
-    names = [known.__name__ for known in _KINDS.values()]
+    names = [known.__name__ for known in kinds.values()]
     advice = ": take its .policy" if isinstance(policy, Choice) else ""
     raise InvalidArgumentError(
         f"Expected one of {', '.join(names)}. Got {type(policy).__name__}{advice}."
@@ -52,7 +48,8 @@ def policy_from_dict(content: Any) -> Policy | RoutingPolicy:
     """Rebuild a policy from :func:`policy_to_dict`."""
     try:
         content = _migrated(content)
-        policy = decode_tagged(content, _KINDS, hook=_tensor)
+        is_known = isinstance(content, Mapping) and str(content.get("kind")) in _KINDS
+        policy = decode_tagged(content, _KINDS if is_known else _all_kinds(), hook=_tensor)
         lacking = [f.name for f in fields(policy) if f.name not in content]
         if lacking:
             raise ArtifactError(f"Object lacks the field {lacking[0]}")
@@ -60,6 +57,13 @@ def policy_from_dict(content: Any) -> Policy | RoutingPolicy:
         raise ArtifactError(f"Expected a policy, got a damaged one ({error}).") from error
     made: Policy | RoutingPolicy = policy
     return made
+
+
+def _all_kinds() -> dict[str, type[Any]]:
+    """The kinds with that whose scorers are tensors, which takes torch."""
+    from offramp.policy.controller import ControllerPolicy
+
+    return {**_KINDS, "controller": ControllerPolicy}
 
 
 def without_inf(thresholds: Sequence[float]) -> list[float | None]:
@@ -81,7 +85,7 @@ def _migrated(content: Any) -> Any:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, ExitScorer):
+    if hasattr(value, "tensors"):  # a scorer
         return {name: _shortest(tensor.tolist()) for name, tensor in value.tensors.items()}
     return None if value == math.inf else value
 
@@ -92,6 +96,8 @@ def _shortest(numbers: Any) -> Any:
     return float(f"{numbers:.9g}")  # nine digits tell any two float32 apart
 
 
-def _tensor(kind: type, value: Any) -> Tensor:
+def _tensor(kind: type, value: Any) -> Any:
     """Make the numbers of a scorer."""
+    import torch
+
     return torch.tensor(decode(value, _NUMBERS), dtype=torch.float32)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from offramp.errors import InvalidArgumentError, ShapeError
+
+if TYPE_CHECKING:  # rules are named without torch
+    from torch import Tensor
 
 
 def entropy_confidence(logits_BC: Tensor) -> Tensor:
@@ -70,13 +71,14 @@ def pixel_share_confidence(logits_BCHW: Tensor, pixel_threshold: float | Tensor)
 
     Reference: Kouris et al. (2022), Multi-Exit Semantic Segmentation Networks, section 5.2.
     Example:
+        >>> import torch
         >>> logits = torch.tensor([[[[5.0, 0.0]], [[0.0, 0.0]]]])  # one pixel sure, one not
         >>> pixel_share_confidence(logits, 0.9)
         tensor([0.5000])
     """
     top_BHW = top_probability(logits_BCHW)
     is_sure_BHW = (top_BHW >= pixel_threshold).to(top_BHW.dtype)
-    return torch.where(top_BHW.isnan(), top_BHW, is_sure_BHW).mean((1, 2))
+    return top_BHW.where(top_BHW.isnan(), is_sure_BHW).mean((1, 2))
 
 
 def mean_max_probability_confidence(logits_BCHW: Tensor) -> Tensor:

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from offramp.errors import InvalidArgumentError
 from offramp.policy.confidence import (
@@ -28,6 +25,9 @@ from offramp.policy.policies import (
     checked_thresholds,
     tempered,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,8 @@ class DensePolicy(ThresholdedPolicy):
 
     def decide(self, exit_index: int, output: Tensor, state: State, setting: Setting) -> Decision:
         """See :meth:`Policy.decide`; keeps no state."""
+        import torch
+
         confidence_B = DENSE_RULES[self.rule](tempered(output, setting), setting.pixel_threshold)
         if exit_index == len(self.thresholds):
             return torch.ones_like(confidence_B, dtype=torch.bool), confidence_B, state
@@ -121,6 +123,8 @@ class AgreementPolicy(ThresholdedPolicy):
 
     def decide(self, exit_index: int, output: Tensor, state: State, setting: Setting) -> Decision:
         """See :meth:`Policy.decide`; the state is the classes that the last exit predicted."""
+        import torch
+
         labels_BHW = output.argmax(1).int()
         if state:
             confidence_B = agreement_confidence(labels_BHW, state[0])

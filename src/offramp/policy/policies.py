@@ -9,20 +9,21 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
-import torch
 from msgspec import Meta
-from torch import Tensor
 from typing_extensions import Self
 
 from offramp.errors import InvalidArgumentError
 from offramp.policy.confidence import CONFIDENCE_RULES, confidence_from_entropy_nats
 
-State = tuple[Tensor, ...]
+if TYPE_CHECKING:  # deciding takes torch, and naming a policy does not
+    from torch import Tensor
+
+State = tuple[Any, ...]
 """Memory of a policy about each sample: tensors with their batch axis first."""
 
-Decision = tuple[Tensor, Tensor, State]
+Decision = tuple[Any, Any, State]
 """Leavers, shape (B,), bool; each sample's confidence, shape (B,); the state after that."""
 
 
@@ -217,6 +218,8 @@ class ThresholdPolicy(ThresholdedPolicy):
 
     def decide(self, exit_index: int, output: Tensor, state: State, setting: Setting) -> Decision:
         """See :meth:`Policy.decide`; keeps no state."""
+        import torch
+
         confidence_B = CONFIDENCE_RULES[self.rule](tempered(output, setting))
         if exit_index == len(self.thresholds):
             return torch.ones_like(confidence_B, dtype=torch.bool), confidence_B, state
@@ -265,6 +268,8 @@ class PatiencePolicy(ThresholdedPolicy):
 
     def decide(self, exit_index: int, output: Tensor, state: State, setting: Setting) -> Decision:
         """See :meth:`Policy.decide`; the state is the last label and the length of its streak."""
+        import torch
+
         confidence_B = CONFIDENCE_RULES[self.rule](tempered(output, setting))
         # A label that no exit predicts: what is not a number agrees with nothing after it.
         label_B = output.argmax(-1).masked_fill(confidence_B.isnan(), -1)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from offramp.errors import InvalidArgumentError
+
+EVEN_SCORES = tuple(1 / (1 + math.exp(-step * 2 / 3)) for step in range(-9, 10))
+"""Probabilities at even steps of a score, from -6 to 6: trained gates and tokens are mostly sure,
+so that even steps of probability would part few of them. They are set before any sample is seen, as
+a guarantee needs them to be."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,9 @@ class RoutingPolicy:
 
     num_exits: ClassVar[int] = 1
     kind: ClassVar[str]
+    shared_by: ClassVar[str]
+    tried: ClassVar[tuple[float, ...]]
+    """Thresholds to choose from, from the cheapest to the one at which most runs."""
 
     threshold: float
 
@@ -46,6 +55,8 @@ class GatePolicy(RoutingPolicy):
     """
 
     kind: ClassVar[str] = "gates"
+    shared_by: ClassVar[str] = "gates"
+    tried: ClassVar[tuple[float, ...]] = (1.0, *reversed(EVEN_SCORES), 0.0)
 
     threshold: float = 0.5
 
@@ -62,5 +73,7 @@ class HaltingPolicy(RoutingPolicy):
     """
 
     kind: ClassVar[str] = "halting"
+    shared_by: ClassVar[str] = "tokens"
+    tried: ClassVar[tuple[float, ...]] = (*sorted((*EVEN_SCORES, 0.99)), 1.0)
 
     threshold: float = 0.99

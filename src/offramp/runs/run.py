@@ -28,6 +28,7 @@ from offramp.policy.policies import Policy
 from offramp.policy.routing_policy import RoutingPolicy
 from offramp.policy.rules import RULES
 from offramp.recipes.recipe import Recipe
+from offramp.runtime.chosen_on import CALIBRATION_SPLIT as CALIBRATION_SPLIT
 from offramp.runtime.chosen_on import Choosing
 from offramp.runtime.preprocessing import (
     AnyPreprocessing,
@@ -43,7 +44,6 @@ from offramp.zoo.text import load_tokenizer
 RECIPE_FILE = "recipe.json"
 WEIGHTS_FILE = "model.safetensors"
 POLICY_FILE = "policy.json"
-CALIBRATION_SPLIT = "calibration"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -298,6 +298,9 @@ def write_bundle(bundle: Bundle) -> None:
     del content["folder"]
     # What an older Offramp does not know is written only where it is needed.
     _delete_none(content, "skip", "halting", "pixel_multiple", "pictures", "texts", "calibration")
+    front = (content.get("calibration") or {}).get("front") or {"points": ()}
+    for point in front["points"]:
+        _delete_none(point, "mean_iou")
     for step in content["steps"]:
         _delete_none(step, "exit_macs_by_size", "pixel_threshold", "channel_scales")
         _delete_none(step, "stage_macs_by_length", "stage_macs_by_size")

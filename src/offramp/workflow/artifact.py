@@ -6,31 +6,35 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from offramp.calibration.asked import Asked
-from offramp.calibration.collect import collect, collect_from_session
-from offramp.calibration.logits import ExitLogits
+from offramp.calibration.bundles import collect_steps, sweep_session
+from offramp.calibration.evidence import Evidence
+from offramp.decoding import decode
 from offramp.errors import ArtifactError, InvalidArgumentError
-from offramp.families import FAMILIES, family_of, make_runner
-from offramp.families.family import Family, TorchRunner
 from offramp.policy.as_dict import policy_to_dict
 from offramp.policy.policies import Policy
-from offramp.policy.routing_policy import RoutingPolicy
-from offramp.recipes.recipe import Recipe
+from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
 from offramp.results import AdaptiveResult
-from offramp.runs.run import CALIBRATION_SPLIT, is_in_sample, load
 from offramp.runtime import Bundle, Session, read_bundle
 from offramp.runtime.answers import SampleAnswer, describe_answers
 from offramp.runtime.bundle import BUNDLE_FILE, is_bundle
+from offramp.runtime.chosen_on import CALIBRATION_SPLIT, ChosenOn
 from offramp.runtime.examples import example_inputs
 from offramp.runtime.preprocessing import AnyPreprocessing
 from offramp.workflow.preprocessing import preprocessing_of
-from offramp.workflow.samples import AnySamples, OwnSamples, RecipeSamples
-from offramp.zoo import Network
+from offramp.workflow.samples import AnySamples, OwnSamples, RecipeSamples, Samples
+
+if TYPE_CHECKING:  # a bundle is opened without torch
+    from torch import Tensor
+
+    from offramp.families.family import TorchRunner
+    from offramp.recipes.recipe import Recipe
+    from offramp.zoo import Network
+
+_TRIED = {"exits": None, "skip": GatePolicy.tried, "halting": HaltingPolicy.tried}
+"""Thresholds to choose from, by the family of a bundle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +49,13 @@ class Artifact:
         samples: Loads splits of its data, or of data as users have it.
         class_names: Name of each class; empty where none were given.
         num_exits: Exits of the network, those that are off counted.
-        family: Of the network.
+        thresholds: Those to choose from, of gates or tokens; None where exits have their own.
         target: What its policy was asked for; None where that is not known.
         preprocessing: Says how samples become inputs.
         note: What a bundle does not say and was taken for granted; None where it says all.
-        collect: From samples to the logits of every exit; of those that are on, for a bundle.
-        has_seen: From a split and the fingerprint of its samples to whether they trained the
-            network or may have chosen its thresholds.
+        collect: From samples to what choosing needs; of a bundle, of the exits that are on.
+        why_in_sample: From samples to why figures on them can be too good: they trained the
+            network or may have chosen its thresholds. None for others.
     """
 
     runner: TorchRunner[Any, Any] | Session
@@ -61,21 +65,25 @@ class Artifact:
     samples: AnySamples
     class_names: tuple[str, ...]
     num_exits: int
-    family: Family[Any, Any]
+    thresholds: tuple[float, ...] | None
     target: Asked | None
     preprocessing: Callable[[], AnyPreprocessing]
-    collect: Callable[[object], ExitLogits]
-    has_seen: Callable[[str, str], bool]
+    collect: Callable[[object], Evidence[Any]]
+    why_in_sample: Callable[[Samples], str | None]
     note: str | None = None
 
 
 def pick_device(device: str | None) -> str:
     """Decide where to compute."""
+    if device == "cpu":
+        return device
+    import torch
+
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda"):
+    if device != "cuda":
         raise InvalidArgumentError(f"The device must be cpu or cuda. Got {device!r}.")
-    if device == "cuda" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         raise InvalidArgumentError(
             "The device cuda was asked for, but torch sees no CUDA device here. Use --device cpu."
         )
@@ -90,10 +98,16 @@ def open_artifact(folder: Path, device: str | None = None) -> Artifact:
 
 
 def _open_run(folder: Path, device: str | None) -> Artifact:
+    from offramp.families import family_of, make_runner
+    from offramp.runs.run import is_in_sample, load
+    from offramp.workflow.held_out import evidence_by
+
     loaded = load(folder)
     recipe = loaded.require_recipe()
     where = pick_device(device)
     network = loaded.network.to(where)
+    said = (loaded.calibration or {}).get("data")
+    chosen_on = None if said is None else decode(said, ChosenOn)
     return Artifact(
         runner=make_runner(network, loaded.policy),
         device=where,
@@ -102,11 +116,13 @@ def _open_run(folder: Path, device: str | None) -> Artifact:
         samples=RecipeSamples(recipe=recipe, data=loaded.data, class_names=loaded.class_names),
         class_names=loaded.class_names,
         num_exits=network.num_exits,
-        family=family_of(network),
+        thresholds=family_of(network).thresholds,
         target=Asked.from_record(loaded.calibration),
         preprocessing=recipe.preprocessing,
-        collect=partial(collect, network),
-        has_seen=partial(is_in_sample, loaded),
+        collect=evidence_by(network),
+        why_in_sample=lambda samples: _why_in_sample(
+            folder, samples, chosen_on, is_in_sample(loaded, samples.split, samples.fingerprint)
+        ),
     )
 
 
@@ -117,6 +133,8 @@ def answer_run(
     inputs: Tensor,
 ) -> list[SampleAnswer]:
     """Say what a run answers, sample by sample."""
+    from offramp.families import make_runner
+
     runner = make_runner(network, policy)
     result = runner.run(inputs)
     arrays: dict[str, Any] = {
@@ -156,25 +174,47 @@ def _open_bundle(folder: Path, device: str | None) -> Artifact:
         samples=samples,
         class_names=bundle.class_names,
         num_exits=bundle.num_exits,
-        family=FAMILIES[bundle.family],
+        thresholds=_TRIED[bundle.family],
         target=Asked.from_record(None if chosen is None else asdict(chosen)),
         preprocessing=lambda: preprocessing_of(bundle)[0],
-        collect=partial(collect_from_session, session),
-        has_seen=partial(_bundle_has_seen, bundle),
+        collect=partial(sweep_session if _TRIED[bundle.family] else collect_steps, session),
+        why_in_sample=partial(_why_in_sample_of_bundle, folder, bundle),
         note=note,
     )
 
 
-def _bundle_has_seen(bundle: Bundle, split: str, fingerprint: str) -> bool:
-    known = None if bundle.calibration is None else bundle.calibration.data
-    if known is not None and known.sha256 == fingerprint:
-        return True
+def _why_in_sample(
+    folder: Path, samples: Samples, chosen_on: ChosenOn | None, is_known: bool
+) -> str | None:
+    """Say why figures on samples can be too good, by their split or by what is in them.
+
+    One in a hundred may be among those that chose the thresholds by chance, as blank pictures are.
+    """
+    num_samples = len(samples.batches)
+    known = 0 if chosen_on is None else chosen_on.count_among(samples.batches.hashes())
+    if samples.split != "train" and known > num_samples // 100:
+        return (
+            f"{known:,} of the {num_samples:,} samples of {samples.split} chose the thresholds of "
+            f"{folder}"
+        )
+    if not is_known:
+        return None
+    return f"The samples of {samples.split} trained {folder} or may have chosen its thresholds"
+
+
+def _why_in_sample_of_bundle(folder: Path, bundle: Bundle, samples: Samples) -> str | None:
+    chosen_on = None if bundle.calibration is None else bundle.calibration.data
     # One of a recipe may not say which samples chose its thresholds.
-    return split == "train" or (split == CALIBRATION_SPLIT and bundle.recipe is not None)
+    may_have_chosen = samples.split == CALIBRATION_SPLIT and bundle.recipe is not None
+    is_same = chosen_on is not None and chosen_on.sha256 == samples.fingerprint
+    is_known = is_same or may_have_chosen or samples.split == "train"
+    return _why_in_sample(folder, samples, chosen_on, is_known)
 
 
 def recipe_of(bundle: Bundle) -> Recipe:
     """Find the recipe that a bundle's network was trained by."""
+    from offramp.recipes.recipe import Recipe
+
     if bundle.recipe is None:
         raise ArtifactError(
             f"The bundle {bundle.folder} holds a network of your own, without a recipe that names "

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from offramp.artifacts import write_json
 from offramp.calibration.asked import Asked
 from offramp.calibration.chosen import Calibration
-from offramp.calibration.controller import fit_controller
 from offramp.calibration.evidence import choose_policy
-from offramp.calibration.guarantee import calibrate_with_guarantee, check_guarantee
+from offramp.calibration.guarantee import calibrate_with_guarantee
 from offramp.calibration.latency import (
     LatencyCalibration,
     calibrate_for_latency,
@@ -19,9 +18,7 @@ from offramp.calibration.latency import (
 )
 from offramp.calibration.logits import ExitLogits
 from offramp.calibration.risk import check_risk
-from offramp.calibration.rules import Rule
 from offramp.calibration.temperature import (
-    ExitCalibration,
     describe_temperatures,
     fit_temperatures,
 )
@@ -34,12 +31,14 @@ from offramp.families import family_of
 from offramp.measure.outputs import LABELS, MAPS
 from offramp.measure.profile import Profile
 from offramp.policy.confidence import confidence_from_entropy_nats
-from offramp.policy.dense_policies import DensePolicy, dense_policy
+from offramp.policy.dense_policies import dense_policy
 from offramp.policy.policies import PatiencePolicy, ThresholdedPolicy, ThresholdPolicy
 from offramp.policy.routing_policy import RoutingPolicy
 from offramp.policy.rules import RULES
 from offramp.runs.run import CALIBRATION_SPLIT, Run, write_policy
-from offramp.workflow.held_out import HeldOut, evidence_for, find_on_train, hold_out
+from offramp.workflow.chosen import Chosen, describe_choice, read_thresholds, rule_named
+from offramp.workflow.held_out import HeldOut, find_on_train, hold_out
+from offramp.workflow.population import evidence_for
 from offramp.workflow.wanted import LEARNED, Timing, Wanted
 
 _LEAST_SURVIVORS = 100
@@ -47,56 +46,6 @@ _LEAST_SURVIVORS = 100
 
 PROFILE_FILE = "profile.json"
 """File of a run folder that keeps the times of its parts."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chosen:
-    """A policy that a run was given, and how it came about.
-
-    Attributes:
-        calibration: The policy and what it reached on the samples set aside.
-        num_samples: As many as these are.
-        about: What the policy file says of the choice.
-        doubt: Why so few samples cannot tell; None where they can.
-        temperatures: What those of the policy do to each exit; None without.
-        timed: What was predicted of times; None without a clock.
-        profile: The times; None without a clock.
-    """
-
-    calibration: Calibration[Any]
-    num_samples: int
-    about: dict[str, Any]
-    doubt: str | None
-    temperatures: tuple[ExitCalibration, ...] | None
-    timed: LatencyCalibration | None
-    profile: Profile | None
-
-
-def rule_named(name: str) -> Rule:
-    """Find the rule of a name, a confidence function or ``LEARNED``, as the library takes it."""
-    if name == LEARNED:
-        return fit_controller
-    of_samples, of_pixels = (*RULES[LABELS.name].names, LEARNED), RULES[MAPS.name].names
-    if name not in (*of_samples, *of_pixels):
-        raise InvalidArgumentError(
-            f"The rule must be one of {', '.join(of_samples)}; of {', '.join(of_pixels)} where the "
-            f"network says a class for every pixel. Got {name!r}."
-        )
-    return name
-
-
-def check_wanted(wanted: Wanted) -> None:
-    """Raise InvalidArgumentError if no data can make a value good, before any is read."""
-    for name, value in (("max_drop", wanted.max_drop), ("max_risk", wanted.max_risk)):
-        if value is not None:
-            check_risk(wanted.risk_name, value, name=name)
-            if wanted.guarantee is not None:
-                check_guarantee(value, wanted.guarantee)
-    rule_named(wanted.rule or "entropy")
-    if wanted.pixel_threshold is not None:
-        DensePolicy((), pixel_threshold=wanted.pixel_threshold)
-    if wanted.patience is not None:
-        PatiencePolicy(wanted.patience, num_exits=wanted.patience + 1)
 
 
 def settle(wanted: Wanted, run: Run) -> Wanted:
@@ -145,7 +94,7 @@ def calibrate(
         promise = _promise(chosen, held_out, "train" if finding else CALIBRATION_SPLIT)
     else:
         chosen = choose_policy(evidence, rule=rule, **wanted.target)
-    about = describe_choice(wanted, held_out.data, chosen, promise)
+    about = describe_choice(wanted, held_out.data, chosen, promise, evidence)
     write_policy(run.folder, chosen.policy, calibration=about)
     known: Any = held_out.evidence
     described = None
@@ -161,19 +110,6 @@ def calibrate(
         timed=timed,
         profile=profile,
     )
-
-
-def describe_choice(
-    wanted: Wanted,
-    data: dict[str, Any],
-    chosen: Calibration[Any],
-    promise: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """Describe how a policy was chosen, as policy files and bundles keep it."""
-    reached = {"accuracy": chosen.accuracy, "mean_macs": chosen.mean_macs}
-    if chosen.mean_iou is not None:
-        reached["mean_iou"] = chosen.mean_iou
-    return {"asked": wanted.to_dict(), "data": data, "reached": reached, "guarantee": promise}
 
 
 def _promise(chosen: Calibration[Any], held_out: HeldOut, found_on: str) -> dict[str, Any]:
@@ -348,19 +284,3 @@ def _maps_by_hand(
 
 _BY_HAND = {LABELS.name: _labels_by_hand, MAPS.name: _maps_by_hand}
 """By outputs, what makes a policy of thresholds, which are given as they were written too."""
-
-
-def read_thresholds(text: str, num_exits: int) -> tuple[float, ...]:
-    """Read thresholds, one per exit but the last, separated by commas; "off" is infinite."""
-    try:
-        values = [math.inf if part == "off" else float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InvalidArgumentError(
-            f"Expected numbers separated by commas for --thresholds. Got {text!r}."
-        ) from error
-    if len(values) != num_exits - 1:
-        raise InvalidArgumentError(
-            f"Expected {num_exits - 1} thresholds, one per exit but the final one. "
-            f"Got {len(values)}: {text!r}."
-        )
-    return tuple(values)

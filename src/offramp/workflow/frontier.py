@@ -16,14 +16,13 @@ from offramp.calibration.temperature import (
     fit_temperatures,
 )
 from offramp.errors import InSampleError, InvalidArgumentError
-from offramp.families import family_of
-from offramp.families.family import Family
+from offramp.policy.as_dict import policy_to_dict
 from offramp.policy.rules import RULES
-from offramp.runs.run import CALIBRATION_SPLIT, load
+from offramp.runtime.answers import rule_in_words
 from offramp.runtime.bundle import is_bundle
+from offramp.runtime.chosen_on import CALIBRATION_SPLIT
 from offramp.workflow.artifact import open_artifact, pick_device
-from offramp.workflow.calibrate import rule_named
-from offramp.workflow.held_out import evidence_by
+from offramp.workflow.chosen import rule_named
 from offramp.workflow.samples import CALIBRATION, AnySamples, RecipeSamples
 
 
@@ -36,7 +35,7 @@ class Opened:
         recipe: Name of its recipe; None for a network of the user's own.
         samples: Loads splits of its data.
         num_exits: Exits of the network, those that are off in a bundle counted.
-        family: Of the network; where one threshold steers it, no exits are to be chosen.
+        thresholds: Those to choose from where one steers the network; None for exits.
         collect: From samples to what choosing needs; of a bundle, of the exits that are on.
     """
 
@@ -44,7 +43,7 @@ class Opened:
     recipe: str | None
     samples: AnySamples
     num_exits: int
-    family: Family[Any, Any]
+    thresholds: tuple[float, ...] | None
     collect: Callable[[object], Evidence[Any]]
 
 
@@ -115,19 +114,18 @@ def open_all(folders: Sequence[Path], device: str | None = None) -> list[Opened]
 def _open(folder: Path, device: str | None) -> Opened:
     if is_bundle(folder):
         bundle = open_artifact(folder, device)
-        if bundle.family.thresholds is not None:
-            raise InvalidArgumentError(
-                f"The bundle {folder} skips blocks or drops tokens, and is not run at other "
-                "thresholds. Give the run that it was exported from."
-            )
         return Opened(
             name=str(folder),
             recipe=bundle.recipe,
             samples=bundle.samples,
             num_exits=bundle.num_exits,
-            family=bundle.family,
+            thresholds=bundle.thresholds,
             collect=bundle.collect,
         )
+    from offramp.families import family_of
+    from offramp.runs.run import load
+    from offramp.workflow.held_out import evidence_by
+
     loaded = load(folder)
     recipe = loaded.require_recipe()
     network = loaded.network.to(pick_device(device))
@@ -136,7 +134,7 @@ def _open(folder: Path, device: str | None) -> Opened:
         recipe=recipe.name,
         samples=RecipeSamples(recipe=recipe, data=loaded.data, class_names=loaded.class_names),
         num_exits=network.num_exits,
-        family=family_of(network),
+        thresholds=family_of(network).thresholds,
         collect=evidence_by(network),
     )
 
@@ -154,8 +152,8 @@ def follow(
     calibration: Any = None
     held_out = None
     reliability = None
-    thresholds = run.family.thresholds
-    if run.num_exits > 1 or thresholds is not None or run.samples.has_calibration:
+    is_steered = run.thresholds is not None
+    if run.num_exits > 1 or is_steered or run.samples.has_calibration:
         held_out = run.samples.load(data=data, subset=subset, preferred=CALIBRATION)
         calibration = run.collect(held_out.batches)
     judging = run.samples.load(split, data=data, subset=subset)
@@ -165,15 +163,13 @@ def follow(
             f"splits, one of them {' or '.join(CALIBRATION)}."
         )
     test: Any = run.collect(judging.batches)
-    rule = None if thresholds is not None else rule or RULES[test.outputs.name].default
-    found = measure(
-        calibration, test, num_points=num_points, rule=None if rule is None else rule_named(rule)
-    )
-    if calibration is not None and thresholds is None:
+    asked = None if is_steered or rule is None else rule_named(rule)
+    found = measure(calibration, test, num_points=num_points, rule=asked)
+    if calibration is not None and not is_steered:
         reliability = describe_temperatures(test, fit_temperatures(calibration))
     return Curve(
         run=run,
-        rule=rule,
+        rule=None if is_steered else rule or _default_rule(test),
         frontier=found,
         reliability=reliability,
         num_samples=len(test.labels_N),
@@ -181,6 +177,13 @@ def follow(
         fingerprint=judging.fingerprint,
         split=judging.split,
     )
+
+
+def _default_rule(evidence: Any) -> str:
+    """Name the rule by which an exit is sure where none is asked for: of a bundle, its own."""
+    decided_by = getattr(evidence, "decided_by", None)
+    default: str = RULES[evidence.outputs.name].default
+    return default if decided_by is None else rule_in_words(policy_to_dict(decided_by))
 
 
 def check_same_samples(curves: Sequence[Curve]) -> None:

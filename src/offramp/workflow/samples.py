@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from offramp.data.arrays import ArrayBatches
 from offramp.data.folders import draw_evenly, find_split
-from offramp.data.images import Batches
 from offramp.data.known_sources import SOURCES
 from offramp.data.own import OwnSplit, load_own
 from offramp.errors import DataError, InvalidArgumentError
-from offramp.recipes.recipe import Recipe
-from offramp.runs.run import CALIBRATION_SPLIT, load_batches
 from offramp.runtime import Bundle
+from offramp.runtime.chosen_on import CALIBRATION_SPLIT
 from offramp.runtime.preprocessing import AnyPreprocessing
+
+if TYPE_CHECKING:  # samples of one's own need no torch
+    from offramp.data.images import Batches
+    from offramp.recipes.recipe import Recipe
 
 JUDGING = ("test", "validation", "val", "valid", "dev")
 """Splits of data of one's own that figures are on where none is named, the first that there is."""
@@ -42,7 +43,7 @@ class Samples:
 
     name: str
     split: str
-    batches: Batches
+    batches: Batches | ArrayBatches
     fingerprint: str
     class_names: tuple[str, ...]
     class_prior: str
@@ -103,9 +104,13 @@ class RecipeSamples:
                 preferred=preferred,
             )
             return _samples(own, name=recipe.data, class_names=self.class_names, subset=subset)
+        from offramp.runs.run import load_batches
+
         batches, class_names, fingerprint = load_batches(recipe, named, where)
         batches = batches.unaugmented()
         if subset is not None:
+            import torch
+
             batches = batches.subset(torch.tensor(draw_evenly(batches.strata_N.numpy(), subset)))
         return Samples(
             name=recipe.data,
@@ -214,8 +219,12 @@ def says_maps(bundle: Bundle) -> bool:
     return bundle.pixel_multiple is not None or bundle.policy.get("kind") in ("dense", "agreement")
 
 
-def draw(batches: Batches, count: int, *, seed: int = 0) -> Any:
-    """Inputs of so many samples, drawn at random."""
+def draw(batches: Batches | ArrayBatches, count: int, *, seed: int = 0) -> Any:
+    """Inputs of so many samples, drawn at random, as tensors."""
+    import torch
+
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed))
     inputs, _ = batches.__getitems__(order[:count].tolist())
-    return inputs
+    if isinstance(inputs, tuple):
+        return tuple(map(torch.as_tensor, inputs))
+    return torch.as_tensor(inputs)

@@ -60,9 +60,8 @@ def seen(split):
     """The grey of each picture, or the ids of each text, with its class."""
     inputs, labels = split.batches.__getitems__(range(len(split.batches)))
     if inputs.ndim == 4:
-        return list(
-            zip((inputs[:, 0, 0, 0] * 255).round().int().tolist(), labels.tolist(), strict=True)
-        )
+        greys = np.rint(inputs[:, 0, 0, 0] * 255).astype(int)
+        return list(zip(greys.tolist(), labels.tolist(), strict=True))
     return list(zip(inputs.tolist(), labels.tolist(), strict=True))
 
 
