@@ -51,11 +51,13 @@ class Graph:
                 ends[path] = (evaluation.ends[path][0], training.ends[path][0])
             else:
                 self.refused[path] = why
-        between = {
-            name: (end, training.narrow[name][0])
+        by_module = {training.after_module(end[0]): end for end in training.narrow.values()}
+        training.narrow = {  # by the names that they have in evaluation
+            name: by_module[evaluation.after_module(end)]
             for name, (end, _) in evaluation.narrow.items()
-            if name in training.narrow
+            if evaluation.after_module(end) in by_module
         }
+        between = {n: (evaluation.narrow[n][0], end) for n, (end, _) in training.narrow.items()}
         between = {n: both for n, both in between.items() if both not in ends.values()}
         self._ends = sorted({*ends.values(), *between.values()})
         self._named = {end: path for path, end in (*between.items(), *ends.items())}
@@ -258,6 +260,12 @@ class Mode:
             if is_alone and self._why_not_across(self.crossing(position), position) is None:
                 found[name] = (position, node)
         return {name: end for name, end in found.items() if name not in self.ends}
+
+    def after_module(self, position: int) -> tuple[str, int]:
+        """Describe a position for another mode, whose nodes may have other names."""
+        before = ((end, path) for path, (end, _) in self.ends.items() if end <= position)
+        end, path = max(before, default=(0, ""))
+        return path, position - end
 
     def _is_light(self, node: fx.Node) -> bool:
         """Return True if a node may cross beside features."""
