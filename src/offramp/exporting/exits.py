@@ -34,7 +34,7 @@ from offramp.offload.codec import channel_scales
 from offramp.policy.policies import Policy, State, ThresholdedPolicy, never_leave
 from offramp.runtime import Bundle, Step, with_thresholds
 from offramp.runtime.bundle import SINGLE_OUTPUTS, Padding, single_numbers
-from offramp.runtime.dense import map_cells
+from offramp.runtime.dense import MAP_STRIDES, map_cells
 from offramp.runtime.files import OnnxFile, TensorSpec
 
 Array = npt.NDArray[Any]
@@ -98,7 +98,7 @@ class ExitsExport:
             "steps": tuple(self._described(files, costs)),
             "plain_macs": costs.plain_macs,
             "padding": None if network.ragged is None else Padding(**asdict(network.ragged)),
-            "pixel_multiple": None if self._by_size is None else network.pixel_multiple,
+            "pixel_multiple": self._by_size[0] if self._by_size else None,
         }
 
     join = staticmethod(join_exits)
@@ -118,7 +118,7 @@ class ExitsExport:
         return [(nobody, replace(self, policy=stays))]
 
     @cached_property
-    def _by_size(self) -> _Formula | None:
+    def _by_size(self) -> tuple[int, _Formula] | None:
         return _macs_by_size(self.network, self.policy, self.inputs)
 
     @cached_property
@@ -200,7 +200,7 @@ class ExitsExport:
                 payload_bytes=0 if after is None else payload_bytes(*after.features, *after.state),
                 parameter_bytes=parameter_bytes(step.module(network, policy)),
                 **_by("length", by_length, plan),
-                **_by("size", self._by_size, plan),
+                **_by("size", self._by_size[1] if self._by_size else None, plan),
                 pixel_threshold=float(setting.pixel_threshold) if counts_pixels else None,
                 channel_scales=scales[plan.stages[0]],
             )
@@ -302,20 +302,30 @@ def _macs_by_length(network: MultiExitNetwork, policy: Policy, inputs: Features)
     return formula
 
 
-def _macs_by_size(network: MultiExitNetwork, policy: Policy, inputs: Features) -> _Formula | None:
-    """MACs up to each exit by the cells of feature maps; None where images have one size only.
+def _macs_by_size(
+    network: MultiExitNetwork, policy: Policy, inputs: Features
+) -> tuple[int, _Formula] | None:
+    """MACs up to each exit by the cells of feature maps, where sides are multiples of a number.
 
-    That is so too where maps are no whole parts of the image, as in a network that scales it.
+    None where images have one size only, or maps are no whole parts of any image, as in a network
+    that scales it.
     """
     if network.pixel_multiple is None:
         return None
-    sizes = [tuple(network.pixel_multiple * n for n in size) for size in _SIZES]
-    try:
-        with redirect_stderr(StringIO()):  # torch.fx prints where a graph failed
-            costs = [
-                network.costs(*(t.new_zeros((1, *t.shape[1:-2], *size)) for t in inputs))
-                for size in sizes
-            ]
-    except Exception:  # whatever a network for images of one size raises on others
-        return None
-    return _fitted(np.stack([map_cells(*size) for size in sizes]), policy, costs)
+    for times in (1, 2, 4, 8, 16, 32):  # so that all maps are whole parts of the image
+        multiple = times * network.pixel_multiple
+        if times > 1 and multiple > max(MAP_STRIDES):
+            break
+        sizes = [tuple(multiple * n for n in size) for size in _SIZES]
+        try:
+            with redirect_stderr(StringIO()):  # torch.fx prints where a graph failed
+                costs = [
+                    network.costs(*(t.new_zeros((1, *t.shape[1:-2], *size)) for t in inputs))
+                    for size in sizes
+                ]
+        except Exception:  # whatever a network for images of one size raises on others
+            return None
+        formula = _fitted(np.stack([map_cells(*size) for size in sizes]), policy, costs)
+        if formula is not None:
+            return multiple, formula
+    return None

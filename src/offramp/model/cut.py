@@ -27,6 +27,7 @@ from offramp.errors import (
 )
 from offramp.measure.cost import evaluation_mode, require_samples, run_and_count
 from offramp.model.chain import Chain
+from offramp.model.dense_heads import find_maps
 from offramp.model.entry import bound_by_name, with_logits_alone
 from offramp.model.exported import Exported
 from offramp.model.graph import Graph
@@ -42,6 +43,9 @@ from offramp.model.tracing import NotTraceableError
 
 _EVEN = 0.12
 """Cuts whose shares are so near to even ones end the search for better ones."""
+
+_NEAR = 0.05
+"""Of the backbone's MACs: the longest way to the end of a small block."""
 
 
 class Cutter(Protocol):
@@ -149,7 +153,7 @@ def add_exits(
         backbone, logits = with_logits_alone(backbone, inputs, output)
     check_logits(logits, backbone, inputs, num_classes)
     if paths is None:
-        cutter, stages, heads, features = _cut_evenly(backbone, inputs, num_exits, heads)
+        cutter, stages, heads, features = _cut_evenly(backbone, inputs, num_exits, heads, logits)
     else:
         cutter, stages, features = _cut_after(backbone, inputs, paths)
         heads = fit_heads(heads, stages, inputs, features, at=paths, num_read=cutter.num_read)
@@ -249,11 +253,15 @@ def cut_paths(backbone: nn.Module, example: Given) -> list[str]:
 
 
 def _narrow_paths(cutter: Cutter) -> list[str]:
+    return [p for p, position in _shortest(cutter.places).items() if cutter.is_narrow(position)]
+
+
+def _shortest(places: Mapping[str, int]) -> dict[str, int]:
+    """Each position once, in order, by the shortest of its paths."""
     named: dict[int, str] = {}
-    for path, position in cutter.places.items():
-        if cutter.is_narrow(position):
-            named[position] = min(path, named.get(position, path), key=len)
-    return [named[position] for position in sorted(named)]
+    for path, position in places.items():
+        named[position] = min(path, named.get(position, path), key=len)
+    return {named[position]: position for position in sorted(named)}
 
 
 class WorksOnCopies(nn.Module):
@@ -299,9 +307,10 @@ def _cut_evenly(
     inputs: Features,
     num_exits: int | None,
     heads: Sequence[nn.Module] | None,
+    logits: Tensor,
 ) -> tuple[Cutter, list[nn.Module], list[nn.Module], list[Features]]:
     """Cut where the cutter with the best places can, and that is proven."""
-    plans = _plans(backbone, inputs, num_exits)
+    plans = _plans(backbone, inputs, num_exits, logits)
     known: list[_Plan] = []
     failure: BackboneCutError | ShapeError | None = None
     while True:
@@ -323,26 +332,36 @@ def _cut_evenly(
             failure = failure or error
             continue
         if best.shares[0] > 0.5:
+            place = "whose output is a map" if logits.ndim == 4 else "where a single tensor crosses"
             warnings.warn(
                 f"The first exit of {type(backbone).__name__}, after {best.at[0]!r}, costs "
-                f"{best.shares[0]:.0%} of it: no earlier place was found where a single tensor "
-                "crosses. Name one with 'at' where more may cross.",
+                f"{best.shares[0]:.0%} of it: no earlier place was found {place}. Name one with "
+                "'at' where others may cross, and pass a head for it with 'heads'.",
                 stacklevel=3,
             )
         return best.cutter, stages, chosen, features
 
 
-def _plans(backbone: nn.Module, inputs: Features, num_exits: int | None) -> Iterator[_Plan]:
+def _plans(
+    backbone: nn.Module, inputs: Features, num_exits: int | None, logits: Tensor
+) -> Iterator[_Plan]:
     """Cuts at ends of modules, then at any position, by each cutter in turn."""
     most = 0
     for cutter in _cutters(backbone, inputs):
         by_module = {path: cutter.places[path] for path in _narrow_paths(cutter)}
-        for positions in (by_module, {**by_module, **cutter.between}):
-            most = max(most, len(positions))
-            if num_exits is not None and 2 <= num_exits <= len(positions) + 1:
-                yield _spread(backbone, cutter, inputs, positions, num_exits)
-            if not cutter.between:
-                break
+        choices = [by_module, {**by_module, **cutter.between}] if cutter.between else [by_module]
+        if logits.ndim == 4:
+            choices = [{**cutter.between, **_shortest(cutter.places)}]
+        for positions in choices:
+            is_askable = num_exits is not None and 2 <= num_exits <= len(positions) + 1
+            priced = _Priced(backbone, cutter, inputs, positions) if is_askable else None
+            groups: Sequence[Sequence[int]] = [range(len(positions))]
+            if priced is not None and logits.ndim == 4:
+                groups = _groups_with_maps(priced, inputs[0], logits)
+            for group in groups:
+                most = max(most, len(group))
+                if priced is not None and num_exits is not None and num_exits <= len(group) + 1:
+                    yield priced.plan(group, num_exits)
     if num_exits is None or not 2 <= num_exits <= most + 1:
         raise InvalidArgumentError(
             f"With at=\"auto\", the 'num_exits' parameter must be an int in [2, {most + 1}]: "
@@ -351,29 +370,54 @@ def _plans(backbone: nn.Module, inputs: Features, num_exits: int | None) -> Iter
         )
 
 
-def _spread(
-    backbone: nn.Module,
-    cutter: Cutter,
-    inputs: Features,
-    positions: Mapping[str, int],
-    num_exits: int,
-) -> _Plan:
-    """The positions that share the backbone's MACs out most evenly."""
-    paths = sorted(positions, key=positions.__getitem__)
-    macs = []
-    features = tuple(tensor[:1].clone() for tensor in inputs)
-    with evaluation_mode(backbone), torch.no_grad():
-        for stage in cutter.stages([positions[path] for path in paths]):
-            output, counted = run_and_count(stage, *features)
-            macs.append(counted)
-            features = as_features(output)
-    *until, total = accumulate(macs)
-    cuts = choose_cuts(until, total=total, num_exits=num_exits)
-    return _Plan(
-        cutter=cutter,
-        at=[paths[cut] for cut in cuts],
-        shares=[until[cut] / max(total, 1) for cut in cuts],
-    )
+class _Priced:
+    """Positions in order, what crosses each, and the MACs before it."""
+
+    def __init__(
+        self, backbone: nn.Module, cutter: Cutter, inputs: Features, positions: Mapping[str, int]
+    ) -> None:
+        self.cutter = cutter
+        self.paths = sorted(positions, key=positions.__getitem__)
+        self.features: list[Features] = []
+        macs = []
+        features = tuple(tensor[:1].clone() for tensor in inputs)
+        with evaluation_mode(backbone), torch.no_grad():
+            for stage in cutter.stages([positions[path] for path in self.paths]):
+                output, counted = run_and_count(stage, *features)
+                macs.append(counted)
+                features = as_features(output)
+                self.features.append(features)
+        *self.until, self.total = accumulate(macs)
+
+    def plan(self, group: Sequence[int], num_exits: int) -> _Plan:
+        """The positions of a group that share the backbone's MACs out most evenly."""
+        until = [self.until[k] for k in group]
+        cuts = choose_cuts(until, total=self.total, num_exits=num_exits)
+        return _Plan(
+            cutter=self.cutter,
+            at=[self.paths[group[cut]] for cut in cuts],
+            shares=[until[cut] / max(self.total, 1) for cut in cuts],
+        )
+
+    def is_within(self, k: int) -> bool:
+        """Return True inside a small block: less crosses shortly before, and shortly after."""
+        fewer = [
+            self.until[k] - until
+            for until, features in zip(self.until, self.features, strict=False)
+            if len(features) < len(self.features[k])
+        ]
+        near = self.total * _NEAR
+        return any(0 <= gap <= near for gap in fewer) and any(-near <= gap <= 0 for gap in fewer)
+
+
+def _groups_with_maps(priced: _Priced, images: Tensor, logits: Tensor) -> list[list[int]]:
+    """Positions whose output a dense head can read: first where nothing else crosses."""
+    sizes = images.shape[2:], logits.shape[2:]
+    found = [find_maps(features, *sizes) for features in priced.features[:-1]]
+    maps = {k: each for k, each in enumerate(found) if each and not priced.is_within(k)}
+    free = [k for k in maps if maps[k].grid is None]
+    alone = [k for k in free if len(priced.features[k]) == 1]
+    return [alone, free, list(maps)]
 
 
 def _cutters(backbone: nn.Module, inputs: Features) -> Iterator[Cutter]:
@@ -415,10 +459,11 @@ def _find_cutter(backbone: nn.Module, inputs: Features, at: Sequence[str] = ()) 
     return max(found, key=lambda cutter: len(_narrow_paths(cutter)))
 
 
-def _check_logits(backbone: nn.Module, inputs: Features, num_classes: int) -> None:
+def _check_logits(backbone: nn.Module, inputs: Features, num_classes: int) -> Tensor:
     with evaluation_mode(backbone), torch.no_grad(), explained(inputs):
         logits = logits_of(backbone, inputs)
     check_logits(logits, backbone, inputs, num_classes)
+    return logits
 
 
 def _positions(backbone: nn.Module, cutter: Cutter, at: Sequence[str]) -> list[int]:

@@ -6,15 +6,17 @@ Shapes: ``B`` batch, ``C`` channels or classes, ``H W`` pixels of a map.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offramp.errors import ShapeError
-
 _WIDEST = 64
 """Channels inside a head that is chosen for a map."""
+
+_MOST_OTHERS = 16
+"""Tokens that stand for no patch: a class token, registers."""
 
 
 class ReadsEverything(nn.Module):
@@ -40,32 +42,156 @@ def dense_head(channels: int, num_classes: int, *, width: int, fine: int = 2) ->
     )
 
 
+@dataclass(frozen=True)
+class Maps:
+    """The maps among the tensors that cross a cut.
+
+    Attributes:
+        read: Index and axis of channels of each, from coarse to fine.
+        finest: Height and width of the last.
+        grid: Rows and columns that the first tensor's tokens are laid out in; None for a map.
+    """
+
+    read: tuple[tuple[int, int], ...]
+    finest: tuple[int, int]
+    grid: tuple[int, int] | None = None
+
+
+def find_maps(
+    features: Sequence[Tensor],
+    image_size: Sequence[int],
+    size: Sequence[int],
+    axis: int | None = None,
+) -> Maps | None:
+    """Find what a dense head can read: the first tensor, and of each other size the newest map.
+
+    The first is a map, or tokens (B, T, C) of a grid; ``axis`` is its axis of channels, if known.
+    """
+    first = features[0]
+    if not first.is_floating_point() or first.ndim not in (3, 4):
+        return None
+    if first.ndim == 3:
+        axis = axis or 2
+        sides = _grid(first.shape[3 - axis], image_size)
+    else:
+        axis = axis or _channels_of_map(first, size)
+        sides = None if axis is None or axis == 2 else _sides(first, axis)
+    if axis is None or sides is None:
+        return None
+    found: dict[tuple[int, int], tuple[int, int]] = {}
+    for index, tensor in enumerate(features[1:], start=1):
+        other = _channels_of_map(tensor, size)
+        if other is not None:
+            found[_sides(tensor, other)] = index, other
+    found[sides] = 0, axis
+    coarse_to_fine = sorted(found)
+    return Maps(
+        read=tuple(found[each] for each in coarse_to_fine),
+        finest=coarse_to_fine[-1],
+        grid=sides if first.ndim == 3 else None,
+    )
+
+
+def _sides(map_: Tensor, axis: int) -> tuple[int, int]:
+    height, width = map_.shape[2:] if axis == 1 else map_.shape[1:3]
+    return height, width
+
+
+def _channels_of_map(tensor: Tensor, size: Sequence[int]) -> int | None:
+    """The axis of channels of a map that is shaped as the logits are; None for no such map."""
+    if tensor.ndim == 4 and tensor.is_floating_point():
+        for axis in (1, 3):
+            height, width = _sides(tensor, axis)
+            if abs(height * size[1] - width * size[0]) < max(size):  # less than a cell
+                return axis
+    return None
+
+
+def _grid(num_tokens: int, image_size: Sequence[int]) -> tuple[int, int] | None:
+    """Rows and columns of patches in an image, before which a few other tokens may stand."""
+    if len(image_size) != 2:
+        return None
+    height, width = image_size
+    for patch in range(1, min(height, width) + 1):
+        rows, columns = height // patch, width // patch
+        is_whole = rows * patch == height and columns * patch == width
+        if is_whole and 0 <= num_tokens - rows * columns <= min(_MOST_OTHERS, num_tokens // 2):
+            return rows, columns
+    return None
+
+
 def dense_head_for(
-    features: Tensor, num_classes: int, *, axis: int, size: tuple[int, int]
+    features: Sequence[Tensor], maps: Maps, num_classes: int, *, size: tuple[int, int]
 ) -> nn.Module:
-    """Choose the dense head that fits a stage's map."""
-    if features.ndim != 4 or axis not in (1, 3):
-        raise ShapeError(
-            "Expected a map of shape (B, C, H, W) or (B, H, W, C), since the backbone says a class "
-            f"for every pixel. Got features of shape {tuple(features.shape)}."
-        )
-    height, width = features.shape[2:] if axis == 1 else features.shape[1:3]
+    """Choose the dense head that fits what crosses a cut."""
+    (height, width), is_alone = maps.finest, len(maps.read) == 1
     scale = Fraction(size[0], height)
-    if scale != Fraction(size[1], width) or 1 not in (scale.numerator, scale.denominator):
-        raise ShapeError(
-            f"Expected a map whose height and width are a whole part or multiple of the {size[0]} "
-            f"x {size[1]} of the backbone's logits. Got {height} x {width}: an example whose sides "
-            "are a power of two may do."
+    is_whole = scale == Fraction(size[1], width) and 1 in (scale.numerator, scale.denominator)
+    times = scale.numerator if is_whole else 1
+    fine = 2 if is_alone and times % 2 == 0 else 1
+    heads = []
+    for index, axis in maps.read:
+        channels = features[index].shape[axis]
+        parts: list[nn.Module] = []
+        if index == 0 and maps.grid is not None:
+            parts = [TokensToMap(maps.grid, axis=axis)]
+        elif axis == 3:
+            parts = [ChannelsFirst()]
+        if is_alone and is_whole and scale < 1:
+            parts.append(nn.AvgPool2d(scale.denominator))
+        if index == 0:
+            head = dense_head(channels, num_classes, width=min(channels, _WIDEST), fine=fine)
+        else:
+            head = nn.Conv2d(channels, num_classes, 1)
+        heads.append(nn.Sequential(*parts, head))
+    last: list[nn.Module] = []
+    if not is_whole:
+        last = [nn.Upsample(size, mode="bilinear", align_corners=False)]
+    elif times > fine:
+        last = [nn.Upsample(scale_factor=times // fine, mode="bilinear", align_corners=False)]
+    elif scale < 1 and not is_alone:
+        last = [nn.AvgPool2d(scale.denominator)]
+    if is_alone:
+        return nn.Sequential(*heads[0], *last)
+    return MapsHead(heads, [index for index, _ in maps.read], nn.Sequential(*last))
+
+
+class MapsHead(ReadsEverything):
+    """Dense heads on maps of several sizes, whose logits are added up from coarse to fine.
+
+    Reference: Long et al. (2015), Fully Convolutional Networks, section 4.2, for the skips.
+    """
+
+    def __init__(self, heads: Sequence[nn.Module], read: Sequence[int], last: nn.Module) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+        self.last = last
+        self._read = tuple(read)
+
+    def forward(self, *features: Tensor) -> Tensor:
+        """Map what crosses the cut to logits."""
+        coarsest, *others = (
+            head(features[index]) for head, index in zip(self.heads, self._read, strict=True)
         )
-    channels, times = features.shape[axis], scale.numerator
-    fine = 2 if times % 2 == 0 else 1
-    parts: list[nn.Module] = [ChannelsFirst()] if axis == 3 else []
-    if scale < 1:
-        parts.append(nn.AvgPool2d(scale.denominator))
-    parts.append(dense_head(channels, num_classes, width=min(channels, _WIDEST), fine=fine))
-    if times > fine:
-        parts.append(nn.Upsample(scale_factor=times // fine, mode="bilinear", align_corners=False))
-    return nn.Sequential(*parts)
+        sum_BChw: Tensor = coarsest
+        for finer in others:
+            sum_BChw = finer + upsampled(sum_BChw, finer)
+        logits: Tensor = self.last(sum_BChw)
+        return logits
+
+
+class TokensToMap(nn.Module):
+    """Lays the last tokens out as a map of so many rows and columns."""
+
+    def __init__(self, size: tuple[int, int], *, axis: int) -> None:
+        super().__init__()
+        self._size, self._axis = size, axis
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map (B, T, C), or (B, C, T) where channels are axis 1, to (B, C, h, w)."""
+        tokens_BCT = tokens if self._axis == 1 else tokens.transpose(1, 2)
+        height, width = self._size
+        return tokens_BCT[:, :, -height * width :].reshape(*tokens_BCT.shape[:2], height, width)
 
 
 class ChannelsFirst(nn.Module):

@@ -10,7 +10,6 @@ the same modules; each of its stages runs the graph of the mode that it is in.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence, Set
 from functools import cached_property
 from itertools import pairwise
@@ -52,7 +51,15 @@ class Graph:
                 ends[path] = (evaluation.ends[path][0], training.ends[path][0])
             else:
                 self.refused[path] = why
-        between = _in_both(evaluation, training)
+        by_module = {training.after_module(end[0]): end for end in training.narrow.values()}
+        paired: dict[str, tuple[int, fx.Node]] = {}  # training's, by their names in evaluation
+        latest = 0
+        for name, (end, _) in evaluation.narrow.items():
+            found = by_module.get(evaluation.after_module(end))
+            if found is not None and found[0] > latest:
+                paired[name], latest = found, found[0]
+        training.narrow = paired
+        between = {name: (evaluation.narrow[name][0], end) for name, (end, _) in paired.items()}
         between = {n: both for n, both in between.items() if both not in ends.values()}
         self._ends = sorted({*ends.values(), *between.values()})
         self._named = {end: path for path, end in (*between.items(), *ends.items())}
@@ -90,20 +97,6 @@ class Graph:
             if crossing[0] != crossing[1]:
                 why = "in training more or fewer tensors cross there"
         return why
-
-
-def _in_both(evaluation: Mode, training: Mode) -> dict[str, tuple[int, int]]:
-    """Places between modules in evaluation and training: named alike, after the same modules."""
-    common = evaluation.ends.keys() & training.ends.keys()
-    ended = [sorted(mode.ends[path][0] for path in common) for mode in (evaluation, training)]
-    found: dict[str, tuple[int, int]] = {}
-    latest = 0
-    for name, (first, _) in sorted(evaluation.narrow.items(), key=lambda item: item[1][0]):
-        second = training.narrow[name][0] if name in training.narrow else 0
-        if second > latest and bisect_right(ended[0], first) == bisect_right(ended[1], second):
-            found[name] = (first, second)
-            latest = second
-    return found
 
 
 class TracedStage(nn.Module):
@@ -269,6 +262,12 @@ class Mode:
             if is_alone and self._why_not_across(self.crossing(position), position) is None:
                 found[name] = (position, node)
         return {name: end for name, end in found.items() if name not in self.ends}
+
+    def after_module(self, position: int) -> tuple[str, int]:
+        """Describe a position for another mode, whose nodes may have other names."""
+        before = ((end, path) for path, (end, _) in self.ends.items() if end <= position)
+        end, path = max(before, default=(0, ""))
+        return path, position - end
 
     def _is_light(self, node: fx.Node) -> bool:
         """Return True if a node may cross beside features."""

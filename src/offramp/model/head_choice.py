@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from offramp.errors import InvalidArgumentError, ShapeError, reason
 from offramp.measure.cost import evaluation_mode
 from offramp.model.axes import channel_axis, require_batch_first
-from offramp.model.dense_heads import ReadsEverything, dense_head_for
+from offramp.model.dense_heads import ReadsEverything, dense_head_for, find_maps
 from offramp.model.heads import TokenHead, head_for, token_head
 from offramp.model.multi_exit import Features, as_features
 
@@ -77,27 +77,27 @@ def choose_head(
     if features.ndim > 2:
         before, behind = stages[: after + 1], stages[after + 1 :]
         axis = channel_axis(before, behind, inputs, last_inputs=given)
+    if logits.ndim == 4:
+        size = (logits.shape[2], logits.shape[3])
+        maps = find_maps(stage_features[after], inputs[0].shape[2:], size, axis)
+        if maps is None:
+            raise ShapeError(
+                f"No exit head can be chosen for {where}: the backbone says a class for every "
+                "pixel, and they are no map (B, C, h, w) or (B, h, w, C), nor tokens (B, T, C) of "
+                "a grid of patches. Cut where a map is, or pass your own with 'heads'."
+            )
+        return dense_head_for(stage_features[after], maps, logits.shape[1], size=size).to(features)
     if axis is None:
         raise ShapeError(
             f"No exit head can be chosen for {where}: the weights around the cut do not tell which "
             "axis holds the channels. Pass your own with 'heads', one for each cut."
         )
-    if logits.ndim == 2 and is_causal and features.ndim == 3 and axis == 2:
+    if is_causal and features.ndim == 3 and axis == 2:
         return token_head(features.shape[2], logits.shape[1], pool="last").to(features)
-    if logits.ndim == 2:
-        head = head_for(features, logits.shape[1], axis=axis).to(features)
-        others = stage_features[after][1:]
-        reads_mask = (
-            isinstance(head, TokenHead) and others and others[0].shape == features.shape[:2]
-        )
-        return head if reads_mask or not others else ReadsFirst(head, 1)
-    size = (logits.shape[2], logits.shape[3])
-    try:
-        return dense_head_for(features, logits.shape[1], axis=axis, size=size).to(features)
-    except ShapeError as error:
-        raise ShapeError(
-            f"No exit head can be chosen for {where}: {error} Or pass your own with 'heads'."
-        ) from None
+    head = head_for(features, logits.shape[1], axis=axis).to(features)
+    others = stage_features[after][1:]
+    reads_mask = isinstance(head, TokenHead) and others and others[0].shape == features.shape[:2]
+    return head if reads_mask or not others else ReadsFirst(head, 1)
 
 
 def _is_causal(stages: Sequence[nn.Module], inputs: Features) -> bool:

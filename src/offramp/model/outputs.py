@@ -5,6 +5,7 @@ Shapes: ``B`` batch, ``C`` classes, ``h w`` cells of logits, ``H W`` pixels of a
 
 from __future__ import annotations
 
+import math
 from contextlib import redirect_stderr
 from io import StringIO
 from typing import Any
@@ -57,7 +58,7 @@ def _why_no_logits(logits: Tensor, batch_size: int, num_classes: int) -> str | N
 
 
 def find_pixel_multiple(network: MultiExitNetwork, inputs: Features, logits: Tensor) -> int | None:
-    """Find of what the height and width of images must be multiples, by trying."""
+    """Find a divisor of the height and width of all images that it takes, by trying."""
     if logits.ndim == 2:
         return None
     if len(inputs) > 1 or inputs[0].ndim != 4:
@@ -76,12 +77,7 @@ def find_pixel_multiple(network: MultiExitNetwork, inputs: Features, logits: Ten
                 for size in sizes
             ):
                 return multiple
-    if height != width:
-        raise InvalidArgumentError(
-            "Expected a backbone that takes images of several sizes, or square ones. Got one that "
-            f"takes {height} x {width} pixels only."
-        )
-    return int(height)
+    return math.gcd(height, width)
 
 
 def _cells(network: MultiExitNetwork, images: Tensor, size: tuple[int, int]) -> set[Any]:

@@ -165,22 +165,69 @@ def test_pixels_with_their_classes_on_the_last_axis_are_refused():
         add_exits(backbone, at=[], num_classes=CLASSES, example=IMAGES[:2])
 
 
-def test_maps_that_are_no_whole_part_of_the_logits_are_refused():
-    backbone = nn.Sequential(block(3, 4, stride=2), nn.Conv2d(4, CLASSES, 1), nn.Upsample((21, 21)))
-    with pytest.raises(ShapeError, match=r"after '0'.*21 x 21 .* Got 8 x 8") as caught:
-        add_exits(backbone, at=["0"], num_classes=CLASSES, example=IMAGES[:2])
+@pytest.mark.parametrize("size", [(16, 16), (16, 24)])
+def test_maps_that_are_no_whole_part_of_the_logits_are_interpolated(size):
+    last = nn.Upsample((21, size[1] + 5))
+    backbone = nn.Sequential(block(3, 4, stride=2), nn.Conv2d(4, CLASSES, 1), last)
+    images = torch.randn(2, 3, *size)
+    network = add_exits(backbone, at=["0"], num_classes=CLASSES, example=images).eval()
+    assert [logits.shape[2:] for logits in network(images)] == [(21, size[1] + 5)] * 2
+    assert size[0] % network.pixel_multiple == 0
+
+
+def tokens(num_others):
+    """Tokens of patches of 4 x 4 pixels, behind a few that stand for none."""
+
+    def run(self, x):
+        x = self.first(x).flatten(2).transpose(1, 2)
+        x = self.mix(torch.cat([self.others.expand(x.shape[0], -1, -1), x], 1))
+        x = self.norm(x)[:, num_others:].transpose(1, 2)
+        return self.last(x.unflatten(2, (4, 4)))
+
+    parts = {"first": nn.Conv2d(3, 6, 4, 4), "mix": nn.Linear(6, 6), "norm": nn.LayerNorm(6)}
+    backbone = BackboneOf(run, **parts, last=nn.Conv2d(6, CLASSES, 1))
+    backbone.others = nn.Parameter(torch.randn(1, num_others, 6))
+    return backbone
+
+
+def test_tokens_of_patches_are_laid_out_as_a_map():
+    network = add_exits(tokens(1), at=["mix"], num_classes=CLASSES, example=IMAGES[:2]).eval()
+    (features,) = network.run_stage(0, (IMAGES,))
+    assert features.shape == (6, 17, 6)
+    laid_out = network.exits[0][0](features)
+    torch.testing.assert_close(laid_out[:, :, 2, 3], features[:, 1 + 2 * 4 + 3])
+    assert [logits.shape[2:] for logits in network(IMAGES)] == [(4, 4)] * 2
+    assert network.pixel_multiple == 16
+
+
+def test_tokens_of_no_grid_get_no_dense_head():
+    with pytest.raises(ShapeError, match=r"after 'mix'.*\(2, 57, 6\).*no map.*Cut where") as caught:
+        add_exits(tokens(41), at=["mix"], num_classes=CLASSES, example=IMAGES[:2])
     assert "\n" not in str(caught.value)
 
 
-def test_features_without_pixels_get_no_dense_head():
-    backbone = nn.Sequential(
-        nn.Flatten(2),
-        nn.Conv1d(3, 6, 1),
-        nn.Unflatten(2, (16, 16)),
-        nn.Conv2d(6, CLASSES, 1),
-    )
-    with pytest.raises(ShapeError, match=r"after '1'.*a map of shape .*\(2, 6, 256\)"):
-        add_exits(backbone, at=["1"], num_classes=CLASSES, example=IMAGES[:2])
+def test_auto_spreads_dense_exits_over_skip_connections():
+    backbone = UNet()
+    network = add_exits(
+        backbone, at="auto", num_exits=3, num_classes=CLASSES, example=IMAGES[:2]
+    ).eval()
+    first, second, third = network.costs(IMAGES).stage_macs
+    assert min(first, second, third) > 0.2 * (first + second + third)
+    features = network.run_stage(0, (IMAGES,))
+    outputs = network(IMAGES)
+    assert {logits.shape for logits in outputs} == {(6, CLASSES, 16, 16)}
+    assert torch.equal(outputs[-1], backbone(IMAGES))
+    read = set()
+    for index in range(len(features)):
+        changed = [tensor + (i == index) for i, tensor in enumerate(features)]
+        if not torch.equal(network.run_exit(0, changed), outputs[0]):
+            read.add(features[index].shape[2:])
+    assert read == {tensor.shape[2:] for tensor in features} == {(8, 8), (16, 16)}
+    sum(logits.square().mean() for logits in outputs).backward()
+    assert all(p.grad is not None for p in network.parameters())
+    result = AdaptiveRunner(network, DensePolicy((0.5, 0.5), pixel_threshold=0.4)).run(IMAGES)
+    answers = torch.stack(outputs)[result.exit_index, torch.arange(6)]
+    torch.testing.assert_close(result.output, answers, rtol=1e-4, atol=1e-5)
 
 
 def test_given_dense_heads_must_have_logits_of_the_size_of_the_final_exit_s():
