@@ -155,7 +155,7 @@ def add_exits(
     if paths is None:
         cutter, stages, heads, features = _cut_evenly(backbone, inputs, num_exits, heads, logits)
     else:
-        cutter, stages, features = _cut_after(backbone, inputs, paths)
+        cutter, stages, features = _cut_after(backbone, inputs, paths, logits)
         heads = fit_heads(heads, stages, inputs, features, at=paths, num_read=cutter.num_read)
     network = MultiExitNetwork(stages, [*heads, nn.Identity()])
     network.share_keys_with(backbone)
@@ -170,20 +170,20 @@ def cut_stages(
     backbone: nn.Module, at: Sequence[str], *, num_classes: int, inputs: Features
 ) -> tuple[list[nn.Module], list[Features]]:
     """Cut a backbone as :func:`add_exits` does, without heads."""
-    _check_logits(backbone, inputs, num_classes)
-    _, stages, features = _cut_after(backbone, inputs, at)
+    logits = _check_logits(backbone, inputs, num_classes)
+    _, stages, features = _cut_after(backbone, inputs, at, logits)
     return stages, features
 
 
 def _cut_after(
-    backbone: nn.Module, inputs: Features, at: Sequence[str]
+    backbone: nn.Module, inputs: Features, at: Sequence[str], logits: Tensor
 ) -> tuple[Cutter, list[nn.Module], list[Features]]:
     """Cut by the first cutter that can; the first one's error if none can."""
     known = {path for path, _ in backbone.named_modules(remove_duplicate=False)}
     failure: BackboneCutError | None = None
     for cutter in _cutters(backbone, inputs):
         try:
-            return (cutter, *_cut(backbone, cutter, inputs, at))
+            return (cutter, *_cut(backbone, cutter, inputs, at, logits))
         except BackboneCutError as error:
             failure = failure or error
             if not set(at) <= known | cutter.between.keys():
@@ -193,11 +193,11 @@ def _cut_after(
 
 
 def _cut(
-    backbone: nn.Module, cutter: Cutter, inputs: Features, at: Sequence[str]
+    backbone: nn.Module, cutter: Cutter, inputs: Features, at: Sequence[str], logits: Tensor
 ) -> tuple[list[nn.Module], list[Features]]:
     """The stages, which do together what the backbone does, and the features of each."""
     apart = _RunApart(cutter.stages(_positions(backbone, cutter, at)))
-    difference = find_difference(backbone, apart, inputs)
+    difference = find_difference(backbone, apart, inputs, logits=logits)
     if difference is not None:
         cut = f"after {', '.join(at)}" if at else "at all"
         raise BackboneCutError(
@@ -324,7 +324,7 @@ def _cut_evenly(
         best = min(known, key=lambda plan: plan.unevenness)
         known.remove(best)
         try:
-            stages, features = _cut(backbone, best.cutter, inputs, best.at)
+            stages, features = _cut(backbone, best.cutter, inputs, best.at, logits)
             chosen = fit_heads(
                 heads, stages, inputs, features, at=best.at, num_read=best.cutter.num_read
             )
