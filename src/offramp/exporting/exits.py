@@ -8,6 +8,7 @@ from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from io import StringIO
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -273,9 +274,12 @@ def _fitted(basis: Array, policy: Policy, costs: Sequence[ExitCosts]) -> _Formul
         each.with_decisions(policy.decision_macs).exit_macs(policy.off_exits) for each in costs
     ]
     stages = [each.stage_macs for each in costs]
+    ranks = [np.linalg.matrix_rank(basis[:, k:]) for k in range(basis.shape[1])]
+    own = [k for k, (rank, after) in enumerate(pairwise([*ranks, 0])) if rank > after]
     fitted = []
     for macs in (np.array(exits), np.array(stages)):
-        numbers = np.linalg.lstsq(basis, macs, rcond=None)[0].round().astype(np.int64)
+        numbers = np.zeros((basis.shape[1], macs.shape[1]), dtype=np.int64)
+        numbers[own] = np.linalg.lstsq(basis[:, own], macs, rcond=None)[0].round()
         if (basis @ numbers != macs).any():
             return None
         fitted.append(numbers.T)

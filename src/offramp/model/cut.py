@@ -162,7 +162,7 @@ def add_exits(
     network.input_specs = input_specs
     network.num_classes = num_classes
     network.ragged = cutter.ragged
-    network.pixel_multiple = find_pixel_multiple(network, inputs, features[-1][0])
+    network.pixel_multiple = find_pixel_multiple(network, backbone, inputs, features[-1][0])
     return network
 
 

@@ -17,6 +17,7 @@ from offramp.errors import InvalidArgumentError
 from offramp.measure.cost import evaluation_mode
 from offramp.model.axes import channel_axis
 from offramp.model.multi_exit import Features, MultiExitNetwork
+from offramp.model.proof import logits_of
 
 _MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128)
 _LARGER = ((1, 3), (2, 1), (3, 2))
@@ -57,7 +58,9 @@ def _why_no_logits(logits: Tensor, batch_size: int, num_classes: int) -> str | N
     return None
 
 
-def find_pixel_multiple(network: MultiExitNetwork, inputs: Features, logits: Tensor) -> int | None:
+def find_pixel_multiple(
+    network: MultiExitNetwork, backbone: nn.Module, inputs: Features, logits: Tensor
+) -> int | None:
     """Find a divisor of the height and width of all images that it takes, by trying."""
     if logits.ndim == 2:
         return None
@@ -67,12 +70,13 @@ def find_pixel_multiple(network: MultiExitNetwork, inputs: Features, logits: Ten
             f"pixel. Got inputs of shape {[tuple(tensor.shape) for tensor in inputs]}."
         )
     (height, width), (final_height, final_width) = inputs[0].shape[2:], logits.shape[2:]
-    with evaluation_mode(network), torch.no_grad(), torch.random.fork_rng():
+    both = nn.ModuleList([network, backbone])
+    with evaluation_mode(both), torch.no_grad(), torch.random.fork_rng():
         for multiple in _MULTIPLES:
             up, right = -(-height // multiple), -(-width // multiple)
             sizes = [((up + i) * multiple, (right + j) * multiple) for i, j in _LARGER]
             if all(
-                _cells(network, inputs[0], size)
+                _cells(network, backbone, inputs[0], size)
                 == {(final_height * size[0] / height, final_width * size[1] / width)}
                 for size in sizes
             ):
@@ -80,11 +84,16 @@ def find_pixel_multiple(network: MultiExitNetwork, inputs: Features, logits: Ten
     return math.gcd(height, width)
 
 
-def _cells(network: MultiExitNetwork, images: Tensor, size: tuple[int, int]) -> set[Any]:
+def _cells(
+    network: MultiExitNetwork, backbone: nn.Module, images: Tensor, size: tuple[int, int]
+) -> set[Any]:
     """Heights and widths of the exits' logits for an image of this size; none if it fails."""
+    image = torch.randn(1, images.shape[1], *size, dtype=images.dtype, device=images.device)
     try:
         with redirect_stderr(StringIO()):  # torch.fx prints where a graph failed
-            outputs = network(images.new_zeros((1, images.shape[1], *size)))
+            outputs, expected = network(image.clone()), logits_of(backbone, (image,))
     except Exception:  # whatever a module raises on an image of another size
+        return set()
+    if not torch.equal(outputs[-1], expected):
         return set()
     return {tuple(logits.shape[2:]) for logits in outputs}

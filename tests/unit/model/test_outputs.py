@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from small_backbones import BackboneOf
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -10,6 +11,7 @@ from offramp import (
     FitConfig,
     Session,
     add_exits,
+    calibrate,
     collect,
     evaluate,
     export,
@@ -44,6 +46,23 @@ class UNet(nn.Module):
         up = self.up2(self.deep(self.pool(middle)))
         up = self.up1(self.fuse2(torch.cat([up, middle], 1)))
         return self.last(self.fuse1(torch.cat([up, fine], 1)))
+
+
+class PaddedUNet(nn.Module):
+    """Pads what comes up to the size of what comes across, as many U-Nets do."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.deep = block(3, 4), nn.Sequential(nn.MaxPool2d(2), block(4, 8))
+        self.up = nn.ConvTranspose2d(8, 4, 2, 2)
+        self.fuse, self.last = block(8, 4), nn.Conv2d(4, CLASSES, 1)
+
+    def forward(self, x):
+        fine = self.down(x)
+        up = self.up(self.deep(fine))
+        rows, columns = fine.size(2) - up.size(2), fine.size(3) - up.size(3)
+        up = F.pad(up, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])
+        return self.last(self.fuse(torch.cat([up, fine], 1)))
 
 
 def coarse():
@@ -127,6 +146,27 @@ def test_an_own_dense_network_is_exported(make, tmp_path):
         rtol=1e-4,
         atol=1e-4,
     )
+
+
+def test_a_unet_is_calibrated_and_its_bundle_takes_images_of_several_sizes(tmp_path):
+    network = add_exits(
+        PaddedUNet(), at="auto", num_exits=2, num_classes=CLASSES, example=IMAGES[:2]
+    ).eval()
+    assert network.pixel_multiple == 1
+    assert {tuple(logits.shape) for logits in network(IMAGES[..., :13])} == {(6, CLASSES, 16, 13)}
+    labels = network(IMAGES)[-1].argmax(1)
+    logits = collect(network, DataLoader(TensorDataset(IMAGES, labels), batch_size=3))
+    policy = calibrate(logits, max_drop=0.5).policy
+    runner = AdaptiveRunner(network, policy)
+    session = Session(export(network, policy, tmp_path / "bundle", IMAGES[:2], plain=False))
+    for size in ((16, 16), (24, 32)):
+        images = torch.randn(3, 3, *size)
+        found, expected = session.run(images.numpy()), runner.run(images)
+        assert found.exit_index.tolist() == expected.exit_index.tolist()
+        assert found.macs.tolist() == expected.macs.tolist()
+        torch.testing.assert_close(
+            torch.from_numpy(found.output), expected.output, rtol=1e-4, atol=1e-4
+        )
 
 
 def ends_in(run):
