@@ -56,7 +56,8 @@ def test_a_family_is_cut_trained_and_exported(import_or_skip, tmp_path, family):
     torch.testing.assert_close(alone[0], outputs[0][1:2], rtol=1e-3, atol=1e-4)
     sure = outputs[0].softmax(-1).amax(-1).sort().values
     policy = ThresholdPolicy((float(sure[2:4].mean()), math.inf), rule="max_probability")
-    session = offramp.Session(offramp.export(network, policy, tmp_path / "bundle", (ids, mask)))
+    folder = tmp_path / "bundle"
+    session = offramp.Session(offramp.export(network, policy, folder, (ids, mask), plain=False))
     result = session.run(ids.numpy(), mask.numpy())
     expected = torch.stack(outputs)[torch.as_tensor(result.exit_index), torch.arange(6)]
     torch.testing.assert_close(torch.as_tensor(result.output), expected, rtol=1e-3, atol=1e-4)

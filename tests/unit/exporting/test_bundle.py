@@ -76,7 +76,7 @@ def test_single_samples_run_as_one_graph_that_skips(exported):
 def test_a_wrong_file_for_single_samples_is_found(tmp_path, network, monkeypatch):
     policy = ThresholdPolicy((0.03, 0.02))
     other = mlp(in_features=6, widths=(5, 8, 7), num_classes=4).eval()
-    others = export(other, policy, tmp_path / "other", X)
+    others = export(other, policy, tmp_path / "other", X, plain=False)
 
     def write_another(bundle, *_):
         shutil.copy(others.folder / others.single_file, bundle.folder)
@@ -84,7 +84,7 @@ def test_a_wrong_file_for_single_samples_is_found(tmp_path, network, monkeypatch
 
     monkeypatch.setattr(export_module, "write_single", write_another)
     with pytest.raises(ExportMismatchError, match=r"of 64 samples went another way"):
-        export(network, policy, tmp_path / "bundle", X)
+        export(network, policy, tmp_path / "bundle", X, plain=False)
     assert not (tmp_path / "bundle").exists()
 
 
@@ -262,7 +262,7 @@ def test_branches_that_no_sample_takes_are_checked_too(tmp_path, network, monkey
 
     monkeypatch.setattr(export_module, "write_single", write_and_spoil)
     with pytest.raises(ExportMismatchError, match="logits differ"):
-        export(network, ThresholdPolicy((0.0, 0.0)), tmp_path / "bundle", X)
+        export(network, ThresholdPolicy((0.0, 0.0)), tmp_path / "bundle", X, plain=False)
 
 
 def test_networks_in_double_precision_are_exported(tmp_path, network):
@@ -346,7 +346,8 @@ def test_weights_of_another_precision_are_refused_before_anything_is_written(
 
 @pytest.mark.parametrize("precision", [torch.float16, torch.float64])
 def test_samples_of_another_precision_become_the_network_s(tmp_path, precision):
-    bundle = export(small(), ThresholdPolicy((0.5,)), tmp_path / "bundle", X.to(precision))
+    samples = X.to(precision)
+    bundle = export(small(), ThresholdPolicy((0.5,)), tmp_path / "bundle", samples, plain=False)
     assert Session(bundle).run(X.numpy()).output.dtype == np.float32
 
 
@@ -395,6 +396,7 @@ def test_preprocessing_and_calibration_are_kept(tmp_path):
         tmp_path / "bundle",
         torch.randn(20, 1, 8, 8),
         preprocessing=preprocessing,
+        plain=False,
         calibration={"policy": {"kind": "threshold"}, **CHOSEN},
     )
     read = read_bundle(tmp_path / "bundle")
@@ -423,12 +425,13 @@ def test_preprocessing_for_other_inputs_is_refused(preprocessing, words, tmp_pat
             tmp_path / "bundle",
             torch.randn(20, 1, 8, 8),
             preprocessing=preprocessing,
+            plain=False,
         )
     assert not (tmp_path / "bundle").exists()
 
 
 def test_without_a_policy_every_exit_is_on_and_left_by_the_certain(network, tmp_path):
-    bundle = export(network, None, tmp_path / "bundle", X)
+    bundle = export(network, None, tmp_path / "bundle", X, plain=False)
     assert [step.threshold for step in bundle.steps] == [1.0, 1.0, 0.0]
     assert bundle.policy["rule"] == "entropy"
     assert set(Session(bundle).run(X).exit_index.tolist()) == {2}
@@ -436,4 +439,5 @@ def test_without_a_policy_every_exit_is_on_and_left_by_the_certain(network, tmp_
 
 def test_without_a_policy_gates_are_as_they_were_trained(skip_network, tmp_path):
     images = torch.randn(20, 3, 16, 16)
-    assert export(skip_network, None, tmp_path / "bundle", images).policy["threshold"] == 0.5
+    bundle = export(skip_network, None, tmp_path / "bundle", images, plain=False)
+    assert bundle.policy["threshold"] == 0.5

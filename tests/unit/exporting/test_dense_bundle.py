@@ -1,42 +1,36 @@
-import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from small_dense import X, make_network, make_policy, write_bundle
 
-from offramp import AdaptiveRunner, AgreementPolicy, DensePolicy, Session, ShapeError, export
+from offramp import AdaptiveRunner, Session, ShapeError
 from offramp.calibration.collect import collect, collect_from_session
 from offramp.errors import InvalidArgumentError
 from offramp.exporting.quantize import quantize
 from offramp.measure.dense import label_maps
-from offramp.policy.confidence import pixel_share_confidence, top_probability
 from offramp.runtime import PlainSession
-from offramp.zoo.segmentation import segmentation
 
-INF = math.inf
-X = torch.randn(6, 3, 20, 24, generator=torch.Generator().manual_seed(0))
+
+@pytest.fixture(scope="module")
+def bundle_of(shared):
+    return lambda kind: shared(f"dense {kind}", partial(write_bundle, kind))
 
 
 @pytest.fixture(scope="module")
 def network():
-    torch.manual_seed(0)
-    return segmentation(num_classes=4, widths=(4, 6), stages=3, head_width=4).eval()
+    return make_network("share")
 
 
 @pytest.fixture(scope="module")
-def policy(network):
-    with torch.no_grad():
-        output = network(X)[0]
-    pixel_threshold = float(top_probability(output).median())
-    shares = pixel_share_confidence(output, pixel_threshold).sort().values
-    return DensePolicy((float(shares[2:4].mean()), INF), pixel_threshold=pixel_threshold)
+def policy():
+    return make_policy("share")
 
 
 @pytest.fixture(scope="module")
-def session(network, policy, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dense") / "bundle"
-    export(network, policy, folder, X)
-    return Session(folder, threads=1)
+def session(bundle_of):
+    return Session(bundle_of("share"), threads=1)
 
 
 @pytest.mark.parametrize("batch", [1, 6])
@@ -89,11 +83,11 @@ def test_a_bundle_says_what_its_network_says(network, session):
     assert torch.equal(of_bundle.confusion_KNCC, of_network.confusion_KNCC[[0, 2]])
 
 
-def test_agreement_hands_its_memory_on(network, tmp_path):
-    policy = AgreementPolicy((1.0, 0.5))
-    session = Session(export(network, policy, tmp_path / "bundle", X, plain=False))
+def test_agreement_hands_its_memory_on(bundle_of):
+    session = Session(bundle_of("agreement"))
+    runner = AdaptiveRunner(make_network("agreement"), make_policy("agreement"))
     for images in (X, X[:1]):
-        expected = AdaptiveRunner(network, policy).run(images)
+        expected = runner.run(images)
         found = session.run(images.numpy())
         assert found.exit_index.tolist() == expected.exit_index.tolist()
         np.testing.assert_allclose(found.confidence, expected.confidence.numpy(), atol=1e-5)

@@ -87,7 +87,9 @@ def test_it_is_trained_calibrated_run_and_exported(make, add, options, tmp_path)
     expected = family.reference(network, choice.policy, inputs)
     torch.testing.assert_close(result.output, expected.output, rtol=1e-4, atol=1e-5)
     one_step = {"layers_per_step": 2} if family.name == "halting" else {}
-    session = off.Session(off.export(network, choice, tmp_path / "b", inputs, **one_step))
+    session = off.Session(
+        off.export(network, choice, tmp_path / "b", inputs, plain=False, **one_step)
+    )
     for rows in (slice(0, 16), slice(0, 1), slice(3, 4)):
         given = [tensor[rows].numpy() for tensor in inputs]
         answer = session.run(*given)
