@@ -121,14 +121,17 @@ def missing_extra(what: str, error: ModuleNotFoundError) -> MissingExtraError:
     package = (error.name or "").partition(".")[0]
     if package == "offramp":
         raise error
-    extra = "serve" if package in _SERVING else "calibrate" if package == "scipy" else "train"
+    extra = next((extra for extra, known in _EXTRAS.items() if package in known), "train")
     return MissingExtraError(
         f"{what} needs {error.name}, which is not installed: pip install 'offramp[{extra}]'"
     )
 
 
-_SERVING = ("aiohttp", "google", "grpc", "prometheus_client", "tritonclient", "zstandard")
-"""Packages of the extra ``serve``; scipy comes with ``calibrate``, others with ``train``."""
+_EXTRAS = {
+    "serve": ("aiohttp", "google", "grpc", "prometheus_client", "tritonclient", "zstandard"),
+    "calibrate": ("pyarrow", "scipy"),
+}
+"""Packages by the extra that brings them; all others that may be missing come with ``train``."""
 
 
 class FewSamplesWarning(UserWarning):

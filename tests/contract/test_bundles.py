@@ -1,6 +1,7 @@
 """The contract of every family's bundles; the toy of these tests has none."""
 
 import json
+import math
 import urllib.request
 from dataclasses import replace
 
@@ -10,10 +11,14 @@ import pytest
 import torch
 from served import serve_in_thread
 
+from offramp.calibration.bundles import collect_steps, sweep_session
 from offramp.calibration.collect import collect, collect_from_session
+from offramp.calibration.evidence import calibrate
+from offramp.calibration.thresholds import confidences
 from offramp.errors import DataError, ExportMismatchError
 from offramp.evaluation.evaluate import evaluate
 from offramp.evaluation.processes import _all_steps, time_bundle
+from offramp.evaluation.sweeping import collect_sweep
 from offramp.exporting.bundle import check_parity
 from offramp.families import reference_of
 from offramp.families.agreement import answer_in_batches, compare
@@ -106,6 +111,26 @@ def test_collecting_from_a_bundle_is_collecting_from_its_network(exported):
     assert found.costs.exit_macs() == expected.costs.exit_macs()
     with pytest.raises(DataError, match="at least one sample"):
         collect_from_session(Session(bundle), [])
+
+
+def test_a_bundle_is_calibrated_as_its_network(exported):
+    example, bundle = exported
+    if example.family.thresholds is None:
+        found, expected = (
+            collect_steps(Session(bundle), example.batches),
+            collect(example.network, example.batches),
+        )
+        rule = replace(example.policy, thresholds=(math.inf,) * (found.costs.num_exits - 1))
+        assert found.decided_by == rule
+        known_KN, asked_KN = (confidences(logits, rule) for logits in (found, expected))
+        np.testing.assert_allclose(known_KN, asked_KN, atol=1e-5)
+    else:
+        found = sweep_session(Session(bundle), example.batches)
+        expected, rule = collect_sweep(example.network, example.batches), None
+        assert (found.thresholds, found.policy) == (expected.thresholds, expected.policy)
+        np.testing.assert_allclose(found.mean_macs_K, expected.mean_macs_K, rtol=0.02)
+    chosen = [calibrate(evidence, max_drop=0.4, rule=rule) for evidence in (found, expected)]
+    assert chosen[0].mean_macs == pytest.approx(chosen[1].mean_macs, rel=0.02)
 
 
 def test_a_bundle_is_evaluated_as_its_network(exported):

@@ -265,7 +265,6 @@ REFUSED = {
     "int8": ("export run --quantize int8", ("--quantize", "halting")),
     "steps": ("export run --layers-per-step 9", ("layers_per_step", "[1, 4]")),
     "rival": ("evaluate run --plain run", ("no halting", "variant=plain")),
-    "frontier": ("frontier run/bundle", ("drops tokens", "Give the run")),
     "nothing to draw": ("show plain --image 0.png", ("tokens halt", "nothing to draw")),
     "bundle": ("show run/bundle --image 0.png", ("is a bundle", "Give the run")),
     "no image": ("show run --image nowhere.png", ("no image file nowhere.png",)),

@@ -96,6 +96,33 @@ def test_evaluate_says_the_same_of_run_and_bundle(run, figures_of, offramp):
     assert table_of_bundle.stdout == table_of_run.stdout
 
 
+def test_a_bundle_is_calibrated_and_drawn_as_its_run(run, offramp, figures_of):
+    of_run, of_bundle = (
+        figures_of("frontier", folder, "--points", 3)["runs"][0] for folder in (run, run / "bundle")
+    )
+    for found, expected in zip(of_bundle["points"], of_run["points"], strict=True):
+        assert found["thresholds"] == expected["thresholds"]
+        assert found["mean_macs"] == pytest.approx(expected["mean_macs"], rel=0.01)
+    for folder in (run, run / "bundle"):
+        outcome = offramp("calibrate", folder, "--max-drop", 0.2, "--guarantee", 0.9)
+        assert (outcome.code, outcome.stderr) == (0, "")
+        assert "of the gates, chosen on 269 calibration samples" in outcome.stdout
+        assert "skipping loses at most 20 percentage points" in outcome.stdout
+    bundle = read_bundle(run / "bundle")
+    front, promise = bundle.calibration.front, bundle.calibration.guarantee
+    assert front.points[0].thresholds == (0.0,)
+    assert front.points[front.passed - 1].thresholds == (bundle.skip.threshold,)
+    assert front.passed == promise["num_passed"] > 1
+    of_run = load(run).calibration
+    assert offramp("export", run).code == 0
+    exported = read_bundle(run / "bundle").calibration
+    assert (len(exported.front.points), exported.front.passed) == (
+        len(of_run["front"]["points"]),
+        of_run["front"]["passed"],
+    )
+    assert exported.data.hashes == of_run["data"]["hashes"]
+
+
 def test_predict_prints_the_same_lines_for_run_and_bundle(run, offramp):
     pictures = []
     for number, pixels in enumerate(load_digits().images[:6]):
@@ -138,7 +165,6 @@ def test_a_bundle_of_an_older_policy_is_not_timed_with_the_run(run, offramp, ref
     [
         ("export run --quantize int8 --out int8", ("--quantize", "threshold of gates")),
         ("evaluate run/bundle --plain run/bundle", ("--plain", "gates")),
-        ("frontier run/bundle", ("skips blocks", "Give the run")),
     ],
 )
 def test_what_is_about_exits_is_refused_in_a_line(run, refuses, command, words):

@@ -192,6 +192,16 @@ def test_bundle_is_calibrated_and_judged_without_torch(command, words, own):
     assert words in outcome.stdout
 
 
+def test_missing_scipy_is_named_with_its_extra(own):
+    outcome = run_python(
+        f"import sys; sys.modules['scipy'] = None; "
+        f"sys.argv = ['offramp', 'evaluate', {str(own)!r}]\n"
+        "from offramp.cli import main; main()"
+    )
+    assert outcome.returncode == 2
+    assert "pip install 'offramp[calibrate]'" in outcome.stderr
+
+
 def test_missing_pillow_is_named_with_its_extra(tmp_path):
     outcome = run_python(
         "import sys; sys.modules['PIL'] = None\n"

@@ -6,7 +6,7 @@ Shapes: ``K`` exits, ``N`` samples, ``C`` classes, ``H W`` pixels of masks, ``h 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
@@ -148,9 +148,14 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
         Returns:
             The figures.
         """
-        correct_KN = as_array(self.correct_KN).astype(np.float64)
-        left_by = correct_KN[exit_N, np.arange(len(exit_N))]
-        return Figures(accuracy=float(np.average(left_by, weights=self.weights_N)))
+        return next(self.figures_each([exit_N]))
+
+    def figures_each(self, exits_JN: Iterable[npt.NDArray[np.int64]]) -> Iterator[Figures]:
+        """Measure the answers by each of several choices of exits."""
+        correct_KN, weights_N = as_array(self.correct_KN).astype(np.float64), self.weights_N
+        for exit_N in exits_JN:
+            left_by = correct_KN[exit_N, np.arange(len(exit_N))]
+            yield Figures(accuracy=float(np.average(left_by, weights=weights_N)))
 
     def samples_at(
         self, exit_index: int
@@ -238,8 +243,11 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
 
     def measure_each(self, policies: Sequence[ThresholdedPolicy]) -> Iterator[Calibration]:
         """Let the samples leave as each policy says."""
-        for policy, exit_N in zip(policies, self._left_by(policies), strict=True):
-            yield self._measured(policy, exit_N)
+        exits_JN = list(self._left_by(policies))
+        last_N = np.full(len(self.labels_N), self.costs.num_exits - 1)
+        final, *reached = self.figures_each([last_N, *exits_JN])
+        for policy, exit_N, figures in zip(policies, exits_JN, reached, strict=True):
+            yield self._measured(policy, exit_N, figures, final)
 
     def _left_by(self, policies: Sequence[ThresholdedPolicy]) -> Iterator[npt.NDArray[np.int64]]:
         """Yield the exits that samples leave by."""
@@ -250,7 +258,13 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
                 known[off] = confidences(self, policy, off)
             yield exits_left_by(known[off], policy.thresholds)
 
-    def _measured(self, policy: ThresholdedPolicy, exit_N: npt.NDArray[np.int64]) -> Calibration:
+    def _measured(
+        self,
+        policy: ThresholdedPolicy,
+        exit_N: npt.NDArray[np.int64],
+        figures: Figures,
+        final: Figures,
+    ) -> Calibration:
         exit_macs = self.costs.with_decisions(policy.decision_macs).exit_macs(policy.off_exits)
         macs_N, weights_N = np.array(exit_macs, dtype=np.float64)[exit_N], self.weights_N
         leaving_K = np.bincount(exit_N, weights=weights_N, minlength=len(exit_macs)) / len(exit_N)
@@ -258,13 +272,13 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
         return Calibration(
             policy=policy,
             mean_macs=float(np.average(macs_N, weights=weights_N)),
-            final_exit=self.figures(np.full_like(exit_N, len(exit_macs) - 1)),
+            final_exit=final,
             plain_macs=self.plain_macs,
             num_samples=len(exit_N),
             exits=tuple(
                 ExitOfCalibration(index=k, share=share, macs=macs) for k, share, macs in rows
             ),
-            **vars(self.figures(exit_N)),
+            **vars(figures),
         )
 
     def safest_first(
@@ -418,12 +432,12 @@ class DenseLogits(ExitLogits):
         matrices = torch.from_numpy(mean_J).reshape(-1, num_classes, num_classes)
         return mean_iou(matrices).numpy()
 
-    def figures(self, exit_N: npt.NDArray[np.int64]) -> Figures:
+    def figures_each(self, exits_JN: Iterable[npt.NDArray[np.int64]]) -> Iterator[Figures]:
         """Mean IoU and share of right pixels, by the sum of the images' matrices."""
-        summed_CC = self._confusion[exit_N, np.arange(len(exit_N))].sum(0)
-        return Figures(
-            accuracy=float(pixel_accuracy(summed_CC)), mean_iou=float(mean_iou(summed_CC))
-        )
+        for exit_N in exits_JN:
+            summed_CC = self._confusion[exit_N, np.arange(len(exit_N))].sum(0)
+            accuracy, of_classes = float(pixel_accuracy(summed_CC)), float(mean_iou(summed_CC))
+            yield Figures(accuracy=accuracy, mean_iou=of_classes)
 
     def samples_at(
         self, exit_index: int
