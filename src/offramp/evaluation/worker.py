@@ -1,8 +1,8 @@
 """A process that times one engine: ``python -m offramp.evaluation.worker SPEC``.
 
 SPEC is JSON: the engine (``backend``), the run or bundle (``folder``), a ``.npy`` file of real
-samples (``inputs``), one of the MACs of each over its own plain ones (``shares``; where it is left
-out, the first samples are timed), and ``threads``.
+samples for each of its ``inputs``, one of the MACs of each over its own plain ones (``shares``;
+where it is left out, the first samples are timed), and ``threads``.
 :class:`~offramp.evaluation.stopwatch.ProcessStopwatch` asks.
 """
 
@@ -13,13 +13,16 @@ import sys
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from offramp.evaluation.stopwatch import LocalStopwatch, Stopwatch, representative_rows, serve
+
+Array = npt.NDArray[Any]
 
 
 def make_stopwatch(spec: dict[str, Any]) -> Stopwatch:
     """Load what is to be timed."""
-    inputs = np.load(spec["inputs"])
+    inputs = [np.load(file) for file in spec["inputs"]]
     shares = np.load(spec["shares"]).tolist() if "shares" in spec else None
     if spec["backend"] == "torch":
         import torch
@@ -31,7 +34,7 @@ def make_stopwatch(spec: dict[str, Any]) -> Stopwatch:
         torch.set_num_threads(spec["threads"])
         run = load(spec["folder"])
         runner = make_runner(run.network, run.policy)
-        return torch_stopwatch(runner, torch.from_numpy(inputs), shares)
+        return torch_stopwatch(runner, torch.from_numpy(inputs[0]), shares)
     from offramp.evaluation.bundle_contenders import bundle_contenders
     from offramp.runtime import Session
 
@@ -39,11 +42,15 @@ def make_stopwatch(spec: dict[str, Any]) -> Stopwatch:
     return LocalStopwatch(
         lambda size, count: bundle_contenders(
             session,
-            np.split(inputs[representative_rows(shares, size * count)], count),
+            _in_batches(inputs, representative_rows(shares, size * count), count),
             threads=spec["threads"],
         ),
-        num_samples=len(inputs),
+        num_samples=len(inputs[0]),
     )
+
+
+def _in_batches(inputs: list[Array], rows: list[int], count: int) -> list[list[Array]]:
+    return [[tensor[part] for tensor in inputs] for part in np.split(np.array(rows), count)]
 
 
 if __name__ == "__main__":
