@@ -25,7 +25,7 @@ def evaluate(asked: Evaluate) -> None:
 
 def measure(asked: Evaluate) -> dict[str, Any]:
     """Evaluate a run or a bundle."""
-    opened = open_artifact(asked.run, asked.device)
+    opened = open_artifact(asked.run, asked.device, asked.network)
     samples = opened.samples.load(asked.split, data=asked.data, subset=asked.subset)
     batches, split = samples.batches, samples.split
     seen = opened.has_seen(split, samples.fingerprint)
@@ -49,6 +49,8 @@ def measure(asked: Evaluate) -> dict[str, Any]:
         beside = _beside(asked.plain, figures(_open_rival(asked.plain, asked.device, opened)))
     evaluation = replace(figures(opened, opened.target), **beside)
     content = {"recipe": opened.recipe, "split": split, **evaluation.to_dict()}
+    if opened.recipe is None:
+        content["data"] = samples.name
     if seen:
         content["in_sample"] = True
     if asked.json_file != "-":

@@ -49,9 +49,11 @@ def time_in_processes(
     *,
     batch_sizes: Sequence[int] = (1, 32, 256),
     rounds: int = 15,
+    network: str | None = None,
 ) -> Timing:
     """Time engines on the CPU in turn, each in its own process.
 
+    ``network`` is the FILE.py:function that builds that of a run, where no recipe does.
     Before the clock starts, every engine's answers are checked against choosing afterwards.
     """
     check_batch_sizes(batch_sizes, num_samples=len(inputs))
@@ -60,7 +62,7 @@ def time_in_processes(
     if "onnxruntime" in folders:
         _check_bundle(folders["onnxruntime"], runner, inputs)
     spent = Spent.of(result, runner.network.plain_macs(inputs))
-    with _stopwatches(folders, (inputs,), spent.shares) as stopwatches:
+    with _stopwatches(folders, (inputs,), spent.shares, network) as stopwatches:
         return time_engines(
             stopwatches,
             result,
@@ -109,7 +111,10 @@ def time_bundle(
 
 @contextmanager
 def _stopwatches(
-    folders: Mapping[str, Path], inputs: Features, shares: Sequence[float]
+    folders: Mapping[str, Path],
+    inputs: Features,
+    shares: Sequence[float],
+    network: str | None = None,
 ) -> Iterator[dict[str, Stopwatch]]:
     """A process for each engine, until the block ends."""
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
@@ -123,6 +128,7 @@ def _stopwatches(
             spec = {
                 "backend": backend,
                 "folder": str(folder),
+                "network": network,
                 "inputs": samples,
                 "shares": str(of_plain),
                 "threads": torch.get_num_threads(),

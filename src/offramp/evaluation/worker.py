@@ -1,8 +1,9 @@
 """A process that times one engine: ``python -m offramp.evaluation.worker SPEC``.
 
-SPEC is JSON: the engine (``backend``), the run or bundle (``folder``), a ``.npy`` file of real
-samples for each of its ``inputs``, one of the MACs of each over its own plain ones (``shares``;
-where it is left out, the first samples are timed), and ``threads``.
+SPEC is JSON: the engine (``backend``), the run or bundle (``folder``), the FILE.py:function of a
+``network`` of the user's own or null, a ``.npy`` file of real samples for each of its ``inputs``,
+one of the MACs of each over its own plain ones (``shares``; where it is left out, the first samples
+are timed), and ``threads``.
 :class:`~offramp.evaluation.stopwatch.ProcessStopwatch` asks.
 """
 
@@ -29,10 +30,10 @@ def make_stopwatch(spec: dict[str, Any]) -> Stopwatch:
 
         from offramp.evaluation.timing import torch_stopwatch
         from offramp.families import make_runner
-        from offramp.runs.run import load
+        from offramp.runs.own_network import load_run
 
         torch.set_num_threads(spec["threads"])
-        run = load(spec["folder"])
+        run = load_run(spec["folder"], spec["network"])
         runner = make_runner(run.network, run.policy)
         return torch_stopwatch(runner, torch.from_numpy(inputs[0]), shares)
     from offramp.evaluation.bundle_contenders import bundle_contenders

@@ -17,19 +17,26 @@ from offramp.calibration.logits import ExitLogits
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.families import FAMILIES, family_of, make_runner
 from offramp.families.family import Family, TorchRunner
+from offramp.model.multi_exit import Features, as_features
 from offramp.policy.as_dict import policy_to_dict
 from offramp.policy.policies import Policy
 from offramp.policy.routing_policy import RoutingPolicy
 from offramp.recipes.recipe import Recipe
 from offramp.results import AdaptiveResult
-from offramp.runs.run import CALIBRATION_SPLIT, is_in_sample, load
+from offramp.runs.own_network import load_run
+from offramp.runs.run import CALIBRATION_SPLIT, Run, is_in_sample
 from offramp.runtime import Bundle, Session, read_bundle
 from offramp.runtime.answers import SampleAnswer, describe_answers
 from offramp.runtime.bundle import BUNDLE_FILE, is_bundle
 from offramp.runtime.examples import example_inputs
 from offramp.runtime.preprocessing import AnyPreprocessing
 from offramp.workflow.preprocessing import preprocessing_of
-from offramp.workflow.samples import AnySamples, OwnSamples, RecipeSamples
+from offramp.workflow.samples import (
+    AnySamples,
+    RecipeSamples,
+    samples_of_bundle,
+    samples_of_run,
+)
 from offramp.zoo import Network
 
 
@@ -82,43 +89,66 @@ def pick_device(device: str | None) -> str:
     return device
 
 
-def open_artifact(folder: Path, device: str | None = None) -> Artifact:
-    """Open a run, which torch runs, or a bundle, which onnxruntime runs."""
-    if is_bundle(folder):
-        return _open_bundle(folder, device)
-    return _open_run(folder, device)
+def open_artifact(folder: Path, device: str | None = None, network: str | None = None) -> Artifact:
+    """Open a run, which torch runs, or a bundle, which onnxruntime runs.
+
+    ``network`` is the FILE.py:function of the command line, for a run of a network of one's own.
+    """
+    if not is_bundle(folder):
+        return _open_run(folder, device, network)
+    refuse_network(folder, network)
+    return _open_bundle(folder, device)
 
 
-def _open_run(folder: Path, device: str | None) -> Artifact:
-    loaded = load(folder)
-    recipe = loaded.require_recipe()
+def refuse_network(bundle: Path, network: str | None) -> None:
+    """Raise InvalidArgumentError if code was given for a bundle, which runs without."""
+    if network is not None:
+        raise InvalidArgumentError(
+            f"--network is for a run. {bundle} is a bundle, which holds its network: leave it out."
+        )
+
+
+def _open_run(folder: Path, device: str | None, named: str | None) -> Artifact:
+    loaded = load_run(folder, named)
+    recipe = loaded.recipe
     where = pick_device(device)
     network = loaded.network.to(where)
     return Artifact(
         runner=make_runner(network, loaded.policy),
         device=where,
-        name=recipe.name,
-        recipe=recipe.name,
-        samples=RecipeSamples(recipe=recipe, data=loaded.data, class_names=loaded.class_names),
+        name=loaded.folder.name if recipe is None else recipe.name,
+        recipe=None if recipe is None else recipe.name,
+        samples=samples_of_run(loaded),
         class_names=loaded.class_names,
         num_exits=network.num_exits,
         family=family_of(network),
         target=Asked.from_record(loaded.calibration),
-        preprocessing=recipe.preprocessing,
+        preprocessing=partial(preprocessing_of_run, loaded),
         collect=partial(collect, network),
         has_seen=partial(is_in_sample, loaded),
     )
+
+
+def preprocessing_of_run(run: Run) -> AnyPreprocessing:
+    """Say how samples become the inputs of a run."""
+    found = run.preprocessing if run.recipe is None else run.recipe.preprocessing()
+    if found is None:
+        raise ArtifactError(
+            f"The run {run.folder} does not say how samples become its inputs. Save it with "
+            "preprocessing=Preprocessing(...) or TextPreprocessing(...)."
+        )
+    return found
 
 
 def answer_run(
     network: Network,
     policy: Policy | RoutingPolicy | None,
     class_names: tuple[str, ...],
-    inputs: Tensor,
+    inputs: Tensor | Features,
 ) -> list[SampleAnswer]:
     """Say what a run answers, sample by sample."""
     runner = make_runner(network, policy)
-    result = runner.run(inputs)
+    result = runner.run(*as_features(inputs))
     arrays: dict[str, Any] = {
         name: None if part is None else part.cpu().numpy() for name, part in vars(result).items()
     }
@@ -126,8 +156,8 @@ def answer_run(
         AdaptiveResult(**arrays),
         policy=policy_to_dict(runner.policy),
         class_names=class_names,
-        plain_macs_B=network.plain_macs(inputs).numpy(),
-        size=tuple(inputs.shape[2:]),
+        plain_macs_B=network.plain_macs(*as_features(inputs)).numpy(),
+        size=tuple(as_features(inputs)[0].shape[2:]),
     )
 
 
@@ -145,7 +175,7 @@ def _open_bundle(folder: Path, device: str | None) -> Artifact:
     if recipe is None:
         preprocessing, note = preprocessing_of(bundle)
         num_classes = session.run(*example_inputs(bundle)).output.shape[1]
-        samples = OwnSamples(bundle=bundle, preprocessing=preprocessing, num_classes=num_classes)
+        samples = samples_of_bundle(bundle, preprocessing, num_classes=num_classes)
     else:
         samples = RecipeSamples(recipe=recipe, data=None, class_names=bundle.class_names)
     return Artifact(

@@ -18,8 +18,9 @@ from offramp.decoding import parse_json
 from offramp.errors import DataError, InvalidArgumentError
 from offramp.evaluation.sweeping import collect_sweep
 from offramp.families import family_of
-from offramp.runs.run import CALIBRATION_SPLIT, Run, load_batches
+from offramp.runs.run import Run, load_batches
 from offramp.workflow.artifact import pick_device
+from offramp.workflow.samples import CALIBRATION, samples_of_run
 from offramp.zoo import Network
 
 _NUM_FINDING, _NUM_SIZING = 4_000, 1_000
@@ -68,18 +69,17 @@ def hold_out(
     The prior is uniform, a JSON file with the share of each class, or None: as they were drawn.
     """
     where = pick_device(device)
-    recipe = run.require_recipe()
-    batches, names, fingerprint = load_batches(recipe, CALIBRATION_SPLIT, data or run.data)
+    samples = samples_of_run(run).load(data=data, preferred=CALIBRATION)
+    batches, names = samples.batches, samples.class_names
     shares = None if prior is None else read_prior(prior, names)
     network = run.network.to(where)
     evidence = evidence_by(network)(batches).for_population(shares)
-    drawn = "uniform" if recipe.uniform_prior else "as in train"
     about = {
-        "name": recipe.data,
-        "split": CALIBRATION_SPLIT,
+        "name": samples.name,
+        "split": samples.split,
         "num_samples": len(batches),
-        **describe_population(evidence, name_prior(prior, shares, names) or drawn),
-        "sha256": fingerprint,
+        **describe_population(evidence, name_prior(prior, shares, names) or samples.class_prior),
+        "sha256": samples.fingerprint,
     }
     return HeldOut(run=run, device=where, batches=batches, evidence=evidence, data=about)
 

@@ -33,9 +33,10 @@ def time(
     split: str | None = None,
     subset: int | None = None,
     device: str | None = None,
+    network: str | None = None,
 ) -> Timing:
     """Time each backend on its folder; a lone one in this process."""
-    opened = open_artifact(run, device)
+    opened = open_artifact(run, device, network)
     use_threads(threads)
     batches = opened.samples.load(split, data=data, subset=subset).batches
     count = min(_SAMPLES, max(LEAST_SAMPLES, 8 * batches.run_batch_size))
@@ -54,7 +55,11 @@ def time(
     runner.network.cpu()
     folders = {"torch": run, "onnxruntime": bundle or run / BUNDLE_FOLDER}
     return time_in_processes(
-        runner, inputs, {name: folders[name] for name in backends}, batch_sizes=sizes
+        runner,
+        inputs,
+        {name: folders[name] for name in backends},
+        batch_sizes=sizes,
+        network=network,
     )
 
 
