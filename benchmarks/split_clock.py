@@ -197,7 +197,7 @@ def main(
     link = LinkTerms(mbit=mbit, rtt_ms=rtt_ms)
     plan = plan_bundle(
         bundle,
-        first(CALIBRATION_SPLIT, PLANNED_WITH),
+        [first(CALIBRATION_SPLIT, PLANNED_WITH)],
         edge_ms=slow_ms,
         cloud_ms=profile_steps(bundle, threads=1).step_ms,
         link=link,

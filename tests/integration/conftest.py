@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -24,6 +25,7 @@ from PIL import Image
 
 from offramp.cli import main
 from offramp.evaluation import profiling, stopwatch, timing
+from offramp.runs import hub
 
 SETTINGS = {
     "widths": "128,256,256",
@@ -235,6 +237,34 @@ def write_parquet(workplace: Path) -> Callable[..., None]:
         pq.write_table(pa.table(columns), workplace / name)
 
     return write
+
+
+@pytest.fixture
+def pushed(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that stands for a repository of the hub: empty until something is pushed."""
+    repository = tmp_path_factory.mktemp("hub") / "commit"
+
+    class Recorder:
+        def __init__(self, **who: object) -> None:
+            self.who = who
+
+        def create_repo(self, repo_id: str, **how: object) -> SimpleNamespace:
+            return SimpleNamespace(repo_id=repo_id)
+
+        def model_info(self, repo_id: str) -> SimpleNamespace:
+            return SimpleNamespace(private=True)
+
+        def upload_folder(
+            self, *, repo_id: str, folder_path: str, **how: object
+        ) -> SimpleNamespace:
+            shutil.copytree(folder_path, repository)
+            return SimpleNamespace(commit_url=f"https://hub/{repo_id}")
+
+        def snapshot_download(self, repo_id: str, **how: object) -> str:
+            return str(repository)
+
+    monkeypatch.setattr(hub, "HfApi", Recorder)
+    return repository
 
 
 @pytest.fixture

@@ -4,34 +4,25 @@ Pictures are scikit-learn's digits as PNG files, in a folder for each class. 700
 thresholds for a loss of at most 1 point, promised with probability 0.9.
 """
 
+import contextlib
 import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
+import tritonclient.grpc as triton_grpc
+import tritonclient.http as triton_http
+from huggingface_hub import ModelCard
+from own_pictures import NAMES, write_pictures
 from PIL import Image
-from sklearn.datasets import load_digits
+from served import serve_process
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import offramp as off
+from offramp.errors import ArtifactError
 from offramp.runtime import Session, read_bundle
-
-BY_DIGIT = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-NAMES = tuple(sorted(BY_DIGIT))
-SPLITS = {"train": slice(0, 700), "validation": slice(700, 1400), "test": slice(1400, None)}
-
-
-def write_pictures(folder):
-    digits = load_digits()
-    pixels = (digits.images * 255 / 16).round().astype(np.uint8)
-    order = np.random.default_rng(0).permutation(len(pixels))
-    for split, rows in SPLITS.items():
-        for row in order[rows].tolist():
-            of_class = folder / split / BY_DIGIT[digits.target[row]]
-            of_class.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels[row]).save(of_class / f"{row:04}.png")
 
 
 def train_and_export(pictures, bundle):
@@ -209,3 +200,42 @@ def test_json_of_a_subset(own, figures_of):
     figures = figures_of("evaluate", own, "--data", "pictures", "--subset", "50")
     assert figures["num_samples"] == 50
     assert json.dumps(figures)
+
+
+def test_a_bundle_is_pushed_with_a_card_and_pulled(own, offramp, refuses, figures_of, pushed):
+    refuses("push", own, "user/digits", words=("--data PATH", "--no-evaluate"))
+    outcome = offramp("push", own, "user/digits", "--data", "pictures", "--subset", "100")
+    assert (outcome.code, outcome.stderr) == (0, "")
+    card = ModelCard.load(pushed / "README.md")
+    assert card.data.pipeline_tag == "image-classification"
+    assert "100 samples of the split test of `pictures`" in card.text
+    assert "`features_0`, float32 of shape (B, 1, 8, 8)" in card.text
+    assert f"Classes: {', '.join(NAMES)}." in card.text
+    outcome = offramp("pull", "user/digits", "--out", "theirs")
+    assert (outcome.code, outcome.stderr) == (0, "")
+    figures = figures_of("evaluate", "theirs", "--data", "pictures")
+    assert figures == figures_of("evaluate", own, "--data", "pictures")
+    with pytest.raises(ArtifactError, match="offramp pull"):
+        off.from_pretrained("theirs")
+    step = next(pushed.glob("*.onnx"))
+    step.write_bytes(step.read_bytes()[:-1])
+    refuses("pull", "user/digits", "--out", "damaged", words=(step.name, "not the file"))
+
+
+def test_clients_learn_classes_and_preprocessing(own):
+    with serve_process(own) as (_, http_address, grpc_address):
+        with contextlib.closing(triton_http.InferenceServerClient(http_address)) as client:
+            said = client.get_model_config("tiny")["parameters"]
+        with contextlib.closing(triton_grpc.InferenceServerClient(grpc_address)) as client:
+            x = triton_grpc.InferInput("features_0", (2, 1, 8, 8), "FP32")
+            x.set_data_from_numpy(np.zeros((2, 1, 8, 8), np.float32))
+            labels = client.infer("tiny", [x]).as_numpy("label")
+    assert tuple(json.loads(said["class_names"]["string_value"])) == NAMES
+    pictures_as = json.loads(said["preprocessing"]["string_value"])
+    assert (pictures_as["height"], pictures_as["mean"]) == (8, [0.3])
+    assert labels.shape == (2,)
+
+
+def test_nothing_is_drawn_of_one_class_a_sample(own, refuses):
+    picture = next((own.parent / "pictures" / "test" / "four").glob("*.png"))
+    refuses("show", own, "--image", picture, words=("offramp predict",))

@@ -1,42 +1,13 @@
 """A run sent to the hub and fetched from it on the command line; a recorder is the hub."""
 
 import json
-import shutil
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
 
 import offramp as off
-from offramp.runs import hub
 from offramp.zoo.mlp import mlp
-
-
-@pytest.fixture
-def pushed(tmp_path_factory, monkeypatch):
-    """The folder that stands for the repository user/digits: empty until something is pushed."""
-    repository = tmp_path_factory.mktemp("hub") / "commit"
-
-    class Recorder:
-        def __init__(self, **who):
-            self.who = who
-
-        def create_repo(self, repo_id, *, private, exist_ok):
-            return SimpleNamespace(repo_id=repo_id)
-
-        def model_info(self, repo_id):
-            return SimpleNamespace(private=True)
-
-        def upload_folder(self, *, repo_id, folder_path, **how):
-            shutil.copytree(folder_path, repository)
-            return SimpleNamespace(commit_url=f"https://hub/{repo_id}")
-
-        def snapshot_download(self, repo_id, **how):
-            return str(repository)
-
-    monkeypatch.setattr(hub, "HfApi", Recorder)
-    return repository
 
 
 def test_push_measures_first_and_pull_brings_the_same_run_back(calibrated_run, offramp, pushed):

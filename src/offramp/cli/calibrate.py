@@ -15,6 +15,7 @@ from offramp.policy.policies import ThresholdedPolicy
 from offramp.runtime.answers import rule_in_words
 from offramp.runtime.bundle import is_bundle
 from offramp.tables import percent
+from offramp.workflow.artifact import refuse_network
 from offramp.workflow.calibrate_bundle import calibrate_bundle, set_bundle_by_hand
 from offramp.workflow.chosen import Chosen, check_wanted
 from offramp.workflow.wanted import Timing, Wanted
@@ -24,6 +25,7 @@ def calibrate(asked: Calibrate) -> None:
     """Choose a policy and print it."""
     wanted = asked.wanted
     if is_bundle(asked.run):
+        refuse_network(asked.run, asked.network)
         _calibrate_bundle(asked, wanted)
         return
     for name, value in (("--split", asked.split), ("--subset", asked.subset)):
@@ -33,11 +35,11 @@ def calibrate(asked: Calibrate) -> None:
                 "it out."
             )
     from offramp.families import family_of  # torch, which bundles do not need
-    from offramp.runs.run import load
+    from offramp.runs.own_network import load_run
     from offramp.workflow import calibrate as workflow
 
     if asked.thresholds is not None:
-        loaded = load(asked.run)
+        loaded = load_run(asked.run, asked.network)
         family = family_of(loaded.network)
         policy: Any = workflow.set_by_hand(loaded, asked.thresholds, wanted)
         print(
@@ -47,7 +49,7 @@ def calibrate(asked: Calibrate) -> None:
         )
         return
     check_wanted(wanted)
-    loaded = load(asked.run)
+    loaded = load_run(asked.run, asked.network)
     family = family_of(loaded.network)
     if wanted.timing is not None and family.thresholds is None:
         print(f"timing stages, exits and compaction in {wanted.timing.backend}")

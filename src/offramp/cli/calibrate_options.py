@@ -11,6 +11,7 @@ from offramp.cli.options import (
     CalibrationSplitOption,
     DataOption,
     DeviceOption,
+    NetworkOption,
     RunOrBundle,
     SubsetOption,
 )
@@ -66,6 +67,7 @@ class Calibrate:
     data: DataOption = None
     split: CalibrationSplitOption = None
     subset: SubsetOption = None
+    network: NetworkOption = None
     device: DeviceOption = None
 
     def __post_init__(self) -> None:

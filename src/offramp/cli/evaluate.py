@@ -24,7 +24,7 @@ def evaluate(asked: Evaluate) -> None:
 
 def measure(asked: Evaluate) -> dict[str, Any]:
     """Evaluate a run or a bundle."""
-    opened = open_artifact(asked.run, asked.device)
+    opened = open_artifact(asked.run, asked.device, asked.network)
     samples = opened.samples.load(asked.split, data=asked.data, subset=asked.subset)
     judged: Any = samples.batches
     split = samples.split
@@ -48,6 +48,8 @@ def measure(asked: Evaluate) -> dict[str, Any]:
         beside = _beside(asked.plain, figures(_open_rival(asked.plain, asked.device, opened)))
     evaluation = replace(figures(opened, opened.target), **beside)
     content = {"recipe": opened.recipe, "split": split, **evaluation.to_dict()}
+    if opened.recipe is None:
+        content["data"] = samples.name
     if why is not None:
         content["in_sample"] = True
     if asked.json_file != "-":

@@ -18,6 +18,7 @@ def export(asked: Export) -> None:
         plain=asked.plain,
         layers_per_step=asked.layers_per_step,
         data=asked.data,
+        network=asked.network,
     )
     agreement = exported.agreement
     print(

@@ -13,7 +13,7 @@ from offramp.workflow.frontier import Curve
 def frontier(asked: Frontier) -> None:
     """Print a curve for each run."""
     workflow.check_asked(asked.split, asked.points, asked.rule)
-    opened = workflow.open_all(asked.runs, asked.device)
+    opened = workflow.open_all(asked.runs, asked.device, asked.network)
     curves: list[Curve] = []
     for run in opened:
         curve = workflow.follow(

@@ -14,6 +14,10 @@ _WORDS = (
     ("thresholds by hand", "thresholds by hand with --thresholds"),
     ("calibration_share=0.1", "--set calibration_share=0.1"),
     ("plain=True", "--plain"),
+    (
+        "Build it and give it: load(folder, network=...)",
+        "Name the file that builds it: --network FILE.py:function",
+    ),
     ("max_risk=... and risk=", "--max-risk and --risk "),
 )
 """Pairs of a Python argument and the option that is the same."""

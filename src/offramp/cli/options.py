@@ -51,6 +51,13 @@ PlainOption = Annotated[
     Path | None,
     typer.Option(metavar="RUN", help="A plain network trained as long, to stand beside."),
 ]
+NetworkOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE.py:FUNCTION",
+        help="Your file and its function that builds the network, where no recipe does.",
+    ),
+]
 ThreadsOption = Annotated[int | None, typer.Option(help="Threads that compute.")]
 
 _MAX_BATCH_SIZE = 4096
@@ -65,10 +72,18 @@ class Recipes:
 class Train:
     """Train a recipe and leave a run folder."""
 
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE")] = "digits-mlp"
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="Default digits-mlp; or --network.")
+    ] = None
+    network: NetworkOption = None
+    exits: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="With --network: exits to add to a plain backbone."),
+    ] = None
     data: DataOption = None
     out: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Folder to make; default runs/RECIPE.")
+        Path | None,
+        typer.Option(metavar="RUN", help="Folder to make; default runs/RECIPE, or runs/FILE."),
     ] = None
     epochs: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None
     settings: Annotated[
@@ -79,6 +94,18 @@ class Train:
     ] = None
     device: DeviceOption = None
     resume: Annotated[bool, typer.Option("--resume", help="Go on after an interruption.")] = False
+
+    def __post_init__(self) -> None:
+        if self.network is not None and self.recipe is not None:
+            raise InvalidArgumentError(
+                f"Give a recipe or --network. Got {self.recipe} and --network {self.network}."
+            )
+        if self.network is not None and self.data is None:
+            raise InvalidArgumentError("--network trains on your data: give --data PATH.")
+        if self.network is None and self.exits is not None:
+            raise InvalidArgumentError(
+                "--exits is for --network. A recipe's are a setting: --set num_exits=N."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +119,7 @@ class Evaluate:
     ] = None
     data: DataOption = None
     subset: SubsetOption = None
+    network: NetworkOption = None
     plain: PlainOption = None
     in_sample: Annotated[
         bool, typer.Option("--in-sample", help="Report on data that training or thresholds saw.")
@@ -124,6 +152,7 @@ class Frontier:
             help="entropy, max_probability, margin, learned; or, of pixels, as calibrate has them."
         ),
     ] = None
+    network: NetworkOption = None
     json_file: JsonOption = None
     device: DeviceOption = None
 
@@ -160,6 +189,7 @@ class Time:
     data: DataOption = None
     split: SplitOption = None
     subset: SubsetOption = None
+    network: NetworkOption = None
     device: DeviceOption = None
     json_file: JsonOption = None
 
@@ -182,6 +212,7 @@ class Export:
         int, typer.Option(help="Where tokens halt: layers that run before they are dropped.")
     ] = 1
     data: DataOption = None
+    network: NetworkOption = None
 
     def __post_init__(self) -> None:
         if self.quantize not in (None, "int8"):
@@ -196,6 +227,7 @@ class Place:
     num_exits: Annotated[int, typer.Option(help="Exits, the final one counted.")]
     batch_size: Annotated[int, typer.Option(help="Samples a batch.")] = 1
     threads: ThreadsOption = None
+    network: NetworkOption = None
     json_file: JsonOption = None
 
     def __post_init__(self) -> None:
@@ -213,14 +245,18 @@ class Predict:
     samples: Annotated[
         list[str], typer.Argument(metavar="FILE|TEXT...", help="Upright images, or sentences.")
     ]
+    network: NetworkOption = None
     device: DeviceOption = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Show:
-    """Draw an image: layers before each token halts, or each exit's map of classes."""
+    """Draw an image: layers before each token halts, or each exit's map of classes.
 
-    run: RunFolder
+    A bundle draws its maps; which tokens halt takes the run.
+    """
+
+    run: RunOrBundle
     image: Annotated[Path, typer.Option(metavar="FILE", help="An upright image.")]
     out: Annotated[
         Path | None,
@@ -235,9 +271,9 @@ class Show:
 
 @dataclass(frozen=True, kw_only=True)
 class Push:
-    """Evaluate a run on test and send it to the hub, with a model card that says what came out."""
+    """Evaluate on test and send to the hub, with a model card that says what came out."""
 
-    run: RunFolder
+    run: RunOrBundle
     repo_id: Repository
     private: Annotated[bool, typer.Option("--private", help="Only you shall see it.")] = False
     evaluates: Annotated[
@@ -245,12 +281,15 @@ class Push:
         typer.Option("--evaluate/--no-evaluate", help="Measure on test for the model card."),
     ] = True
     data: DataOption = None
+    split: SplitOption = None
+    subset: SubsetOption = None
+    network: NetworkOption = None
     plain: PlainOption = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pull:
-    """Fetch a run from the hub into a run folder."""
+    """Fetch a run, or a bundle, from the hub into a folder."""
 
     repo_id: Repository
     out: Annotated[

@@ -17,8 +17,9 @@ from offramp.evaluation.placement import Placement
 from offramp.evaluation.timing import hardware_name
 from offramp.families import family_of
 from offramp.recipes.exits import RECIPES, find_recipe
-from offramp.recipes.recipe import Recipe
-from offramp.runs.run import load
+from offramp.runs.own_network import load_run
+from offramp.runtime.preprocessing import Preprocessing
+from offramp.workflow.artifact import preprocessing_of_run
 from offramp.workflow.time import use_threads
 
 _ROUNDS = 50
@@ -27,9 +28,7 @@ _ROUNDS = 50
 def place(asked: Place) -> None:
     """Time the stages of a backbone and print where to cut it."""
     use_threads(asked.threads)
-    backbone, recipe = _find_backbone(asked.backbone)
-    num_classes = recipe.network_options["num_classes"]
-    image_shape = SOURCES[recipe.data].image_shape
+    backbone, num_classes, image_shape = _find_backbone(asked.backbone, asked.network)
     if image_shape is None:
         raise InvalidArgumentError(
             f"Expected a recipe on images. {asked.backbone} is on texts, whose layers all cost the "
@@ -57,16 +56,25 @@ def place(asked: Place) -> None:
         write_figures(where | placement.to_dict(), asked.json_file)
 
 
-def _find_backbone(name: str) -> tuple[nn.Module, Recipe]:
+def _find_backbone(
+    name: str, named: str | None
+) -> tuple[nn.Module, int, tuple[int, int, int] | None]:
     """The stages and the final exit, without exits between, of a recipe or else of a run."""
     if name not in RECIPES and Path(name).is_dir():
-        run = load(name)
-        network, recipe = run.multi_exit, run.require_recipe()
+        run = load_run(name, named)
+        if run.recipe is None:
+            found = preprocessing_of_run(run)
+            shape = found.shape if isinstance(found, Preprocessing) else None
+        else:
+            shape = SOURCES[run.recipe.data].image_shape
+        network, num_classes = run.multi_exit, run.num_classes
     else:
         recipe = replace(find_recipe(name), variant="plain")
         plain = recipe.build_network()
         _, network = family_of(plain).whole(plain)
-    return nn.Sequential(*network.stages, network.exits[-1]), recipe
+        num_classes, shape = recipe.network_options["num_classes"], SOURCES[recipe.data].image_shape
+    assert num_classes is not None
+    return nn.Sequential(*network.stages, network.exits[-1]), num_classes, shape
 
 
 def _print_use(placement: Placement, num_classes: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from offramp.artifacts import atomic_path
 from offramp.cli.options import write_figures
 from offramp.cli.server_options import Plan
 from offramp.drawing.cut_costs import draw_bars
-from offramp.errors import InvalidArgumentError
 from offramp.measure.arrays import as_array
 from offramp.offload.calls import plan_bundle
 from offramp.offload.plan import CutCost, best_cut
@@ -54,7 +54,7 @@ def plan(asked: Plan) -> None:
         write_figures(content, asked.json_file)
 
 
-def _calibration_samples(opened: Artifact, asked: Plan) -> Array:
+def _calibration_samples(opened: Artifact, asked: Plan) -> list[Array]:
     """The samples that chose the thresholds, or that might have: exit shares come from them."""
     split = asked.split or (None if opened.samples.has_calibration else "train")
     samples = opened.samples.load(
@@ -62,19 +62,16 @@ def _calibration_samples(opened: Artifact, asked: Plan) -> Array:
     )
     batches = samples.batches
     inputs, _ = batches.__getitems__(list(range(min(len(batches), 16 * batches.run_batch_size))))
-    if isinstance(inputs, tuple):
-        raise InvalidArgumentError(
-            f"Expected a network of one input to plan for. {asked.run} takes {len(inputs)}."
-        )
-    return as_array(inputs)
+    several = inputs if isinstance(inputs, tuple) else (inputs,)
+    return [as_array(each) for each in several]
 
 
 def _step_ms(
-    bundle: Bundle, profile: Path | None, threads: int | None, samples: Array
+    bundle: Bundle, profile: Path | None, threads: int | None, samples: Sequence[Array]
 ) -> list[float]:
     if profile is not None:
         return list(read_step_profile(profile, bundle).step_ms)
-    return list(profile_steps(bundle, threads=threads, inputs=[samples[:1]]).step_ms)
+    return list(profile_steps(bundle, threads=threads, inputs=[t[:1] for t in samples]).step_ms)
 
 
 def _print_table(cuts: list[CutCost], title: str) -> None:

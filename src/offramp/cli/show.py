@@ -12,24 +12,30 @@ from torch import Tensor
 from offramp.artifacts import atomic_path
 from offramp.cli.options import Show
 from offramp.data.fitted_pictures import read_picture
+from offramp.data.preprocessing import normalised, read_pixels
 from offramp.data.sources import SOURCES
-from offramp.drawing.exit_maps import draw_sheet, exit_maps
+from offramp.drawing.exit_maps import ExitMap, draw_sheet, exit_maps
 from offramp.drawing.token_depths import draw_depths, patch_grid
 from offramp.errors import InvalidArgumentError
 from offramp.families import family_of, make_runner
 from offramp.families.exits import all_exits_loop
 from offramp.runs.run import Run, load
+from offramp.runtime import Session
 from offramp.runtime.bundle import is_bundle
+from offramp.runtime.preprocessing import Preprocessing
 from offramp.workflow.artifact import answer_run, pick_device
+from offramp.workflow.predict import predict
+from offramp.workflow.preprocessing import preprocessing_of
+from offramp.workflow.samples import says_maps
 
 
 def show(asked: Show) -> None:
     """Draw what a run says of an image."""
     if is_bundle(asked.run):
-        raise InvalidArgumentError(
-            f"{asked.run} is a bundle, which answers and keeps the rest to itself. Give the run "
-            "that it was exported from."
-        )
+        path = asked.out or Path(f"{asked.image.stem}-exits.png")
+        _draw_bundle(asked.run, asked.image, path)
+        print(f"drawn in {path}")
+        return
     loaded = load(asked.run)
     draw, what = _DRAWINGS[loaded.network.outputs.name]
     path = asked.out or Path(f"{asked.image.stem}-{what}.png")
@@ -96,6 +102,40 @@ def _draw_exits(loaded: Run, image: Path, path: Path, device: str | None) -> Non
     with atomic_path(path) as temporary:
         sheet.save(temporary, format="PNG")
     (answer,) = answer_run(network, runner.policy, loaded.class_names, inputs)
+    print(f"{image}: {answer}")
+
+
+def _draw_bundle(folder: Path, image: Path, path: Path) -> None:
+    session = Session(folder)
+    bundle = session.bundle
+    if not says_maps(bundle):
+        raise InvalidArgumentError(
+            f"{folder} is a bundle that says one class for a sample, and of these it has nothing "
+            "to draw: use offramp predict. Give the run that it was exported from for the depths "
+            "of tokens."
+        )
+    preprocessing, _ = preprocessing_of(bundle)
+    assert isinstance(preprocessing, Preprocessing)
+    pixels_CHW = read_pixels(image, preprocessing)
+    inputs = normalised(pixels_CHW[None], preprocessing)
+    maps: list[ExitMap] = []
+    carried = [inputs]
+    for index, step in enumerate(bundle.steps):
+        _, (output, confidence_B, leave_B, *carried) = session.run_step(index, carried)
+        taken = bool(leave_B[0]) and not any(each.is_taken for each in maps)
+        maps.append(
+            ExitMap(
+                exit_index=step.exit_index,
+                logits_Chw=torch.from_numpy(output[0]) / step.temperature,
+                confidence=float(confidence_B[0]),
+                is_taken=taken,
+            )
+        )
+    pixel_threshold = float(bundle.policy.get("pixel_threshold") or 0.9)
+    sheet = draw_sheet(pixels_CHW, maps, bundle.class_names, pixel_threshold=pixel_threshold)
+    with atomic_path(path) as temporary:
+        sheet.save(temporary, format="PNG")
+    (answer,) = predict(folder, [str(image)]).answers
     print(f"{image}: {answer}")
 
 

@@ -32,6 +32,7 @@ def time(asked: Time) -> None:
         split=asked.split,
         subset=asked.subset,
         device=asked.device,
+        network=asked.network,
     )
     if asked.json_file != "-":
         print(timing)

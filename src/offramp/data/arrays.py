@@ -26,7 +26,7 @@ class ArrayBatches(ABC):
     """Labelled samples, fetched a batch at a time, as ``Batches`` are.
 
     Attributes:
-        labels_N: Class of each sample, shape (N,), int64.
+        labels_N: Class of each sample, shape (N,), or of its pixels, (N, H, W), int64.
         run_batch_size: Samples to run at a time: so many fit in memory.
     """
 

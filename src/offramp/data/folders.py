@@ -48,7 +48,7 @@ def find_split(path: Path, split: str | None, *, preferred: Sequence[str] = ()) 
 
     Without a name it is the only split, or the first of the preferred ones that there is.
     """
-    found = _splits_below(path)
+    found = splits_below(path)
     if split is not None and split not in found:
         what = f"no split {split}" if found.keys() - {path.name} else "no splits"
         raise DataNotFoundError(
@@ -65,7 +65,8 @@ def find_split(path: Path, split: str | None, *, preferred: Sequence[str] = ()) 
     return found[split]
 
 
-def _splits_below(path: Path) -> dict[str, SplitFiles]:
+def splits_below(path: Path) -> dict[str, SplitFiles]:
+    """Find the splits that there are, by name."""
     if path.is_file():
         if path.suffix.lower() not in _LINES:
             raise DataError(f"Expected a file {_any_of(_LINES)}, or a folder. Got {path}.")

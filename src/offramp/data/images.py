@@ -112,6 +112,40 @@ class Batches(Dataset[tuple[Tensor, Tensor]], ABC):
 AnyBatches = TypeVar("AnyBatches", bound=Batches)
 
 
+class TensorBatches(Batches):
+    """Samples of one's own as tensors: what a network is trained on."""
+
+    def __init__(self, arrays: ArrayBatches, rows_N: Tensor | None = None) -> None:
+        self.arrays = arrays
+        self.rows_N = torch.arange(len(arrays)) if rows_N is None else rows_N
+        self.labels_N = torch.from_numpy(arrays.labels_N)[self.rows_N]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Any, Tensor]:
+        """Fetch a batch."""
+        inputs, labels_B = self.arrays.__getitems__(self.rows_N[list(indices)].tolist())
+        if isinstance(inputs, tuple):
+            return tuple(map(torch.from_numpy, inputs)), torch.from_numpy(labels_B)
+        return torch.from_numpy(inputs), torch.from_numpy(labels_B)
+
+    def subset(self, index_B: Tensor) -> TensorBatches:
+        """The same samples, fewer of them."""
+        return TensorBatches(self.arrays, self.rows_N[index_B])
+
+    def unaugmented(self) -> TensorBatches:
+        """Samples of one's own are never augmented: the same."""
+        return self
+
+    def hashes(self) -> npt.NDArray[np.uint64]:
+        """Hash what a network sees of the samples."""
+        hashes_N: npt.NDArray[np.uint64] = self.arrays.hashes()[self.rows_N.numpy()]
+        return hashes_N
+
+
+def in_tensors(batches: Batches | ArrayBatches) -> Batches:
+    """Samples as a network in torch takes them."""
+    return TensorBatches(batches) if isinstance(batches, ArrayBatches) else batches
+
+
 class ImageBatches(Batches):
     """Labelled images, decoded and normalised: a batch costs one indexing operation."""
 

@@ -121,8 +121,21 @@ def load_own(
     )
 
 
+def class_names_in(data: Path | str, split: str, *, is_text: bool) -> tuple[str, ...]:
+    """Find the names of classes that a split has; numbers are in their order."""
+    files = find_split(Path(data), split)
+    samples = (_read_pictures if files.classes is not None else _read_table)(files, is_text)
+    if samples.class_names:
+        return samples.class_names
+    if isinstance(samples.labels, np.ndarray):
+        return tuple(map(str, range(int(samples.labels.max(initial=-1)) + 1)))
+    names = set(samples.labels)
+    by_number = all(name.isdecimal() and name.isascii() for name in names)
+    return tuple(sorted(names, key=int if by_number else None))
+
+
 @dataclass(frozen=True, kw_only=True)
-class _Samples:
+class Samples:
     """Samples as they are: the bytes of each, and its label as the data has it."""
 
     where: Path
@@ -134,9 +147,7 @@ class _Samples:
 class PictureStore:
     """Pictures that stay compressed, and are decoded and brought to size when asked for."""
 
-    def __init__(
-        self, samples: _Samples, rows: Sequence[int], preprocessing: Preprocessing
-    ) -> None:
+    def __init__(self, samples: Samples, rows: Sequence[int], preprocessing: Preprocessing) -> None:
         self._samples = samples
         self._rows = rows
         self._preprocessing = preprocessing
@@ -152,25 +163,25 @@ class PictureStore:
             raise DataError(f"Sample {row} of {self._samples.where}: {error}") from error
 
 
-def _read_pictures(files: SplitFiles, is_text: bool) -> _Samples:
+def _read_pictures(files: SplitFiles, is_text: bool) -> Samples:
     assert files.classes is not None
     paths = [path for of_class in files.classes.values() for path in of_class]
     where = paths[0].parent.parent
     if is_text:
         raise DataError(f"Expected texts for the network. Found pictures in {where}.")
-    return _Samples(
+    return Samples(
         where=where,
         content=lambda row: paths[row].read_bytes(),
         labels=folder_labels(files.classes),
     )
 
 
-def _read_table(files: SplitFiles, is_text: bool) -> _Samples:
+def _read_table(files: SplitFiles, is_text: bool) -> Samples:
     where = files.tables[0] if len(files.tables) == 1 else files.tables[0].parent
     wanted = TEXT_COLUMNS if is_text else PICTURE_COLUMNS
     if files.tables[0].suffix.lower() == ".parquet":
         table = read_own_table(files.tables, wanted, LABEL_COLUMNS, is_text=is_text)
-        return _Samples(
+        return Samples(
             where=where, content=table.content, labels=table.labels, class_names=table.class_names
         )
     if not is_text:
@@ -184,7 +195,7 @@ def _read_table(files: SplitFiles, is_text: bool) -> _Samples:
     text = one_column(list(rows[0]), wanted, "texts", where)
     label = one_column(list(rows[0]), LABEL_COLUMNS, "labels", where)
     texts = [_field(row, text, number, where).encode() for number, row in enumerate(rows)]
-    return _Samples(
+    return Samples(
         where=where,
         content=texts.__getitem__,
         labels=[_field(row, label, number, where) for number, row in enumerate(rows)],

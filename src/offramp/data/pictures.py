@@ -73,7 +73,7 @@ def read_picture_file(
     return picture if picture.mode == mode else picture.convert(mode)
 
 
-def read_mask_file(file: Path | bytes, *, size: Size) -> Pixels:
+def read_mask_file(file: Path | bytes, *, size: Size | None = None) -> Pixels:
     """Read a mask: the number of each pixel's class, whatever colour a palette gives it."""
     return _read(file, size, _numbers)
 

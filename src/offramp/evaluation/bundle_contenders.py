@@ -14,9 +14,9 @@ from offramp.runtime import Bundle, PlainSession, Session, with_routing_threshol
 Array = npt.NDArray[Any]
 
 
-def all_steps_loop(session: Session, batch: Array) -> tuple[Array, Array, list[Array]]:
+def all_steps_loop(session: Session, *inputs: Array) -> tuple[Array, Array, list[Array]]:
     """Run every step on every sample, then choose: output, step_B, and each step's confidences."""
-    carried = [batch]
+    carried = list(inputs)
     outputs, leaves, confidences = [], [], []
     for index in range(len(session.bundle.steps)):
         _, (output, confidence_B, leave_B, *carried) = session.run_step(index, carried)
@@ -24,7 +24,7 @@ def all_steps_loop(session: Session, batch: Array) -> tuple[Array, Array, list[A
         leaves.append(leave_B)
         confidences.append(confidence_B)
     chosen_B = np.argmax(np.stack(leaves), axis=0)
-    return np.stack(outputs)[chosen_B, np.arange(len(batch))], chosen_B, confidences
+    return np.stack(outputs)[chosen_B, np.arange(len(inputs[0]))], chosen_B, confidences
 
 
 def _asking_all(bundle: Bundle) -> Bundle:
@@ -40,7 +40,7 @@ _WHOLE: dict[str, tuple[Callable[..., object], Callable[[Bundle], Bundle]]] = {
 
 
 def bundle_contenders(
-    session: Session, batches: Sequence[Array], *, threads: int | None = None
+    session: Session, batches: Sequence[Sequence[Array]], *, threads: int | None = None
 ) -> Mapping[str, Callable[[], object]]:
     """The contenders that onnxruntime runs; exits that are off have no step and no part in any."""
     bundle = session.bundle
@@ -48,10 +48,10 @@ def bundle_contenders(
     plain = PlainSession(bundle, threads=threads)
     never = Session(asking_all(bundle), threads=threads)
     contenders: dict[str, Callable[[], object]] = {
-        "plain": lambda: [plain.run(batch) for batch in batches],
-        "all_exits": lambda: [run_all(session, batch) for batch in batches],
-        "adaptive": lambda: [session.run(batch) for batch in batches],
-        "never_exit": lambda: [never.run(batch) for batch in batches],
+        "plain": lambda: [plain.run(*batch) for batch in batches],
+        "all_exits": lambda: [run_all(session, *batch) for batch in batches],
+        "adaptive": lambda: [session.run(*batch) for batch in batches],
+        "never_exit": lambda: [never.run(*batch) for batch in batches],
     }
     if bundle.steps:
         survivors = [_carried_to_survivors(session, batch) for batch in batches]
@@ -64,9 +64,11 @@ def bundle_contenders(
     return contenders
 
 
-def _carried_to_survivors(session: Session, batch: Array) -> list[tuple[int, list[Array]]]:
+def _carried_to_survivors(
+    session: Session, batch: Sequence[Array]
+) -> list[tuple[int, list[Array]]]:
     """Collect the inputs of each step that runs, when the batch runs early."""
-    carried = [batch]
+    carried = list(batch)
     given = []
     for index in range(len(session.bundle.steps)):
         given.append((index, carried))

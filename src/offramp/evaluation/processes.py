@@ -37,6 +37,7 @@ from offramp.families.agreement import (
 from offramp.families.exits import is_near
 from offramp.families.family import TorchRunner
 from offramp.families.halting import token_reference
+from offramp.model.multi_exit import Features, as_features
 from offramp.policy.as_dict import policy_to_dict
 from offramp.runtime import Bundle, Session, read_bundle
 
@@ -48,9 +49,11 @@ def time_in_processes(
     *,
     batch_sizes: Sequence[int] = (1, 32, 256),
     rounds: int = 15,
+    network: str | None = None,
 ) -> Timing:
     """Time engines on the CPU in turn, each in its own process.
 
+    ``network`` is the FILE.py:function that builds that of a run, where no recipe does.
     Before the clock starts, every engine's answers are checked against choosing afterwards.
     """
     check_batch_sizes(batch_sizes, num_samples=len(inputs))
@@ -59,7 +62,7 @@ def time_in_processes(
     if "onnxruntime" in folders:
         _check_bundle(folders["onnxruntime"], runner, inputs)
     spent = Spent.of(result, runner.network.plain_macs(inputs))
-    with _stopwatches(folders, inputs, spent.shares) as stopwatches:
+    with _stopwatches(folders, (inputs,), spent.shares, network) as stopwatches:
         return time_engines(
             stopwatches,
             result,
@@ -73,7 +76,7 @@ def time_in_processes(
 
 def time_bundle(
     session: Session,
-    inputs: Tensor,
+    samples: Tensor | Features,
     *,
     batch_sizes: Sequence[int] = (1, 32, 256),
     rounds: int = 15,
@@ -83,16 +86,17 @@ def time_bundle(
     Before the clock starts, its answers are checked against its own steps, all run on every
     sample; not those of an int8 bundle, whose rounding depends on the batch.
     """
-    check_batch_sizes(batch_sizes, num_samples=len(inputs))
+    inputs = as_features(samples)
+    check_batch_sizes(batch_sizes, num_samples=len(inputs[0]))
     bundle = session.bundle
     _require_plain(bundle)
-    result = session.run(inputs)
+    result = session.run(*inputs)
     if bundle.quantized is None:
-        require_agreement(compare(result, _all_steps(session, inputs)))
-        few = inputs[:SINGLE_SAMPLES]
+        require_agreement(compare(result, _all_steps(session, *inputs)))
+        few = tuple(tensor[:SINGLE_SAMPLES] for tensor in inputs)
         ones = answer_in_batches(session, few, batch_size=1)
-        require_agreement(compare(ones, _all_steps(session, few)))
-    spent = Spent.of(result, session.plain_macs(inputs))
+        require_agreement(compare(ones, _all_steps(session, *few)))
+    spent = Spent.of(result, session.plain_macs(*inputs))
     with _stopwatches({"onnxruntime": bundle.folder}, inputs, spent.shares) as stopwatches:
         return time_engines(
             stopwatches,
@@ -101,25 +105,31 @@ def time_bundle(
             num_exits=bundle.num_exits,
             batch_sizes=batch_sizes,
             rounds=rounds,
-            hardware=hardware_name(inputs.device),
+            hardware=hardware_name(inputs[0].device),
         )
 
 
 @contextmanager
 def _stopwatches(
-    folders: Mapping[str, Path], inputs: Tensor, shares: Sequence[float]
+    folders: Mapping[str, Path],
+    inputs: Features,
+    shares: Sequence[float],
+    network: str | None = None,
 ) -> Iterator[dict[str, Stopwatch]]:
     """A process for each engine, until the block ends."""
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        samples, of_plain = Path(scratch) / "inputs.npy", Path(scratch) / "shares.npy"
-        np.save(samples, inputs.numpy())
+        samples = [str(Path(scratch) / f"input_{number}.npy") for number in range(len(inputs))]
+        of_plain = Path(scratch) / "shares.npy"
+        for file, tensor in zip(samples, inputs, strict=True):
+            np.save(file, tensor.numpy())
         np.save(of_plain, shares)
         stopwatches: dict[str, Stopwatch] = {}
         for backend, folder in folders.items():
             spec = {
                 "backend": backend,
                 "folder": str(folder),
-                "inputs": str(samples),
+                "network": network,
+                "inputs": samples,
                 "shares": str(of_plain),
                 "threads": torch.get_num_threads(),
             }
@@ -151,15 +161,15 @@ def _require_plain(bundle: Bundle) -> None:
         )
 
 
-def _all_steps(session: Session, inputs: Tensor) -> Reference:
+def _all_steps(session: Session, *inputs: Tensor) -> Reference:
     """Run every step of a bundle on every sample, and choose afterwards."""
     if session.bundle.skip is not None:
-        return _every_block(session, inputs, session.bundle.skip.threshold)
+        return _every_block(session, inputs[0], session.bundle.skip.threshold)
     if session.bundle.halting is not None:
-        masked, tokens_BL, margin_BL = map(torch.from_numpy, session.run_every_token(inputs))
+        masked, tokens_BL, margin_BL = map(torch.from_numpy, session.run_every_token(*inputs))
         return token_reference(masked, tokens_BL, lambda: margin_BL < DECISION_TOLERANCE)
     steps = session.bundle.steps
-    output, step_B, confidences = all_steps_loop(session, inputs.numpy())
+    output, step_B, confidences = all_steps_loop(session, *(tensor.numpy() for tensor in inputs))
     exit_index_B = torch.tensor([step.exit_index for step in steps])[step_B]
     confidence_KB = torch.from_numpy(np.stack(confidences))
     return Reference(

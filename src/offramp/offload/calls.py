@@ -59,7 +59,7 @@ def measure_calls(
 
 def plan_bundle(
     bundle: Bundle,
-    samples: Array,
+    samples: Sequence[Array],
     *,
     edge_ms: Sequence[float],
     cloud_ms: Sequence[float],
@@ -71,14 +71,18 @@ def plan_bundle(
     exits = [step.exit_index for step in bundle.steps]
     # Samples come one after the other: between two calls a device computes and the link carries.
     pauses_ms = [sum(edge_ms[:number]) + link.rtt_ms for number in range(len(exits))]
-    left_by_N = Session(bundle, threads=threads).run(samples).exit_index
+    left_by_N = Session(bundle, threads=threads).run(*samples).exit_index
     return plan_split(
         exits=exits,
         edge_ms=edge_ms,
         cloud_ms=cloud_ms,
         leaving=[float((left_by_N == exit_index).mean()) for exit_index in exits],
         calls=measure_calls(
-            bundle, [samples[:_SAMPLES]], codec=codec, pauses_ms=pauses_ms, threads=threads
+            bundle,
+            [tensor[:_SAMPLES] for tensor in samples],
+            codec=codec,
+            pauses_ms=pauses_ms,
+            threads=threads,
         ),
         link=link,
         codec=codec,

@@ -63,6 +63,23 @@ def override(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
     return replace(recipe, network_options=options, fit=fit, **own_changes)
 
 
+def override_fit(fit: FitConfig, settings: Mapping[str, str]) -> FitConfig:
+    """Change settings of training by name, where there is no recipe."""
+    types = {
+        name: kind
+        for name, kind in get_type_hints(FitConfig).items()
+        if name not in ("device", *_KINDS)
+    }
+    for key in settings:
+        if key not in types:
+            raise InvalidArgumentError(
+                f"There is no setting {key!r}. Did you mean {nearest(key, list(types))!r}? There "
+                f"are {', '.join(sorted(types))}."
+            )
+    changes = {key: _parse(key, text, types[key]) for key, text in settings.items()}
+    return _with_changes(fit, changes, {})
+
+
 def _with_changes(
     fit: FitConfig, changes: Mapping[str, Any], kind_changes: Mapping[str, Any]
 ) -> FitConfig:

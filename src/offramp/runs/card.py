@@ -18,6 +18,7 @@ from offramp.policy.as_dict import policy_to_dict
 from offramp.policy.policies import Policy
 from offramp.policy.routing_policy import RoutingPolicy
 from offramp.recipes.recipe import Recipe
+from offramp.runtime import Bundle
 
 _LOAD_IMAGES = """\
 ```python
@@ -55,6 +56,21 @@ run = from_pretrained("{name}", network=network)
 {use}
 ```
 """
+_LOAD_BUNDLE = """\
+A bundle: ONNX files with the decisions in them, which run without torch.
+
+```python
+from huggingface_hub import snapshot_download
+from offramp.runtime import Session
+
+session = Session(snapshot_download("{name}"))
+result = session.run({inputs})
+print(result.output.argmax(1), result.exit_index, result.macs)
+```
+
+It takes {shapes}, `B` samples. On the command line, `offramp pull` brings the files into a folder
+of your own, which `offramp predict`, `evaluate`, `time`, `calibrate` and `serve` take.
+"""
 _USE = """\
 result = {runner}(run.network, run.policy).run(inputs)
 {use}"""
@@ -69,8 +85,9 @@ def model_card(
     policy: Policy | RoutingPolicy | None,
     calibration: Mapping[str, Any] | None,
     evaluation: Mapping[str, Any] | None,
+    bundle: Bundle | None = None,
 ) -> str:
-    """Write the card of a run."""
+    """Write the card of a run or a bundle."""
     trained = ""
     if recipe is not None:
         trained = f", trained on `{recipe.data}` by Offramp's recipe `{recipe.name}`"
@@ -81,14 +98,14 @@ def model_card(
         f"# {name.rsplit('/')[-1]}\n",
         f"A network that {family.words.ability.format(exits=exits)}{trained}.\n",
         "## Load it\n",
-        _loading(name, recipe, policy),
+        _loading(name, recipe, policy) if bundle is None else _loading_bundle(name, bundle),
         f"## {family.words.heading}\n",
         _describe_policy(policy, calibration),
         "## Measured\n",
         _describe_evaluation(recipe, evaluation, family),
         f"Written by offramp {version('offramp')}.\n",
     )
-    head = _metadata(name, recipe, evaluation, family).to_yaml()
+    head = _metadata(name, recipe, evaluation, family, bundle).to_yaml()
     return str(ModelCard(f"---\n{head}\n---\n\n" + "\n".join(sections)))
 
 
@@ -140,8 +157,10 @@ def _metadata(
     recipe: Recipe | None,
     evaluation: Mapping[str, Any] | None,
     family: Family[Any, Any],
+    bundle: Bundle | None,
 ) -> ModelCardData:
     words, results = family.words, []
+    task = None if bundle is None else _task_of(bundle)
     if recipe is not None and evaluation is not None and not evaluation.get("in_sample"):
         results = [
             EvalResult(
@@ -161,7 +180,7 @@ def _metadata(
         ]
     return ModelCardData(
         library_name="offramp",
-        pipeline_tag=None if recipe is None else _task(recipe),
+        pipeline_tag=task if recipe is None else _task(recipe),
         tags=[words.tag, "adaptive-computation"],
         datasets=None if recipe is None else [recipe.data],
         metrics=sorted({result.metric_type for result in results}) or None,
@@ -176,6 +195,26 @@ def _task(recipe: Recipe) -> str:
     if source.image_shape is None:
         return "text-classification"
     return "image-classification" if source.ignored_label is None else "image-segmentation"
+
+
+def _task_of(bundle: Bundle) -> str | None:
+    if bundle.pixel_multiple is not None:
+        return "image-segmentation"
+    if bundle.texts is not None:
+        return "text-classification"
+    return None if bundle.pictures is None else "image-classification"
+
+
+def _loading_bundle(name: str, bundle: Bundle) -> str:
+    shapes = [
+        f"`{spec.name}`, {spec.dtype} of shape "
+        f"({', '.join(['B', *('any' if n is None else str(n) for n in spec.sample_shape)])})"
+        for spec in bundle.inputs
+    ]
+    names = ", ".join(spec.name for spec in bundle.inputs)
+    loading = _LOAD_BUNDLE.format(name=name, inputs=names, shapes=" and ".join(shapes))
+    classes = ", ".join(bundle.class_names)
+    return f"{loading}\nClasses: {classes}.\n" if classes else loading
 
 
 def _loading(name: str, recipe: Recipe | None, policy: Policy | RoutingPolicy | None) -> str:
@@ -266,8 +305,9 @@ def _describe_evaluation(
         )
     mean_macs, plain_macs = evaluation["mean_macs"], evaluation["plain_macs"]
     where = f"{evaluation['num_samples']:,} samples"
-    if recipe is not None and "split" in evaluation:
-        where += f" of the split {evaluation['split']} of `{recipe.data}`"
+    data = evaluation.get("data") if recipe is None else recipe.data
+    if data is not None and "split" in evaluation:
+        where += f" of the split {evaluation['split']} of `{data}`"
     else:
         where += "; which ones is not recorded"
     if evaluation.get("in_sample"):

@@ -1,7 +1,7 @@
 """Runs that are shared: to the Hugging Face hub, from it, and as a folder to be handed on.
 
-What travels is JSON, safetensors and Markdown; checkpoints, logs, stage times and bundles
-stay at home.
+What travels is JSON, safetensors and Markdown, and of a bundle its ONNX files; checkpoints, logs
+and stage times stay at home, and so does the bundle in a run folder.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from offramp.artifacts import atomic_folder
 from offramp.data.sources import SOURCES
 from offramp.errors import ArtifactError, InvalidArgumentError, reason
+from offramp.policy.as_dict import policy_from_dict
 from offramp.policy.policies import Policy
 from offramp.policy.routing_policy import RoutingPolicy
 from offramp.recipes.recipe import Recipe
@@ -31,11 +32,13 @@ from offramp.runs.run import (
     WEIGHTS_FILE,
     Run,
     load,
+    read_own,
     read_policy,
     read_preprocessing,
     read_recipe,
     write_recipe,
 )
+from offramp.runtime.bundle import BUNDLE_FILE, Bundle, is_bundle, read_bundle
 from offramp.runtime.preprocessing import TOKENIZER_FILE
 from offramp.training.checkpoint_choice import CHOICE_FILE
 from offramp.zoo import Network
@@ -47,6 +50,8 @@ SHARED_FILES = (
     *(_METRICS_FILE, CARD_FILE),
 )
 """Files that are sent and fetched; nothing else of a run folder or a repository is."""
+_OF_BUNDLES = (BUNDLE_FILE, "*.onnx", TOKENIZER_FILE, CARD_FILE)
+"""Patterns of the same of a bundle."""
 
 
 def save_pretrained(
@@ -58,11 +63,11 @@ def save_pretrained(
 ) -> Path:
     """Write what :func:`push_to_hub` would send into a new folder, whole or not at all.
 
-    These are recipe, weights, policy, the losses of every epoch, and a model card. Where the data
-    lay on this machine is left out.
+    These are recipe, weights, policy, the losses of every epoch, and a model card; of a bundle its
+    files and a card. Where the data lay on this machine is left out.
 
     Args:
-        run: A run folder, or a run that was loaded: the files of its folder are taken.
+        run: A run folder, or a run that was loaded: the files of its folder are taken; or a bundle.
         folder: Folder to make; it may exist if it is empty.
         evaluation: Figures for the card, as ``offramp evaluate --json`` writes them or
             ``Evaluation.to_dict()`` gives them, measured with these weights and this policy. If
@@ -96,7 +101,7 @@ def push_to_hub(
     run has are replaced, and taken away where this run has none; others stay.
 
     Args:
-        run: A run folder, or a run that was loaded: the files of its folder are taken.
+        run: A run folder, or a run that was loaded: the files of its folder are taken; or a bundle.
         repo_id: Name of the repository, such as ``user/digits``.
         evaluation: As for :func:`save_pretrained`.
         private: Whether only you shall see it; None for your account's default.
@@ -123,12 +128,13 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as scratch:
         _write(contents, Path(scratch), full_id, evaluation)
         with _own_errors(full_id):
+            names = SHARED_FILES if contents.bundle is None else _OF_BUNDLES
             commit = api.upload_folder(
                 repo_id=full_id,
                 folder_path=scratch,
                 commit_message=f"A run of offramp {version('offramp')}",
-                allow_patterns=list(SHARED_FILES),
-                delete_patterns=list(SHARED_FILES),
+                allow_patterns=list(names),
+                delete_patterns=sorted({*SHARED_FILES, *names, BUNDLE_FILE}),
             )
     return commit.commit_url
 
@@ -162,16 +168,22 @@ def from_pretrained(
         InvalidArgumentError: If the network has to be given and was not, or the source is neither
             a folder nor a name that a repository can have.
     """
-    return load(_find(source, revision=revision, token=token, cache_dir=cache_dir), network)
+    folder = _find(source, revision=revision, token=token, cache_dir=cache_dir)
+    if is_bundle(folder):
+        raise ArtifactError(
+            f"{source} is a bundle, which offramp.runtime.Session runs. Fetch it with "
+            "offramp pull, or give its folder to Session."
+        )
+    return load(folder, network)
 
 
 def pull(repo_id: str, folder: Path | str, *, revision: str | None = None) -> Path:
-    """Fetch a run from the Hugging Face hub into a new folder, whole or not at all."""
+    """Fetch a run or a bundle from the hub into a new folder, whole or not at all."""
     _require_new(Path(folder))
     fetched = _find(repo_id, revision=revision)
-    _read(fetched)
+    contents = _read(fetched)
     with _new_folder(Path(folder)) as making:
-        for name in SHARED_FILES:
+        for name in (*contents.files, CARD_FILE):
             if (fetched / name).is_file():
                 shutil.copyfile(fetched / name, making / name)
     return Path(folder)
@@ -179,7 +191,7 @@ def pull(repo_id: str, folder: Path | str, *, revision: str | None = None) -> Pa
 
 @dataclass(frozen=True, kw_only=True)
 class _Contents:
-    """Content of a run folder, checked as far as can be without a network of the user's own."""
+    """Content of a run folder or a bundle, checked as far as can be without a network's code."""
 
     folder: Path
     recipe: Recipe | None
@@ -187,10 +199,22 @@ class _Contents:
     data: str | None
     policy: Policy | RoutingPolicy | None
     calibration: dict[str, Any] | None
+    bundle: Bundle | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of files that travel as they are, as far as they are there."""
+        if self.bundle is None:
+            return tuple(name for name in SHARED_FILES if name != CARD_FILE)
+        texts = self.bundle.texts
+        files = (BUNDLE_FILE, *(file.name for file in self.bundle.files))
+        return files if texts is None else (*files, texts.file)
 
 
 def _read(run: Run | Path | str) -> _Contents:
     folder = run.folder if isinstance(run, Run) else Path(run)
+    if is_bundle(folder):
+        return _read_bundle(folder)
     recipe, class_names, data = read_recipe(folder)
     if recipe is not None:
         loaded = load(folder)
@@ -204,6 +228,20 @@ def _read(run: Run | Path | str) -> _Contents:
         data=data,
         policy=policy,
         calibration=calibration,
+    )
+
+
+def _read_bundle(folder: Path) -> _Contents:
+    bundle = read_bundle(folder)
+    chosen = bundle.calibration
+    return _Contents(
+        folder=folder,
+        recipe=None if bundle.recipe is None else Recipe.from_dict(bundle.recipe),
+        class_names=bundle.class_names,
+        data=None,
+        policy=policy_from_dict(dict(bundle.policy)),
+        calibration=None if chosen is None else asdict(chosen),
+        bundle=bundle,
     )
 
 
@@ -235,7 +273,13 @@ def _write(
         policy=contents.policy,
         calibration=contents.calibration,
         evaluation=evaluation,
+        bundle=contents.bundle,
     )
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    if contents.bundle is not None:
+        for file in contents.files:
+            shutil.copyfile(contents.folder / file, folder / file)
+        return
     recipe, data = contents.recipe, contents.data
     # A folder on this machine says nothing on another; the word that downloads does.
     travels = recipe is not None and data == SOURCES[recipe.data].download
@@ -245,11 +289,11 @@ def _write(
         class_names=contents.class_names,
         data=data if travels else None,
         preprocessing=read_preprocessing(contents.folder),
+        own=read_own(contents.folder),
     )
     for file in (WEIGHTS_FILE, POLICY_FILE, CHOICE_FILE, _METRICS_FILE):
         if (contents.folder / file).is_file():
             shutil.copyfile(contents.folder / file, folder / file)
-    (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def _find(
@@ -265,21 +309,23 @@ def _find(
     api = _connect(token)
     with _own_errors(source):
         # Recipe and card first: what is no run of ours may have weights of many gigabytes.
-        patterns = [RECIPE_FILE, CARD_FILE]
+        patterns = [RECIPE_FILE, BUNDLE_FILE, CARD_FILE]
         first = api.snapshot_download(
             source, revision=revision, cache_dir=cache_dir, allow_patterns=patterns
         )
-        if not (Path(first) / RECIPE_FILE).is_file():
+        holds_bundle = is_bundle(Path(first))
+        if not holds_bundle and not (Path(first) / RECIPE_FILE).is_file():
             raise ArtifactError(
-                f"The repository {source} holds no Offramp run: it has no {RECIPE_FILE}."
+                f"The repository {source} holds no Offramp run: it has no {RECIPE_FILE}, and no "
+                f"{BUNDLE_FILE}."
             )
         folder = api.snapshot_download(
             source,
             revision=Path(first).name,  # the commit, so that all files are of one
             cache_dir=cache_dir,
-            allow_patterns=list(SHARED_FILES),
+            allow_patterns=list(_OF_BUNDLES if holds_bundle else SHARED_FILES),
         )
-    if not (Path(folder) / WEIGHTS_FILE).is_file():
+    if not holds_bundle and not (Path(folder) / WEIGHTS_FILE).is_file():
         raise ArtifactError(f"The repository {source} holds no whole run: no {WEIGHTS_FILE}.")
     return Path(folder)
 

@@ -38,12 +38,28 @@ from offramp.runtime.preprocessing import (
     write_preprocessing,
 )
 from offramp.training.checkpoint_choice import read_choice, write_choice
+from offramp.training.config import FitConfig
 from offramp.zoo import Network
 from offramp.zoo.text import load_tokenizer
 
 RECIPE_FILE = "recipe.json"
 WEIGHTS_FILE = "model.safetensors"
 POLICY_FILE = "policy.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnTraining:
+    """All that decides how a network of the user's own is trained, but its code.
+
+    Attributes:
+        num_classes: Classes of the data.
+        num_exits: Exits to add to a plain backbone; None where the network has them.
+        fit: How to train.
+    """
+
+    num_classes: int
+    num_exits: int | None
+    fit: FitConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +71,7 @@ class _RecipeFile:
     data: str | None
     pictures: Preprocessing | None = None
     texts: TokenizerFile | None = None
+    own: OwnTraining | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +96,7 @@ class Run:
         data: What ``--data`` was when it was trained; None if the default was taken.
         preprocessing: How samples become inputs of a network of the user's own; None where that
             was not said, and for a recipe, whose own method says it.
+        own: How ``offramp train --network`` trained a network of the user's own; else None.
     """
 
     folder: Path
@@ -89,9 +107,17 @@ class Run:
     recipe: Recipe | None
     data: str | None
     preprocessing: AnyPreprocessing | None = None
+    own: OwnTraining | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", self.folder.absolute())
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes that the network tells apart; None where nothing says it."""
+        if self.recipe is not None:
+            return int(self.recipe.network_options["num_classes"])
+        return len(self.class_names) or (None if self.own is None else self.own.num_classes)
 
     @property
     def multi_exit(self) -> MultiExitNetwork:
@@ -176,10 +202,12 @@ def load(folder: Path | str, network: Network | None = None) -> Run:
     folder = Path(folder)
     recipe, class_names, data = read_recipe(folder)
     if not (folder / WEIGHTS_FILE).exists():
-        resume = f"offramp train {recipe.name} --out {folder} --resume" if recipe else ""
+        own = recipe is None and read_own(folder) is not None
+        by = "--network FILE.py:function" if own else recipe and recipe.name
+        resume = f"offramp train {by} --out {folder} --resume" if by else "save it anew."
         raise ArtifactError(
             f"The run {folder} is not trained to the end: {WEIGHTS_FILE} is missing. Finish it: "
-            f"{resume or 'save it anew.'}"
+            f"{resume}"
         )
     if network is None:
         if recipe is None:
@@ -200,6 +228,7 @@ def load(folder: Path | str, network: Network | None = None) -> Run:
         recipe=recipe,
         data=data,
         preprocessing=read_preprocessing(folder),
+        own=read_own(folder),
     )
 
 
@@ -272,6 +301,7 @@ def write_recipe(
     class_names: tuple[str, ...],
     data: str | None,
     preprocessing: AnyPreprocessing | None = None,
+    own: OwnTraining | None = None,
 ) -> None:
     """Write ``recipe.json``, and the tokenizer beside it where there is one."""
     content: dict[str, Any] = {
@@ -284,16 +314,13 @@ def write_recipe(
         content["pictures"] = asdict(pictures)
     if texts is not None:
         content["texts"] = asdict(texts)
+    if own is not None:
+        content["own"] = asdict(own)
     write_json(folder / RECIPE_FILE, content)
 
 
 def read_recipe(folder: Path) -> tuple[Recipe | None, tuple[str, ...], str | None]:
     """Read ``recipe.json``."""
-    if not (folder / RECIPE_FILE).is_file():
-        raise ArtifactError(
-            f"Expected a run folder with a {RECIPE_FILE} in it. {folder} has none. "
-            "Make one: offramp train RECIPE --out RUN"
-        )
     said = _read_recipe_file(folder)
     try:
         recipe = None if said.recipe is None else Recipe.from_dict(said.recipe)
@@ -308,7 +335,17 @@ def read_preprocessing(folder: Path) -> AnyPreprocessing | None:
     return said.pictures if said.texts is None else read_texts(folder, said.texts)
 
 
+def read_own(folder: Path) -> OwnTraining | None:
+    """Read how a network of the user's own was trained; None for a recipe's, or one saved."""
+    return _read_recipe_file(folder).own
+
+
 def _read_recipe_file(folder: Path) -> _RecipeFile:
+    if not (folder / RECIPE_FILE).is_file():
+        raise ArtifactError(
+            f"Expected a run folder with a {RECIPE_FILE} in it. {folder} has none. "
+            "Make one: offramp train RECIPE --out RUN"
+        )
     content = read_json(folder / RECIPE_FILE)
     try:
         return decode(content, _RecipeFile)

@@ -5,8 +5,10 @@ Shapes: ``B`` batch.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
@@ -127,6 +129,7 @@ class RunnerModel:
             "family": bundle.family,
             "bundle_sha256": file_sha256(bundle.folder / BUNDLE_FILE),
             "weights_sha256": bundle.weights_sha256,
+            **_for_clients(bundle),
         }
         self._runner, self._bundle = runner, bundle
         self._keeps_deadlines = keeps_deadlines
@@ -184,6 +187,16 @@ class RunnerModel:
         if result.fell_back is not None:
             answers["fell_back"] = result.fell_back.astype(bool, copy=False)
         return answers
+
+
+def _for_clients(bundle: Bundle) -> dict[str, str]:
+    """Say in JSON which class is which, and how samples become inputs, where the bundle does."""
+    said: dict[str, object] = {"class_names": bundle.class_names}
+    if bundle.pictures is not None:
+        said["preprocessing"] = asdict(bundle.pictures)
+    if bundle.texts is not None:
+        said["preprocessing"] = asdict(bundle.texts)
+    return {name: json.dumps(value) for name, value in said.items() if value}
 
 
 def named_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, Array]) -> list[Array]:

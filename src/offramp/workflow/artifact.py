@@ -24,13 +24,21 @@ from offramp.runtime.chosen_on import CALIBRATION_SPLIT, ChosenOn
 from offramp.runtime.examples import example_inputs
 from offramp.runtime.preprocessing import AnyPreprocessing
 from offramp.workflow.preprocessing import preprocessing_of
-from offramp.workflow.samples import AnySamples, OwnSamples, RecipeSamples, Samples
+from offramp.workflow.samples import (
+    AnySamples,
+    RecipeSamples,
+    Samples,
+    samples_of_bundle,
+    samples_of_run,
+)
 
 if TYPE_CHECKING:  # a bundle is opened without torch
     from torch import Tensor
 
     from offramp.families.family import TorchRunner
+    from offramp.model.multi_exit import Features
     from offramp.recipes.recipe import Recipe
+    from offramp.runs.run import Run
     from offramp.zoo import Network
 
 _TRIED = {"exits": None, "skip": GatePolicy.tried, "halting": HaltingPolicy.tried}
@@ -90,20 +98,33 @@ def pick_device(device: str | None) -> str:
     return device
 
 
-def open_artifact(folder: Path, device: str | None = None) -> Artifact:
-    """Open a run, which torch runs, or a bundle, which onnxruntime runs."""
-    if is_bundle(folder):
-        return _open_bundle(folder, device)
-    return _open_run(folder, device)
+def open_artifact(folder: Path, device: str | None = None, network: str | None = None) -> Artifact:
+    """Open a run, which torch runs, or a bundle, which onnxruntime runs.
+
+    ``network`` is the FILE.py:function of the command line, for a run of a network of one's own.
+    """
+    if not is_bundle(folder):
+        return _open_run(folder, device, network)
+    refuse_network(folder, network)
+    return _open_bundle(folder, device)
 
 
-def _open_run(folder: Path, device: str | None) -> Artifact:
+def refuse_network(bundle: Path, network: str | None) -> None:
+    """Raise InvalidArgumentError if code was given for a bundle, which runs without."""
+    if network is not None:
+        raise InvalidArgumentError(
+            f"--network is for a run. {bundle} is a bundle, which holds its network: leave it out."
+        )
+
+
+def _open_run(folder: Path, device: str | None, named: str | None) -> Artifact:
     from offramp.families import family_of, make_runner
-    from offramp.runs.run import is_in_sample, load
+    from offramp.runs.own_network import load_run
+    from offramp.runs.run import is_in_sample
     from offramp.workflow.held_out import evidence_by
 
-    loaded = load(folder)
-    recipe = loaded.require_recipe()
+    loaded = load_run(folder, named)
+    recipe = loaded.recipe
     where = pick_device(device)
     network = loaded.network.to(where)
     said = (loaded.calibration or {}).get("data")
@@ -111,14 +132,14 @@ def _open_run(folder: Path, device: str | None) -> Artifact:
     return Artifact(
         runner=make_runner(network, loaded.policy),
         device=where,
-        name=recipe.name,
-        recipe=recipe.name,
-        samples=RecipeSamples(recipe=recipe, data=loaded.data, class_names=loaded.class_names),
+        name=loaded.folder.name if recipe is None else recipe.name,
+        recipe=None if recipe is None else recipe.name,
+        samples=samples_of_run(loaded),
         class_names=loaded.class_names,
         num_exits=network.num_exits,
         thresholds=family_of(network).thresholds,
         target=Asked.from_record(loaded.calibration),
-        preprocessing=recipe.preprocessing,
+        preprocessing=partial(preprocessing_of_run, loaded),
         collect=evidence_by(network),
         why_in_sample=lambda samples: _why_in_sample(
             folder, samples, chosen_on, is_in_sample(loaded, samples.split, samples.fingerprint)
@@ -126,17 +147,29 @@ def _open_run(folder: Path, device: str | None) -> Artifact:
     )
 
 
+def preprocessing_of_run(run: Run) -> AnyPreprocessing:
+    """Say how samples become the inputs of a run."""
+    found = run.preprocessing if run.recipe is None else run.recipe.preprocessing()
+    if found is None:
+        raise ArtifactError(
+            f"The run {run.folder} does not say how samples become its inputs. Save it with "
+            "preprocessing=Preprocessing(...) or TextPreprocessing(...)."
+        )
+    return found
+
+
 def answer_run(
     network: Network,
     policy: Policy | RoutingPolicy | None,
     class_names: tuple[str, ...],
-    inputs: Tensor,
+    inputs: Tensor | Features,
 ) -> list[SampleAnswer]:
     """Say what a run answers, sample by sample."""
     from offramp.families import make_runner
+    from offramp.model.multi_exit import as_features
 
     runner = make_runner(network, policy)
-    result = runner.run(inputs)
+    result = runner.run(*as_features(inputs))
     arrays: dict[str, Any] = {
         name: None if part is None else part.cpu().numpy() for name, part in vars(result).items()
     }
@@ -144,8 +177,8 @@ def answer_run(
         AdaptiveResult(**arrays),
         policy=policy_to_dict(runner.policy),
         class_names=class_names,
-        plain_macs_B=network.plain_macs(inputs).numpy(),
-        size=tuple(inputs.shape[2:]),
+        plain_macs_B=network.plain_macs(*as_features(inputs)).numpy(),
+        size=tuple(as_features(inputs)[0].shape[2:]),
     )
 
 
@@ -163,7 +196,7 @@ def _open_bundle(folder: Path, device: str | None) -> Artifact:
     if recipe is None:
         preprocessing, note = preprocessing_of(bundle)
         num_classes = session.run(*example_inputs(bundle)).output.shape[1]
-        samples = OwnSamples(bundle=bundle, preprocessing=preprocessing, num_classes=num_classes)
+        samples = samples_of_bundle(bundle, preprocessing, num_classes=num_classes)
     else:
         samples = RecipeSamples(recipe=recipe, data=None, class_names=bundle.class_names)
     return Artifact(

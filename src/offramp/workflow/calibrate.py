@@ -35,7 +35,7 @@ from offramp.policy.dense_policies import dense_policy
 from offramp.policy.policies import PatiencePolicy, ThresholdedPolicy, ThresholdPolicy
 from offramp.policy.routing_policy import RoutingPolicy
 from offramp.policy.rules import RULES
-from offramp.runs.run import CALIBRATION_SPLIT, Run, write_policy
+from offramp.runs.run import Run, write_policy
 from offramp.workflow.chosen import Chosen, describe_choice, read_thresholds, rule_named
 from offramp.workflow.held_out import HeldOut, find_on_train, hold_out
 from offramp.workflow.population import evidence_for
@@ -89,9 +89,10 @@ def calibrate(
         timed, profile = _choose_by_the_clock(held_out, wanted, wanted.timing)
         chosen: Calibration[Any] = timed.chosen
     elif wanted.guarantee is not None:
-        finding = None if wanted.is_fitted else find_on_train(held_out, data=data)
+        finds = not wanted.is_fitted and run.recipe is not None  # own data may have no train
+        finding = find_on_train(held_out, data=data) if finds else None
         chosen = calibrate_with_guarantee(evidence, rule=rule, finding=finding, **wanted.risk_limit)
-        promise = _promise(chosen, held_out, "train" if finding else CALIBRATION_SPLIT)
+        promise = _promise(chosen, held_out, "train" if finding else held_out.data["split"])
     else:
         chosen = choose_policy(evidence, rule=rule, **wanted.target)
     about = describe_choice(wanted, held_out.data, chosen, promise, evidence)
@@ -263,7 +264,7 @@ def _labels_by_hand(
     _check_rule_of_labels(wanted)
     if wanted.rule != "entropy_nats":
         return ThresholdPolicy(values, rule=wanted.rule)
-    num_classes = run.require_recipe().network_options["num_classes"]
+    num_classes = run.num_classes or int(run.require_recipe().network_options["num_classes"])
     return ThresholdPolicy(
         tuple(
             value if word == "off" else confidence_from_entropy_nats(value, num_classes)

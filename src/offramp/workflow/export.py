@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from offramp.artifacts import BUNDLE_FOLDER
 from offramp.calibration.collect import collect_from_session
 from offramp.calibration.evidence import choose_policy
-from offramp.data.images import make_loader
+from offramp.data.images import in_tensors, make_loader
 from offramp.errors import InvalidArgumentError, NotCalibratedError
 from offramp.evaluation.evaluate import Answers, answer
 from offramp.exporting.bundle import check_parity
@@ -21,10 +21,14 @@ from offramp.exporting.bundle import export as write
 from offramp.exporting.quantize import quantize
 from offramp.families import family_of
 from offramp.families.agreement import Agreement
+from offramp.model.multi_exit import Features, as_features
 from offramp.policy.confidence import PIXEL_SHARE
-from offramp.runs.run import CALIBRATION_SPLIT, Run, load, load_batches
+from offramp.runs.own_network import load_run
+from offramp.runs.run import Run
 from offramp.runtime import Session, with_thresholds
 from offramp.runtime.bundle import write_bundle
+from offramp.workflow.artifact import preprocessing_of_run
+from offramp.workflow.samples import CALIBRATION, samples_of_run
 from offramp.workflow.wanted import LEARNED, TARGETS
 
 SHARE_TOLERANCE = 0.01
@@ -84,10 +88,10 @@ def export(
     plain: bool = True,
     layers_per_step: int = 1,
     data: str | None = None,
+    network: str | None = None,
 ) -> Exported:
     """Write the bundle of a run, in float32 or in int8, and check it on samples of its data."""
-    loaded = load(run)
-    recipe = loaded.require_recipe()
+    loaded = load_run(run, network)
     family = family_of(loaded.network)
     if int8 and family.thresholds is not None:
         raise InvalidArgumentError(
@@ -98,8 +102,10 @@ def export(
         raise NotCalibratedError(
             f"The run {run} has no policy to export. Choose one: offramp calibrate {run} ..."
         )
-    split = CALIBRATION_SPLIT if recipe.calibration_share else "train"
-    batches = load_batches(recipe, split, data or loaded.data)[0].unaugmented()
+    of_run = samples_of_run(loaded)
+    preferred = CALIBRATION if of_run.has_calibration else ("train",)
+    split = None if of_run.has_calibration else "train"
+    batches = in_tensors(of_run.load(split, data=data, preferred=preferred).batches)
     count = min(_PARITY_SAMPLES, 2 * batches.run_batch_size)
     spread = range(0, len(batches), max(1, len(batches) // count))
     samples, _ = batches.__getitems__(list(spread)[:count])
@@ -120,14 +126,14 @@ def export(
         folder=folder,
         num_exits=loaded.network.num_exits,
         num_steps=num_steps,
-        num_samples=len(samples),
+        num_samples=len(as_features(samples)[0]),
         agreement=agreement,
         quantized=quantized,
     )
 
 
 def _write_float(
-    loaded: Run, folder: Path, samples: Tensor, *, plain: bool, layers_per_step: int = 1
+    loaded: Run, folder: Path, samples: Tensor | Features, *, plain: bool, layers_per_step: int = 1
 ) -> tuple[int, Agreement]:
     assert loaded.policy is not None  # export has made sure
     bundle = write(
@@ -136,8 +142,8 @@ def _write_float(
         folder,
         samples,
         class_names=loaded.class_names,
-        recipe=loaded.require_recipe().to_dict(),
-        preprocessing=loaded.require_recipe().preprocessing(),
+        recipe=None if loaded.recipe is None else loaded.recipe.to_dict(),
+        preprocessing=preprocessing_of_run(loaded),
         calibration=loaded.calibration,
         plain=plain,
         layers_per_step=layers_per_step,

@@ -23,7 +23,7 @@ from offramp.runtime.bundle import is_bundle
 from offramp.runtime.chosen_on import CALIBRATION_SPLIT
 from offramp.workflow.artifact import open_artifact, pick_device
 from offramp.workflow.chosen import rule_named
-from offramp.workflow.samples import CALIBRATION, AnySamples, RecipeSamples
+from offramp.workflow.samples import CALIBRATION, AnySamples, samples_of_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +97,11 @@ def check_asked(split: str | None, num_points: int, rule: str | None) -> None:
         rule_named(rule)
 
 
-def open_all(folders: Sequence[Path], device: str | None = None) -> list[Opened]:
+def open_all(
+    folders: Sequence[Path], device: str | None = None, network: str | None = None
+) -> list[Opened]:
     """Open runs and bundles of one data set, and refuse others."""
-    opened = [_open(folder, device) for folder in folders]
+    opened = [_open(folder, device, network) for folder in folders]
     first, *others = opened
     for run in others:
         if run.samples.name != first.samples.name:
@@ -111,9 +113,9 @@ def open_all(folders: Sequence[Path], device: str | None = None) -> list[Opened]
     return opened
 
 
-def _open(folder: Path, device: str | None) -> Opened:
+def _open(folder: Path, device: str | None, named: str | None) -> Opened:
     if is_bundle(folder):
-        bundle = open_artifact(folder, device)
+        bundle = open_artifact(folder, device, named)
         return Opened(
             name=str(folder),
             recipe=bundle.recipe,
@@ -123,16 +125,15 @@ def _open(folder: Path, device: str | None) -> Opened:
             collect=bundle.collect,
         )
     from offramp.families import family_of
-    from offramp.runs.run import load
+    from offramp.runs.own_network import load_run
     from offramp.workflow.held_out import evidence_by
 
-    loaded = load(folder)
-    recipe = loaded.require_recipe()
+    loaded = load_run(folder, named)
     network = loaded.network.to(pick_device(device))
     return Opened(
         name=str(folder),
-        recipe=recipe.name,
-        samples=RecipeSamples(recipe=recipe, data=loaded.data, class_names=loaded.class_names),
+        recipe=None if loaded.recipe is None else loaded.recipe.name,
+        samples=samples_of_run(loaded),
         num_exits=network.num_exits,
         thresholds=family_of(network).thresholds,
         collect=evidence_by(network),

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from offramp.calibration.collect import collect
 from offramp.calibration.evidence import Evidence
-from offramp.data.images import Batches
+from offramp.data.images import Batches, in_tensors
 from offramp.evaluation.sweeping import collect_sweep
 from offramp.families import family_of
-from offramp.runs.run import CALIBRATION_SPLIT, Run, load_batches
+from offramp.runs.run import Run, load_batches
 from offramp.runtime.chosen_on import written_hashes
 from offramp.workflow.artifact import pick_device
 from offramp.workflow.population import describe_population, name_prior, read_prior
+from offramp.workflow.samples import CALIBRATION, samples_of_run
 from offramp.zoo import Network
 
 _NUM_FINDING, _NUM_SIZING = 4_000, 1_000
@@ -67,18 +68,17 @@ def hold_out(
     The prior is uniform, a JSON file with the share of each class, or None: as they were drawn.
     """
     where = pick_device(device)
-    recipe = run.require_recipe()
-    batches, names, fingerprint = load_batches(recipe, CALIBRATION_SPLIT, data or run.data)
+    samples = samples_of_run(run).load(data=data, preferred=CALIBRATION)
+    batches, names = in_tensors(samples.batches), samples.class_names
     shares = None if prior is None else read_prior(prior, names)
     network = run.network.to(where)
     evidence = evidence_by(network)(batches).for_population(shares)
-    drawn = "uniform" if recipe.uniform_prior else "as in train"
     about = {
-        "name": recipe.data,
-        "split": CALIBRATION_SPLIT,
+        "name": samples.name,
+        "split": samples.split,
         "num_samples": len(batches),
-        **describe_population(evidence, name_prior(prior, shares, names) or drawn),
-        "sha256": fingerprint,
+        **describe_population(evidence, name_prior(prior, shares, names) or samples.class_prior),
+        "sha256": samples.fingerprint,
         "hashes": written_hashes(batches.hashes()),
     }
     return HeldOut(run=run, device=where, batches=batches, evidence=evidence, data=about)

@@ -28,9 +28,17 @@ class Predicted:
     note: str | None
 
 
-def predict(folder: Path, samples: Sequence[str], device: str | None = None) -> Predicted:
+def predict(
+    folder: Path, samples: Sequence[str], device: str | None = None, network: str | None = None
+) -> Predicted:
     """Answer picture files, or texts, as a run or a bundle does."""
-    return (_ask_bundle if is_bundle(folder) else _ask_run)(folder, samples, device)
+    if not is_bundle(folder):
+        return _ask_run(folder, samples, device, network)
+    if network is not None:
+        raise InvalidArgumentError(
+            f"--network is for a run. {folder} is a bundle, which holds its network: leave it out."
+        )
+    return _ask_bundle(folder, samples, device)
 
 
 def _ask_bundle(folder: Path, samples: Sequence[str], device: str | None) -> Predicted:
@@ -58,18 +66,21 @@ def _ask_bundle(folder: Path, samples: Sequence[str], device: str | None) -> Pre
     return Predicted(answers=answers, note=note)
 
 
-def _ask_run(folder: Path, samples: Sequence[str], device: str | None) -> Predicted:
+def _ask_run(
+    folder: Path, samples: Sequence[str], device: str | None, network: str | None
+) -> Predicted:
     import torch
 
+    from offramp.runs.own_network import num_inputs_of
     from offramp.workflow.artifact import answer_run, open_artifact
 
-    opened: Any = open_artifact(folder, device)
-    (inputs,) = inputs_of(samples, opened.preprocessing())
+    opened: Any = open_artifact(folder, device, network)
     runner = opened.runner
+    inputs = inputs_of(samples, opened.preprocessing(), num_inputs=num_inputs_of(runner.network))
     answers = answer_run(
         runner.network,
         runner.policy,
         opened.class_names,
-        torch.from_numpy(inputs).to(opened.device),
+        tuple(torch.from_numpy(array).to(opened.device) for array in inputs),
     )
     return Predicted(answers=answers, note=None)

@@ -11,7 +11,9 @@ from offramp.data.arrays import ArrayBatches
 from offramp.data.folders import draw_evenly, find_split
 from offramp.data.known_sources import SOURCES
 from offramp.data.own import OwnSplit, load_own
-from offramp.errors import DataError, InvalidArgumentError
+from offramp.data.own_masks import load_own_masks
+from offramp.errors import ArtifactError, DataError, InvalidArgumentError
+from offramp.measure.outputs import MAPS
 from offramp.runtime import Bundle
 from offramp.runtime.chosen_on import CALIBRATION_SPLIT
 from offramp.runtime.preprocessing import AnyPreprocessing
@@ -19,6 +21,7 @@ from offramp.runtime.preprocessing import AnyPreprocessing
 if TYPE_CHECKING:  # samples of one's own need no torch
     from offramp.data.images import Batches
     from offramp.recipes.recipe import Recipe
+    from offramp.runs.run import Run
 
 JUDGING = ("test", "validation", "val", "valid", "dev")
 """Splits of data of one's own that figures are on where none is named, the first that there is."""
@@ -138,26 +141,31 @@ class RecipeSamples:
 
 @dataclass(frozen=True, kw_only=True)
 class OwnSamples:
-    """Data for a bundle of a network of one's own, which says how samples become inputs.
+    """Data for a network of one's own, whose bundle or run says how samples become inputs.
 
     Attributes:
-        bundle: The bundle.
-        preprocessing: As the bundle says, or as it is taken to be.
-        num_classes: Of the network.
+        of: The bundle or the run, in words.
+        preprocessing: As it says, or as it is taken to be; None where it says nothing.
+        class_names: Of the network.
+        num_classes: Of the network; None where that is not known.
+        num_inputs: Of the network.
+        length: Tokens of every text, where the network takes no others.
+        maps: Whether it says a class for every pixel.
+        data: Where its data was in training; None where that is not known.
     """
 
-    bundle: Bundle
-    preprocessing: AnyPreprocessing
-    num_classes: int
+    of: str
+    preprocessing: AnyPreprocessing | None
+    class_names: tuple[str, ...]
+    num_classes: int | None
+    num_inputs: int = 1
+    length: int | None = None
+    maps: bool = False
+    data: str | None = None
 
     name = "own data"
     has_calibration = True
     judging_split = None
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Of the network."""
-        return self.bundle.class_names
 
     def load(
         self,
@@ -168,35 +176,76 @@ class OwnSamples:
         preferred: Sequence[str] = JUDGING,
     ) -> Samples:
         """Load a split."""
-        bundle = self.bundle
-        if data is None:
+        where = data or self.data
+        if where is None:
             raise InvalidArgumentError(
-                f"The bundle {bundle.folder} holds a network of your own, and does not name its "
-                "data. Say where it is: data=PATH."
+                f"The {self.of} holds a network of your own, and does not name its data. Say where "
+                "it is: data=PATH."
             )
-        if says_maps(bundle):
-            raise InvalidArgumentError(
-                f"The bundle {bundle.folder} says a class for every pixel, and masks are read for "
-                "recipes only. Use Session(...).run() from Python."
+        if self.preprocessing is None:
+            raise ArtifactError(
+                f"The {self.of} does not say how samples become its inputs. Save it with "
+                "preprocessing=Preprocessing(...) or TextPreprocessing(...)."
             )
-        first = bundle.inputs[0].sample_shape
+        name = Path(where).resolve().name
+        if self.maps:
+            masks = load_own_masks(
+                where,
+                split,
+                self.preprocessing,
+                num_classes=self.num_classes,
+                subset=subset,
+                preferred=preferred,
+            )
+            return _samples(masks, name=name, class_names=self.class_names, subset=None)
         own = load_own(
-            data,
+            where,
             split,
             self.preprocessing,
-            class_names=bundle.class_names,
+            class_names=self.class_names,
             num_classes=self.num_classes,
-            num_inputs=len(bundle.inputs),
-            length=first[0] if len(first) == 1 else None,
+            num_inputs=self.num_inputs,
+            length=self.length,
             subset=subset,
             preferred=preferred,
         )
-        return _samples(
-            own, name=Path(data).resolve().name, class_names=bundle.class_names, subset=subset
-        )
+        return _samples(own, name=name, class_names=self.class_names, subset=subset)
 
 
 AnySamples = RecipeSamples | OwnSamples
+
+
+def samples_of_run(run: Run) -> AnySamples:
+    """Make what loads splits of the data that a run is for."""
+    if run.recipe is not None:
+        return RecipeSamples(recipe=run.recipe, data=run.data, class_names=run.class_names)
+    from offramp.runs.own_network import num_inputs_of  # torch, which bundles do not need
+
+    return OwnSamples(
+        of=f"run {run.folder}",
+        preprocessing=run.preprocessing,
+        class_names=run.class_names,
+        num_classes=run.num_classes,
+        num_inputs=num_inputs_of(run.network),
+        maps=run.network.outputs.name == MAPS.name,
+        data=run.data,
+    )
+
+
+def samples_of_bundle(
+    bundle: Bundle, preprocessing: AnyPreprocessing, *, num_classes: int
+) -> OwnSamples:
+    """Make what loads data for a bundle of a network of one's own."""
+    first = bundle.inputs[0].sample_shape
+    return OwnSamples(
+        of=f"bundle {bundle.folder}",
+        preprocessing=preprocessing,
+        class_names=bundle.class_names,
+        num_classes=num_classes,
+        num_inputs=len(bundle.inputs),
+        length=first[0] if len(first) == 1 else None,
+        maps=says_maps(bundle),
+    )
 
 
 def _samples(

@@ -33,28 +33,33 @@ def time(
     split: str | None = None,
     subset: int | None = None,
     device: str | None = None,
+    network: str | None = None,
 ) -> Timing:
     """Time each backend on its folder; a lone one in this process."""
-    opened = open_artifact(run, device)
+    opened = open_artifact(run, device, network)
     use_threads(threads)
     batches = opened.samples.load(split, data=data, subset=subset).batches
     count = min(_SAMPLES, max(LEAST_SAMPLES, 8 * batches.run_batch_size))
     inputs = draw(batches, count)
-    if not isinstance(inputs, Tensor):
-        raise InvalidArgumentError(
-            f"Expected a network of one input to time. {run} takes {len(inputs)}: use "
-            "offramp time --steps, which times its steps."
-        )
     runner = opened.runner
-    sizes = batch_sizes or [size for size in _SIZES if size <= len(inputs)]
+    sizes = batch_sizes or [size for size in _SIZES if size <= min(count, len(batches))]
     if isinstance(runner, Session):
         return time_bundle(runner, inputs, batch_sizes=sizes)
+    if not isinstance(inputs, Tensor):
+        raise InvalidArgumentError(
+            f"Expected a network of one input to time in torch. {run} takes {len(inputs)}: export "
+            "it and time the bundle."
+        )
     if list(backends) == ["torch"]:
         return time_runner(runner, inputs.to(opened.device), batch_sizes=sizes)
     runner.network.cpu()
     folders = {"torch": run, "onnxruntime": bundle or run / BUNDLE_FOLDER}
     return time_in_processes(
-        runner, inputs, {name: folders[name] for name in backends}, batch_sizes=sizes
+        runner,
+        inputs,
+        {name: folders[name] for name in backends},
+        batch_sizes=sizes,
+        network=network,
     )
 
 

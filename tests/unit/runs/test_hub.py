@@ -213,7 +213,8 @@ def test_push_sends_what_save_pretrained_writes(run, tmp_path, uploads):
     assert uploads.token == "secret"
     assert uploads.created == [("user/digits", True, True)]
     assert set(uploads.asked["allow_patterns"]) == set(SHARED_FILES)
-    assert set(uploads.asked["delete_patterns"]) == set(SHARED_FILES)  # stale ones go
+    stale = set(uploads.asked["delete_patterns"])
+    assert stale == {*SHARED_FILES, "bundle.json"}  # a repository is a run or a bundle
     saved = save_pretrained(run, tmp_path / "shared", evaluation=FIGURES, repo_id="user/digits")
     assert uploads.sent == {path.name: path.read_bytes() for path in saved.iterdir()}
     assert all(b"secret" not in content for content in uploads.sent.values())
