@@ -365,8 +365,9 @@ def _is_state(node: fx.Node) -> bool:
     """Return True for what a recurrent layer returns beside its output, which no head reads."""
     if node.target is not operator.getitem:
         return False
-    whole, index = node.args
-    return index != 0 or (isinstance(whole, fx.Node) and whole.target is operator.getitem)
+    whole: Any = node.args[0]
+    index: Any = node.args[1]
+    return bool(index != 0 or whole.target is operator.getitem)
 
 
 class TracedMode(Mode):
