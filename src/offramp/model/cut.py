@@ -298,8 +298,13 @@ class _Plan:
     @property
     def unevenness(self) -> float:
         """Return the largest distance of a cut from an even share."""
+        return max(self.distances)
+
+    @property
+    def distances(self) -> list[float]:
+        """Return each cut's distance from an even share."""
         num = len(self.at) + 1
-        return max(abs(share - k / num) for k, share in enumerate(self.shares, start=1))
+        return [abs(share - k / num) for k, share in enumerate(self.shares, start=1)]
 
 
 def _cut_evenly(
@@ -321,7 +326,7 @@ def _cut_evenly(
         if not known:
             assert failure is not None
             raise failure
-        best = min(known, key=lambda plan: plan.unevenness)
+        best = min(known, key=lambda plan: (round(plan.unevenness, 2), sum(plan.distances)))
         known.remove(best)
         try:
             stages, features = _cut(backbone, best.cutter, inputs, best.at, logits)

@@ -10,6 +10,7 @@ the same modules; each of its stages runs the graph of the mode that it is in.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence, Set
 from functools import cached_property
 from itertools import pairwise
@@ -256,7 +257,7 @@ class Mode:
             if node in self._placed and last >= position and not self._is_light(node):
                 crossing.add(node)
                 until.setdefault(last + 1, []).append(node)
-            is_alone = crossing == {node} and node.op != "placeholder"
+            is_alone = crossing == {node} and node.op != "placeholder" and not _is_state(node)
             # The first run of a module that runs several times has the name of the module.
             name = f"{node.name}_0" if node.name in self.ends else node.name
             if is_alone and self._why_not_across(self.crossing(position), position) is None:
@@ -358,6 +359,15 @@ class Mode:
         copy: Callable[[fx.Node], fx.Node],
     ) -> fx.Node:
         return graph.node_copy(node, copy)
+
+
+def _is_state(node: fx.Node) -> bool:
+    """Return True for what a recurrent layer returns beside its output, which no head reads."""
+    if node.target is not operator.getitem:
+        return False
+    whole: Any = node.args[0]
+    index: Any = node.args[1]
+    return bool(index != 0 or whole.target is operator.getitem)
 
 
 class TracedMode(Mode):

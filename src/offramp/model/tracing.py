@@ -225,7 +225,7 @@ def _are_equal(before: tuple[Tensor, Any, Any], after: tuple[Tensor, Any, Any]) 
 
 def what_stopped(error: Exception) -> str:
     """The line of the backbone's own code that torch.fx could not follow."""
-    ours = (str(Path(torch.__file__).parent), __file__)
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [frame for frame in frames if not frame.filename.startswith(ours)]
     if not theirs or not theirs[-1].line:

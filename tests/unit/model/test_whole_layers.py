@@ -174,7 +174,8 @@ def test_exits_between_layers_answer_alike_with_and_without_gradients(case):
             assert torch.equal(fused[-1], backbone(*inputs))
         for one, other in zip(network(*inputs), fused, strict=True):
             torch.testing.assert_close(one, other)
-    assert min(network.costs(*draw(1)).stage_macs[:-1]) > 50  # not all in the last stage
+    *until, whole = network.costs(*draw(1)).exit_macs()
+    assert until[0] > 0.15 * whole  # not all of it after the first exit
     outputs = network.train()(*draw(2))
     sum(logits.square().sum() for logits in outputs).backward()
     assert all(parameter.grad is not None for parameter in backbone.parameters())
