@@ -165,6 +165,8 @@ def _axes_by_makers(
             *(source for module in makers for source in weights_of[module]),
             *(source for module in makers for source in outputs_of.get(module, ())),
         ]
+        if not sources:
+            return set(), told
         axes_of: list[set[int]] = [set() for _ in sources]
         for axis in _long_axes(features[0], but=0):
             for axes, dims in zip(axes_of, _told_apart(features[0], axis, sources), strict=True):

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from small_backbones import BackboneOf, SmallResNet, SmallViT
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from offramp.errors import BackboneCutError
 from offramp.model.axes import channel_axis, require_batch_first
@@ -137,6 +138,9 @@ conv1d, conv2d = nn.Conv1d(2, 6, 3, padding=1), nn.Conv2d(3, 6, 3, padding=1)
             [nn.Linear(6, 6), nn.LayerNorm(6, elementwise_affine=False)], TOKENS, 2, id="no weights"
         ),
         pytest.param([Multiplied(6, 6)], TOKENS, 2, id="weights of no module"),
+        pytest.param(
+            [weight_norm(nn.Conv1d(2, 6, 3, padding=1)), nn.ReLU()], SIGNAL, 1, id="weight_norm"
+        ),
     ],
 )
 def test_the_weights_before_a_cut_tell_the_axis_of_channels(before, example, axis):
