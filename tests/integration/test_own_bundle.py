@@ -14,7 +14,7 @@ import torch
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 from huggingface_hub import ModelCard
-from own_pictures import NAMES, write_pictures
+from own_pictures import BY_DIGIT, NAMES, SPLITS, write_pictures
 from PIL import Image
 from served import serve_process
 from torch import nn
