@@ -42,10 +42,10 @@ from offramp.exporting.bundle import export as export
 from offramp.families.exits import AdaptiveRunner as AdaptiveRunner
 from offramp.families.halting import HaltingRunner as HaltingRunner
 from offramp.families.skip import SkipRunner as SkipRunner
-from offramp.measure.cost import ExitCosts as ExitCosts
 from offramp.measure.cost import count_macs as count_macs
 from offramp.measure.dense import label_maps as label_maps
 from offramp.measure.dense import mean_iou as mean_iou
+from offramp.measure.exit_costs import ExitCosts as ExitCosts
 from offramp.model.cut import add_exits as add_exits
 from offramp.model.multi_exit import MultiExitNetwork as MultiExitNetwork
 from offramp.offload.edge import EdgeConfig as EdgeConfig

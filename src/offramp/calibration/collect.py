@@ -23,8 +23,9 @@ from offramp.data.batches import batches_of, explained_data, read_batch
 from offramp.decoding import Count, decode, parse_json
 from offramp.errors import ArtifactError, DataError
 from offramp.families import family_of
-from offramp.measure.cost import ExitCosts, evaluation_mode
+from offramp.measure.cost import evaluation_mode
 from offramp.measure.dense import confusion_matrices, label_maps
+from offramp.measure.exit_costs import ExitCosts
 from offramp.runtime import Session
 from offramp.training.checkpoint_choice import who_chose_by
 from offramp.zoo import Network

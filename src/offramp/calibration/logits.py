@@ -26,13 +26,13 @@ from offramp.calibration.temperature import fit_temperature
 from offramp.calibration.thresholds import confidences, search_for, search_thresholds
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError, ShapeError
 from offramp.measure.arrays import as_array, softmax
-from offramp.measure.cost import ExitCosts
 from offramp.measure.dense import (
     IGNORED_LABEL,
     labels_of_cells,
     mean_iou,
     pixel_accuracy,
 )
+from offramp.measure.exit_costs import ExitCosts
 from offramp.measure.outputs import MAPS, Outputs, shape_in_words
 from offramp.policy.policies import ThresholdedPolicy
 
