@@ -2,12 +2,12 @@
 
 from offramp.calibration.chosen import Calibration as Calibration
 from offramp.calibration.controller import fit_controller as fit_controller
+from offramp.calibration.dense_logits import DenseLogits as DenseLogits
 from offramp.calibration.evidence import calibrate as calibrate
 from offramp.calibration.frontier import Frontier as Frontier
 from offramp.calibration.frontier import frontier as frontier
 from offramp.calibration.guarantee import Guarantee as Guarantee
 from offramp.calibration.guarantee import calibrate_with_guarantee as calibrate_with_guarantee
-from offramp.calibration.logits import DenseLogits as DenseLogits
 from offramp.calibration.logits import ExitLogits as ExitLogits
 from offramp.calibration.sweep import Sweep as Sweep
 from offramp.calibration.temperature import fit_temperatures as fit_temperatures

@@ -13,10 +13,10 @@ from torch import nn
 
 from offramp.artifacts import read_json, write_json
 from offramp.data.images import Batches, ImageBatches, split_off_calibration
-from offramp.data.labels import check_labels
+from offramp.data.label_range import check_labels
 from offramp.data.masks import MaskBatches
-from offramp.data.parquet import Split, TextSplit, known_labels
 from offramp.data.sources import load_split
+from offramp.data.splits import Split, TextSplit, known_labels
 from offramp.data.texts import TextBatches, encode
 from offramp.decoding import decode
 from offramp.errors import ArtifactError, InvalidArgumentError
