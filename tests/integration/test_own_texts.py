@@ -24,7 +24,7 @@ def write_texts(folder):
             rows = csv.writer(file)
             rows.writerow(("sentence", "label"))
             for label in random.integers(0, 2, count):
-                words = [*random.choice(OTHER, random.integers(1, 7))]
+                words = [*random.choice(OTHER, random.integers(5, 9))]
                 words.append(random.choice((BAD, GOOD)[label]))
                 rows.writerow((" ".join(words), NAMES[label]))
 
