@@ -28,7 +28,7 @@ from offramp.runtime import Bundle, read_bundle
 from offramp.runtime.bundle import find_bundle
 from offramp.runtime.part import PartSession, carried_specs, cuts
 from offramp.serving.http_client import write_request
-from offramp.workflow.artifact import recipe_of
+from offramp.workflow.recipe_samples import recipe_of
 from record import circumstances, write_json
 
 Array = npt.NDArray[Any]

@@ -37,7 +37,7 @@ from offramp.runtime import Bundle, Session, read_bundle
 from offramp.runtime.bundle import find_bundle
 from offramp.runtime.part import PartSession, cuts
 from offramp.runtime.step_profile import profile_steps
-from offramp.workflow.artifact import recipe_of
+from offramp.workflow.recipe_samples import recipe_of
 from record import circumstances, write_json
 
 Array = npt.NDArray[Any]

@@ -2,12 +2,12 @@
 
 from offramp.calibration.chosen import Calibration as Calibration
 from offramp.calibration.controller import fit_controller as fit_controller
+from offramp.calibration.dense_logits import DenseLogits as DenseLogits
 from offramp.calibration.evidence import calibrate as calibrate
 from offramp.calibration.frontier import Frontier as Frontier
 from offramp.calibration.frontier import frontier as frontier
 from offramp.calibration.guarantee import Guarantee as Guarantee
 from offramp.calibration.guarantee import calibrate_with_guarantee as calibrate_with_guarantee
-from offramp.calibration.logits import DenseLogits as DenseLogits
 from offramp.calibration.logits import ExitLogits as ExitLogits
 from offramp.calibration.sweep import Sweep as Sweep
 from offramp.calibration.temperature import fit_temperatures as fit_temperatures
@@ -42,10 +42,10 @@ from offramp.exporting.bundle import export as export
 from offramp.families.exits import AdaptiveRunner as AdaptiveRunner
 from offramp.families.halting import HaltingRunner as HaltingRunner
 from offramp.families.skip import SkipRunner as SkipRunner
-from offramp.measure.cost import ExitCosts as ExitCosts
 from offramp.measure.cost import count_macs as count_macs
 from offramp.measure.dense import label_maps as label_maps
 from offramp.measure.dense import mean_iou as mean_iou
+from offramp.measure.exit_costs import ExitCosts as ExitCosts
 from offramp.model.cut import add_exits as add_exits
 from offramp.model.multi_exit import MultiExitNetwork as MultiExitNetwork
 from offramp.offload.edge import EdgeConfig as EdgeConfig

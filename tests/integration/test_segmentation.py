@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from offramp import Session, load
-from offramp.measure.dense import IGNORED_LABEL
+from offramp.measure.outputs import IGNORED_LABEL
 from offramp.runs.run import load_batches
 
 SETTINGS = {

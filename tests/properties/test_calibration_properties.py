@@ -14,7 +14,7 @@ from offramp.calibration.risk import RISKS_OF_SAMPLES
 from offramp.calibration.search import evaluate_thresholds
 from offramp.calibration.thresholds import confidences
 from offramp.errors import InfeasibleTargetError
-from offramp.measure.cost import ExitCosts
+from offramp.measure.exit_costs import ExitCosts
 from offramp.policy.confidence import CONFIDENCE_RULES
 
 pytestmark = [

@@ -6,7 +6,7 @@ Found by tests in any folder: pytest puts tests/reference on the path.
 import torch
 
 from offramp.calibration.collect import ExitLogits
-from offramp.measure.cost import ExitCosts
+from offramp.measure.exit_costs import ExitCosts
 
 TWO_COSTS = ExitCosts(stage_macs=(100, 100), head_macs=(10, 10))
 """Leaving at exit 0 costs 110; at the final exit 220, or 210 where exit 0 is off."""

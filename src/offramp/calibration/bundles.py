@@ -19,10 +19,10 @@ from offramp.calibration.rules import Rule
 from offramp.calibration.search import Floats
 from offramp.calibration.sweep import Sweep
 from offramp.data.arrays import in_arrays
-from offramp.data.labels import check_labels
+from offramp.data.label_range import check_labels
 from offramp.errors import DataError
 from offramp.measure.arrays import as_array
-from offramp.measure.cost import ExitCosts
+from offramp.measure.exit_costs import ExitCosts
 from offramp.policy.as_dict import policy_from_dict
 from offramp.policy.policies import ThresholdedPolicy
 from offramp.policy.routing_policy import RoutingPolicy

@@ -18,13 +18,16 @@ from torch import Tensor
 
 from offramp.artifacts import atomic_path
 from offramp.calibration.bundles import check_said, collect_steps
-from offramp.calibration.logits import DenseLogits, ExitLogits, at_half_precision
+from offramp.calibration.dense_logits import DenseLogits
+from offramp.calibration.logits import LARGEST_HALF, ExitLogits
 from offramp.data.batches import batches_of, explained_data, read_batch
 from offramp.decoding import Count, decode, parse_json
-from offramp.errors import ArtifactError, DataError
+from offramp.errors import ArtifactError, DataError, InvalidArgumentError
 from offramp.families import family_of
-from offramp.measure.cost import ExitCosts, evaluation_mode
+from offramp.measure.cost import evaluation_mode
 from offramp.measure.dense import confusion_matrices, label_maps
+from offramp.measure.exit_costs import ExitCosts
+from offramp.measure.outputs import MAPS
 from offramp.runtime import Session
 from offramp.training.checkpoint_choice import who_chose_by
 from offramp.zoo import Network
@@ -108,7 +111,7 @@ class _Gathered:
         if outputs_KBC.ndim == 5:
             labels_B = labels_B.to(outputs_KBC.device)
             self._confusion.append(_confusion(outputs_KBC, labels_B).cpu())
-            outputs_KBC, labels_B = at_half_precision(outputs_KBC), labels_B.to(torch.uint8)
+            outputs_KBC, labels_B = _at_half_precision(outputs_KBC), labels_B.to(torch.uint8)
         self._outputs.append(outputs_KBC.cpu())
         self._labels.append(labels_B.cpu())
 
@@ -133,6 +136,11 @@ class _Gathered:
         )
 
 
+def _at_half_precision(logits: Tensor) -> Tensor:
+    """Round logits; what half precision does not reach becomes its largest number, not infinite."""
+    return logits.where(logits.isinf(), logits.clamp(-LARGEST_HALF, LARGEST_HALF)).half()
+
+
 def _confusion(outputs_KBChw: Tensor, labels_BHW: Tensor) -> Tensor:
     size = (labels_BHW.shape[1], labels_BHW.shape[2])
     num_classes = outputs_KBChw.shape[2]
@@ -145,7 +153,13 @@ def _confusion(outputs_KBChw: Tensor, labels_BHW: Tensor) -> Tensor:
 
 def write_logits(path: Path | str, logits: ExitLogits) -> None:
     """Keep logits in a file, at half precision, so that choosing need not run the network again."""
-    tensors = logits.kept_tensors()
+    if logits.outputs is MAPS:
+        raise InvalidArgumentError(
+            "Expected logits of one class a sample. Got those of every pixel, which are not kept: "
+            "collect them anew."
+        )
+    half_KNC = _at_half_precision(torch.as_tensor(logits.logits_KNC)).contiguous()
+    tensors = {"logits_KNC": half_KNC, "labels_N": torch.as_tensor(logits.labels_N)}
     about = {
         "stage_macs": logits.costs.stage_macs,
         "head_macs": logits.costs.head_macs,

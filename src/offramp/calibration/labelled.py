@@ -6,18 +6,15 @@ Shapes: ``K`` ways, ``N`` samples, ``C`` classes.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import Self
 
 from offramp.errors import DataError, InSampleError, InvalidArgumentError
-from offramp.measure.arrays import as_array
+from offramp.measure.arrays import Numbers, as_array
 from offramp.measure.outputs import LABELS, Outputs
-
-if TYPE_CHECKING:
-    from offramp.measure.arrays import Numbers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from offramp.calibration.thresholds import (
     search_thresholds,
 )
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError, ShapeError
-from offramp.measure.cost import ExitCosts
+from offramp.measure.exit_costs import ExitCosts
 from offramp.measure.profile import Profile
 from offramp.policy.choice import Choice
 from offramp.policy.policies import ThresholdedPolicy

@@ -1,6 +1,6 @@
-"""Logits of every exit on labelled samples: a class for each, or one for every pixel.
+"""Logits of every exit on labelled samples.
 
-Shapes: ``K`` exits, ``N`` samples, ``C`` classes, ``H W`` pixels of masks, ``h w`` cells of logits.
+Shapes: ``K`` exits, ``N`` samples, ``C`` classes.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import Self
 
-from offramp.calibration.asked import Asked
 from offramp.calibration.chosen import Calibration, ExitAlone, ExitOfCalibration, Figures
 from offramp.calibration.evidence import Evidence
 from offramp.calibration.risk import RISKS, cautious_losses, check_risk_fits
@@ -26,20 +24,12 @@ from offramp.calibration.temperature import fit_temperature
 from offramp.calibration.thresholds import confidences, search_for, search_thresholds
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError, ShapeError
 from offramp.measure.arrays import as_array, softmax
-from offramp.measure.cost import ExitCosts
-from offramp.measure.dense import (
-    IGNORED_LABEL,
-    labels_of_cells,
-    mean_iou,
-    pixel_accuracy,
-)
-from offramp.measure.outputs import MAPS, Outputs, shape_in_words
+from offramp.measure.exit_costs import ExitCosts
+from offramp.measure.outputs import shape_in_words
 from offramp.policy.policies import ThresholdedPolicy
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from offramp.measure.arrays import Numbers
+LARGEST_HALF = float(np.finfo(np.float16).max)
+"""The largest number that half precision holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,16 +114,9 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
 
     def rounded(self) -> Self:
         """Leave out the last bits of logits, which differ between processors: ties break alike."""
-        logits_KNC = as_array(self.logits_KNC).clip(-_LARGEST_HALF, _LARGEST_HALF)
+        logits_KNC = as_array(self.logits_KNC).clip(-LARGEST_HALF, LARGEST_HALF)
         rounded_KNC = logits_KNC.astype(np.float16).astype(np.float32)
         return replace(self, logits_KNC=rounded_KNC, labels_N=as_array(self.labels_N))
-
-    def kept_tensors(self) -> dict[str, Tensor]:
-        """Name the tensors that a file of logits holds, at half precision."""
-        import torch
-
-        half_KNC = at_half_precision(torch.as_tensor(self.logits_KNC)).contiguous()
-        return {"logits_KNC": half_KNC, "labels_N": torch.as_tensor(self.labels_N)}
 
     @property
     def quality_K(self) -> Floats:
@@ -343,111 +326,3 @@ class ExitLogits(Evidence[ThresholdedPolicy]):
                 f"{self.costs.exit_macs()} MACs against {other.numbers} that cost "
                 f"{other.costs.exit_macs()}."
             )
-
-
-_LARGEST_HALF = float(np.finfo(np.float16).max)
-
-
-def at_half_precision(logits: Tensor) -> Tensor:
-    """Round logits; what half precision does not reach becomes its largest number, not infinite."""
-    return logits.where(logits.isinf(), logits.clamp(-_LARGEST_HALF, _LARGEST_HALF)).half()
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenseLogits(ExitLogits):
-    """Logits of every exit on every pixel.
-
-    Logits are kept at half precision and at the network's own resolution. Figures come from
-    confusion matrices, which are counted at full precision and at the masks' resolution.
-
-    Attributes:
-        logits_KNC: Raw logits, shape (K, N, C, h, w), float16, on the CPU.
-        labels_N: Classes, shape (N, H, W), uint8, ``IGNORED_LABEL`` where none is known.
-        prior: None: images have no class of their own.
-        confusion_KNCC: Pixels of each image by true and predicted class, shape (K, N, C, C), int64.
-    """
-
-    outputs: ClassVar[Outputs] = MAPS
-    drop_risk: ClassVar[str] = QUALITY_GAP
-    tensors_KN: ClassVar[tuple[str, ...]] = ("logits_KNC", "confusion_KNCC")
-
-    confusion_KNCC: Numbers
-
-    @property
-    def correct_KN(self) -> Tensor:
-        """Share of each image's known pixels that each exit is right about, shape (K, N)."""
-        return pixel_accuracy(self._confusion)
-
-    @property
-    def _confusion(self) -> Tensor:
-        import torch
-
-        return torch.as_tensor(self.confusion_KNCC)
-
-    @property
-    def scores_KN(self) -> Floats:
-        """Confusion matrices, shape (K, N, C * C)."""
-        scores_KN: Floats = self._confusion.flatten(2).double().numpy()
-        return scores_KN
-
-    @property
-    def expected_scores_KN(self) -> Floats:
-        """The scores as they are: an image's many pixels are no luck."""
-        return self.scores_KN
-
-    @property
-    def plausibility_KN(self) -> Floats:
-        """Share of right pixels."""
-        return as_array(self.correct_KN)
-
-    def rounded(self) -> Self:
-        """Keep the logits, which are at half precision already."""
-        return self
-
-    def kept_tensors(self) -> dict[str, Tensor]:
-        """Raise InvalidArgumentError: files of maps would be too large."""
-        raise InvalidArgumentError(
-            "Expected logits of one class a sample. Got those of every pixel, which are not kept: "
-            "collect them anew."
-        )
-
-    def for_population(self, shares: tuple[float, ...] | None) -> Self:
-        """Take the images as they were drawn; raise InvalidArgumentError for shares of classes."""
-        if shares is not None:
-            raise InvalidArgumentError(
-                "--prior weights samples by their class. Images with a class for every pixel have "
-                "none."
-            )
-        return self
-
-    def doubt(self, asked: Asked | None) -> str | None:
-        """Say nothing: how few images tell too little is not known."""
-        return None
-
-    def quality(self, mean_J: Floats) -> Floats:
-        """Mean IoU, by mean confusion matrices of shape (J, C * C)."""
-        num_classes = self.confusion_KNCC.shape[-1]
-        import torch
-
-        matrices = torch.from_numpy(mean_J).reshape(-1, num_classes, num_classes)
-        return mean_iou(matrices).numpy()
-
-    def figures_each(self, exits_JN: Iterable[npt.NDArray[np.int64]]) -> Iterator[Figures]:
-        """Mean IoU and share of right pixels, by the sum of the images' matrices."""
-        for exit_N in exits_JN:
-            summed_CC = self._confusion[exit_N, np.arange(len(exit_N))].sum(0)
-            accuracy, of_classes = float(pixel_accuracy(summed_CC)), float(mean_iou(summed_CC))
-            yield Figures(accuracy=accuracy, mean_iou=of_classes)
-
-    def samples_at(
-        self, exit_index: int
-    ) -> tuple[Floats, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Gather the logits of every cell whose middle has a label."""
-        import torch
-
-        logits_NChw = torch.as_tensor(self.logits_KNC)[exit_index]
-        labels_Nhw = labels_of_cells(torch.as_tensor(self.labels_N), logits_NChw.shape[-2:])
-        is_known_Nhw = labels_Nhw != IGNORED_LABEL
-        image_M = is_known_Nhw.nonzero()[:, 0].numpy()
-        logits_MC = logits_NChw.movedim(1, -1)[is_known_Nhw].double()
-        return logits_MC.numpy(), labels_Nhw[is_known_Nhw].long().numpy(), image_M

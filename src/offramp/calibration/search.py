@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from offramp.measure.cost import ExitCosts
+from offramp.measure.exit_costs import ExitCosts
 
 Floats = npt.NDArray[np.float64]
 Score = Callable[[Floats, Floats], Floats]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -22,12 +22,9 @@ from offramp.calibration.rules import Rule
 from offramp.calibration.search import Floats
 from offramp.calibration.targets import Budget, RiskLimit
 from offramp.errors import InvalidArgumentError, ShapeError
-from offramp.measure.arrays import as_array
+from offramp.measure.arrays import Numbers, as_array
 from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
 from offramp.tables import Lines, Table
-
-if TYPE_CHECKING:
-    from offramp.measure.arrays import Numbers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import numpy as np
 from offramp.calibration.chosen import Calibration as Calibration
 from offramp.calibration.search import Floats, Score, ThresholdSearch
 from offramp.calibration.temperature import BoolArray, reached
-from offramp.measure.cost import ExitCosts
+from offramp.measure.exit_costs import ExitCosts
 from offramp.policy.policies import State, ThresholdedPolicy
 
 if TYPE_CHECKING:

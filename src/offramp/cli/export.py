@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from offramp.cli.options import Export
-from offramp.evaluation.evaluate import Answers
+from offramp.evaluation.answers import Answers
 from offramp.tables import percent
 from offramp.workflow.export import SHARE_TOLERANCE, Exported
 from offramp.workflow.export import export as write

@@ -19,7 +19,7 @@ from offramp.families import family_of
 from offramp.recipes.exits import RECIPES, find_recipe
 from offramp.runs.own_network import load_run
 from offramp.runtime.preprocessing import Preprocessing
-from offramp.workflow.artifact import preprocessing_of_run
+from offramp.workflow.opened_run import preprocessing_of_run
 from offramp.workflow.time import use_threads
 
 _ROUNDS = 50

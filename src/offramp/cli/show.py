@@ -23,7 +23,8 @@ from offramp.runs.run import Run, load
 from offramp.runtime import Session
 from offramp.runtime.bundle import is_bundle
 from offramp.runtime.preprocessing import Preprocessing
-from offramp.workflow.artifact import answer_run, pick_device
+from offramp.workflow.artifact import pick_device
+from offramp.workflow.opened_run import answer_run
 from offramp.workflow.predict import predict
 from offramp.workflow.preprocessing import preprocessing_of
 from offramp.workflow.samples import says_maps

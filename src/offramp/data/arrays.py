@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from offramp.data.preprocessing import Pixels, normalised, pad_ids
 from offramp.measure.arrays import as_array
-from offramp.runtime.preprocessing import Preprocessing, TextPreprocessing
+from offramp.runtime.preprocessing import Preprocessing
 
 Array = npt.NDArray[Any]
 Batch = tuple[tuple[Array, ...], Array]
@@ -99,14 +99,14 @@ class TextArrays(ArrayBatches):
         self,
         ids: Sequence[Sequence[int]],
         labels_N: npt.NDArray[np.int64],
-        preprocessing: TextPreprocessing,
         *,
+        pad_id: int,
         num_inputs: int = 1,
         length: int | None = None,
     ) -> None:
         self._ids = ids
         self.labels_N = labels_N
-        self._pad_id = preprocessing.pad_id
+        self._pad_id = pad_id
         self._num_inputs = num_inputs
         self._length = length
 

@@ -113,7 +113,7 @@ AnyBatches = TypeVar("AnyBatches", bound=Batches)
 
 
 class TensorBatches(Batches):
-    """Samples of one's own as tensors: what a network is trained on."""
+    """Arrays as tensors: what a network is trained on."""
 
     def __init__(self, arrays: ArrayBatches, rows_N: Tensor | None = None) -> None:
         self.arrays = arrays
@@ -132,7 +132,7 @@ class TensorBatches(Batches):
         return TensorBatches(self.arrays, self.rows_N[index_B])
 
     def unaugmented(self) -> TensorBatches:
-        """Samples of one's own are never augmented: the same."""
+        """Arrays are never augmented: the same."""
         return self
 
     def hashes(self) -> npt.NDArray[np.uint64]:

@@ -6,19 +6,13 @@ Shapes: ``B`` batch, ``C`` classes, ``H W`` pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from offramp.errors import DataError
-from offramp.measure.arrays import as_array
-from offramp.measure.dense import IGNORED_LABEL
 from offramp.measure.outputs import OUTPUTS, Outputs, shape_in_words
-
-if TYPE_CHECKING:  # labels are checked without torch
-    from torch import Tensor
-
-    from offramp.measure.arrays import Numbers
 
 
 def read_labels(
@@ -37,8 +31,6 @@ def read_labels(
         >>> read_labels([[0.0, 1.0], [1.0, 0.0]], num_samples=2)
         tensor([1, 0])
     """
-    import torch
-
     values = _label_tensor(labels)
     if values.layout != torch.strided:
         values = values.to_dense()
@@ -86,9 +78,6 @@ def _without_class_axis(values: Tensor, num_classes: int | None) -> Tensor:
 
 
 def _label_tensor(labels: object) -> Tensor:
-    import torch
-    from torch import Tensor
-
     if isinstance(labels, Tensor):
         return labels
     if isinstance(labels, list | tuple) and labels and isinstance(labels[0], Tensor):
@@ -111,25 +100,3 @@ def _label_tensor(labels: object) -> Tensor:
         "Expected classes as whole numbers from 0. Got "
         f"{'None: samples without labels' if first is None else type(first).__name__}."
     )
-
-
-def check_labels(labels_B: Numbers, *, num_classes: int) -> None:
-    """Refuse labels that the network has no output for."""
-    labels = as_array(labels_B)
-    of_pixels = labels.ndim == 3
-    if of_pixels:
-        labels = labels[labels != IGNORED_LABEL]
-    if labels.size == 0:
-        return
-    smallest, largest = int(labels.min()), int(labels.max())
-    if smallest < 0 or largest >= num_classes:
-        wrong = smallest if smallest < 0 else largest
-        advice = "Check the data set, or build the network with more classes."
-        if smallest < 0:
-            advice = "Where that stands for samples without a label, leave them out."
-            if of_pixels:
-                advice = f"Where that stands for pixels without a class, mark them {IGNORED_LABEL}."
-        raise DataError(
-            f"Labels must be in [0, {num_classes - 1}], one per output of the network. "
-            f"Got {wrong}. {advice}"
-        )

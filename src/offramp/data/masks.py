@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from offramp.data.images import ImageBatches, RandomWarp
-from offramp.measure.dense import IGNORED_LABEL
+from offramp.measure.outputs import IGNORED_LABEL
 
 
 class MaskBatches(ImageBatches):

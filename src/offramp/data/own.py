@@ -104,7 +104,7 @@ def load_own(
         batches = TextArrays(
             [one.ids for one in coded],
             chosen,
-            preprocessing,
+            pad_id=preprocessing.pad_id,
             num_inputs=num_inputs,
             length=length,
         )

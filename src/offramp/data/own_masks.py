@@ -14,13 +14,13 @@ import numpy as np
 
 from offramp.data.arrays import PictureArrays
 from offramp.data.folders import draw_evenly, find_split
-from offramp.data.labels import check_labels
+from offramp.data.label_range import check_labels
 from offramp.data.own import OwnSplit, PictureStore, Samples
 from offramp.data.parquet import decoded
 from offramp.data.pictures import quiet_pillow, read_mask_file
 from offramp.data.preprocessing import Pixels, fit_pixels
 from offramp.errors import DataError
-from offramp.measure.dense import IGNORED_LABEL
+from offramp.measure.outputs import IGNORED_LABEL
 from offramp.runtime.preprocessing import AnyPreprocessing, Preprocessing
 
 _FOLDERS = ("images", "masks")

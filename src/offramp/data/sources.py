@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from offramp.data.known_sources import EMNIST_BALANCED, SOURCES, DataSource
-from offramp.data.parquet import (
+from offramp.data.splits import (
     Split,
     TextSplit,
     read_mask_parquet,

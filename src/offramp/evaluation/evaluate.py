@@ -5,21 +5,21 @@ Shapes: ``B`` batch, ``C`` classes, ``K`` exits, ``N`` samples, ``G`` gates, ``L
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-import numpy.typing as npt
 
 from offramp.calibration.asked import Asked
 from offramp.calibration.bundles import logits_of_batches
 from offramp.calibration.latency import LatencyCalibration
 from offramp.calibration.logits import ExitLogits
 from offramp.data.arrays import in_arrays
-from offramp.data.labels import check_labels
+from offramp.data.label_range import check_labels
 from offramp.errors import DataError, InvalidArgumentError, ShapeError
-from offramp.evaluation.asked_and_got import paired_drop, reached
+from offramp.evaluation.answers import Answers, Array
+from offramp.evaluation.asked_and_got import reached
 from offramp.evaluation.figures import (
     BlocksEvaluation,
     Evaluation,
@@ -28,7 +28,6 @@ from offramp.evaluation.figures import (
     TokensEvaluation,
 )
 from offramp.measure.arrays import as_array
-from offramp.measure.dense import confusion_matrices, mean_iou, pixel_accuracy
 from offramp.measure.outputs import outputs_of
 from offramp.policy.choice import Choice
 from offramp.policy.policies import Policy
@@ -55,65 +54,8 @@ __all__ = [
     "predicted",
 ]
 
-Array = npt.NDArray[Any]
 Chosen = Policy | RoutingPolicy | Choice | None
 """A policy, or what chose one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answers:
-    """Answers of a runner to every sample of a loader.
-
-    Attributes:
-        predictions_N: Predicted classes, shape (N,), int64; of each pixel, shape (N, H, W), uint8,
-            where the labels are masks.
-        exit_index_N: Exits the samples left by, shape (N,), int64.
-        macs_N: MACs that ran for each, shape (N,), int64.
-        labels_N: True classes, shape (N,), int64; of each pixel, shape (N, H, W), uint8.
-        num_classes: Classes that could be predicted.
-        output_NC: Raw logits, shape (N, C); None where the labels are masks.
-        blocks_NG: Gated blocks that ran, shape (N, G), bool; None where blocks are not skipped.
-        tokens_NL: Tokens that ran each layer, shape (N, L), int64; None where they do not halt.
-    """
-
-    predictions_N: Array
-    exit_index_N: Array
-    macs_N: Array
-    labels_N: Array
-    num_classes: int
-    output_NC: Array | None = None
-    blocks_NG: Array | None = None
-    tokens_NL: Array | None = None
-
-    @property
-    def accuracy(self) -> float:
-        """Share of right predictions; of pixels whose class is known, where each has one."""
-        if self.labels_N.ndim > 1:
-            return float(pixel_accuracy(self.confusion_NCC.sum(0)))
-        return float((self.predictions_N == self.labels_N).mean())
-
-    @property
-    def mean_iou(self) -> float | None:
-        """Mean intersection over union; None where a sample has one class."""
-        return float(mean_iou(self.confusion_NCC.sum(0))) if self.labels_N.ndim > 1 else None
-
-    @property
-    def confusion_NCC(self) -> Tensor:
-        """Pixels of each image by true and predicted class, shape (N, C, C), int64."""
-        import torch
-
-        classes = map(torch.from_numpy, (self.predictions_N, self.labels_N))
-        return confusion_matrices(*classes, num_classes=self.num_classes)
-
-    @property
-    def mean_macs(self) -> float:
-        """Mean MACs per sample."""
-        return float(self.macs_N.mean(dtype=np.float64))
-
-    def shares(self, num_exits: int) -> tuple[float, ...]:
-        """Share of the samples that left by each exit."""
-        counts_K = np.bincount(self.exit_index_N, minlength=num_exits)
-        return tuple((counts_K / len(self.labels_N)).tolist())
 
 
 def answer(runner: Runner, loader: Iterable[tuple[Any, Tensor]]) -> Answers:
@@ -134,7 +76,12 @@ class _Gathered:
 
     def answering(self, runner: Runner, loader: Any) -> Iterator[tuple[Any, Any]]:
         """Run each batch and hand it on, so that one pass serves what comes after too."""
-        batches = in_arrays(loader) if isinstance(runner, Session) else _in_tensors(runner, loader)
+        if isinstance(runner, Session):
+            batches = in_arrays(loader)
+        else:
+            from offramp.evaluation.networks import in_tensors
+
+            batches = in_tensors(runner, loader)
         for inputs, labels_B in batches:
             result = runner.run(*inputs)
             output = result.output
@@ -159,9 +106,14 @@ class _Gathered:
             parts = [getattr(result, name) for result in self.results]
             return None if parts[0] is None else np.concatenate(parts)
 
-        output = joined("output")
-        return Answers(
-            predictions_N=np.concatenate(self.predictions),
+        output, predictions_N = joined("output"), np.concatenate(self.predictions)
+        kind = Answers
+        if predictions_N.ndim > 1:
+            from offramp.evaluation.map_answers import MapAnswers  # torch
+
+            kind = MapAnswers
+        return kind(
+            predictions_N=predictions_N,
             exit_index_N=joined("exit_index"),
             macs_N=joined("macs"),
             labels_N=np.concatenate(self.labels),
@@ -172,23 +124,8 @@ class _Gathered:
         )
 
 
-def _in_tensors(runner: Any, loader: Any) -> Iterator[tuple[Any, Any]]:
-    """Batches as a runner in torch takes them."""
-    from offramp.data.batches import batches_of, read_batch
-    from offramp.families.family import TorchRunner
-
-    network = runner.network if isinstance(runner, TorchRunner) else None
-    device = None if network is None else next((p.device for p in network.parameters()), None)
-    for batch in batches_of(loader):
-        yield read_batch(batch, network, device=device)
-
-
 def predicted(output: Any, labels_B: Any) -> Any:
     """The classes that logits say, for each sample or each pixel, as the labels are."""
-    if output.ndim == 4 and isinstance(output, np.ndarray):
-        import torch
-
-        output = torch.from_numpy(output)
     return outputs_of(output).predict(output, labels_B)
 
 
@@ -250,24 +187,22 @@ def evaluate(
         NotCalibratedError: If the policy is None or of another network.
         ShapeError: If the batches and the logits hold different samples.
     """
-    if not isinstance(runner, Session) and _is_network(runner):
-        from offramp.families import make_runner
+    collect: Callable[[Any, Iterable[Any]], ExitLogits] = logits_of_batches
+    if not isinstance(runner, Session):
+        from offramp.evaluation.networks import collect_from_runner as collect
+        from offramp.evaluation.networks import is_network, make_runner
 
-        if logits is None:
-            raise InvalidArgumentError(
-                "Expected evaluate(network, policy, data), or evaluate(runner, data). Got a "
-                f"{type(runner).__name__} and nothing behind its policy or data."
-            )
-        network, chosen = runner, loader
-        asked = asked or _asked_of(chosen)
-        runner, loader, logits = make_runner(network, chosen), logits, None
+        if is_network(runner):
+            if logits is None:
+                raise InvalidArgumentError(
+                    "Expected evaluate(network, policy, data), or evaluate(runner, data). Got a "
+                    f"{type(runner).__name__} and nothing behind its policy or data."
+                )
+            asked = asked or _asked_of(loader)
+            runner, loader, logits = make_runner(runner, loader), logits, None
     if logits is None:
         gathered = _Gathered()
-        batches = gathered.answering(runner, loader)
-        if isinstance(runner, Session):
-            logits = logits_of_batches(runner, batches)
-        else:
-            logits = _collect(runner, batches)
+        logits = collect(runner, gathered.answering(runner, loader))
         answers = gathered.answers()
     else:
         answers = answer(runner, loader)
@@ -278,25 +213,6 @@ def evaluate(
         plain_accuracy=plain_accuracy,
         plain_mean_iou=plain_mean_iou,
     )
-
-
-def _is_network(runner: Any) -> bool:
-    from torch import nn
-
-    return isinstance(runner, nn.Module)
-
-
-def _collect(runner: Any, batches: Iterable[Any]) -> ExitLogits:
-    """Collect the logits of every exit from the network of a runner."""
-    from offramp.calibration.collect import collect
-    from offramp.families.family import TorchRunner
-
-    if not isinstance(runner, TorchRunner):
-        raise InvalidArgumentError(
-            "Expected every exit's logits beside a runner of your own: evaluate(runner, data, "
-            "logits)."
-        )
-    return collect(runner.network, batches)
 
 
 def _asked_of(chosen: Any) -> Asked | None:
@@ -329,7 +245,7 @@ def _compare(
     shares = answers.shares(logits.numbers[-1] + 1)
     everybody = np.ones(len(answers.labels_N), dtype=np.int64)
     alone = [logits.figures(k * everybody) for k in range(logits.costs.num_exits)]
-    drop = paired_drop(answers, logits)
+    drop = answers.drop(logits)
     return Evaluation(
         num_samples=len(answers.labels_N),
         accuracy=answers.accuracy,

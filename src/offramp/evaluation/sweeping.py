@@ -14,7 +14,7 @@ from offramp.calibration.collect import collect as collect_exits
 from offramp.calibration.logits import ExitLogits
 from offramp.calibration.sweep import Sweep
 from offramp.data.batches import batches_of, explained_data, read_batch
-from offramp.data.labels import check_labels
+from offramp.data.label_range import check_labels
 from offramp.errors import DataError, InvalidArgumentError
 from offramp.families import family_of
 from offramp.training.checkpoint_choice import who_chose_by

@@ -29,7 +29,8 @@ from offramp.exporting.onnx import (
 from offramp.exporting.parts import Part
 from offramp.families.agreement import Reference
 from offramp.families.exits import EXITS
-from offramp.measure.cost import ExitCosts, parameter_bytes, payload_bytes
+from offramp.measure.cost import parameter_bytes, payload_bytes
+from offramp.measure.exit_costs import ExitCosts
 from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.offload.codec import channel_scales
 from offramp.policy.policies import Policy, State, ThresholdedPolicy, never_leave

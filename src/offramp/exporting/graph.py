@@ -12,16 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
+from onnx import helper, numpy_helper
 
 from offramp.runtime import Bundle
 from offramp.runtime.files import file_sha256
-
-if TYPE_CHECKING:
-    import onnx
 
 SINGLE_FILE = "single.onnx"
 
@@ -48,8 +47,6 @@ class Graph:
 
     def take_inputs(self, file: str, num_inputs: int | None = None) -> list[str]:
         """Give the graph the first inputs of a part, of one sample; what they are called."""
-        from onnx import helper
-
         self._inputs = [
             helper.make_value_info(self._name(value.name), _of_one_sample(value.type))
             for value in self._models[file].graph.input[:num_inputs]
@@ -62,23 +59,17 @@ class Graph:
 
     def number(self, name: str, value: float) -> None:
         """Add a number that whoever loads the file may replace."""
-        from onnx import numpy_helper
-
         array = np.array(value, dtype=np.float32)
         self._numbers.append(numpy_helper.from_array(array, self._name(name)))
 
     def constant(self, value: npt.ArrayLike) -> str:
         """Add whole numbers that stay; what they are called."""
-        from onnx import numpy_helper
-
         array, name = np.array(value, dtype=np.int64), self._name("constant")
         self._weights.append(numpy_helper.from_array(array, name))
         return self.declare(name, self._weights[-1].data_type, array.shape)
 
     def node(self, kind: str, inputs: Sequence[str], **attributes: Any) -> str:
         """Add an operation; what its output is called."""
-        from onnx import helper
-
         output = self._name(kind.lower())
         self._nodes.append(helper.make_node(kind, inputs, [output], **attributes))
         return output
@@ -115,9 +106,6 @@ class Graph:
         other: Callable[[Graph], Sequence[str]],
     ) -> list[str]:
         """Add an ``If``; each branch is filled by a function, which says what it puts out."""
-        import onnx
-        from onnx import helper
-
         graphs, outputs = [], []
         for fill in (then, other):
             branch = Graph(self._models, self)
@@ -137,16 +125,11 @@ class Graph:
 
     def declare(self, name: str, kind: int, shape: Sequence[int]) -> str:
         """Say of what type a value is that no part puts out."""
-        from onnx import helper
-
         self._types[name] = helper.make_tensor_type_proto(kind, shape)
         return name
 
     def save(self, path: Path, outputs: Mapping[str, str]) -> None:
         """Write the graph; its outputs get the names that they shall have in the file."""
-        import onnx
-        from onnx import helper
-
         made = {name: self._made_inside(value) for name, value in outputs.items()}
         _rename(self._nodes, {value: name for name, value in made.items()})
         values = [helper.make_value_info(name, self._types[each]) for name, each in made.items()]
@@ -190,8 +173,6 @@ class Graph:
 
     def _finished(self, name: str, outputs: Sequence[onnx.ValueInfoProto]) -> onnx.GraphProto:
         """The graph, of what its outputs need."""
-        from onnx import helper
-
         needed = {value.name for value in outputs}
         kept = []
         for node in reversed(self._nodes):
@@ -215,8 +196,6 @@ def write_single(
 
     Models that are not told of are read from the bundle.
     """
-    import onnx
-
     if models is None:
         names = [file.name for file in bundle.files if file.name != bundle.plain_file]
         models = {name: onnx.load(bundle.folder / name) for name in names}
@@ -279,8 +258,6 @@ def _of_one_sample(kind: onnx.TypeProto) -> onnx.TypeProto:
 
 def _common(one: onnx.TypeProto, other: onnx.TypeProto) -> onnx.TypeProto:
     """Keep what two types have in common; names of sizes hold in their own part alone."""
-    from onnx import helper
-
     dims = (each.tensor_type.shape.dim for each in (one, other))
     sizes = [[dim.dim_value or None for dim in each] for each in dims]
     shape = [a if a == b else None for a, b in zip(*sizes, strict=True)]

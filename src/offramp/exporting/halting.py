@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from onnx import TensorProto, numpy_helper
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -45,8 +46,6 @@ def join_halting(graph: Graph, bundle: Bundle) -> dict[str, str]:
 
     What follows lies inside an ``If``, which an answered sample does not enter.
     """
-    from onnx import TensorProto, numpy_helper
-
     parts = bundle.halting
     assert parts is not None
     graph.number(THRESHOLD, parts.threshold)

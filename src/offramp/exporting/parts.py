@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import onnx
 import torch
+from onnx import save
+from onnx.utils import Extractor
 from torch import Tensor, nn
 
 from offramp.exporting.onnx import Axes, example_inputs, run_exporter
 from offramp.model.multi_exit import Features, as_features
 from offramp.runtime.files import OnnxFile, file_sha256
-
-if TYPE_CHECKING:
-    import onnx
 
 MOST = {"positions": 512}
 """Longest text of a network of tokens; the table of positions of BERT is as long."""
@@ -88,8 +88,6 @@ def trace_parts(network: nn.Module, parts: Mapping[str, Part]) -> dict[str, onnx
 def _cut(network: nn.Module, parts: Mapping[str, Part]) -> dict[str, onnx.ModelProto]:
     """Parts of one program."""
     model = _trace(network, parts)
-    from onnx.utils import Extractor
-
     extractor = Extractor(model)
     models = {}
     for name, part in parts.items():
@@ -105,8 +103,6 @@ def write_parts(
     parts: Mapping[str, Part], models: Mapping[str, onnx.ModelProto], folder: Path
 ) -> dict[str, OnnxFile]:
     """Write the parts that are kept, each as a file; what they are, by the names of the parts."""
-    from onnx import save
-
     files = {}
     for name, part in parts.items():
         if part.is_kept:

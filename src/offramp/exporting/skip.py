@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from onnx import TensorProto
 from torch import Tensor
 
 from offramp.exporting.graph import Graph
@@ -35,8 +36,6 @@ def join_skip(graph: Graph, bundle: Bundle) -> dict[str, str]:
     A small network's gates take longer than their sums do: every node costs about a microsecond,
     so that there shall be few.
     """
-    from onnx import TensorProto
-
     parts = bundle.skip
     assert parts is not None
     graph.number(THRESHOLD, parts.threshold)

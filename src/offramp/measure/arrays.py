@@ -5,7 +5,7 @@ Shapes: ``N`` samples, ``C`` classes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +13,8 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Numbers = Tensor | npt.NDArray[Any]
-    """A tensor or an array."""
+Numbers: TypeAlias = "Tensor | npt.NDArray[Any]"
+"""A tensor or an array."""
 
 Floats = npt.NDArray[np.float64]
 

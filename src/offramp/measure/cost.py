@@ -1,86 +1,19 @@
-"""Costs of a network per sample: multiply-accumulates (MACs) that run, weights, payload."""
+"""Counting what a network costs per sample: multiply-accumulates (MACs), weights, payload."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
 from offramp.errors import ShapeError
-
-if TYPE_CHECKING:  # costs that were counted need no torch
-    import torch
-    from torch import Tensor, nn
-    from torch.utils.flop_counter import FlopCounterMode
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExitCosts:
-    """MACs per sample of a multi-exit network, part by part.
-
-    Attributes:
-        stage_macs: Each stage, heads not counted.
-        head_macs: Each exit head.
-    """
-
-    stage_macs: tuple[int, ...]
-    head_macs: tuple[int, ...]
-
-    @property
-    def num_exits(self) -> int:
-        """Number of exits, the final one counted."""
-        return len(self.stage_macs)
-
-    @property
-    def plain_macs(self) -> int:
-        """The plain network: every stage and the final head only."""
-        return sum(self.stage_macs) + self.head_macs[-1]
-
-    def with_decisions(self, macs: Sequence[int]) -> ExitCosts:
-        """The same network under a policy that computes: what it does counts to the heads.
-
-        Args:
-            macs: MACs per sample of deciding at each exit; the final one's must be 0, since the
-                plain network decides nothing.
-        Returns:
-            Other costs, of the same plain network.
-        """
-        heads = zip(self.head_macs, macs, strict=True)
-        return replace(self, head_macs=tuple(head + decision for head, decision in heads))
-
-    def exit_macs(self, off: frozenset[int] = frozenset()) -> tuple[int, ...]:
-        """MACs of a sample that leaves at each exit: the stages and the heads it ran through.
-
-        Args:
-            off: Exits whose heads do not run.
-        Returns:
-            Cumulative MACs, one per exit.
-        Example:
-            >>> ExitCosts(stage_macs=(10, 20), head_macs=(1, 2)).exit_macs()
-            (11, 33)
-        """
-        steps = zip(self.stage_macs, self.head_macs, strict=True)
-        return tuple(
-            accumulate(stage + (0 if k in off else head) for k, (stage, head) in enumerate(steps))
-        )
-
-
-def mean_costs(costs: Sequence[ExitCosts], counts: Sequence[int]) -> ExitCosts:
-    """Costs of the mean sample, to the nearest MAC."""
-    total = sum(counts)
-
-    def mean(parts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-        return tuple(
-            round(sum(macs * count for macs, count in zip(of_part, counts, strict=True)) / total)
-            for of_part in zip(*parts, strict=True)
-        )
-
-    return ExitCosts(
-        stage_macs=mean([each.stage_macs for each in costs]),
-        head_macs=mean([each.head_macs for each in costs]),
-    )
+from offramp.measure.exit_costs import ExitCosts as ExitCosts
 
 
 def count_macs(module: nn.Module, *inputs: Tensor) -> int:
@@ -107,8 +40,6 @@ def count_macs(module: nn.Module, *inputs: Tensor) -> int:
 
 def run_and_count(module: nn.Module, *inputs: Tensor) -> tuple[Any, int]:
     """Run a module as :func:`count_macs` does: what it returns for the first sample, and MACs."""
-    import torch
-
     require_samples("inputs", inputs)
     with torch.no_grad(), evaluation_mode(module), _settled_weights(module):
         with counting_macs() as counted:
@@ -156,9 +87,6 @@ def _settled_weights(module: nn.Module) -> Iterator[None]:
     The counter hangs hooks on what needs a gradient, which fails where a module is given a weight:
     that of a parametrised layer, or the query of a pooling by attention.
     """
-    from torch import nn
-    from torch.nn.utils import parametrize
-
     trained = [p for p in module.parameters() if p.requires_grad and p.is_leaf]
     with ExitStack() as stack:
         for parameter in trained:
@@ -176,10 +104,6 @@ def _settled_weights(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def counting_macs() -> Iterator[_MacCounter]:
     """Count the MACs of everything that runs inside the block; call the result to read them."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
     # Fused attention is invisible to the counter: go around it.
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -193,7 +117,6 @@ def counting_macs() -> Iterator[_MacCounter]:
 
 def _own_counters() -> dict[Any, Any]:
     """Counters for kernels that torch's counter does not know, in FLOPs."""
-    import torch
 
     def linear(inputs: torch.Size, *_: object, out_shape: torch.Size, **__: object) -> int:
         return 2 * inputs[-1] * out_shape.numel()

@@ -5,16 +5,13 @@ Shapes: ``B`` batch, ``C`` classes, ``H W`` pixels of the labels, ``h w`` cells 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
 
 from offramp.errors import DataError, ShapeError
-
-if TYPE_CHECKING:  # bundles are calibrated without torch
-    import torch
-    from torch import Tensor
-
-IGNORED_LABEL = 255
-"""Label of pixels that nobody is asked about: left out of losses, figures and calibration."""
+from offramp.measure.arrays import Numbers
+from offramp.measure.outputs import IGNORED_LABEL
 
 
 def label_maps(logits_BChw: Tensor, size: tuple[int, int]) -> Tensor:
@@ -36,12 +33,15 @@ def label_maps(logits_BChw: Tensor, size: tuple[int, int]) -> Tensor:
     return at_size(logits_BChw, size).argmax(1).byte()
 
 
+def maps_of(logits_BChw: Numbers, size: tuple[int, int]) -> Tensor:
+    """:func:`label_maps` of tensors or arrays."""
+    return label_maps(torch.as_tensor(logits_BChw), size)
+
+
 def at_size(logits_BChw: Tensor, size: tuple[int, int]) -> Tensor:
     """Logits of every pixel, interpolated linearly between cells."""
     if logits_BChw.shape[-2:] == size:
         return logits_BChw
-    from torch.nn.functional import interpolate
-
     return interpolate(logits_BChw, size, mode="bilinear", align_corners=False)
 
 
@@ -60,8 +60,6 @@ def confusion_matrices(predicted_BHW: Tensor, labels_BHW: Tensor, *, num_classes
                 f"class nobody knows. Got some from {int(classes_N.min())} to "
                 f"{int(classes_N.max())}."
             )
-    import torch
-
     cells = num_classes**2
     image_BHW = torch.arange(len(labels_BHW), device=labels_BHW.device)[:, None, None]
     cell_BHW = (image_BHW * num_classes + labels_BHW.long()) * num_classes + predicted_BHW.long()
@@ -101,7 +99,5 @@ def pixel_accuracy(confusion_CC: Tensor) -> Tensor:
 
 def labels_of_cells(labels_BHW: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """The labels in the middle of each cell of a coarser grid."""
-    from torch.nn.functional import interpolate
-
     nearest = interpolate(labels_BHW[:, None].float(), tuple(size), mode="nearest-exact")
     return nearest[:, 0].to(labels_BHW.dtype)

@@ -8,16 +8,13 @@ Shapes: ``N`` samples, ``C`` classes, ``M`` bins.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from offramp.errors import InvalidArgumentError, ShapeError
-from offramp.measure.arrays import Floats, as_array
-
-if TYPE_CHECKING:
-    from offramp.measure.arrays import Numbers
+from offramp.measure.arrays import Floats, Numbers, as_array
 
 Labels = npt.NDArray[np.int64]
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from offramp.measure.dense import label_maps
+IGNORED_LABEL = 255
+"""Label of pixels that nobody is asked about: left out of losses, figures and calibration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,12 @@ class Outputs:
     predict: Callable[[Any, Any], Any]
 
 
+def _likeliest_of_pixels(logits_BChw: Any, labels_BHW: Any) -> Any:
+    from offramp.measure.dense import maps_of  # torch
+
+    return maps_of(logits_BChw, (labels_BHW.shape[1], labels_BHW.shape[2]))
+
+
 LABELS = Outputs(
     name="labels",
     logit_axes=("C",),
@@ -59,9 +66,7 @@ MAPS = Outputs(
     label_names=("mask", "masks", "annotation", "segmentation"),
     qualities=("mean_iou", "accuracy"),
     settings=("class_weights",),
-    predict=lambda logits_BChw, labels_BHW: label_maps(
-        logits_BChw, (labels_BHW.shape[1], labels_BHW.shape[2])
-    ),
+    predict=_likeliest_of_pixels,
 )
 """A map of classes, one for every pixel: logits (B, C, h, w), as coarse as the network likes."""
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import ArtifactError, InvalidArgumentError, ShapeError
-from offramp.measure.cost import ExitCosts, count_macs, evaluation_mode, mean_costs
+from offramp.measure.cost import count_macs, evaluation_mode
+from offramp.measure.exit_costs import ExitCosts, mean_costs
 from offramp.measure.outputs import LABELS, MAPS, Outputs, SaysClasses
 from offramp.model.inputs import InputSpec, as_inputs
 from offramp.model.ragged import Ragged

@@ -12,12 +12,13 @@ from typing import Any, cast
 from torch import nn
 
 from offramp.artifacts import read_json, write_json
-from offramp.data.images import Batches, ImageBatches, split_off_calibration
-from offramp.data.labels import check_labels
+from offramp.data.arrays import TextArrays
+from offramp.data.images import Batches, ImageBatches, TensorBatches, split_off_calibration
+from offramp.data.label_range import check_labels
 from offramp.data.masks import MaskBatches
-from offramp.data.parquet import Split, TextSplit, known_labels
 from offramp.data.sources import load_split
-from offramp.data.texts import TextBatches, encode
+from offramp.data.splits import Split, TextSplit, known_labels
+from offramp.data.texts import PAD_ID
 from offramp.decoding import decode
 from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.families import family_of
@@ -397,7 +398,8 @@ def _load_checked(recipe: Recipe, split: str, data: str | None) -> Split | TextS
 def _as_batches(recipe: Recipe, whole: Split | TextSplit) -> Batches:
     """All samples of a split, as the recipe's network takes them, augmented as it says."""
     if isinstance(whole, TextSplit):
-        return TextBatches(encode(load_tokenizer(), whole.texts), whole.labels_N)
+        ids = [coded.ids for coded in load_tokenizer().encode_batch(list(whole.texts))]
+        return TensorBatches(TextArrays(ids, whole.labels_N.numpy(), pad_id=PAD_ID))
     kind = ImageBatches if whole.labels_N.ndim == 1 else MaskBatches
     return kind(
         whole.store,

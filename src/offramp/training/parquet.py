@@ -1,5 +1,5 @@
-"""The old place of :mod:`offramp.data.parquet`; it goes with 0.2."""
+"""The old place of :mod:`offramp.data.splits`; it goes with 0.2."""
 
-from offramp.data.parquet import read_parquet
+from offramp.data.splits import read_parquet
 
 __all__ = ["read_parquet"]

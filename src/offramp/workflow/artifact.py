@@ -11,72 +11,65 @@ from typing import TYPE_CHECKING, Any
 from offramp.calibration.asked import Asked
 from offramp.calibration.bundles import collect_steps, sweep_session
 from offramp.calibration.evidence import Evidence
-from offramp.decoding import decode
-from offramp.errors import ArtifactError, InvalidArgumentError
-from offramp.policy.as_dict import policy_to_dict
-from offramp.policy.policies import Policy
-from offramp.policy.routing_policy import GatePolicy, HaltingPolicy, RoutingPolicy
-from offramp.results import AdaptiveResult
+from offramp.errors import InvalidArgumentError
+from offramp.policy.routing_policy import GatePolicy, HaltingPolicy
 from offramp.runtime import Bundle, Session, read_bundle
-from offramp.runtime.answers import SampleAnswer, describe_answers
-from offramp.runtime.bundle import BUNDLE_FILE, is_bundle
+from offramp.runtime.bundle import is_bundle
 from offramp.runtime.chosen_on import CALIBRATION_SPLIT, ChosenOn
 from offramp.runtime.examples import example_inputs
 from offramp.runtime.preprocessing import AnyPreprocessing
 from offramp.workflow.preprocessing import preprocessing_of
-from offramp.workflow.samples import (
-    AnySamples,
-    RecipeSamples,
-    Samples,
-    samples_of_bundle,
-    samples_of_run,
-)
+from offramp.workflow.samples import AnySamples, Samples, samples_of_bundle
 
 if TYPE_CHECKING:  # a bundle is opened without torch
-    from torch import Tensor
-
     from offramp.families.family import TorchRunner
-    from offramp.model.multi_exit import Features
-    from offramp.recipes.recipe import Recipe
-    from offramp.runs.run import Run
-    from offramp.zoo import Network
 
 _TRIED = {"exits": None, "skip": GatePolicy.tried, "halting": HaltingPolicy.tried}
 """Thresholds to choose from, by the family of a bundle."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Artifact:
+class Opened:
+    """A run or a bundle, calibrated or not.
+
+    Attributes:
+        name: What figures call it.
+        recipe: Name of its recipe; None for a network of the user's own.
+        samples: Loads splits of its data, or of data as users have it.
+        num_exits: Exits of the network, those that are off in a bundle counted.
+        thresholds: Those to choose from where one steers the network; None for exits.
+        collect: From samples to what choosing needs; of a bundle, of the exits that are on.
+    """
+
+    name: str
+    recipe: str | None
+    samples: AnySamples
+    num_exits: int
+    thresholds: tuple[float, ...] | None
+    collect: Callable[[object], Evidence[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact(Opened):
     """A run or a bundle, ready to answer.
 
     Attributes:
         runner: Answers batches that are on the device.
         device: Where its inputs belong.
         name: What figures call it: the recipe's name, or the folder's.
-        recipe: Name of its recipe; None for a network of the user's own.
-        samples: Loads splits of its data, or of data as users have it.
         class_names: Name of each class; empty where none were given.
-        num_exits: Exits of the network, those that are off counted.
-        thresholds: Those to choose from, of gates or tokens; None where exits have their own.
         target: What its policy was asked for; None where that is not known.
         preprocessing: Says how samples become inputs.
         note: What a bundle does not say and was taken for granted; None where it says all.
-        collect: From samples to what choosing needs; of a bundle, of the exits that are on.
         why_in_sample: From samples to why figures on them can be too good: they trained the
             network or may have chosen its thresholds. None for others.
     """
 
     runner: TorchRunner[Any, Any] | Session
     device: str
-    name: str
-    recipe: str | None
-    samples: AnySamples
     class_names: tuple[str, ...]
-    num_exits: int
-    thresholds: tuple[float, ...] | None
     target: Asked | None
     preprocessing: Callable[[], AnyPreprocessing]
-    collect: Callable[[object], Evidence[Any]]
     why_in_sample: Callable[[Samples], str | None]
     note: str | None = None
 
@@ -104,7 +97,9 @@ def open_artifact(folder: Path, device: str | None = None, network: str | None =
     ``network`` is the FILE.py:function of the command line, for a run of a network of one's own.
     """
     if not is_bundle(folder):
-        return _open_run(folder, device, network)
+        from offramp.workflow.opened_run import open_run  # torch
+
+        return open_run(folder, device, network)
     refuse_network(folder, network)
     return _open_bundle(folder, device)
 
@@ -117,71 +112,6 @@ def refuse_network(bundle: Path, network: str | None) -> None:
         )
 
 
-def _open_run(folder: Path, device: str | None, named: str | None) -> Artifact:
-    from offramp.families import family_of, make_runner
-    from offramp.runs.own_network import load_run
-    from offramp.runs.run import is_in_sample
-    from offramp.workflow.held_out import evidence_by
-
-    loaded = load_run(folder, named)
-    recipe = loaded.recipe
-    where = pick_device(device)
-    network = loaded.network.to(where)
-    said = (loaded.calibration or {}).get("data")
-    chosen_on = None if said is None else decode(said, ChosenOn)
-    return Artifact(
-        runner=make_runner(network, loaded.policy),
-        device=where,
-        name=loaded.folder.name if recipe is None else recipe.name,
-        recipe=None if recipe is None else recipe.name,
-        samples=samples_of_run(loaded),
-        class_names=loaded.class_names,
-        num_exits=network.num_exits,
-        thresholds=family_of(network).thresholds,
-        target=Asked.from_record(loaded.calibration),
-        preprocessing=partial(preprocessing_of_run, loaded),
-        collect=evidence_by(network),
-        why_in_sample=lambda samples: _why_in_sample(
-            folder, samples, chosen_on, is_in_sample(loaded, samples.split, samples.fingerprint)
-        ),
-    )
-
-
-def preprocessing_of_run(run: Run) -> AnyPreprocessing:
-    """Say how samples become the inputs of a run."""
-    found = run.preprocessing if run.recipe is None else run.recipe.preprocessing()
-    if found is None:
-        raise ArtifactError(
-            f"The run {run.folder} does not say how samples become its inputs. Save it with "
-            "preprocessing=Preprocessing(...) or TextPreprocessing(...)."
-        )
-    return found
-
-
-def answer_run(
-    network: Network,
-    policy: Policy | RoutingPolicy | None,
-    class_names: tuple[str, ...],
-    inputs: Tensor | Features,
-) -> list[SampleAnswer]:
-    """Say what a run answers, sample by sample."""
-    from offramp.families import make_runner
-    from offramp.model.multi_exit import as_features
-
-    runner = make_runner(network, policy)
-    result = runner.run(*as_features(inputs))
-    arrays: dict[str, Any] = {
-        name: None if part is None else part.cpu().numpy() for name, part in vars(result).items()
-    }
-    return describe_answers(
-        AdaptiveResult(**arrays),
-        policy=policy_to_dict(runner.policy),
-        class_names=class_names,
-        plain_macs_B=network.plain_macs(*as_features(inputs)).numpy(),
-        size=tuple(as_features(inputs)[0].shape[2:]),
-    )
-
-
 def _open_bundle(folder: Path, device: str | None) -> Artifact:
     if pick_device(device or "cpu") != "cpu":
         raise InvalidArgumentError(
@@ -189,21 +119,25 @@ def _open_bundle(folder: Path, device: str | None) -> Artifact:
         )
     bundle = read_bundle(folder)
     session = Session(bundle)
-    recipe = None if bundle.recipe is None else recipe_of(bundle)
+    recipe: str | None = None
     note: str | None = None
     chosen = bundle.calibration
     samples: AnySamples
-    if recipe is None:
+    if bundle.recipe is None:
         preprocessing, note = preprocessing_of(bundle)
         num_classes = session.run(*example_inputs(bundle)).output.shape[1]
         samples = samples_of_bundle(bundle, preprocessing, num_classes=num_classes)
     else:
-        samples = RecipeSamples(recipe=recipe, data=None, class_names=bundle.class_names)
+        from offramp.workflow.recipe_samples import RecipeSamples, recipe_of  # torch
+
+        known = recipe_of(bundle)
+        recipe = known.name
+        samples = RecipeSamples(recipe=known, data=None, class_names=bundle.class_names)
     return Artifact(
         runner=session,
         device="cpu",
-        name=bundle.folder.name if recipe is None else recipe.name,
-        recipe=None if recipe is None else recipe.name,
+        name=recipe or bundle.folder.name,
+        recipe=recipe,
         samples=samples,
         class_names=bundle.class_names,
         num_exits=bundle.num_exits,
@@ -216,7 +150,7 @@ def _open_bundle(folder: Path, device: str | None) -> Artifact:
     )
 
 
-def _why_in_sample(
+def why_in_sample(
     folder: Path, samples: Samples, chosen_on: ChosenOn | None, is_known: bool
 ) -> str | None:
     """Say why figures on samples can be too good, by their split or by what is in them.
@@ -241,19 +175,4 @@ def _why_in_sample_of_bundle(folder: Path, bundle: Bundle, samples: Samples) -> 
     may_have_chosen = samples.split == CALIBRATION_SPLIT and bundle.recipe is not None
     is_same = chosen_on is not None and chosen_on.sha256 == samples.fingerprint
     is_known = is_same or may_have_chosen or samples.split == "train"
-    return _why_in_sample(folder, samples, chosen_on, is_known)
-
-
-def recipe_of(bundle: Bundle) -> Recipe:
-    """Find the recipe that a bundle's network was trained by."""
-    from offramp.recipes.recipe import Recipe
-
-    if bundle.recipe is None:
-        raise ArtifactError(
-            f"The bundle {bundle.folder} holds a network of your own, without a recipe that names "
-            "its data. Use Session(...).run() from Python."
-        )
-    try:
-        return Recipe.from_dict(bundle.recipe)
-    except ArtifactError as error:
-        raise ArtifactError(f"{bundle.folder / BUNDLE_FILE} is damaged: {error}") from error
+    return why_in_sample(folder, samples, chosen_on, is_known)

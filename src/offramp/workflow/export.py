@@ -15,7 +15,8 @@ from offramp.calibration.collect import collect_from_session
 from offramp.calibration.evidence import choose_policy
 from offramp.data.images import in_tensors, make_loader
 from offramp.errors import InvalidArgumentError, NotCalibratedError
-from offramp.evaluation.evaluate import Answers, answer
+from offramp.evaluation.answers import Answers
+from offramp.evaluation.evaluate import answer
 from offramp.exporting.bundle import check_parity
 from offramp.exporting.bundle import export as write
 from offramp.exporting.quantize import quantize
@@ -27,8 +28,9 @@ from offramp.runs.own_network import load_run
 from offramp.runs.run import Run
 from offramp.runtime import Session, with_thresholds
 from offramp.runtime.bundle import write_bundle
-from offramp.workflow.artifact import preprocessing_of_run
-from offramp.workflow.samples import CALIBRATION, samples_of_run
+from offramp.workflow.held_out import samples_of_run
+from offramp.workflow.opened_run import preprocessing_of_run
+from offramp.workflow.samples import CALIBRATION
 from offramp.workflow.wanted import LEARNED, TARGETS
 
 SHARE_TOLERANCE = 0.01

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from offramp.calibration.evidence import Evidence
 from offramp.calibration.frontier import Frontier, check_num_points
 from offramp.calibration.frontier import frontier as measure
 from offramp.calibration.temperature import (
@@ -21,30 +20,9 @@ from offramp.policy.rules import RULES
 from offramp.runtime.answers import rule_in_words
 from offramp.runtime.bundle import is_bundle
 from offramp.runtime.chosen_on import CALIBRATION_SPLIT
-from offramp.workflow.artifact import open_artifact, pick_device
+from offramp.workflow.artifact import Opened, open_artifact
 from offramp.workflow.chosen import rule_named
-from offramp.workflow.samples import CALIBRATION, AnySamples, samples_of_run
-
-
-@dataclass(frozen=True, kw_only=True)
-class Opened:
-    """A run or a bundle, calibrated or not.
-
-    Attributes:
-        name: As it was given.
-        recipe: Name of its recipe; None for a network of the user's own.
-        samples: Loads splits of its data.
-        num_exits: Exits of the network, those that are off in a bundle counted.
-        thresholds: Those to choose from where one steers the network; None for exits.
-        collect: From samples to what choosing needs; of a bundle, of the exits that are on.
-    """
-
-    name: str
-    recipe: str | None
-    samples: AnySamples
-    num_exits: int
-    thresholds: tuple[float, ...] | None
-    collect: Callable[[object], Evidence[Any]]
+from offramp.workflow.samples import CALIBRATION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,28 +94,10 @@ def open_all(
 def _open(folder: Path, device: str | None, named: str | None) -> Opened:
     if is_bundle(folder):
         bundle = open_artifact(folder, device, named)
-        return Opened(
-            name=str(folder),
-            recipe=bundle.recipe,
-            samples=bundle.samples,
-            num_exits=bundle.num_exits,
-            thresholds=bundle.thresholds,
-            collect=bundle.collect,
-        )
-    from offramp.families import family_of
-    from offramp.runs.own_network import load_run
-    from offramp.workflow.held_out import evidence_by
+        return replace(bundle, name=str(folder))
+    from offramp.workflow.opened_run import open_uncalibrated  # torch
 
-    loaded = load_run(folder, named)
-    network = loaded.network.to(pick_device(device))
-    return Opened(
-        name=str(folder),
-        recipe=None if loaded.recipe is None else loaded.recipe.name,
-        samples=samples_of_run(loaded),
-        num_exits=network.num_exits,
-        thresholds=family_of(network).thresholds,
-        collect=evidence_by(network),
-    )
+    return open_uncalibrated(folder, device, named)
 
 
 def follow(

@@ -15,11 +15,14 @@ from offramp.calibration.evidence import Evidence
 from offramp.data.images import Batches, in_tensors
 from offramp.evaluation.sweeping import collect_sweep
 from offramp.families import family_of
+from offramp.measure.outputs import MAPS
+from offramp.runs.own_network import num_inputs_of
 from offramp.runs.run import Run, load_batches
 from offramp.runtime.chosen_on import written_hashes
 from offramp.workflow.artifact import pick_device
 from offramp.workflow.population import describe_population, name_prior, read_prior
-from offramp.workflow.samples import CALIBRATION, samples_of_run
+from offramp.workflow.recipe_samples import RecipeSamples
+from offramp.workflow.samples import CALIBRATION, AnySamples, OwnSamples
 from offramp.zoo import Network
 
 _NUM_FINDING, _NUM_SIZING = 4_000, 1_000
@@ -53,6 +56,21 @@ class HeldOut:
             return words
         effective = self.data["effective_num_samples"]
         return f"{words} by weights, effective number {effective:,.0f}"
+
+
+def samples_of_run(run: Run) -> AnySamples:
+    """Make what loads splits of the data that a run is for."""
+    if run.recipe is not None:
+        return RecipeSamples(recipe=run.recipe, data=run.data, class_names=run.class_names)
+    return OwnSamples(
+        of=f"run {run.folder}",
+        preprocessing=run.preprocessing,
+        class_names=run.class_names,
+        num_classes=run.num_classes,
+        num_inputs=num_inputs_of(run.network),
+        maps=run.network.outputs.name == MAPS.name,
+        data=run.data,
+    )
 
 
 def evidence_by(network: Network) -> Callable[[object], Evidence[Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from offramp.data.preprocessing import inputs_of
 from offramp.errors import InvalidArgumentError
@@ -33,7 +32,9 @@ def predict(
 ) -> Predicted:
     """Answer picture files, or texts, as a run or a bundle does."""
     if not is_bundle(folder):
-        return _ask_run(folder, samples, device, network)
+        from offramp.workflow.opened_run import answer_samples  # torch
+
+        return Predicted(answers=answer_samples(folder, samples, device, network), note=None)
     if network is not None:
         raise InvalidArgumentError(
             f"--network is for a run. {folder} is a bundle, which holds its network: leave it out."
@@ -64,23 +65,3 @@ def _ask_bundle(folder: Path, samples: Sequence[str], device: str | None) -> Pre
         size=inputs[0].shape[2:],
     )
     return Predicted(answers=answers, note=note)
-
-
-def _ask_run(
-    folder: Path, samples: Sequence[str], device: str | None, network: str | None
-) -> Predicted:
-    import torch
-
-    from offramp.runs.own_network import num_inputs_of
-    from offramp.workflow.artifact import answer_run, open_artifact
-
-    opened: Any = open_artifact(folder, device, network)
-    runner = opened.runner
-    inputs = inputs_of(samples, opened.preprocessing(), num_inputs=num_inputs_of(runner.network))
-    answers = answer_run(
-        runner.network,
-        runner.policy,
-        opened.class_names,
-        tuple(torch.from_numpy(array).to(opened.device) for array in inputs),
-    )
-    return Predicted(answers=answers, note=None)

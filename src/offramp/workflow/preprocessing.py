@@ -16,7 +16,7 @@ def preprocessing_of(bundle: Bundle) -> tuple[AnyPreprocessing, str | None]:
     if known is not None:
         return known, None
     if bundle.recipe is not None:  # exported before bundles said it; takes torch
-        from offramp.workflow.artifact import recipe_of
+        from offramp.workflow.recipe_samples import recipe_of
 
         return recipe_of(bundle).preprocessing(), None
     shape, *others = [spec.sample_shape for spec in bundle.inputs]

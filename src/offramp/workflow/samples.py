@@ -5,23 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from offramp.data.arrays import ArrayBatches
-from offramp.data.folders import draw_evenly, find_split
-from offramp.data.known_sources import SOURCES
 from offramp.data.own import OwnSplit, load_own
 from offramp.data.own_masks import load_own_masks
-from offramp.errors import ArtifactError, DataError, InvalidArgumentError
-from offramp.measure.outputs import MAPS
+from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.runtime import Bundle
 from offramp.runtime.chosen_on import CALIBRATION_SPLIT
 from offramp.runtime.preprocessing import AnyPreprocessing
 
 if TYPE_CHECKING:  # samples of one's own need no torch
     from offramp.data.images import Batches
-    from offramp.recipes.recipe import Recipe
-    from offramp.runs.run import Run
+    from offramp.workflow.recipe_samples import RecipeSamples
 
 JUDGING = ("test", "validation", "val", "valid", "dev")
 """Splits of data of one's own that figures are on where none is named, the first that there is."""
@@ -52,91 +48,6 @@ class Samples:
     class_prior: str
     by_class: bool
     shares: tuple[float, ...] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecipeSamples:
-    """The data set that a recipe names, wherever it lies.
-
-    Attributes:
-        recipe: The recipe.
-        data: What ``--data`` was in training; None for the default.
-        class_names: Of the network.
-    """
-
-    recipe: Recipe
-    data: str | None
-    class_names: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """The name of the data."""
-        return self.recipe.data
-
-    @property
-    def has_calibration(self) -> bool:
-        """True if samples were set aside to choose thresholds on."""
-        return self.recipe.calibration_share > 0
-
-    @property
-    def judging_split(self) -> str | None:
-        """The split that figures are on where none is named."""
-        return SOURCES[self.recipe.data].judging_split
-
-    def load(
-        self,
-        split: str | None = None,
-        *,
-        data: str | None = None,
-        subset: int | None = None,
-        preferred: Sequence[str] = JUDGING,
-    ) -> Samples:
-        """Load a split."""
-        recipe, where = self.recipe, data or self.data
-        if preferred == CALIBRATION and split is None:
-            split = CALIBRATION_SPLIT
-        named = split or SOURCES[recipe.data].judging_split
-        if self._is_own(split, named, where):
-            own = load_own(
-                str(where),
-                split,
-                recipe.preprocessing(),
-                class_names=self.class_names,
-                num_classes=int(recipe.network_options["num_classes"]),
-                subset=subset,
-                preferred=preferred,
-            )
-            return _samples(own, name=recipe.data, class_names=self.class_names, subset=subset)
-        from offramp.runs.run import load_batches
-
-        batches, class_names, fingerprint = load_batches(recipe, named, where)
-        batches = batches.unaugmented()
-        if subset is not None:
-            import torch
-
-            batches = batches.subset(torch.tensor(draw_evenly(batches.strata_N.numpy(), subset)))
-        return Samples(
-            name=recipe.data,
-            split=named,
-            batches=batches,
-            fingerprint=fingerprint,
-            class_names=class_names,
-            class_prior="uniform" if recipe.uniform_prior else "as in train",
-            by_class=True,
-        )
-
-    def _is_own(self, split: str | None, named: str, data: str | None) -> bool:
-        """Return True if the samples lie there in another way than the data set does."""
-        source = SOURCES[self.recipe.data]
-        if data is None or data == source.download or source.ignored_label is not None:
-            return False
-        trains = ("train", CALIBRATION_SPLIT)
-        if named in trains or (Path(data) / f"{named}.parquet").is_file():
-            return False
-        try:
-            return find_split(Path(data), split, preferred=(named, *JUDGING)).name not in trains
-        except (DataError, InvalidArgumentError):
-            return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +108,7 @@ class OwnSamples:
                 subset=subset,
                 preferred=preferred,
             )
-            return _samples(masks, name=name, class_names=self.class_names, subset=None)
+            return samples_of_split(masks, name=name, class_names=self.class_names, subset=None)
         own = load_own(
             where,
             split,
@@ -209,27 +120,10 @@ class OwnSamples:
             subset=subset,
             preferred=preferred,
         )
-        return _samples(own, name=name, class_names=self.class_names, subset=subset)
+        return samples_of_split(own, name=name, class_names=self.class_names, subset=subset)
 
 
-AnySamples = RecipeSamples | OwnSamples
-
-
-def samples_of_run(run: Run) -> AnySamples:
-    """Make what loads splits of the data that a run is for."""
-    if run.recipe is not None:
-        return RecipeSamples(recipe=run.recipe, data=run.data, class_names=run.class_names)
-    from offramp.runs.own_network import num_inputs_of  # torch, which bundles do not need
-
-    return OwnSamples(
-        of=f"run {run.folder}",
-        preprocessing=run.preprocessing,
-        class_names=run.class_names,
-        num_classes=run.num_classes,
-        num_inputs=num_inputs_of(run.network),
-        maps=run.network.outputs.name == MAPS.name,
-        data=run.data,
-    )
+AnySamples: TypeAlias = "RecipeSamples | OwnSamples"
 
 
 def samples_of_bundle(
@@ -248,9 +142,10 @@ def samples_of_bundle(
     )
 
 
-def _samples(
+def samples_of_split(
     own: OwnSplit, *, name: str, class_names: tuple[str, ...], subset: int | None
 ) -> Samples:
+    """Make samples of a split as users have it."""
     return Samples(
         name=name,
         split=own.name,
@@ -266,14 +161,3 @@ def _samples(
 def says_maps(bundle: Bundle) -> bool:
     """Tell if a network says a class for every pixel."""
     return bundle.pixel_multiple is not None or bundle.policy.get("kind") in ("dense", "agreement")
-
-
-def draw(batches: Batches | ArrayBatches, count: int, *, seed: int = 0) -> Any:
-    """Inputs of so many samples, drawn at random, as tensors."""
-    import torch
-
-    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed))
-    inputs, _ = batches.__getitems__(order[:count].tolist())
-    if isinstance(inputs, tuple):
-        return tuple(map(torch.as_tensor, inputs))
-    return torch.as_tensor(inputs)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from offramp.artifacts import BUNDLE_FOLDER
+from offramp.data.arrays import ArrayBatches
+from offramp.data.images import Batches
 from offramp.errors import InvalidArgumentError
 from offramp.evaluation.processes import time_bundle, time_in_processes
 from offramp.evaluation.stopwatch import LEAST_SAMPLES
 from offramp.evaluation.timing import Timing, time_runner
 from offramp.runtime import Session
 from offramp.workflow.artifact import open_artifact
-from offramp.workflow.samples import draw
 
 _SIZES = (1, 32, 256)
 _SAMPLES = 2048
@@ -40,7 +42,7 @@ def time(
     use_threads(threads)
     batches = opened.samples.load(split, data=data, subset=subset).batches
     count = min(_SAMPLES, max(LEAST_SAMPLES, 8 * batches.run_batch_size))
-    inputs = draw(batches, count)
+    inputs = _draw(batches, count)
     runner = opened.runner
     sizes = batch_sizes or [size for size in _SIZES if size <= min(count, len(batches))]
     if isinstance(runner, Session):
@@ -70,3 +72,12 @@ def use_threads(threads: int | None) -> None:
     if threads < 1:
         raise InvalidArgumentError(f"--threads must be an int of at least 1. Got {threads}.")
     torch.set_num_threads(threads)
+
+
+def _draw(batches: Batches | ArrayBatches, count: int, *, seed: int = 0) -> Any:
+    """Inputs of so many samples, drawn at random, as tensors."""
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed))
+    inputs, _ = batches.__getitems__(order[:count].tolist())
+    if isinstance(inputs, tuple):
+        return tuple(map(torch.as_tensor, inputs))
+    return torch.as_tensor(inputs)

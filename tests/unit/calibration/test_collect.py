@@ -6,7 +6,7 @@ from torch import nn
 
 from offramp.calibration.collect import ExitLogits, collect, read_logits, write_logits
 from offramp.errors import DataError, ShapeError
-from offramp.measure.cost import ExitCosts
+from offramp.measure.exit_costs import ExitCosts
 from offramp.model.multi_exit import MultiExitNetwork
 
 COSTS = ExitCosts(stage_macs=(10, 20), head_macs=(1, 2))

@@ -10,7 +10,7 @@ from offramp.calibration.controller import fit_controller
 from offramp.calibration.evidence import calibrate
 from offramp.calibration.guarantee import calibrate_with_guarantee
 from offramp.errors import InvalidArgumentError
-from offramp.measure.cost import ExitCosts
+from offramp.measure.exit_costs import ExitCosts
 from offramp.policy.controller import ControllerPolicy
 
 # Values worked out by hand have few samples.

@@ -26,7 +26,8 @@ from offramp.data.images import Normalisation, make_loader
 from offramp.data.masks import MaskBatches
 from offramp.errors import ShapeError
 from offramp.families.exits import AdaptiveRunner
-from offramp.measure.dense import IGNORED_LABEL, confusion_matrices, label_maps, mean_iou
+from offramp.measure.dense import confusion_matrices, label_maps, mean_iou
+from offramp.measure.outputs import IGNORED_LABEL
 from offramp.policy.confidence import DENSE_RULES
 from offramp.zoo.segmentation import segmentation
 

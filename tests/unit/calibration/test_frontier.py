@@ -12,7 +12,7 @@ from offramp.calibration.evidence import calibrate
 from offramp.calibration.frontier import frontier
 from offramp.calibration.sweep import Sweep
 from offramp.errors import InvalidArgumentError, ShapeError
-from offramp.measure.cost import ExitCosts
+from offramp.measure.exit_costs import ExitCosts
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, always_leave_at
 
 # Values worked out by hand have few samples.

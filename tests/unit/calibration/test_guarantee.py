@@ -16,7 +16,7 @@ from offramp.calibration.search import exits_left_by
 from offramp.calibration.sequence import part_samples
 from offramp.calibration.thresholds import confidences
 from offramp.errors import DataError, InfeasibleTargetError, InvalidArgumentError, ShapeError
-from offramp.measure.cost import ExitCosts
+from offramp.measure.exit_costs import ExitCosts
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy
 
 DRAWS = 100

@@ -12,7 +12,7 @@ from offramp.calibration.collect import ExitLogits
 from offramp.calibration.evidence import calibrate
 from offramp.calibration.latency import calibrate_for_latency, calibrate_to_milliseconds
 from offramp.errors import InfeasibleTargetError, InvalidArgumentError, ShapeError
-from offramp.measure.cost import ExitCosts
+from offramp.measure.exit_costs import ExitCosts
 from offramp.measure.profile import Profile
 from offramp.policy.policies import PatiencePolicy
 

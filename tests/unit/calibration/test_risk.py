@@ -19,7 +19,7 @@ from offramp.calibration.risk import (
     trinomial_p_value,
 )
 from offramp.errors import InvalidArgumentError
-from offramp.measure.cost import ExitCosts
+from offramp.measure.exit_costs import ExitCosts
 
 NAN = math.nan
 DELTA = 0.1

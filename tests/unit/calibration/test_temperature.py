@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from offramp.calibration.collect import ExitLogits
 from offramp.calibration.temperature import describe_temperatures, fit_temperatures, reached
 from offramp.errors import InvalidArgumentError, ShapeError
-from offramp.measure.cost import ExitCosts
+from offramp.measure.exit_costs import ExitCosts
 
 INF, NAN = math.inf, math.nan
 LOG_3 = math.log(3)

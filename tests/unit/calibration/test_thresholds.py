@@ -19,7 +19,7 @@ from offramp.errors import (
     InfeasibleTargetError,
     InvalidArgumentError,
 )
-from offramp.measure.cost import ExitCosts
+from offramp.measure.exit_costs import ExitCosts
 from offramp.policy.confidence import CONFIDENCE_RULES
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy
 

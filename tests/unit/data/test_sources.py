@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from offramp.data import parquet
+from offramp.data import parquet, splits
 from offramp.data.sources import SOURCES, load_split, nearest, read_parquet
 from offramp.errors import DataError, DataNotFoundError, InvalidArgumentError, MissingExtraError
 
@@ -79,7 +79,7 @@ def test_large_split_streams_and_equals_the_decoded_one(path, monkeypatch):
     monkeypatch.setattr(parquet, "MAX_DECODED_BYTES", 5 * 12 - 1)
     streamed = read_parquet(path, image_shape=GREY)
     assert isinstance(decoded.store, torch.Tensor)
-    assert isinstance(streamed.store, parquet.EncodedImages)
+    assert isinstance(streamed.store, splits.EncodedImages)
     rows = torch.tensor([4, 1, 1])
     assert torch.equal(streamed.store[rows], decoded.store[rows])
     assert streamed.fingerprint() == decoded.fingerprint()
@@ -151,18 +151,18 @@ def test_masks_are_classes_whatever_their_palette_says(path, monkeypatch, most):
     pq.write_table(pa.table({"image": images, "mask": [{"bytes": file.getvalue()}] * 3}), path)
     monkeypatch.setattr(parquet, "MAX_DECODED_BYTES", most)  # 3 images have 108 bytes, masks 36
     names = tuple(map(str, range(11)))
-    split = parquet.read_mask_parquet(path, image_shape=COLOUR, class_names=names, ignored_label=11)
+    split = splits.read_mask_parquet(path, image_shape=COLOUR, class_names=names, ignored_label=11)
     assert torch.equal(split.store[torch.arange(3)], pixels)
     assert split.labels_N[2].flatten().tolist() == [*range(11), 255]
     monkeypatch.setattr(parquet, "MAX_DECODED_BYTES", 35)
     with pytest.raises(DataError, match="masks of at most 35 pixels together"):
-        parquet.read_mask_parquet(path, image_shape=COLOUR, class_names=names, ignored_label=11)
+        splits.read_mask_parquet(path, image_shape=COLOUR, class_names=names, ignored_label=11)
 
 
 def test_texts_and_labels_come_back(path):
     texts = ["good", "bad", "good"]
     pq.write_table(pa.table({"text": texts, "label": [1, 0, 1]}), path)
-    split = parquet.read_text_parquet(path, class_names=("negative", "positive"))
+    split = splits.read_text_parquet(path, class_names=("negative", "positive"))
     assert split.texts == ("good", "bad", "good")
     assert split.labels_N.tolist() == [1, 0, 1]
 
@@ -175,7 +175,7 @@ def test_column_without_texts_is_refused(path, text, words):
     rows = [text, *([b"a"] if isinstance(text, bytes) else ["a"])]
     pq.write_table(pa.table({"text": rows, "label": [1, 0]}), path)
     with pytest.raises(DataError, match=words):
-        parquet.read_text_parquet(path, class_names=("negative", "positive"))
+        splits.read_text_parquet(path, class_names=("negative", "positive"))
 
 
 def test_more_rows_than_memory_can_hold_are_refused(path, monkeypatch):

@@ -20,7 +20,7 @@ from offramp.evaluation.evaluate import (
     evaluate,
 )
 from offramp.families.exits import AdaptiveRunner
-from offramp.measure.cost import ExitCosts
+from offramp.measure.exit_costs import ExitCosts
 from offramp.measure.intervals import difference_interval
 from offramp.policy.policies import ThresholdPolicy, always_leave_at
 from offramp.results import AdaptiveResult

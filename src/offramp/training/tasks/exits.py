@@ -9,7 +9,7 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from offramp.data.labels import check_labels
+from offramp.data.label_range import check_labels
 from offramp.errors import InvalidArgumentError
 from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.training.losses import joint_loss, weights_in_epoch

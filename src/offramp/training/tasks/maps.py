@@ -12,18 +12,17 @@ import torch
 from torch import Tensor
 
 from offramp.data.batches import explained_data, read_batch
-from offramp.data.labels import check_labels
-from offramp.data.parquet import known_labels
+from offramp.data.label_range import check_labels
+from offramp.data.splits import known_labels
 from offramp.errors import DataError, InvalidArgumentError
 from offramp.measure.dense import (
-    IGNORED_LABEL,
     confusion_matrices,
     label_maps,
     labels_of_cells,
     mean_iou,
     pixel_accuracy,
 )
-from offramp.measure.outputs import MAPS
+from offramp.measure.outputs import IGNORED_LABEL, MAPS
 from offramp.model.multi_exit import Features
 from offramp.training.config_checks import check_class_weights
 from offramp.training.tasks.exits import MultiExitTask

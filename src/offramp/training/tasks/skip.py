@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from offramp.data.labels import check_labels
+from offramp.data.label_range import check_labels
 from offramp.model.multi_exit import Features
 from offramp.routing.skip import (
     Choice,

@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric, Metric
 
 from offramp.data.batches import explained_data, read_batch
 from offramp.data.images import epoch_seed
-from offramp.data.labels import check_labels
+from offramp.data.label_range import check_labels
 from offramp.errors import InvalidArgumentError, TrainingDivergedError, reason
 from offramp.measure.outputs import LABELS, Outputs
 from offramp.model.multi_exit import Features

@@ -8,7 +8,8 @@ from offramp import FitConfig, fit
 from offramp.data.images import Normalisation, RandomWarp, make_loader, split_off_calibration
 from offramp.data.masks import MaskBatches, warped_masks
 from offramp.errors import DataError, InvalidArgumentError
-from offramp.measure.dense import IGNORED_LABEL, confusion_matrices, label_maps, mean_iou
+from offramp.measure.dense import confusion_matrices, label_maps, mean_iou
+from offramp.measure.outputs import IGNORED_LABEL
 from offramp.training.tasks.maps import MEAN_IOU_METRIC, DenseTask, one_pixel_a_cell
 from offramp.zoo.convnet import convnet
 from offramp.zoo.segmentation import segmentation

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from offramp.artifacts import SCHEMA_VERSION
-from offramp.data.labels import check_labels
+from offramp.data.label_range import check_labels
 from offramp.errors import ArtifactError, DataError, InvalidArgumentError, TrainingDivergedError
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.training.config import FitConfig
