@@ -48,6 +48,9 @@ _NEAR = 0.05
 """Of the backbone's MACs: the longest way to the end of a small block."""
 
 
+_QUANTIZED = ("torch.ao.nn.quantized", "torch.nn.quantized")
+
+
 class Cutter(Protocol):
     """Finds the places where a backbone can be cut, and cuts it.
 
@@ -219,6 +222,14 @@ def _uncompiled(backbone: nn.Module) -> nn.Module:
             "Expected a module of Python code. TorchScript cannot be cut, since it holds no code "
             "that could be followed: pass the module that it was made of."
         )
+    for path, module in backbone.named_modules():
+        if type(module).__module__.startswith(_QUANTIZED):
+            raise BackboneCutError(
+                f"{type(backbone).__name__} cannot be cut: its layer {path!r} is quantised, with "
+                "one scale for the activations of a whole batch, so that a sample's logits depend "
+                "on the others of its batch, which may have left. Add exits to the network as it "
+                "was before, in floats."
+            )
     original = getattr(backbone, "_orig_mod", backbone)
     return original if isinstance(original, nn.Module) else backbone
 

@@ -295,7 +295,12 @@ def _block(
     numbers = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
     numbers["tag_activation_checkpoint"] = 0
     if name not in numbers or (name == "wrap_with_autocast" and node.args[2]):
-        raise NotTraceableError(f"it runs a block under {name}")
+        raise NotTraceableError(
+            "it switches autocast on, which its pieces would not: take that out of its forward, "
+            "and run the network under it"
+            if name == "wrap_with_autocast"
+            else "it runs a part of its code as a function of torch's, such as torch.cond"
+        )
     at = numbers[name]
     block, *given = (env[a] if isinstance(a, fx.Node) else a for a in node.args[at:])
     inner = [n for n in block.graph.nodes if n.op == "placeholder"]

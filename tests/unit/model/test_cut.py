@@ -293,3 +293,23 @@ def test_the_example_is_left_as_it_was():
     example = torch.full((1, 4), -1.0)
     add_exits(backbone, at=["0"], num_classes=3, example=example)
     assert (example == -1).all()
+
+
+def test_exits_answer_in_the_floats_of_the_backbone():
+    class Half(InOrder):
+        def forward(self, x):
+            return super().forward(x.bfloat16()).float()
+
+    images = torch.randn(IMAGES)
+    backbone = Half().bfloat16().eval()
+    network = add_exits(backbone, at=["body"], num_classes=CLASSES, example=images.bfloat16())
+    first, last = network.eval()(images)
+    assert first.dtype == last.dtype == torch.float32
+    assert torch.equal(last, backbone(images))
+
+
+@pytest.mark.filterwarnings("ignore:.*quantiz")
+def test_a_quantised_network_is_refused_by_its_layer():
+    quantised = torch.ao.quantization.quantize_dynamic(perceptron(), {nn.Linear})
+    with pytest.raises(BackboneCutError, match=r"its layer '0' is quantised.*depend on the others"):
+        add_exits(quantised, at=["1"], num_classes=CLASSES, example=torch.randn(VECTORS))

@@ -182,6 +182,16 @@ def test_a_branch_on_values_is_refused_with_its_line():
         add_exits(Decides(), at=["first"], num_classes=CLASSES, example=torch.randn(2, 4))
 
 
+def test_autocast_inside_is_refused_in_plain_words():
+    class Casts(AsksForSizes):
+        def forward(self, x):
+            with torch.autocast("cpu"):
+                return super().forward(x).float()
+
+    with pytest.raises(BackboneCutError, match=r"it switches autocast on.* take that out of its"):
+        add_exits(Casts(), at=["stem"], num_classes=CLASSES, example=IMAGES)
+
+
 def test_exits_of_a_causal_model_read_the_last_token():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
