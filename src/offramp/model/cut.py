@@ -9,6 +9,7 @@ the backbone does (``proof``).
 
 from __future__ import annotations
 
+import copy
 import difflib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from offramp.model.inputs import Given, InputSpec, example_inputs, explained, ta
 from offramp.model.layer_lists import find_layer_list
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
 from offramp.model.outputs import check_logits, find_pixel_multiple
-from offramp.model.proof import find_difference, logits_of
+from offramp.model.proof import DEPENDS, find_difference, logits_of
 from offramp.model.ragged import Ragged
 from offramp.model.spacing import choose_cuts
 from offramp.model.tracing import NotTraceableError
@@ -203,9 +204,17 @@ def _cut(
     difference = find_difference(backbone, apart, inputs, logits=logits)
     if difference is not None:
         cut = f"after {', '.join(at)}" if at else "at all"
+        advice = (
+            "Cut elsewhere, or move that part into a module of its own without children, which "
+            "stays whole."
+        )
+        if difference.endswith(DEPENDS):
+            advice = (
+                "Samples leave the batch one by one: make each answer its own, such as by fixed "
+                "means in place of the batch's."
+            )
         raise BackboneCutError(
-            f"{type(backbone).__name__} cannot be cut {cut}: {difference}. Cut elsewhere, or move "
-            "that part into a module of its own without children, which stays whole."
+            f"{type(backbone).__name__} cannot be cut {cut}: {difference}. {advice}"
         )
     num_samples = len(inputs[0])  # the proof added samples of its own behind them
     features = [tuple(tensor[:num_samples] for tensor in each) for each in apart.features]
@@ -455,6 +464,7 @@ def _cutters(backbone: nn.Module, inputs: Features) -> Iterator[Cutter]:
         else:
             yield cutter
     if layers is None and len(failures) == len(makers):
+        _require_training(backbone, inputs)
         with_line = [error for error in reversed(failures) if "`" in str(error)]
         why = reason([*with_line, failures[-1]][0])
         raise BackboneCutError(
@@ -463,6 +473,22 @@ def _cutters(backbone: nn.Module, inputs: Features) -> Iterator[Cutter]:
             "which stays whole, or wrap the backbone in an nn.Sequential of pieces that run in "
             "order."
         ) from failures[-1]
+
+
+def _require_training(backbone: nn.Module, inputs: Features) -> None:
+    """Refuse a backbone that fails on its own where it is trained on the example."""
+    try:
+        trained = copy.deepcopy(backbone).train()
+    except Exception:  # whatever its parts raise
+        return
+    with torch.no_grad(), torch.random.fork_rng():
+        try:
+            trained(*(torch.cat([tensor, tensor]) for tensor in inputs))
+        except Exception as error:  # whatever the backbone's own code raises
+            raise BackboneCutError(
+                f"{type(backbone).__name__} cannot be cut: in training it fails on the example: "
+                f"{reason(error).rstrip('.')}. Pass an example as it is trained on."
+            ) from error
 
 
 def _find_cutter(backbone: nn.Module, inputs: Features, at: Sequence[str] = ()) -> Cutter:

@@ -313,3 +313,25 @@ def test_a_quantised_network_is_refused_by_its_layer():
     quantised = torch.ao.quantization.quantize_dynamic(perceptron(), {nn.Linear})
     with pytest.raises(BackboneCutError, match=r"its layer '0' is quantised.*depend on the others"):
         add_exits(quantised, at=["1"], num_classes=CLASSES, example=torch.randn(VECTORS))
+
+
+def test_a_backbone_that_fails_in_training_is_refused_by_its_own_error():
+    class Large(InOrder):
+        def forward(self, x):
+            if self.training:
+                F.avg_pool2d(x, 9)
+            return super().forward(x)
+
+    with pytest.raises(BackboneCutError, match=r"in training it fails on the example: .*too small"):
+        add_exits(Large(), at=["body"], num_classes=CLASSES, example=torch.randn(IMAGES))
+
+
+def test_samples_that_depend_on_their_batch():
+    class Centred(InOrder):
+        def forward(self, x):
+            return super().forward(x - x.mean(0, keepdim=True))
+
+    with pytest.raises(
+        BackboneCutError, match=r"depend on the other samples.*fixed means in place"
+    ):
+        add_exits(Centred(), at=["body"], num_classes=CLASSES, example=torch.randn(IMAGES))
