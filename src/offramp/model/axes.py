@@ -49,11 +49,11 @@ def channel_axis(
 ) -> int | None:
     """Find the axis of channels in the first of the features that cross a cut.
 
-    The last few modules with weights before the cut and the normalisations and convolutions that
-    read the features are asked. If these do not agree, many modules before the cut are asked. Where
-    those disagree, as after a layer that mixes tokens, or are silent, the readers decide.
-    Evaluation mode counts; weights and statistics stay as they are. ``last_inputs`` are two samples
-    of what the last module before the cut is given.
+    The last few modules with weights before the cut and the normalisations, convolutions and linear
+    layers that read the features are asked. If these do not agree, many modules before the cut are
+    asked. Where those disagree, as after a layer that mixes tokens, or are silent, the readers
+    decide. Evaluation mode counts; weights and statistics stay as they are. ``last_inputs`` are two
+    samples of what the last module before the cut is given.
     """
     stages = nn.ModuleList([*before, *after])
     with torch.inference_mode(False), evaluation_mode(stages), torch.random.fork_rng():
@@ -220,7 +220,7 @@ class _Enough(BaseException):
 
 
 def _axes_by_readers(stages: Sequence[nn.Module], features: Features) -> set[int]:
-    """The axes of features that the first normalisation or convolution takes for channels."""
+    """The axes of features that the first layer that tells takes for channels."""
     read: list[tuple[Tensor, int]] = []
     if not features[0].is_floating_point():
         return set()
@@ -377,6 +377,8 @@ def _axis_read(module: nn.Module, given: object, output: object) -> int | None:
         return None
     if _reads_channels(module):
         return given.ndim - 1 if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) else 1
+    if isinstance(module, nn.Linear):
+        return 1 if given.ndim == 2 else None  # of more axes, the last may be positions
     vector = _vector_of(module)
     if vector is None or not isinstance(output, Tensor) or output.shape != given.shape:
         return None

@@ -9,6 +9,7 @@ the backbone does (``proof``).
 
 from __future__ import annotations
 
+import copy
 import difflib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from offramp.model.inputs import Given, InputSpec, example_inputs, explained, ta
 from offramp.model.layer_lists import find_layer_list
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
 from offramp.model.outputs import check_logits, find_pixel_multiple
-from offramp.model.proof import find_difference, logits_of
+from offramp.model.proof import DEPENDS, find_difference, logits_of
 from offramp.model.ragged import Ragged
 from offramp.model.spacing import choose_cuts
 from offramp.model.tracing import NotTraceableError
@@ -46,6 +47,9 @@ _EVEN = 0.12
 
 _NEAR = 0.05
 """Of the backbone's MACs: the longest way to the end of a small block."""
+
+
+_QUANTIZED = ("torch.ao.nn.quantized", "torch.nn.quantized")
 
 
 class Cutter(Protocol):
@@ -200,9 +204,17 @@ def _cut(
     difference = find_difference(backbone, apart, inputs, logits=logits)
     if difference is not None:
         cut = f"after {', '.join(at)}" if at else "at all"
+        advice = (
+            "Cut elsewhere, or move that part into a module of its own without children, which "
+            "stays whole."
+        )
+        if difference.endswith(DEPENDS):
+            advice = (
+                "Samples leave the batch one by one: make each answer its own, such as by fixed "
+                "means in place of the batch's."
+            )
         raise BackboneCutError(
-            f"{type(backbone).__name__} cannot be cut {cut}: {difference}. Cut elsewhere, or move "
-            "that part into a module of its own without children, which stays whole."
+            f"{type(backbone).__name__} cannot be cut {cut}: {difference}. {advice}"
         )
     num_samples = len(inputs[0])  # the proof added samples of its own behind them
     features = [tuple(tensor[:num_samples] for tensor in each) for each in apart.features]
@@ -219,6 +231,14 @@ def _uncompiled(backbone: nn.Module) -> nn.Module:
             "Expected a module of Python code. TorchScript cannot be cut, since it holds no code "
             "that could be followed: pass the module that it was made of."
         )
+    for path, module in backbone.named_modules():
+        if type(module).__module__.startswith(_QUANTIZED):
+            raise BackboneCutError(
+                f"{type(backbone).__name__} cannot be cut: its layer {path!r} is quantised, with "
+                "one scale for the activations of a whole batch, so that a sample's logits depend "
+                "on the others of its batch, which may have left. Add exits to the network as it "
+                "was before, in floats."
+            )
     original = getattr(backbone, "_orig_mod", backbone)
     return original if isinstance(original, nn.Module) else backbone
 
@@ -444,6 +464,7 @@ def _cutters(backbone: nn.Module, inputs: Features) -> Iterator[Cutter]:
         else:
             yield cutter
     if layers is None and len(failures) == len(makers):
+        _require_training(backbone, inputs)
         with_line = [error for error in reversed(failures) if "`" in str(error)]
         why = reason([*with_line, failures[-1]][0])
         raise BackboneCutError(
@@ -452,6 +473,22 @@ def _cutters(backbone: nn.Module, inputs: Features) -> Iterator[Cutter]:
             "which stays whole, or wrap the backbone in an nn.Sequential of pieces that run in "
             "order."
         ) from failures[-1]
+
+
+def _require_training(backbone: nn.Module, inputs: Features) -> None:
+    """Refuse a backbone that fails on its own where it is trained on the example."""
+    try:
+        trained = copy.deepcopy(backbone).train()
+    except Exception:  # whatever its parts raise
+        return
+    with torch.no_grad(), torch.random.fork_rng():
+        try:
+            trained(*(torch.cat([tensor, tensor]) for tensor in inputs))
+        except Exception as error:  # whatever the backbone's own code raises
+            raise BackboneCutError(
+                f"{type(backbone).__name__} cannot be cut: in training it fails on the example: "
+                f"{reason(error).rstrip('.')}. Pass an example as it is trained on."
+            ) from error
 
 
 def _find_cutter(backbone: nn.Module, inputs: Features, at: Sequence[str] = ()) -> Cutter:

@@ -1,8 +1,8 @@
 """The way into a backbone and out of it: tensors in order go in, logits come out.
 
-A backbone may want its inputs by name, with gaps between them, and may return its logits among
-other things. Its entry is the same backbone, with the same parts under the same paths, whose
-``forward`` is called by position and returns the logits alone.
+A backbone may want its inputs by name, with gaps between them or in a dict, and may return its
+logits among other things. Its entry is the same backbone, with the same parts under the same paths,
+whose ``forward`` is called by position and returns the logits alone.
 """
 
 from __future__ import annotations
@@ -37,12 +37,26 @@ def bound_by_name(backbone: nn.Module, example: Given) -> tuple[nn.Module, Given
     if not names and any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         names = given
     needed = {p.name for p in parameters if p.default is p.empty and p.kind not in _VARIABLE}
+    if not names and _takes_whole(backbone, example, given):
+        return _entry(backbone, names=given, is_whole=True), {n: example[n] for n in given}
     leading = parameter_names(backbone)[: len(names)]
     if not names or tuple(names) == leading or not needed <= set(names):
         return backbone, example
     if set(names) <= set(TEXT_NAMES):
         names = [name for name in TEXT_NAMES if name in names]
     return _entry(backbone, names=names), {name: example[name] for name in names}
+
+
+def _takes_whole(backbone: nn.Module, example: Mapping[str, Tensor], names: list[str]) -> bool:
+    """Return True if a ``forward`` takes a batch as one dict, by trying."""
+    if len(parameter_names(backbone)) == 0 or not names:
+        return False
+    try:
+        with evaluation_mode(backbone), torch.no_grad():
+            backbone({name: example[name] for name in names})
+    except Exception:  # whatever the backbone's own code raises
+        return False
+    return True
 
 
 def with_logits_alone(
@@ -120,7 +134,11 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _entry(
-    backbone: nn.Module, *, names: Sequence[str] | None = None, output: Output | None = None
+    backbone: nn.Module,
+    *,
+    names: Sequence[str] | None = None,
+    output: Output | None = None,
+    is_whole: bool = False,
 ) -> nn.Module:
     kind = type(backbone)
     own = vars(backbone).get("forward")
@@ -128,7 +146,8 @@ def _entry(
     def forward(self: nn.Module, *inputs: Tensor) -> Any:
         run = own or kind.forward.__get__(self)
         by_name = dict(zip(names or (), inputs, strict=False))
-        returned = run(**by_name) if names else run(*inputs)
+        given = (by_name,) if is_whole else () if names else inputs
+        returned = run(*given, **({} if is_whole else by_name))
         return returned if output is None else pick(returned, output)
 
     signature = inspect.signature(kind.forward)

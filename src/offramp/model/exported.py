@@ -36,7 +36,13 @@ from offramp.model.inputs import parameter_names
 from offramp.model.multi_exit import Features
 from offramp.model.proof import logits_in, logits_of
 from offramp.model.ragged import Ragged
-from offramp.model.tracing import NotTraceableError, require_names, unharmed, what_stopped
+from offramp.model.tracing import (
+    NotTraceableError,
+    require_names,
+    sizes_kept,
+    unharmed,
+    what_stopped,
+)
 from offramp.model.whole_layers import WHOLE_LAYER, WholeLayers
 
 _WHOLE = (
@@ -155,25 +161,39 @@ def _export(
     repeats = -(-2 // len(inputs[0]))
     samples = tuple(t.repeat(repeats, *(1,) * (t.ndim - 1)) for t in inputs)
     failure: Exception | None = None
-    for num_dynamic in (2, 1) if _are_tokens(inputs) else (1,):
+    is_fixed = False
+    first = [(2, False)] if _are_tokens(inputs) else []
+    for num_dynamic, with_int in (*first, (1, False), (1, True)):
+        if with_int and not is_fixed:
+            break
         sizes = dict.fromkeys(range(num_dynamic), Dim.AUTO)
         with evaluation_mode(backbone), torch.enable_grad(), unharmed(backbone), _quiet():
             backbone.train(is_training)
             try:
-                with layers.standing_in():
+                with layers.standing_in(), sizes_kept(backbone, with_int=with_int):
                     program = torch.export.export(
                         _Logits(backbone, num_dynamic).train(is_training),
                         samples,
                         dynamic_shapes=(tuple(sizes for _ in samples),),
                         strict=False,
                     )
-                return _graph_of(program, backbone, layers)
+                is_fixed = _symbol(_input_shape(program)[0]) is None
+                if not is_fixed:
+                    return _graph_of(program, backbone, layers)
             except NotTraceableError:
                 raise
             except Exception as error:  # whatever the backbone's own code raises
                 failure = failure or error
-    assert failure is not None
+    if failure is None:
+        raise NotTraceableError("its code makes a number of the size of a batch")
     raise NotTraceableError(what_stopped(failure)) from failure
+
+
+def _input_shape(program: Any) -> Any:
+    """The shape of the first input, as it was traced."""
+    specs = zip(program.graph.nodes, program.graph_signature.input_specs, strict=False)
+    found = (node.meta["val"].shape for node, spec in specs if spec.kind is InputKind.USER_INPUT)
+    return next(found)
 
 
 @contextmanager
@@ -295,7 +315,12 @@ def _block(
     numbers = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
     numbers["tag_activation_checkpoint"] = 0
     if name not in numbers or (name == "wrap_with_autocast" and node.args[2]):
-        raise NotTraceableError(f"it runs a block under {name}")
+        raise NotTraceableError(
+            "it switches autocast on, which its pieces would not: take that out of its forward, "
+            "and run the network under it"
+            if name == "wrap_with_autocast"
+            else "it runs a part of its code as a function of torch's, such as torch.cond"
+        )
     at = numbers[name]
     block, *given = (env[a] if isinstance(a, fx.Node) else a for a in node.args[at:])
     inner = [n for n in block.graph.nodes if n.op == "placeholder"]
@@ -461,8 +486,6 @@ class ExportedMode(Mode):
             nodes = list(graph.nodes)
         inputs = [node for node in nodes if node.op == "placeholder"]
         self._batch = _symbol(inputs[0].meta["val"].shape[0])
-        if self._batch is None:
-            raise NotTraceableError(f"its batch size is fixed at {inputs[0].meta['val'].shape[0]}")
         self._code = graph.python_code("self").src
         fed = _fed(nodes, objects)
         placed = fed - _light(nodes, fed, objects)

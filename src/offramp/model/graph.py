@@ -305,10 +305,10 @@ class Mode:
         for node in crossing:
             shapes = self._shapes(node)
             if shapes is None:
-                return f"{node.name!r}, which is no tensor, crosses the cut"
+                return "something that is no tensor crosses it"
             if self._batch_axis(node) is None:
                 shape = tuple(next(iter(shapes.values())))
-                return f"{node.name!r} of shape {shape} crosses it without a batch axis"
+                return f"a tensor of shape {shape} crosses it without a batch axis"
         return None
 
     def _shapes(self, node: fx.Node) -> dict[int, torch.Size] | None:

@@ -47,11 +47,16 @@ def fit_heads(
             for k, path in enumerate(at)
         ]
     _check(heads, stage_features, at=at, num_read=num_read)
-    return [
+    chosen = [
         head
         if len(features) == num_read or isinstance(head, ReadsEverything | ReadsFirst)
         else ReadsFirst(head, num_read)
         for head, features in zip(heads, stage_features, strict=False)
+    ]
+    dtype = stage_features[-1][0].dtype
+    return [
+        head if features[0].dtype == dtype else AnswersIn(head, dtype)
+        for head, features in zip(chosen, stage_features, strict=False)
     ]
 
 
@@ -135,6 +140,20 @@ class ReadsFirst(nn.Module):
     def forward(self, *features: Tensor) -> Tensor:
         """Map what the head maps; the others pass by."""
         logits: Tensor = self.head(*features[: self._num_read])
+        return logits
+
+
+class AnswersIn(nn.Module):
+    """An exit head on features of another dtype than that of the backbone's logits."""
+
+    def __init__(self, head: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.head = head
+        self._dtype = dtype
+
+    def forward(self, *features: Tensor) -> Tensor:
+        """Map what the head maps."""
+        logits: Tensor = self.head(*features).to(self._dtype)
         return logits
 
 

@@ -32,6 +32,8 @@ _DEPENDENCE = {torch.float32: 0.05, torch.float64: 0.05}
 """Of the largest logit: by so much the other samples of a batch may move a sample's logits. Kernels
 differ by the size of a batch, 1e-6 a layer; a mean over the batch moves them by far more."""
 
+DEPENDS = "a sample's logits depend on the other samples of its batch"
+
 _SMALL = 2**16
 """Tensors of up to so many elements are disturbed in any case, larger ones where all are equal."""
 
@@ -269,7 +271,7 @@ class _Pair:
             alone = self._run(self.original, tuple(t[:1] for t in both), asked)
             if _are_close(alone, self._run(self.original, both, asked)[:1], near):
                 return None
-        return "a sample's logits depend on the other samples of its batch"
+        return DEPENDS
 
 
 def _compare(logits: Tensor, expected: Tensor, tolerance: float) -> str | None:

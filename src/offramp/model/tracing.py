@@ -96,7 +96,12 @@ def trace(
     """Trace a backbone in one mode; it is left as it was."""
     known = parameter_names(backbone)
     names = [known[i] if i < len(known) else f"input_{i}" for i in range(num_inputs)]
-    with evaluation_mode(backbone), torch.enable_grad(), unharmed(backbone):
+    with (
+        evaluation_mode(backbone),
+        torch.enable_grad(),
+        unharmed(backbone),
+        sizes_kept(backbone),
+    ):
         backbone.train(is_training)
         tracer = Tracer(is_whole, names)
         try:
@@ -209,6 +214,57 @@ def unharmed(backbone: nn.Module) -> Iterator[None]:
         torch.set_rng_state(numbers[0])
         random.setstate(numbers[1])
         np.random.set_state(numbers[2])
+
+
+@contextmanager
+def sizes_kept(backbone: nn.Module, *, with_int: bool = False) -> Iterator[None]:
+    """Let ``len(x)`` in a backbone's own code be a size that is traced, not a number.
+
+    With ``with_int``, so are ``int(size)`` and ``size / 4`` of a size that 4 divides.
+    """
+    functions = (f for m in backbone.modules() for c in type(m).__mro__ for f in vars(c).values())
+    found = (getattr(f, "__globals__", None) for f in functions)
+    spaces = {id(g): g for g in found if g and not str(g.get("__name__")).startswith("torch.")}
+    wanted = {"len": _length, "int": _WholeNumber} if with_int else {"len": _length}
+    missing = [(space, wanted.keys() - space.keys()) for space in spaces.values()]
+    sizes: Any = torch.SymInt
+    divided = sizes.__truediv__
+
+    def quotient(size: Any, divisor: Any) -> Any:
+        is_whole = isinstance(divisor, int | float) and divisor > 0 and divisor == int(divisor)
+        is_exact = is_whole and (size.node.expr / int(divisor)).is_integer
+        return size // int(divisor) if is_exact else divided(size, divisor)
+
+    try:
+        if with_int:
+            sizes.__truediv__ = quotient
+        for space, names in missing:
+            space.update({name: wanted[name] for name in names})
+        yield
+    finally:
+        sizes.__truediv__ = divided
+        for space, names in missing:
+            for name in names:
+                space.pop(name, None)
+
+
+class _Whole(type):
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, int)
+
+    def __call__(cls, *values: Any) -> Any:
+        is_size = values and isinstance(values[0], torch.SymInt | torch.SymFloat)
+        make: Any = torch.sym_int if is_size else int
+        return make(*values)
+
+
+class _WholeNumber(int, metaclass=_Whole):
+    """Stands in for ``int`` in a backbone's code."""
+
+
+def _length(value: Any) -> Any:
+    is_tensor = isinstance(value, fx.Proxy) or (isinstance(value, Tensor) and value.ndim)
+    return value.shape[0] if is_tensor else len(value)
 
 
 def _random_states() -> tuple[Tensor, Any, Any]:

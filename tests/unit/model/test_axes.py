@@ -157,6 +157,15 @@ def test_the_weights_before_a_cut_tell_the_axis_of_channels(before, example, axi
         pytest.param([nn.Linear(6, 6), nn.BatchNorm1d(6)], [nn.Linear(6, 3)], None, id="against"),
         pytest.param([nn.Identity()], [nn.Conv1d(6, 2, 1)], 1, id="no weights before"),
         pytest.param([nn.Identity()], [nn.Flatten()], None, id="no weights"),
+        pytest.param(
+            [nn.Identity()],
+            [of(lambda self, x: self.last(x.mean(1)), last=nn.Linear(6, 3))],
+            2,
+            id="a classifier of means",
+        ),
+        pytest.param(
+            [nn.Identity()], [nn.Flatten(), nn.Linear(36, 3)], None, id="a classifier of all"
+        ),
         pytest.param([nn.Linear(6, 6), nn.Softmax(-1)], [nn.Flatten()], None, id="softmax"),
         pytest.param(
             [nn.Flatten(), nn.Linear(36, 36), nn.Unflatten(1, (6, 6))], [], None, id="unflattened"

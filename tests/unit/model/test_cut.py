@@ -293,3 +293,45 @@ def test_the_example_is_left_as_it_was():
     example = torch.full((1, 4), -1.0)
     add_exits(backbone, at=["0"], num_classes=3, example=example)
     assert (example == -1).all()
+
+
+def test_exits_answer_in_the_floats_of_the_backbone():
+    class Half(InOrder):
+        def forward(self, x):
+            return super().forward(x.bfloat16()).float()
+
+    images = torch.randn(IMAGES)
+    backbone = Half().bfloat16().eval()
+    network = add_exits(backbone, at=["body"], num_classes=CLASSES, example=images.bfloat16())
+    first, last = network.eval()(images)
+    assert first.dtype == last.dtype == torch.float32
+    assert torch.equal(last, backbone(images))
+
+
+@pytest.mark.filterwarnings("ignore:.*quantiz")
+def test_a_quantised_network_is_refused_by_its_layer():
+    quantised = torch.ao.quantization.quantize_dynamic(perceptron(), {nn.Linear})
+    with pytest.raises(BackboneCutError, match=r"its layer '0' is quantised.*depend on the others"):
+        add_exits(quantised, at=["1"], num_classes=CLASSES, example=torch.randn(VECTORS))
+
+
+def test_a_backbone_that_fails_in_training_is_refused_by_its_own_error():
+    class Large(InOrder):
+        def forward(self, x):
+            if self.training:
+                F.avg_pool2d(x, 9)
+            return super().forward(x)
+
+    with pytest.raises(BackboneCutError, match=r"in training it fails on the example: .*too small"):
+        add_exits(Large(), at=["body"], num_classes=CLASSES, example=torch.randn(IMAGES))
+
+
+def test_samples_that_depend_on_their_batch():
+    class Centred(InOrder):
+        def forward(self, x):
+            return super().forward(x - x.mean(0, keepdim=True))
+
+    with pytest.raises(
+        BackboneCutError, match=r"depend on the other samples.*fixed means in place"
+    ):
+        add_exits(Centred(), at=["body"], num_classes=CLASSES, example=torch.randn(IMAGES))

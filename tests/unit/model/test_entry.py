@@ -146,6 +146,25 @@ def test_inputs_are_bound_by_name_across_a_gap(kind, names):
     assert type(backbone) is kind
 
 
+class Batch(Named):
+    """Takes all in one dict, as a data loader hands it on."""
+
+    def forward(self, batch):
+        return super().forward(batch["x"], weight=batch["weight"])
+
+
+def test_a_forward_that_takes_a_batch_as_a_dict():
+    torch.manual_seed(0)
+    backbone = Batch().eval()
+    batch = {"weight": torch.rand(3, 4), "x": X, "label": torch.zeros(3)}
+    network = add_exits(backbone, at=["first"], num_classes=CLASSES, example=batch).eval()
+    assert network.input_names == ("weight", "x")
+    for other in (network, copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert torch.equal(other(batch)[-1], backbone(batch))
+    with pytest.raises(InvalidArgumentError, match="inputs in the order batch"):
+        add_exits(backbone, at=["first"], num_classes=CLASSES, example={"x": X})
+
+
 def test_what_is_needed_must_not_be_left_out():
     with pytest.raises(InvalidArgumentError, match="in the order x, past, weight"):
         add_exits(Named(), at=["first"], num_classes=CLASSES, example={"weight": X})

@@ -182,6 +182,47 @@ def test_a_branch_on_values_is_refused_with_its_line():
         add_exits(Decides(), at=["first"], num_classes=CLASSES, example=torch.randn(2, 4))
 
 
+class Windows(nn.Module):
+    """Maps in windows and back, as Swin does: numbers are made of the size of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = (nn.Linear(3, n) for n in (3, 3, CLASSES))
+        self.token = nn.Parameter(torch.randn(1, 1, 3))
+
+    def forward(self, x):
+        tokens = torch.cat([self.token.expand(len(x), -1, -1), x.flatten(2).mT], 1)
+        for layer in (self.first, self.second):
+            rows = F.relu(layer(tokens[:, 1:])).reshape(-1, 4, 4, 3)
+            count = int(rows.shape[0] / (8 * 8 / 4 / 4))
+            assert isinstance(count, int | torch.SymInt)
+            tokens = torch.cat([tokens[:, :1], rows.reshape(count, 64, 3)], 1)
+        return self.last(tokens.mean(1))
+
+
+def test_numbers_made_of_the_size_of_the_batch_stay_sizes():
+    torch.manual_seed(0)
+    backbone = Windows().eval()
+    network = add_exits(
+        backbone, at="auto", num_exits=2, num_classes=CLASSES, example=IMAGES
+    ).eval()
+    for num in (1, 2, 3):
+        images = torch.randn(num, 3, 8, 8)
+        assert torch.equal(network(images)[-1], backbone(images))
+    assert "len" not in globals()
+    assert "int" not in globals()
+
+
+def test_autocast_inside_is_refused_in_plain_words():
+    class Casts(AsksForSizes):
+        def forward(self, x):
+            with torch.autocast("cpu"):
+                return super().forward(x).float()
+
+    with pytest.raises(BackboneCutError, match=r"it switches autocast on.* take that out of its"):
+        add_exits(Casts(), at=["stem"], num_classes=CLASSES, example=IMAGES)
+
+
 def test_exits_of_a_causal_model_read_the_last_token():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

@@ -111,7 +111,7 @@ def test_a_stage_that_starts_in_place_leaves_what_its_exit_read():
     ("forward", "at", "message"),
     [
         (lambda m, x: m.b(m.a(x)) + m.b(x), "b", "it runs more than once"),
-        (lambda m, x: x.shape[0] * m.b(m.a(x)), "a", "no tensor, crosses"),
+        (lambda m, x: x.shape[0] * m.b(m.a(x)), "a", "no tensor crosses"),
         (lambda m, x: x.sum(0) + m.b(m.a(x)), "a", r"of shape \(6,\) crosses it without a batch"),
         (lambda m, x: (m.a(x), m.b(x))[1], "a", "nothing after it reads its output"),
         (lambda m, x: m.b(x), "a", "it is not called"),
