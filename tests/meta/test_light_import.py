@@ -183,9 +183,11 @@ def test_bundle_answers_pictures_without_torch(own):
         ),
         (("evaluate",), "40 samples"),
         (("frontier", "--points", "3"), "thresholds chosen on 40 calibration samples"),
+        (("time", "--batch-size", "4"), "onnxruntime"),
+        (("plan", "--mbit", "10", "--rtt-ms", "20"), "best: --split-after"),
     ],
 )
-def test_bundle_is_calibrated_and_judged_without_torch(command, words, own):
+def test_bundle_is_calibrated_judged_and_timed_without_torch(command, words, own):
     name, *options = command
     outcome = without_torch(name, own / "bundle", "--data", own / "pictures", *options)
     assert (outcome.returncode, outcome.stderr) == (0, "")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from offramp.data.arrays import ArrayBatches
 from offramp.data.folders import draw_evenly, find_split
 from offramp.data.known_sources import SOURCES
@@ -268,12 +270,8 @@ def says_maps(bundle: Bundle) -> bool:
     return bundle.pixel_multiple is not None or bundle.policy.get("kind") in ("dense", "agreement")
 
 
-def draw(batches: Batches | ArrayBatches, count: int, *, seed: int = 0) -> Any:
-    """Inputs of so many samples, drawn at random, as tensors."""
-    import torch
-
-    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed))
+def draw(batches: Batches | ArrayBatches, count: int) -> Any:
+    """Inputs of so many samples, drawn at random: one, or several as a tuple."""
+    order = np.random.default_rng(0).permutation(len(batches))
     inputs, _ = batches.__getitems__(order[:count].tolist())
-    if isinstance(inputs, tuple):
-        return tuple(map(torch.as_tensor, inputs))
-    return torch.as_tensor(inputs)
+    return inputs
