@@ -12,6 +12,7 @@ from offramp.errors import InvalidArgumentError
 from offramp.runtime import Session, read_bundle
 from offramp.runtime.answers import SampleAnswer, describe_answers
 from offramp.runtime.bundle import is_bundle
+from offramp.workflow.artifact import require_run
 from offramp.workflow.preprocessing import preprocessing_of
 
 
@@ -33,6 +34,7 @@ def predict(
 ) -> Predicted:
     """Answer picture files, or texts, as a run or a bundle does."""
     if not is_bundle(folder):
+        require_run(folder)
         return _ask_run(folder, samples, device, network)
     if network is not None:
         raise InvalidArgumentError(
