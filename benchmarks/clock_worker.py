@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from offramp.evaluation.contenders import torch_contenders
 from offramp.evaluation.stopwatch import LocalStopwatch, serve
-from offramp.families.agreement import DECISION_TOLERANCE
 from offramp.families.exits import AdaptiveRunner
+from offramp.measure.agreement import DECISION_TOLERANCE
 from offramp.model.multi_exit import MultiExitNetwork
 from offramp.policy.policies import ThresholdPolicy
 from offramp.runs.run import load

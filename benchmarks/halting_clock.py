@@ -37,8 +37,9 @@ from offramp.errors import OfframpError
 from offramp.evaluation.stopwatch import Laps, ProcessStopwatch, time_in_turn
 from offramp.evaluation.timing import engine_versions
 from offramp.exporting.bundle import export
-from offramp.families.agreement import Runner, answer_in_batches, compare, require_agreement
+from offramp.families.agreement import Runner, answer_in_batches
 from offramp.families.halting import HaltingRunner, masked_pass
+from offramp.measure.agreement import compare, require_agreement
 from offramp.model.multi_exit import as_features
 from offramp.policy.routing_policy import HaltingPolicy
 from offramp.routing.halting import HaltingNetwork

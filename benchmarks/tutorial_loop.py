@@ -36,7 +36,7 @@ from torch import Tensor
 from offramp import AdaptiveRunner, MultiExitNetwork, ThresholdPolicy, load
 from offramp.errors import OfframpError
 from offramp.families import check_agreement
-from offramp.families.agreement import DECISION_TOLERANCE
+from offramp.measure.agreement import DECISION_TOLERANCE
 from offramp.runs.run import load_batches
 from record import circumstances, write_json
 

@@ -21,7 +21,8 @@ from offramp.evaluation.processes import _all_steps, time_bundle
 from offramp.evaluation.sweeping import collect_sweep
 from offramp.exporting.bundle import check_parity
 from offramp.families import reference_of
-from offramp.families.agreement import answer_in_batches, compare
+from offramp.families.agreement import answer_in_batches
+from offramp.measure.agreement import compare
 from offramp.runtime import PlainSession, Session, read_bundle
 from offramp.serving import RunnerModel
 
@@ -45,7 +46,7 @@ def test_a_session_answers_as_torch(exported, batch_size):
 def test_everything_in_a_session_answers_as_torch(exported):
     example, bundle = exported
     session = Session(bundle)
-    theirs = _all_steps(session, example.inputs)
+    theirs = _all_steps(session, example.inputs.numpy())
     assert compare(example.runner.run(example.inputs), theirs).holds
     assert compare(session.run(example.inputs), theirs).holds
 

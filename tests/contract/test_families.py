@@ -20,7 +20,8 @@ from offramp.families import (
     make_runner,
     reference_of,
 )
-from offramp.families.agreement import answer_in_batches, compare
+from offramp.families.agreement import answer_in_batches
+from offramp.measure.agreement import compare
 from offramp.runs.card import check_evaluation, model_card
 from offramp.training.fit import make_task
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from offramp.families.agreement import DECISION_TOLERANCE, Reference
 from offramp.families.family import EVEN_SCORES, Family, TorchRunner, Words, settled
+from offramp.measure.agreement import DECISION_TOLERANCE, Reference
 from offramp.measure.cost import count_macs
 from offramp.measure.outputs import LABELS
 from offramp.model.multi_exit import MultiExitNetwork

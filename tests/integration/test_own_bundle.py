@@ -6,7 +6,13 @@ thresholds for a loss of at most 1 point, promised with probability 0.9.
 
 import contextlib
 import json
+import os
+import re
+import shlex
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,11 +24,25 @@ from own_pictures import BY_DIGIT, NAMES, SPLITS, write_pictures
 from PIL import Image
 from served import serve_process
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import offramp as off
 from offramp.errors import ArtifactError
 from offramp.runtime import Session, read_bundle
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(1, 16, 3, padding=1), nn.ReLU()
+        self.first, self.second = nn.Linear(1024, 256), nn.Linear(256, 256)
+        self.last = nn.Linear(256, 10)
+
+    def forward(self, x):
+        x = self.relu(self.conv(x))
+        x = F.relu(self.first(x.view(x.size(0), -1)))
+        return self.last(F.relu(self.second(x)))
 
 
 def train_and_export(pictures, bundle):
@@ -31,13 +51,9 @@ def train_and_export(pictures, bundle):
     pixels = np.stack([np.asarray(Image.open(file)) for file in files])[:, None] / 255
     x = torch.tensor((pixels - 0.3) / 0.35, dtype=torch.float32)
     y = torch.tensor([NAMES.index(file.parent.name) for file in files])
-    backbone = nn.Sequential(
-        nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Flatten()),
-        nn.Sequential(nn.Linear(1024, 256), nn.ReLU()),
-        nn.Sequential(nn.Linear(256, 256), nn.ReLU()),
-        nn.Linear(256, 10),
-    )
-    net = off.add_exits(backbone, at=["0", "1"], num_classes=10, example=x[:1])
+    heads = [nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)), nn.Linear(256, 10)]
+    at = ["relu", "first"]
+    net = off.add_exits(Net(), at=at, heads=heads, num_classes=10, example=x[:1])
     off.fit(net, TensorDataset(x, y), config=off.FitConfig(epochs=12, device="cpu"), progress=False)
     pictures_as = off.Preprocessing(height=8, width=8, channels=1, mean=0.3, deviation=0.35)
     off.export(net, None, bundle, x[:100], class_names=NAMES, preprocessing=pictures_as)
@@ -105,6 +121,34 @@ def test_the_whole_story(own, offramp, figures_of, refuses):
     plan = offramp("plan", own, *data, "--mbit", "10", "--rtt-ms", "20")
     assert (plan.code, plan.stderr) == (0, "")
     assert "best: --split-after" in plan.stdout
+
+
+OWN_IN_README = re.compile(r"### A network and data of your own\n(.*?)\n##", re.DOTALL)
+NO_TORCH = "raise ImportError('torch was imported')"
+
+
+def test_the_commands_of_the_readme_need_no_torch(own, workplace, monkeypatch):
+    own.rename("birds")
+    picture = next((workplace / "pictures" / "test" / "four").glob("*.png"))
+    Image.open(picture).save("crow.jpg")
+    (workplace / "absent").mkdir()
+    (workplace / "absent" / "torch.py").write_text(NO_TORCH)
+    monkeypatch.setenv("PYTHONPATH", f"absent{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(
+        r"^ {4}offramp (\w+)(.*?)(?: {2,}#.*)?$", OWN_IN_README.search(readme)[1], re.M
+    )
+    names = "calibrate frontier evaluate time predict plan serve"
+    assert " ".join(name for name, _ in commands) == names
+    for name, options in commands[:-1]:
+        command = [sys.executable, "-m", "offramp", name, *shlex.split(options)]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert (said.returncode, said.stderr) == (0, ""), said.stderr
+    with (
+        serve_process(Path("birds")) as (_, address, _),
+        contextlib.closing(triton_http.InferenceServerClient(address)) as client,
+    ):
+        assert client.is_model_ready("tiny")
 
 
 def test_accuracy_is_that_of_torch_s_own_loop(own, figures_of):
@@ -176,6 +220,7 @@ def test_thresholds_by_hand(own, offramp, refuses):
         (("--data", "pictures", "--budget-ms", "1"), ("--budget-ms", "run")),
         (("--data", "pictures", "--max-drop", "0.01", "--subset", "900"), ("--subset", "700")),
         (("--data", "none", "--max-drop", "0.01"), ("none", "no such file")),
+        (("--thresholds", "nan,0.5"), ("--thresholds", "NaN")),
     ],
 )
 def test_what_a_bundle_cannot_take_is_refused(own, refuses, options, words):
@@ -186,6 +231,13 @@ def test_folders_that_the_network_does_not_know_are_refused(own, refuses, workpl
     (workplace / "more" / "eleven").mkdir(parents=True)
     Image.new("L", (8, 8)).save(workplace / "more" / "eleven" / "a.png")
     refuses("evaluate", own, "--data", "more", words=("Found eleven", "eight, five"))
+
+
+def test_a_damaged_picture_is_named(own, refuses, workplace):
+    shutil.copytree(own.parent / "pictures" / "test", workplace / "more")
+    (workplace / "more" / "four" / "0.png").write_bytes(b"no picture")
+    refuses("evaluate", own, "--data", "more", words=("more/four/0.png", "damaged"))
+    refuses("predict", own, "more/four", words=("more/four is a folder", "more/four/*"))
 
 
 def test_curve_of_a_bundle(own, figures_of, refuses):

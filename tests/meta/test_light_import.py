@@ -85,7 +85,10 @@ sys.meta_path.insert(0, Absent())
 
 
 @pytest.mark.parametrize("command", ["recipes", "train", "evaluate run", "predict run image.png"])
-def test_command_without_torch_says_what_to_install(command):
+def test_command_without_torch_says_what_to_install(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").write_text("{}")
     outcome = run_python(
         WITHOUT_TORCH + f"sys.argv = ['offramp', *{command.split()}]\n"
         "from offramp.cli import main; main()"
@@ -95,6 +98,13 @@ def test_command_without_torch_says_what_to_install(command):
     assert outcome.stderr.count("\n") == 1
     assert "torch" in outcome.stderr
     assert "pip install 'offramp[train]'" in outcome.stderr
+
+
+@pytest.mark.parametrize("command", ["evaluate", "time", "predict"])
+def test_a_folder_that_is_not_there_is_named_without_torch(command):
+    outcome = without_torch(command, "nothing", *(["a.png"] if command == "predict" else []))
+    assert (outcome.returncode, outcome.stderr.count("\n")) == (2, 1)
+    assert "or a bundle. nothing has none" in outcome.stderr
 
 
 @pytest.mark.parametrize("option", ["--help", "--version", "train --help", "serve --help"])
@@ -183,9 +193,11 @@ def test_bundle_answers_pictures_without_torch(own):
         ),
         (("evaluate",), "40 samples"),
         (("frontier", "--points", "3"), "thresholds chosen on 40 calibration samples"),
+        (("time", "--batch-size", "4"), "onnxruntime"),
+        (("plan", "--mbit", "10", "--rtt-ms", "20"), "best: --split-after"),
     ],
 )
-def test_bundle_is_calibrated_and_judged_without_torch(command, words, own):
+def test_bundle_is_calibrated_judged_and_timed_without_torch(command, words, own):
     name, *options = command
     outcome = without_torch(name, own / "bundle", "--data", own / "pictures", *options)
     assert (outcome.returncode, outcome.stderr) == (0, "")

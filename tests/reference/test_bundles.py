@@ -7,7 +7,8 @@ import pytest
 
 import offramp
 from offramp.families import reference_of
-from offramp.families.agreement import answer_in_batches, compare
+from offramp.families.agreement import answer_in_batches
+from offramp.measure.agreement import compare
 from offramp.runs.run import load_batches
 
 RUNS = Path(__file__).parents[2] / "benchmarks" / "runs"

@@ -11,7 +11,8 @@ import torch
 
 import offramp
 from offramp.families import make_runner, reference_of
-from offramp.families.agreement import answer_in_batches, compare
+from offramp.families.agreement import answer_in_batches
+from offramp.measure.agreement import compare
 from offramp.runs.run import load_batches
 
 RUNS = Path(__file__).parents[2] / "benchmarks" / "runs"

@@ -18,7 +18,8 @@ import offramp
 from offramp import DensePolicy, ThresholdPolicy
 from offramp.data.sources import SOURCES
 from offramp.families import reference_of
-from offramp.families.agreement import answer_in_batches, compare
+from offramp.families.agreement import answer_in_batches
+from offramp.measure.agreement import compare
 from offramp.policy.confidence import (
     max_probability_confidence,
     mean_max_probability_confidence,

@@ -20,7 +20,7 @@ def time(asked: Time) -> None:
     sizes = None if asked.batch_size is None else _parse_batch_sizes(asked.batch_size)
     if asked.bundle is not None and is_bundle(asked.run):
         raise InvalidArgumentError(f"--bundle is for a run; {asked.run} is a bundle already.")
-    from offramp.workflow.time import time as time_artifact  # needs torch, --steps does not
+    from offramp.workflow.time import time as time_artifact  # --steps needs no more than numpy
 
     timing = time_artifact(
         asked.run,

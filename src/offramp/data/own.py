@@ -142,6 +142,7 @@ class Samples:
     content: Callable[[int], bytes]
     labels: Sequence[str] | npt.NDArray[np.int64]
     class_names: tuple[str, ...] = ()
+    files: Sequence[Path] = ()
 
 
 class PictureStore:
@@ -157,6 +158,8 @@ class PictureStore:
         return np.stack([self._decode(self._rows[row]) for row in rows_B.tolist()])
 
     def _decode(self, row: int) -> Pixels:
+        if self._samples.files:
+            return read_pixels(self._samples.files[row], self._preprocessing)
         try:
             return read_pixels(self._samples.content(row), self._preprocessing)
         except DataError as error:
@@ -173,6 +176,7 @@ def _read_pictures(files: SplitFiles, is_text: bool) -> Samples:
         where=where,
         content=lambda row: paths[row].read_bytes(),
         labels=folder_labels(files.classes),
+        files=paths,
     )
 
 

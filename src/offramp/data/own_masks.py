@@ -70,7 +70,12 @@ def load_own_masks(
         check_labels(labels_NHW[labels_NHW != IGNORED_LABEL], num_classes=num_classes)
     paths = [pictures[stem] for stem in stems]
     where = paths[0].parent
-    samples = Samples(where=where, content=lambda row: paths[row].read_bytes(), labels=stems)
+    samples = Samples(
+        where=where,
+        content=lambda row: paths[row].read_bytes(),
+        labels=stems,
+        files=paths,
+    )
     encoded = PictureStore(samples, rows, preprocessing)
     store = decoded(encoded, len(rows), preprocessing.shape, where)
     return OwnSplit(

@@ -6,6 +6,7 @@ one picture has one meaning. Shapes: ``B`` batch, ``C`` channels, ``H W`` pixels
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,8 @@ def read_pixels(file: Path | str | bytes, preprocessing: Preprocessing) -> Pixel
             "pip install 'offramp[predict]'"
         ) from error
     where = "the bytes given" if isinstance(file, bytes) else file
+    if not isinstance(file, bytes) and os.path.isdir(file):
+        raise DataError(f"Expected an image file. {file} is a folder: name its files, {file}/*.")
     try:
         with quiet_pillow():
             picture = read_picture_file(

@@ -11,13 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from statistics import median, quantiles
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from offramp.errors import InvalidArgumentError
-from offramp.evaluation.contenders import torch_contenders
 from offramp.evaluation.stopwatch import (
     Laps,
     LocalStopwatch,
@@ -25,11 +23,16 @@ from offramp.evaluation.stopwatch import (
     representative_rows,
     time_in_turn,
 )
-from offramp.families import check_agreement
-from offramp.families.family import Contenders, TorchRunner
+from offramp.measure.arrays import as_array
 from offramp.results import AdaptiveResult
 from offramp.runtime.hardware import processor_name
 from offramp.tables import Brief, Lines, Printed, Table, factor, milliseconds
+
+if TYPE_CHECKING:  # a bundle is timed without torch
+    import torch
+    from torch import Tensor
+
+    from offramp.families.family import Contenders, TorchRunner
 
 _MOST_S = 120.0
 """Seconds that the rounds of one batch size may take: fewer are run where all take longer."""
@@ -185,6 +188,12 @@ def time_runner(
         InvalidArgumentError: If a batch size is below 1 or above N, or there are no rounds.
         OfframpError: If running less gives other answers than choosing afterwards.
     """
+    import torch
+    from torch import Tensor
+
+    from offramp.families import check_agreement
+    from offramp.families.family import TorchRunner
+
     if not isinstance(runner, TorchRunner):
         raise InvalidArgumentError(
             "Expected a runner to time, such as AdaptiveRunner(network, policy). "
@@ -206,6 +215,7 @@ def time_runner(
         batch_sizes=batch_sizes,
         rounds=rounds,
         hardware=hardware_name(inputs.device),
+        threads=torch.get_num_threads(),
     )
 
 
@@ -218,24 +228,25 @@ def time_engines(
     batch_sizes: Sequence[int],
     rounds: int,
     hardware: str,
+    threads: int,
 ) -> Timing:
     """Time engines in turn, each with all its contenders."""
     if rounds < 2:
         raise InvalidArgumentError(
             f"The 'rounds' parameter must be an int of at least 2. Got {rounds}."
         )
-    exit_index_N = torch.as_tensor(result.exit_index)
+    exit_index_N = as_array(result.exit_index)
     results = []
     for batch_size in batch_sizes:
         in_turn = time_in_turn(stopwatches, batch_size, rounds, most_s=_MOST_S)
         for backend, laps in in_turn.items():
             ideal_speedup = spent.ideal_speedup(batch_size * laps.num_batches)
             results.append(_summary(backend, batch_size, laps, ideal_speedup))
-    shares_K = torch.bincount(exit_index_N, minlength=num_exits).double() / len(exit_index_N)
+    shares_K = np.bincount(exit_index_N, minlength=num_exits) / len(exit_index_N)
     last_backend = list(stopwatches)[-1]
     return Timing(
         hardware=hardware,
-        threads=torch.get_num_threads(),
+        threads=threads,
         versions={"python": platform.python_version(), **engine_versions(stopwatches)},
         shares=tuple(shares_K.tolist()),
         mean_macs=spent.mean_macs,
@@ -285,6 +296,9 @@ def torch_stopwatch(
     runner: TorchRunner[Any, Any], inputs: Tensor, shares: Sequence[float] | None
 ) -> LocalStopwatch:
     """A stopwatch for what torch runs in this process."""
+    import torch
+
+    from offramp.evaluation.contenders import torch_contenders
 
     def contenders(size: int, count: int) -> Contenders:
         rows = representative_rows(shares, size * count)
@@ -358,5 +372,7 @@ def engine_versions(engines: Iterable[str]) -> dict[str, str]:
 def hardware_name(device: torch.device) -> str:
     """Name the processor or GPU that computes."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.get_device_name(device)
     return processor_name()

@@ -25,13 +25,8 @@ from offramp.exporting.onnx import PLAIN
 from offramp.exporting.parts import Part, trace_parts, write_parts
 from offramp.exporting.skip import SkipExport
 from offramp.families import family_of
-from offramp.families.agreement import (
-    SINGLE_SAMPLES,
-    Agreement,
-    Reference,
-    answer_in_batches,
-    compare,
-)
+from offramp.families.agreement import answer_in_batches
+from offramp.measure.agreement import SINGLE_SAMPLES, Agreement, Reference, compare
 from offramp.model.inputs import Given, as_inputs
 from offramp.model.multi_exit import Features
 from offramp.policy.as_dict import policy_to_dict

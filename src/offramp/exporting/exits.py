@@ -27,8 +27,8 @@ from offramp.exporting.onnx import (
     tensor_specs,
 )
 from offramp.exporting.parts import Part
-from offramp.families.agreement import Reference
 from offramp.families.exits import EXITS
+from offramp.measure.agreement import Reference
 from offramp.measure.cost import parameter_bytes, payload_bytes
 from offramp.measure.exit_costs import ExitCosts
 from offramp.model.multi_exit import Features, MultiExitNetwork

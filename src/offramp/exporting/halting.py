@@ -22,8 +22,8 @@ from offramp.errors import InvalidArgumentError
 from offramp.exporting.graph import Graph
 from offramp.exporting.onnx import PLAIN, THRESHOLD, tensor_specs
 from offramp.exporting.parts import Part
-from offramp.families.agreement import Reference
 from offramp.families.halting import masked_pass
+from offramp.measure.agreement import Reference
 from offramp.model.multi_exit import Features
 from offramp.policy.confidence import max_probability_confidence
 from offramp.routing.halting import HaltingNetwork, advance

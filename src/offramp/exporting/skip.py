@@ -13,8 +13,8 @@ from torch import Tensor
 from offramp.exporting.graph import Graph
 from offramp.exporting.onnx import PLAIN, THRESHOLD, tensor_specs
 from offramp.exporting.parts import Part
-from offramp.families.agreement import Reference
 from offramp.families.skip import gated_sum
+from offramp.measure.agreement import Reference
 from offramp.model.multi_exit import Features
 from offramp.policy.confidence import max_probability_confidence
 from offramp.routing.gates import GateState

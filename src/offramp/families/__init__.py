@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from offramp.errors import InvalidArgumentError, NotCalibratedError
-from offramp.families.agreement import Reference, compare, require_agreement
 from offramp.families.exits import EXITS
 from offramp.families.family import Family, TorchRunner
 from offramp.families.halting import HALTING
 from offramp.families.skip import SKIP
+from offramp.measure.agreement import Reference, compare, require_agreement
 from offramp.model.multi_exit import Features, as_features
 from offramp.policy.choice import Choice
 from offramp.policy.policies import Policy

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from offramp.errors import InvalidArgumentError, NotCalibratedError
-from offramp.families.agreement import DECISION_TOLERANCE, Reference
 from offramp.families.exit_steps import engine_for, exit_steps
 from offramp.families.family import Contenders, Family, TorchRunner, Words
+from offramp.measure.agreement import Reference, is_near
 from offramp.model.inputs import Given, as_inputs, explained
 from offramp.model.multi_exit import Features, MultiExitNetwork, as_features
 from offramp.policy.choice import Choice
@@ -161,13 +161,6 @@ def all_exits_loop(
         chosen = torch.where((chosen < 0) & leave_B, k, chosen)
     stacked = torch.stack(outputs)
     return stacked[chosen, rows], chosen, torch.stack(confidences)
-
-
-def is_near(confidence_KB: Tensor, thresholds: Sequence[float]) -> Tensor:
-    """Find samples that may leave elsewhere, because rounding decides."""
-    thresholds_K = confidence_KB.new_tensor(thresholds)
-    gap_KB = (confidence_KB[: len(thresholds)] - thresholds_K[:, None]).abs()
-    return (gap_KB < DECISION_TOLERANCE).any(0)[:, None]
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor, nn
 
 from offramp.errors import InvalidArgumentError
-from offramp.families.agreement import Reference
+from offramp.measure.agreement import Reference
 from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.policy.choice import Choice
 from offramp.policy.policies import Policy

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from offramp.families.agreement import DECISION_TOLERANCE, Reference
 from offramp.families.family import Family, TorchRunner, Words, settled
 from offramp.families.packing import Packing
+from offramp.measure.agreement import DECISION_TOLERANCE, Reference
 from offramp.model.inputs import Given, as_inputs, explained
 from offramp.model.multi_exit import Features, MultiExitNetwork
 from offramp.policy.choice import Choice

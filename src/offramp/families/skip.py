@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.families.agreement import DECISION_TOLERANCE, Reference
 from offramp.families.family import Family, TorchRunner, Words, settled
+from offramp.measure.agreement import DECISION_TOLERANCE, Reference
 from offramp.model.inputs import Given, as_inputs, explained
 from offramp.model.multi_exit import Features, MultiExitNetwork, take_samples
 from offramp.policy.choice import Choice

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from offramp.calibration.asked import Asked
 from offramp.calibration.bundles import collect_steps, sweep_session
 from offramp.calibration.evidence import Evidence
-from offramp.errors import InvalidArgumentError
+from offramp.errors import ArtifactError, InvalidArgumentError
 from offramp.policy.routing_policy import GatePolicy, HaltingPolicy
 from offramp.runtime import Bundle, Session, read_bundle
 from offramp.runtime.bundle import is_bundle
@@ -97,11 +97,21 @@ def open_artifact(folder: Path, device: str | None = None, network: str | None =
     ``network`` is the FILE.py:function of the command line, for a run of a network of one's own.
     """
     if not is_bundle(folder):
+        require_run(folder)
         from offramp.workflow.opened_run import open_run  # torch
 
         return open_run(folder, device, network)
     refuse_network(folder, network)
     return _open_bundle(folder, device)
+
+
+def require_run(folder: Path) -> None:
+    """Raise ArtifactError if a folder is no run, before torch is imported to open it."""
+    if not (folder / "recipe.json").is_file():
+        raise ArtifactError(
+            f"Expected a run folder with a recipe.json in it, or a bundle. {folder} has none. "
+            "Make one: offramp train RECIPE --out RUN, or offramp.export from Python."
+        )
 
 
 def refuse_network(bundle: Path, network: str | None) -> None:

@@ -21,7 +21,7 @@ from offramp.exporting.bundle import check_parity
 from offramp.exporting.bundle import export as write
 from offramp.exporting.quantize import quantize
 from offramp.families import family_of
-from offramp.families.agreement import Agreement
+from offramp.measure.agreement import Agreement
 from offramp.model.multi_exit import Features, as_features
 from offramp.policy.confidence import PIXEL_SHARE
 from offramp.runs.own_network import load_run

@@ -11,6 +11,7 @@ from offramp.errors import InvalidArgumentError
 from offramp.runtime import Session, read_bundle
 from offramp.runtime.answers import SampleAnswer, describe_answers
 from offramp.runtime.bundle import is_bundle
+from offramp.workflow.artifact import require_run
 from offramp.workflow.preprocessing import preprocessing_of
 
 
@@ -32,6 +33,7 @@ def predict(
 ) -> Predicted:
     """Answer picture files, or texts, as a run or a bundle does."""
     if not is_bundle(folder):
+        require_run(folder)
         from offramp.workflow.opened_run import answer_samples  # torch
 
         return Predicted(answers=answer_samples(folder, samples, device, network), note=None)

@@ -17,8 +17,9 @@ from offramp.errors import (
 from offramp.evaluation.processes import _all_steps
 from offramp.exporting.bundle import export
 from offramp.exporting.quantize import quantize
-from offramp.families.agreement import answer_in_batches, compare
+from offramp.families.agreement import answer_in_batches
 from offramp.families.halting import HaltingRunner, masked_pass
+from offramp.measure.agreement import compare
 from offramp.model.ragged import Ragged
 from offramp.policy.routing_policy import GatePolicy, HaltingPolicy
 from offramp.routing.halting import HaltingNetwork

@@ -13,8 +13,9 @@ from offramp.errors import ExportMismatchError, InvalidArgumentError
 from offramp.exporting.bundle import export
 from offramp.exporting.graph import write_single
 from offramp.exporting.quantize import quantize
-from offramp.families.agreement import answer_in_batches, compare
+from offramp.families.agreement import answer_in_batches
 from offramp.families.skip import SkipRunner, gated_sum
+from offramp.measure.agreement import compare
 from offramp.policy.policies import never_leave
 from offramp.policy.routing_policy import GatePolicy
 from offramp.routing.gates import Gates

@@ -5,9 +5,10 @@ import torch
 
 from offramp.errors import OfframpError
 from offramp.families import check_agreement, reference_of
-from offramp.families.agreement import Reference, answer_in_batches, compare
-from offramp.families.exits import AdaptiveRunner, all_exits_loop, is_near
+from offramp.families.agreement import answer_in_batches
+from offramp.families.exits import AdaptiveRunner, all_exits_loop
 from offramp.families.halting import token_reference
+from offramp.measure.agreement import Reference, compare, is_near
 from offramp.policy.policies import PatiencePolicy, ThresholdPolicy, always_leave_at, never_leave
 from offramp.results import AdaptiveResult
 

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from offramp.errors import InvalidArgumentError, ShapeError
-from offramp.families.agreement import answer_in_batches, compare
+from offramp.families.agreement import answer_in_batches
 from offramp.families.halting import HaltingRunner, masked_pass
+from offramp.measure.agreement import compare
 from offramp.model.ragged import Ragged
 from offramp.policy.routing_policy import HaltingPolicy
 from offramp.routing.halting import HaltingNetwork
