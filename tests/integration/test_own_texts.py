@@ -77,6 +77,10 @@ def test_several_inputs_are_evaluated_timed_and_planned_for(own, figures_of):
     assert last["bytes_per_request"] == 0
 
 
+def test_a_text_without_tokens_is_refused(own, refuses):
+    refuses("predict", own, "a good film", "", words=("at least one token", "''"))
+
+
 def test_sentences_are_answered(own, offramp):
     outcome = offramp("predict", own, "a good film", "the film was dull")
     assert (outcome.code, outcome.stderr) == (0, "")

@@ -210,6 +210,9 @@ def text_inputs(
     ``length`` is for networks that take texts of one length.
     """
     coded = make_tokenizer(preprocessing).encode_batch(list(texts))
+    empty = next((text for text, c in zip(texts, coded, strict=True) if not c.ids), None)
+    if empty is not None:
+        raise DataError(f"Expected texts of at least one token. Got {empty!r}: leave it out.")
     columns = [([c.ids for c in coded], preprocessing.pad_id)]
     columns += [([c.attention_mask for c in coded], 0), ([c.type_ids for c in coded], 0)]
     return tuple(pad_ids(ids, pad, length=length) for ids, pad in columns[:num_inputs])
