@@ -213,6 +213,26 @@ def test_numbers_made_of_the_size_of_the_batch_stay_sizes():
     assert "int" not in globals()
 
 
+def test_attention_is_laid_out_otherwise_for_another_batch():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Data2VecVisionConfig(
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        intermediate_size=96,
+        image_size=64,
+        num_labels=CLASSES,
+    )
+    backbone = transformers.Data2VecVisionForImageClassification(config).eval()
+    images = torch.randn(2, 3, 64, 64)
+    network = add_exits(
+        backbone, at="auto", num_exits=3, num_classes=CLASSES, example=images
+    ).eval()
+    for num in (1, 2):
+        assert torch.equal(network(images[:num])[-1], backbone(images[:num]).logits)
+
+
 def test_autocast_inside_is_refused_in_plain_words():
     class Casts(AsksForSizes):
         def forward(self, x):
