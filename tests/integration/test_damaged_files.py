@@ -8,8 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from offramp.artifacts import SCHEMA_VERSION
+
 SMALL_EMNIST = ("train", "emnist-mlp", "--epochs", 1, "--set", "widths=8,8,8", "--out", "new")
-NEWER = ("schema version 99", "reads up to 3", "pip install --upgrade offramp")
+NEWER = ("schema version 99", f"reads up to {SCHEMA_VERSION}", "pip install --upgrade offramp")
 
 
 def cut_short(path, share):

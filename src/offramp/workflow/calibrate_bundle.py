@@ -99,7 +99,12 @@ def set_bundle_by_hand(folder: Path, thresholds: str, wanted: Wanted) -> Bundle:
     bundle: Bundle = session.bundle
     _refuse_what_is_in_the_files(bundle, wanted)
     num_steps = len(bundle.steps) if bundle.family == "exits" else 2
-    made = _with_numbers(bundle, read_thresholds(thresholds, num_steps))
+    values = read_thresholds(thresholds, num_steps)
+    if any(map(math.isnan, values)):
+        raise InvalidArgumentError(
+            f'Expected numbers or "off" for --thresholds. Got {thresholds!r}: NaN is no threshold.'
+        )
+    made = _with_numbers(bundle, values)
     asked = Choosing(asked={"thresholds": thresholds})
     made = replace(made, calibration=asked)
     write_bundle(made)

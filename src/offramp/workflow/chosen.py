@@ -105,10 +105,6 @@ def read_thresholds(text: str, num_exits: int) -> tuple[float, ...]:
         raise InvalidArgumentError(
             f"Expected numbers separated by commas for --thresholds. Got {text!r}."
         ) from error
-    if any(map(math.isnan, values)):
-        raise InvalidArgumentError(
-            f'Expected numbers or "off" for --thresholds. Got {text!r}: NaN is no threshold.'
-        )
     if len(values) != num_exits - 1:
         raise InvalidArgumentError(
             f"Expected {num_exits - 1} thresholds, one per exit but the final one. "

@@ -155,7 +155,7 @@ def test_image_that_ends_early(save, name):
 
 
 def test_folder_in_place_of_an_image(tmp_path):
-    with pytest.raises(DataError, match="unreadable"):
+    with pytest.raises(DataError, match="is a folder"):
         read_picture(tmp_path, GREY)
 
 
