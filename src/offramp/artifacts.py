@@ -92,3 +92,12 @@ def read_json(path: Path) -> dict[str, Any]:
             "Upgrade Offramp: pip install --upgrade offramp"
         )
     return content
+
+
+def require_run(folder: Path) -> None:
+    """Raise ArtifactError if a folder is no run, before torch is imported to open it."""
+    if not (folder / "recipe.json").is_file():
+        raise ArtifactError(
+            f"Expected a run folder with a recipe.json in it, or a bundle. {folder} has none. "
+            "Make one: offramp train RECIPE --out RUN, or offramp.export from Python."
+        )

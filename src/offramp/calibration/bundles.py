@@ -83,14 +83,16 @@ def logits_of_batches(session: Session, batches: Batches) -> ExitLogits:
     """Run every step of a bundle on batches of arrays, as :func:`collect_steps` does."""
     bundle = session.bundle
     policy: Any = policy_from_dict(dict(bundle.policy))
-    is_routed = isinstance(policy, RoutingPolicy)
-    if is_routed:
+    has_one_threshold = isinstance(policy, RoutingPolicy)
+    if has_one_threshold:
         session = Session(with_routing_threshold(bundle, policy.tried[-1]))
     else:
         session = Session(with_thresholds(bundle, [0.0] * (len(bundle.steps) - 1)))
     macs, outputs, labels, confidences = _BundleMacs(session, policy), [], [], []
     for inputs, labels_B in batches:
-        said_KBC, confidence_KB = (_only_exit if is_routed else _every_exit)(session, inputs)
+        said_KBC, confidence_KB = (_only_exit if has_one_threshold else _every_exit)(
+            session, inputs
+        )
         check_said(said_KBC, labels_B)
         outputs.append(said_KBC)
         confidences.append(confidence_KB)
@@ -100,7 +102,7 @@ def logits_of_batches(session: Session, batches: Batches) -> ExitLogits:
         raise DataError("Expected at least one batch of samples to collect logits from. Got none.")
     about: dict[str, Any] = {
         "costs": macs.costs(),
-        "numbers": (0,) if is_routed else tuple(step.exit_index for step in bundle.steps),
+        "numbers": (0,) if has_one_threshold else tuple(step.exit_index for step in bundle.steps),
         "is_ragged": bundle.padding is not None,
     }
     if outputs[0].ndim == 5:  # a class for every pixel, which torch counts
@@ -108,7 +110,7 @@ def logits_of_batches(session: Session, batches: Batches) -> ExitLogits:
 
         return dense_logits(outputs, labels, **about)
     about |= {"logits_KNC": np.concatenate(outputs, axis=1), "labels_N": np.concatenate(labels)}
-    decided_by = None if is_routed else policy_of_steps(bundle, policy)
+    decided_by = None if has_one_threshold else policy_of_steps(bundle, policy)
     if decided_by is None:
         return ExitLogits(**about)
     confidence_KN = np.concatenate(confidences, axis=1)

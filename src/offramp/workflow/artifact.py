@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offramp.artifacts import require_run
 from offramp.calibration.asked import Asked
 from offramp.calibration.bundles import collect_steps, sweep_session
 from offramp.calibration.evidence import Evidence
-from offramp.errors import ArtifactError, InvalidArgumentError
+from offramp.errors import InvalidArgumentError
 from offramp.policy.routing_policy import GatePolicy, HaltingPolicy
 from offramp.runtime import Bundle, Session, read_bundle
 from offramp.runtime.bundle import is_bundle
@@ -103,15 +104,6 @@ def open_artifact(folder: Path, device: str | None = None, network: str | None =
         return open_run(folder, device, network)
     refuse_network(folder, network)
     return _open_bundle(folder, device)
-
-
-def require_run(folder: Path) -> None:
-    """Raise ArtifactError if a folder is no run, before torch is imported to open it."""
-    if not (folder / "recipe.json").is_file():
-        raise ArtifactError(
-            f"Expected a run folder with a recipe.json in it, or a bundle. {folder} has none. "
-            "Make one: offramp train RECIPE --out RUN, or offramp.export from Python."
-        )
 
 
 def refuse_network(bundle: Path, network: str | None) -> None:

@@ -113,8 +113,8 @@ def follow(
     calibration: Any = None
     held_out = None
     reliability = None
-    is_steered = run.thresholds is not None
-    if run.num_exits > 1 or is_steered or run.samples.has_calibration:
+    has_one_threshold = run.thresholds is not None
+    if run.num_exits > 1 or has_one_threshold or run.samples.has_calibration:
         held_out = run.samples.load(data=data, subset=subset, preferred=CALIBRATION)
         calibration = run.collect(held_out.batches)
     judging = run.samples.load(split, data=data, subset=subset)
@@ -124,13 +124,13 @@ def follow(
             f"splits, one of them {' or '.join(CALIBRATION)}."
         )
     test: Any = run.collect(judging.batches)
-    asked = None if is_steered or rule is None else rule_named(rule)
+    asked = None if has_one_threshold or rule is None else rule_named(rule)
     found = measure(calibration, test, num_points=num_points, rule=asked)
-    if calibration is not None and not is_steered:
+    if calibration is not None and not has_one_threshold:
         reliability = describe_temperatures(test, fit_temperatures(calibration))
     return Curve(
         run=run,
-        rule=None if is_steered else rule or _default_rule(test),
+        rule=None if has_one_threshold else rule or _default_rule(test),
         frontier=found,
         reliability=reliability,
         num_samples=len(test.labels_N),

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from offramp.artifacts import require_run
 from offramp.data.preprocessing import inputs_of
 from offramp.errors import InvalidArgumentError
 from offramp.runtime import Session, read_bundle
 from offramp.runtime.answers import SampleAnswer, describe_answers
 from offramp.runtime.bundle import is_bundle
-from offramp.workflow.artifact import require_run
 from offramp.workflow.preprocessing import preprocessing_of
 
 
