@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -219,22 +219,21 @@ def _all_steps(session: Session, *inputs: Array) -> Reference:
 
 def _every_block(session: Session, threshold: float, *inputs: Array) -> Reference:
     output, blocks_BG, probability_BG = session.run_every_block(*inputs)
-    return Reference(
-        output=output,
-        exit_index=np.zeros(len(output), dtype=np.int64),
-        num_exits=1,
-        work=blocks_BG,
-        is_near=lambda: np.abs(probability_BG - threshold) < DECISION_TOLERANCE,
+    return _of_one_exit(
+        output, blocks_BG, lambda: np.abs(probability_BG - threshold) < DECISION_TOLERANCE
     )
 
 
 def _every_token(session: Session, *inputs: Array) -> Reference:
     output, tokens_BL, margin_BL = session.run_every_token(*inputs)
-    return Reference(
-        output=output,
-        exit_index=np.zeros(len(output), dtype=np.int64),
-        num_exits=1,
-        work=tokens_BL,
-        # Rounding may decide in the layer before the ways part.
-        is_near=lambda: np.pad(margin_BL < DECISION_TOLERANCE, ((0, 0), (1, 0)))[:, :-1],
+    # Rounding may decide in the layer before the ways part.
+    return _of_one_exit(
+        output,
+        tokens_BL,
+        lambda: np.pad(margin_BL < DECISION_TOLERANCE, ((0, 0), (1, 0)))[:, :-1],
     )
+
+
+def _of_one_exit(output: Array, work: Array, is_near: Callable[[], Array]) -> Reference:
+    first_B = np.zeros(len(output), dtype=np.int64)
+    return Reference(output=output, exit_index=first_B, num_exits=1, work=work, is_near=is_near)

@@ -16,6 +16,7 @@ from offramp.calibration.evidence import Evidence, choose_policy
 from offramp.calibration.guarantee import calibrate_with_guarantee
 from offramp.decoding import decode
 from offramp.errors import ExportMismatchError, InSampleError, InvalidArgumentError
+from offramp.measure.agreement import SINGLE_SAMPLES
 from offramp.policy.as_dict import policy_from_dict
 from offramp.policy.routing_policy import RoutingPolicy
 from offramp.runtime import Bundle, Session, with_routing_threshold, with_thresholds
@@ -27,15 +28,12 @@ from offramp.workflow.population import describe_population, evidence_for, name_
 from offramp.workflow.samples import CALIBRATION, Samples
 from offramp.workflow.wanted import Wanted
 
-_SINGLE_SAMPLES = 64
-"""Samples that are also answered one by one, which another file does; at most."""
-
 _WORDS = {
     "exits": ("early exit", "the final exit"),
     "skip": ("skipping", "the whole network"),
     "halting": ("dropping tokens", "the network with a threshold of 1"),
 }
-"""What answers cheaply and what it is compared with, by family."""
+"""The cheap way and the whole network, in words, by family."""
 
 
 def calibrate_bundle(
@@ -187,7 +185,7 @@ def _evidence(
 def _check_single(bundle: Bundle, batches: Any) -> None:
     """Make sure that the file for single samples takes the thresholds as the steps do."""
     order = np.random.default_rng(0).permutation(len(batches))
-    inputs, _ = batches.__getitems__(order[:_SINGLE_SAMPLES].tolist())
+    inputs, _ = batches.__getitems__(order[:SINGLE_SAMPLES].tolist())
     session, several = Session(bundle), inputs if isinstance(inputs, tuple) else (inputs,)
     together = session.run(*several)
     alone = [

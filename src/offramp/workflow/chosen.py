@@ -1,4 +1,4 @@
-"""What is wished of a policy, checked, and what became of it: the same for a run and a bundle."""
+"""Wishes for a policy, checked, and the policy chosen: the same for a run and a bundle."""
 
 from __future__ import annotations
 
